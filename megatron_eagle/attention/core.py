@@ -1,0 +1,97 @@
+"""The core attention that base and draft share, as a Megatron-Core ``core_attention`` builder.
+
+Every Megatron attention (GQA, MLA) hands its ``attention_mask`` argument untouched to its core
+attention. Here that argument is not a tensor but what a mask would have described: ``None`` for
+plain causal attention, or an :class:`AttentionState` that remembers keys and values (the trunk and
+branch of a TTT unroll, a decoding cache).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_eagle.attention.trunk_branch import trunk_branch_attention
+from megatron_eagle.compat import MegatronModule
+
+
+class AttentionState(Protocol):
+    """Remembers keys and values per layer and attends to them."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        """query [B, n, S, d] against what ``layer`` saw so far and key, value [B, g, S, d]."""
+        ...
+
+
+class TrunkBranchState:
+    """The keys and values of one TTT unroll: the first call of a layer sets its trunk, every later
+    call adds one branch key per row. Use one instance per micro-batch."""
+
+    def __init__(self) -> None:
+        self._keys: dict[int, list[Tensor]] = {}
+        self._values: dict[int, list[Tensor]] = {}
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        keys = self._keys.setdefault(layer, [])
+        values = self._values.setdefault(layer, [])
+        keys.append(key)
+        values.append(value)
+        return trunk_branch_attention(query, keys[0], values[0], keys[1:], values[1:], scale)
+
+
+class EagleCoreAttention(MegatronModule):
+    """Causal or stateful attention over this TP rank's heads. No collective, no dropout, no mask.
+
+    query [S, B, n, d], key and value [S, B, g, d] -> [S, B, n * d].
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        layer_number: int,
+        attn_mask_type: Any = None,
+        attention_type: str = "self",
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        cp_comm_type: str | None = None,
+        pg_collection: Any = None,
+    ) -> None:
+        super().__init__(config=config)
+        if config.context_parallel_size > 1:
+            raise ValueError(
+                f"--context-parallel-size {config.context_parallel_size} is not supported yet"
+            )
+        if config.softmax_type != "vanilla" or config.window_size is not None:
+            raise ValueError("attention sinks and --window-size are not supported yet")
+        self.layer_number = layer_number
+        self.softmax_scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: AttentionState | None,
+        attn_mask_type: Any = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> Tensor:
+        assert attention_bias is None and packed_seq_params is None
+        scale = self.softmax_scale or query.shape[-1] ** -0.5
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        if attention_mask is None:
+            out = torch.nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+            )
+        else:
+            out = attention_mask.attend(self.layer_number, q, k, v, scale)
+        return out.permute(2, 0, 1, 3).flatten(2).contiguous()
+
+
+def with_eagle_attention(layer_spec: Any) -> Any:
+    """``layer_spec`` (a TransformerLayer ``ModuleSpec``, changed in place) using
+    :class:`EagleCoreAttention`; parameters and checkpoint keys stay the same."""
+    layer_spec.submodules.self_attention.submodules.core_attention = EagleCoreAttention
+    return layer_spec

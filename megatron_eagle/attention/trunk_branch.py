@@ -1,0 +1,114 @@
+"""The attention of a TTT step: a causal trunk and a few branch keys in the query's own row.
+
+At step t, row p attends to the step-0 keys 0..p (the trunk, the same at every step) and to one key
+per later step j = 1..t, all of row p (the branch); one softmax over both. The trunk is a flash
+kernel, the branch an elementwise dot product, both merged by their log-sum-exp, so memory is
+linear in S and K and no mask exists. Backward: the flash backward fed with the merged output and
+log-sum-exp for the trunk, elementwise products for the branch (the ring-attention identity).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_eagle.attention import flash
+
+
+def trunk_branch_attention(
+    query: Tensor,
+    trunk_key: Tensor,
+    trunk_value: Tensor,
+    branch_keys: list[Tensor],
+    branch_values: list[Tensor],
+    scale: float,
+) -> Tensor:
+    """softmax(scale * q [trunk ; branch]ᵀ) [trunk ; branch], differentiable in all inputs.
+
+    query [B, n, S, d]; keys and values [B, g, S, d], g dividing n (heads of this TP rank);
+    branch lists hold one tensor per later step, empty at step 0. Returns [B, n, S, d] in the
+    query's dtype. No collective.
+    """
+    assert len(branch_keys) == len(branch_values)
+    return _TrunkBranch.apply(
+        scale, len(branch_keys), query, trunk_key, trunk_value, *branch_keys, *branch_values
+    )
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """[B, n, S, d] -> [B, g, n/g, S, d], a view."""
+    return x.unflatten(1, (groups, -1))
+
+
+class _TrunkBranch(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, scale: float, steps: int, q: Tensor, k: Tensor, v: Tensor, *branch: Tensor
+    ) -> Tensor:
+        out, lse = flash.causal_forward(q, k, v, scale)
+        if steps:
+            out, lse = _merge(q, out, lse, branch[:steps], branch[steps:], scale)
+        ctx.save_for_backward(q, k, v, out, lse, *branch)
+        ctx.scale, ctx.steps = scale, steps
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, out, lse, *branch = ctx.saved_tensors
+        grad_out, scale, steps = grad_outputs[0].contiguous(), ctx.scale, ctx.steps
+        dq, dk, dv = flash.causal_backward(grad_out, q, k, v, out, lse, scale)
+        if not steps:
+            return None, None, dq, dk, dv
+        dq, branch_dk, branch_dv = _branch_backward(
+            grad_out, q, out, lse, branch[:steps], branch[steps:], scale, dq
+        )
+        return None, None, dq, dk, dv, *branch_dk, *branch_dv
+
+
+def _scores(q: Tensor, key: Tensor, scale: float) -> Tensor:
+    """Row-wise dot products [B, g, r, S] of grouped queries with one key per row, in fp32."""
+    return torch.einsum("bgrsd,bgsd->bgrs", q, key).float() * scale
+
+
+def _merge(
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    keys: tuple[Tensor, ...],
+    values: tuple[Tensor, ...],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    groups = keys[0].shape[1]
+    grouped_q, lse5 = _grouped(q, groups), lse.unflatten(1, (groups, -1))
+    scores = torch.stack([_scores(grouped_q, key, scale) for key in keys])  # [t, B, g, r, S]
+    merged = torch.logaddexp(lse5, scores.logsumexp(0))
+    total = _grouped(out, groups) * (lse5 - merged).exp().unsqueeze(-1).to(out.dtype)
+    for score, value in zip(scores, values, strict=True):
+        weight = (score - merged).exp().to(out.dtype)
+        total = torch.addcmul(total, weight.unsqueeze(-1), value.unsqueeze(2))
+    return total.flatten(1, 2), merged.flatten(1, 2)
+
+
+def _branch_backward(
+    grad_out: Tensor,
+    q: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    keys: list[Tensor],
+    values: list[Tensor],
+    scale: float,
+    dq: Tensor,
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    groups = keys[0].shape[1]
+    q5, do5, lse5 = _grouped(q, groups), _grouped(grad_out, groups), lse.unflatten(1, (groups, -1))
+    delta = (grad_out * out).float().sum(-1).unflatten(1, (groups, -1))
+    dq5, branch_dk, branch_dv = _grouped(dq, groups), [], []
+    for key, value in zip(keys, values, strict=True):
+        p = (_scores(q5, key, scale) - lse5).exp()
+        grad_score = (p * (_scores(do5, value, 1.0) - delta) * scale).to(q.dtype)
+        dq5 = torch.addcmul(dq5, grad_score.unsqueeze(-1), key.unsqueeze(2))
+        branch_dk.append(torch.einsum("bgrs,bgrsd->bgsd", grad_score, q5))
+        branch_dv.append(torch.einsum("bgrs,bgrsd->bgsd", p.to(q.dtype), do5))
+    return dq5.flatten(1, 2), branch_dk, branch_dv

@@ -1,0 +1,179 @@
+"""EagleConfig: every option of a draft and of its training, and the ``--eagle-*`` flags made of it.
+
+One dataclass is the single source: a field's type and metadata become its command-line flag, its
+help text and its checks. Nothing else in the package declares an option.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+def _option(default: Any, help_text: str, **flag: Any) -> Any:
+    """A dataclass field whose ``flag`` entries go to ``ArgumentParser.add_argument``."""
+    return field(default=default, metadata={"help": help_text, "flag": flag})
+
+
+@dataclass(frozen=True)
+class EagleConfig:
+    """Options of an EAGLE-3 draft and of its training.
+
+    Raises ``ValueError`` on construction, naming the flag and its value, when an option makes no
+    sense by itself; :meth:`check_against_base` does so for what depends on the base.
+    """
+
+    base_checkpoint: str | None = _option(
+        None, "Megatron checkpoint of the frozen base (from tools/import_base.py)", metavar="DIR"
+    )
+    ttt_steps: int = _option(3, "K: test-time-training steps the draft is unrolled for", type=int)
+    aux_layers: tuple[int, ...] | None = _option(
+        None,
+        "0-based base layers whose outputs are captured, ascending "
+        "(default: 1, n//2 - 1 and n - 4 of n layers)",
+        type=int,
+        nargs="+",
+        metavar="LAYER",
+    )
+    num_layers: int = _option(1, "transformer layers of the draft", type=int)
+    draft_vocab_size: int | None = _option(
+        None,
+        "D: size of the draft's vocabulary, its ids chosen by how often training supervises them "
+        "(default: the base's whole vocabulary)",
+        type=int,
+    )
+    vocab_map: str | None = _option(
+        None,
+        "safetensors file whose int64 tensor 'vocab_ids' lists the draft's token ids, ascending, "
+        "or whose 'd2t' holds them as offsets; used instead of counting",
+        metavar="FILE",
+    )
+    step_decay: float = _option(0.8, "step t of the unroll weighs step_decay**t", type=float)
+    detach_steps: bool = _option(
+        False, "do not back-propagate through the hidden state fed from step to step"
+    )
+    mask_out_of_vocab: bool = _option(
+        False, "leave out rows whose base argmax lies outside the draft vocabulary"
+    )
+    train_data: str | None = _option(
+        None,
+        "JSONL of prompt_ids and answer_ids (tools/regenerate.py), answers supervised; without it "
+        "Megatron's --data-path is used and every token is supervised",
+        metavar="FILE",
+    )
+    logits_budget_mib: int = _option(
+        256,
+        "draft logits of a micro-batch are kept for backward up to this many MiB per rank, above "
+        "it they are recomputed chunk by chunk",
+        type=int,
+    )
+    log_file: str | None = _option(
+        None,
+        "append the metrics to this JSONL file, one line per --log-interval, means over the "
+        "interval",
+        metavar="FILE",
+    )
+    compile: bool = _option(
+        False, "torch.compile the draft's collective-free regions; falls back to eager if it fails"
+    )
+    nvtx: bool = _option(False, "mark teacher, unroll, loss and step with NVTX ranges")
+
+    def __post_init__(self) -> None:
+        if self.aux_layers is not None:
+            object.__setattr__(self, "aux_layers", tuple(int(i) for i in self.aux_layers))
+        for name, least in (("ttt_steps", 1), ("num_layers", 1), ("logits_budget_mib", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(
+                    f"{flag_name(name)} must be at least {least}, not {getattr(self, name)}"
+                )
+        if self.draft_vocab_size is not None and self.draft_vocab_size < 1:
+            raise ValueError(
+                f"--eagle-draft-vocab-size must be at least 1, not {self.draft_vocab_size}"
+            )
+        if not 0.0 < self.step_decay <= 1.0:
+            raise ValueError(f"--eagle-step-decay must be in (0, 1], not {self.step_decay}")
+        if self.aux_layers is not None:
+            _check_aux_layers(self.aux_layers)
+
+    def captured_layers(self, base_layers: int) -> tuple[int, ...]:
+        """The captured layers of a base of ``base_layers`` layers: 0-based, outputs, ascending."""
+        if self.aux_layers is not None:
+            return self.aux_layers
+        if base_layers < 6:
+            raise ValueError(
+                f"--eagle-aux-layers must be given for a base of {base_layers} layers: "
+                "the defaults 1, n//2 - 1 and n - 4 need at least 6"
+            )
+        return (1, base_layers // 2 - 1, base_layers - 4)
+
+    def check_against_base(self, base_layers: int, vocab_size: int, seq_length: int) -> None:
+        """Raise ``ValueError`` for options that a base of these dimensions cannot honour."""
+        for layer in self.captured_layers(base_layers):
+            if layer >= base_layers:
+                raise ValueError(
+                    f"--eagle-aux-layers {layer} is out of range: "
+                    f"the base has layers 0 to {base_layers - 1}"
+                )
+        if self.draft_vocab_size is not None and self.draft_vocab_size > vocab_size:
+            raise ValueError(
+                f"--eagle-draft-vocab-size {self.draft_vocab_size} exceeds "
+                f"the base's vocabulary of {vocab_size}"
+            )
+        if seq_length < self.ttt_steps + 2:
+            raise ValueError(
+                f"--seq-length {seq_length} is too short: --eagle-ttt-steps {self.ttt_steps} "
+                f"needs at least {self.ttt_steps + 2} tokens"
+            )
+
+    @classmethod
+    def from_args(cls, args: argparse.Namespace) -> EagleConfig:
+        """Build from parsed flags, as :func:`add_eagle_flags` declared them."""
+        return cls(**{f.name: getattr(args, f"eagle_{f.name}") for f in dataclasses.fields(cls)})
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> EagleConfig:
+        """Build from the JSON of a checkpoint; an unknown key raises ``ValueError``."""
+        unknown = set(values) - {f.name for f in dataclasses.fields(cls)}
+        if unknown:
+            raise ValueError(f"unknown draft options in the checkpoint: {sorted(unknown)}")
+        return cls(**values)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The options as JSON-serialisable values."""
+        return dataclasses.asdict(self)
+
+
+def flag_name(field_name: str) -> str:
+    """``ttt_steps`` -> ``--eagle-ttt-steps``."""
+    return "--eagle-" + field_name.replace("_", "-")
+
+
+def add_eagle_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Declare one ``--eagle-*`` flag per field of :class:`EagleConfig` and return ``parser``."""
+    group = parser.add_argument_group("eagle", "the draft and its training")
+    for option in dataclasses.fields(EagleConfig):
+        flag = dict(option.metadata["flag"])
+        if isinstance(option.default, bool):
+            flag["action"] = "store_true"
+        else:
+            flag["default"] = option.default
+        text = option.metadata["help"]
+        if option.default not in (None, False):
+            text += f" (default: {option.default})"
+        group.add_argument(flag_name(option.name), help=text.replace("%", "%%"), **flag)
+    return parser
+
+
+def _check_aux_layers(layers: tuple[int, ...]) -> None:
+    shown = " ".join(map(str, layers))
+    if not layers:
+        raise ValueError("--eagle-aux-layers needs at least one layer")
+    if min(layers) < 0:
+        raise ValueError(f"--eagle-aux-layers must not be negative: {shown}")
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"--eagle-aux-layers names a layer twice: {shown}")
+    if list(layers) != sorted(layers):
+        raise ValueError(f"--eagle-aux-layers must ascend: {shown}")

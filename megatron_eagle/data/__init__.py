@@ -1,0 +1,1 @@
+"""Training data: JSONL of answers, supervised-token counts, regeneration."""

@@ -1,0 +1,53 @@
+"""Which modules a layer is made of: Megatron-Core's own, or Transformer Engine's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_eagle.compat import (
+    LocalSpecProvider,
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+    require,
+)
+
+
+@dataclass(frozen=True)
+class LayerBackend:
+    """Builders of one implementation: ``layer_spec(config)`` gives a TransformerLayer spec;
+    ``norm`` and ``column_linear`` build a norm and an un-normed column-parallel linear."""
+
+    layer_spec: Callable[[Any], Any]
+    norm: Callable[..., Any]
+    column_linear: Callable[..., Any]
+
+
+def local_backend() -> LayerBackend:
+    """Modules of Megatron-Core alone (``--transformer-impl local``), RMSNorm."""
+    provider = LocalSpecProvider()
+    return LayerBackend(
+        layer_spec=lambda config: get_gpt_layer_local_spec(
+            normalization="RMSNorm", qk_layernorm=config.qk_layernorm
+        ),
+        norm=provider.layer_norm(rms_norm=True, for_qk=False),
+        column_linear=provider.column_parallel_linear(),
+    )
+
+
+def transformer_engine_backend() -> LayerBackend:
+    """Transformer Engine's modules; raises ``ValueError`` where it is not installed."""
+    if not require("megatron.core.extensions.transformer_engine:HAVE_TE"):
+        raise ValueError(
+            "--transformer-impl transformer_engine: Transformer Engine is not installed; "
+            "use --transformer-impl local"
+        )
+    provider = require("megatron.core.extensions.transformer_engine_spec_provider:TESpecProvider")()
+    return LayerBackend(
+        layer_spec=lambda config: get_gpt_layer_with_transformer_engine_spec(
+            qk_layernorm=config.qk_layernorm
+        ),
+        norm=provider.layer_norm(),
+        column_linear=provider.column_parallel_linear(),
+    )

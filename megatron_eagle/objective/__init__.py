@@ -1,0 +1,1 @@
+"""What a draft is trained for: the K-step unroll, its loss, its metrics."""

@@ -1,0 +1,1 @@
+"""Vocab-parallel primitives: shards, statistics, the fused loss. No Megatron global state."""

@@ -1,0 +1,1 @@
+"""What the frozen base gives a draft: captured layers, embeddings, and targets made once."""

@@ -1,0 +1,1 @@
+"""Inside Megatron's trainer: flags, model, step, data. Alone imports ``megatron.training``."""

@@ -1,0 +1,113 @@
+"""The command line: Megatron's flags, ours, and what the base's own description already says.
+
+``--eagle-base-checkpoint`` alone tells the base's dimensions: their flags are put in front of the
+user's, and a flag of the user's that contradicts them is an error. On a machine without CUDA the
+flags that a CPU needs are put in front too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from megatron.training.arguments import parse_and_validate_args
+
+from megatron_eagle.checkpoint_dir import BaseInfo, load_base_json
+from megatron_eagle.config import EagleConfig, add_eagle_flags
+from megatron_eagle.hf.megatron_args import flags as megatron_flags
+from megatron_eagle.platform import is_enabled
+
+CPU_FLAGS = [
+    *("--distributed-backend", "gloo", "--transformer-impl", "local"),
+    "--no-gradient-accumulation-fusion",
+    "--no-persist-layer-norm",
+    "--no-rope-fusion",
+    "--no-masked-softmax-fusion",
+    "--no-bias-swiglu-fusion",
+    "--no-bias-dropout-fusion",
+]
+ALWAYS_FLAGS = ["--calculate-per-token-loss"]
+"""The loss is normalised by one global token count, so Megatron must keep sums."""
+
+_ALIASES = {"norm_epsilon": "layernorm_epsilon"}
+"""Flags that Megatron's parser stores under another name."""
+
+_UNSUPPORTED = {
+    "pipeline_model_parallel_size": 1,
+    "context_parallel_size": 1,
+    "virtual_pipeline_model_parallel_size": None,
+    "num_experts": None,
+    "multi_latent_attention": False,
+    "use_torch_fsdp2": False,
+    "use_megatron_fsdp": False,
+    "mtp_num_layers": None,
+}
+
+
+def parse_eagle_args() -> tuple[argparse.Namespace, EagleConfig, BaseInfo]:
+    """Parse ``sys.argv`` into Megatron's args, the options, and the base's description.
+
+    Raises ``ValueError`` naming the flag for a mistake that every rank sees alike.
+    """
+    user = sys.argv[1:]
+    if "--help" in user or "-h" in user:
+        parse_and_validate_args(extra_args_provider=add_eagle_flags)
+    mine = add_eagle_flags(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
+    options = EagleConfig.from_args(mine.parse_known_args(user)[0])
+    if options.base_checkpoint is None:
+        raise ValueError("--eagle-base-checkpoint is required: the base to train a draft for")
+    base = _base_info(options.base_checkpoint)
+    sys.argv[1:] = [*_implied_flags(base, options), *user]
+    args = parse_and_validate_args(extra_args_provider=add_eagle_flags)
+    _check_dimensions(args, base)
+    _check_supported(args)
+    options.check_against_base(args.num_layers, base.vocab_size, args.seq_length)
+    return args, options, base
+
+
+def _base_info(directory: str) -> BaseInfo:
+    try:
+        return load_base_json(directory)
+    except ValueError as error:
+        raise ValueError(f"--eagle-base-checkpoint {error}") from error
+
+
+def _implied_flags(base: BaseInfo, options: EagleConfig) -> list[str]:
+    words = [*ALWAYS_FLAGS, *megatron_flags(base.megatron_args)]
+    if is_enabled():
+        words += CPU_FLAGS
+    if options.train_data is not None:
+        # The file holds ids, and no validation split.
+        words += ["--tokenizer-type", "NullTokenizer", "--eval-iters", "0"]
+        words += ["--eval-interval", "1000000000"]
+    return words
+
+
+def _check_dimensions(args: argparse.Namespace, base: BaseInfo) -> None:
+    for name, value in base.megatron_args.items():
+        if name in ("vocab_size", "max_position_embeddings", "make_vocab_size_divisible_by"):
+            continue
+        given = getattr(args, _ALIASES.get(name, name), None)
+        if given != value:
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{flag} {given} contradicts the base checkpoint, which has {name} = {value}"
+            )
+    longest = base.megatron_args["max_position_embeddings"]
+    if args.seq_length > longest:
+        raise ValueError(f"--seq-length {args.seq_length} exceeds the base's {longest} positions")
+
+
+def _check_supported(args: argparse.Namespace) -> None:
+    for name, supported in _UNSUPPORTED.items():
+        value: Any = getattr(args, name, supported)
+        if value != supported:
+            raise ValueError(f"--{name.replace('_', '-')} {value} is not supported yet")
+    tensor = args.tensor_model_parallel_size
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        if getattr(args, name) % tensor:
+            raise ValueError(
+                f"--tensor-model-parallel-size {tensor} does not divide "
+                f"the base's {name} = {getattr(args, name)}"
+            )

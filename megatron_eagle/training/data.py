@@ -1,0 +1,125 @@
+"""Data for the trainer: Megatron's own builders, or the answers of a JSONL.
+
+Every tensor-parallel rank reads its samples itself, so nothing is broadcast and the number of
+supervised rows is known on the host without a synchronisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from megatron.training import get_args, get_tokenizer
+from megatron.training.utils import get_blend_and_blend_per_split
+from torch import Tensor
+
+from megatron_eagle.data.answers import AnswerDataset, count_answers
+from megatron_eagle.objective.batch import EagleBatch
+
+
+class DatasetProvider:
+    """A Megatron ``train_valid_test_dataset_provider``."""
+
+    is_distributed = True
+
+    def __init__(self, train_data: str | None, vocab_size: int) -> None:
+        self.train_data, self.vocab_size = train_data, vocab_size
+
+    def __call__(self, num_samples: Sequence[int], vp_stage: int | None = None) -> tuple:
+        args = get_args()
+        if self.train_data is not None:
+            train = AnswerDataset(
+                self.train_data, self.vocab_size, args.seq_length, num_samples[0], args.seed
+            )
+            return train, None, None
+        kind = MockGPTDataset if args.mock_data else GPTDataset
+        config = gpt_dataset_config(args)
+        return tuple(BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config).build())
+
+
+def gpt_dataset_config(args: Any) -> GPTDatasetConfig:
+    """Megatron's flags for ``.bin/.idx`` data as its dataset builder wants them."""
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    return GPTDatasetConfig(
+        random_seed=args.seed,
+        sequence_length=args.seq_length,
+        blend=blend,
+        blend_per_split=blend_per_split,
+        split=args.split,
+        path_to_cache=args.data_cache_path,
+        tokenizer=get_tokenizer(),
+        mmap_bin_files=args.mmap_bin_files,
+        reset_position_ids=False,
+        reset_attention_mask=False,
+        eod_mask_loss=False,
+        create_attention_mask=False,
+        mid_level_dataset_surplus=args.mid_level_dataset_surplus,
+    )
+
+
+def next_batch(iterator: Any, steps: int) -> EagleBatch:
+    """The iterator's next micro-batch, on this rank's device."""
+    args = get_args()
+    sample = next(iterator)
+    multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    batch = EagleBatch.build(
+        sample["tokens"].long(), sample["loss_mask"], steps, multiple, trim=True
+    )
+    return batch.to(torch.cuda.current_device())
+
+
+def count_supervised(args: Any, train_data: str | None, vocab_size: int) -> Tensor:
+    """How often training supervises each id, [V] int64: answers of the JSONL, or all tokens of the
+    ``--data-path`` files (a pass over their ``.bin``)."""
+    if train_data is not None:
+        return count_answers(train_data, vocab_size)
+    if args.mock_data:
+        return torch.ones(vocab_size, dtype=torch.int64)
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for prefix in _prefixes(args):
+        dataset = IndexedDataset(prefix, multimodal=False, mmap=True)
+        for document in range(len(dataset)):
+            ids = dataset[document]
+            if ids.size and int(ids.max()) >= vocab_size:
+                raise ValueError(
+                    f"--data-path {prefix}: token id {int(ids.max())} is outside the base's "
+                    f"0 to {vocab_size - 1}"
+                )
+            counts += np.bincount(ids, minlength=vocab_size)
+    return torch.from_numpy(counts)
+
+
+def _prefixes(args: Any) -> list[str]:
+    blend, blend_per_split = get_blend_and_blend_per_split(args)
+    chosen = blend or (blend_per_split and blend_per_split[0])
+    if not chosen:
+        raise ValueError("no training data: give --eagle-train-data or --data-path")
+    return list(chosen[0])
+
+
+def protected_ids(vocab_size: int, hf_config: dict[str, Any]) -> set[int]:
+    """Ids that every draft vocabulary keeps: the tokenizer's special and byte tokens, as far as the
+    tokenizer in use tells them, and the base's own bos, eos and pad."""
+    found: set[int] = set()
+    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = hf_config.get(key)
+        found |= set(value) if isinstance(value, list) else {value} if value is not None else set()
+    inner = getattr(get_tokenizer(), "_tokenizer", None)
+    while inner is not None and not hasattr(inner, "convert_ids_to_tokens"):
+        inner = getattr(inner, "tokenizer", None)
+    if inner is not None:
+        found |= set(getattr(inner, "all_special_ids", ()) or ())
+        names = inner.convert_ids_to_tokens(list(range(min(vocab_size, len(inner)))))
+        found |= {i for i, name in enumerate(names) if _is_byte(name)}
+    return {int(i) for i in found if 0 <= int(i) < vocab_size}
+
+
+def _is_byte(token: str | None) -> bool:
+    if token is None:
+        return False
+    return len(token) == 1 or (token.startswith("<0x") and token.endswith(">"))

@@ -1,0 +1,72 @@
+"""Machine-readable metrics: one JSON line per log interval (``--eagle-log-file``)."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.training import get_args
+from torch import Tensor
+
+from megatron_eagle.compat import replace, require
+
+_TRAINING_LOG = "megatron.training.training:training_log"
+
+
+class MetricsLog:
+    """Listens to Megatron's ``training_log``; the host reads values at the log interval only.
+
+    A line holds ``iteration``, ``consumed_samples``, ``learning_rate``, ``grad_norm``, ``seconds``
+    since the start, ``supervised_rows`` summed since the start of this run, and the means over the
+    interval of every other metric. Written by the last rank.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.path = Path(file)
+        self._start = time.monotonic()
+        self._interval: list[dict[str, Tensor]] = []
+        self._rows = 0
+
+    def attach(self) -> None:
+        """Must run before ``pretrain()``; raises ``ValueError`` if the file cannot be written."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.open("a").close()
+        except OSError as error:
+            raise ValueError(f"--eagle-log-file {self.path}: {error.strerror}") from error
+        training_log = require(_TRAINING_LOG)
+
+        def logged(
+            loss_dict: dict, totals: dict, rate: Any, iteration: int, *rest: Any, **kw: Any
+        ) -> Any:
+            self._record(loss_dict, rate, iteration, grad_norm=rest[3])
+            return training_log(loss_dict, totals, rate, iteration, *rest, **kw)
+
+        replace(_TRAINING_LOG, logged)
+
+    def _record(
+        self, metrics: dict[str, Tensor], rate: Any, iteration: int, grad_norm: Any
+    ) -> None:
+        if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
+            return
+        self._interval.append(metrics)
+        args = get_args()
+        if iteration % args.log_interval:
+            return
+        sums = {key: sum(float(step[key]) for step in self._interval) for key in metrics}
+        self._rows += int(sums.pop("supervised_rows"))
+        line = {
+            "iteration": iteration,
+            "consumed_samples": args.consumed_train_samples,
+            "learning_rate": rate,
+            "grad_norm": None if grad_norm is None else float(grad_norm),
+            "seconds": round(time.monotonic() - self._start, 3),
+            "supervised_rows": self._rows,
+            **{key: value / len(self._interval) for key, value in sums.items()},
+        }
+        self._interval.clear()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")

@@ -1,0 +1,170 @@
+"""EagleGPTModel: the frozen base and the draft beside it, as one Megatron model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_eagle.compat import (
+    MegatronModule,
+    gather_from_sequence_parallel_region,
+)
+from megatron_eagle.config import EagleConfig
+from megatron_eagle.draft.model import EagleDraft
+from megatron_eagle.objective.batch import EagleBatch
+from megatron_eagle.objective.unroll import DraftInputs, target_hidden, unroll
+from megatron_eagle.parallel.soft_cross_entropy import LossRows, soft_cross_entropy
+from megatron_eagle.platform.nvtx import nvtx_range
+from megatron_eagle.teacher.embedding import step_embeddings
+from megatron_eagle.teacher.taps import Taps
+from megatron_eagle.teacher.targets import TeacherHead, TeacherTargets
+
+
+class FrozenBase(MegatronModule):
+    """A GPTModel that only looks: always in eval mode, no gradients, hidden states for logits.
+
+    Its parameters never require a gradient, so they enter neither DDP buffers nor the optimizer;
+    eval mode, which :meth:`train` refuses to leave, also keeps buffers (router biases, FP8 amax)
+    as they are.
+    """
+
+    def __init__(self, gpt: Any, captured: Sequence[int], vocab_size: int) -> None:
+        super().__init__(config=gpt.config)
+        self.gpt = gpt.requires_grad_(False).eval()
+        self.vocab_size = vocab_size
+        self.taps = Taps(gpt.decoder, captured)
+        self.tp_group = gpt.pg_collection.tp
+        # GPTModel returns the decoder's output when it is not to post-process it; the decoder's
+        # own final norm is not affected.
+        gpt.post_process = False
+
+    @property
+    def embedding_weight(self) -> Tensor:
+        """[Vp, H]: this rank's rows of the word embedding."""
+        return self.gpt.embedding.word_embeddings.weight
+
+    @property
+    def output_weight(self) -> Tensor:
+        """[Vp, H]: this rank's rows of the output layer (the embedding's, when tied)."""
+        if self.gpt.share_embeddings_and_output_weights:
+            return self.embedding_weight
+        return self.gpt.output_layer.weight
+
+    def train(self, mode: bool = True) -> FrozenBase:
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens [B, S] -> captured layers [S', B, A * H] and final hidden [S, B, H] (after the
+        final norm, gathered under sequence parallelism; S' is then S / TP)."""
+        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        with nvtx_range("base"):
+            final = self.gpt(tokens, positions, attention_mask=None)
+            if self.config.sequence_parallel:
+                final = gather_from_sequence_parallel_region(final, group=self.tp_group)
+        return self.taps.take(), final
+
+    @torch.no_grad()
+    def rotary(self, length: int) -> Tensor:
+        """RoPE angles of positions 0 .. length - 1, [length, 1, 1, d]."""
+        return self.gpt.rotary_pos_emb(length)
+
+
+class EagleGPTModel(MegatronModule):
+    """A draft trained beside the frozen base that teaches it.
+
+    Args:
+        base: the frozen base, whole on this pipeline stage.
+        draft: the trainable draft on the same tensor-parallel group.
+        options: the run's options.
+    """
+
+    def __init__(self, base: FrozenBase, draft: EagleDraft, options: EagleConfig) -> None:
+        super().__init__(config=base.config)
+        self.base, self.draft, self.options = base, draft, options
+        self.pg_collection = base.gpt.pg_collection
+        self.share_embeddings_and_output_weights = False
+        self.pre_process = self.post_process = True
+        self.teacher: TeacherHead | None = None
+        weights = [options.step_decay**t for t in range(options.ttt_steps)]
+        self.register_buffer("step_weights", torch.tensor(weights), persistent=False)
+        in_vocab = torch.zeros(base.vocab_size, dtype=torch.bool)
+        in_vocab[draft.vocab_ids.cpu()] = True
+        self.register_buffer("in_draft_vocab", in_vocab, persistent=False)
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Megatron's schedules call this on every stage; one stage holds the whole base here."""
+
+    def draft_inputs(self, tokens: Tensor, features: Tensor) -> DraftInputs:
+        """What the unroll reads, for tokens [B, S] and captured layers [S', B, A * H]."""
+        steps = self.options.ttt_steps
+        return DraftInputs(
+            features=features,
+            embeddings=step_embeddings(
+                tokens,
+                self.base.embedding_weight,
+                self.base.vocab_size,
+                steps,
+                self.base.tp_group,
+                self.config.sequence_parallel,
+            ),
+            rotary=self.base.rotary(tokens.shape[1] + steps - 1),
+        )
+
+    @torch.no_grad()
+    def targets(self, final_hidden: Tensor, target_rows: Tensor) -> TeacherTargets:
+        """Teacher targets at flat rows ``target_rows`` [M] of ``final_hidden`` [S, B, H]."""
+        if self.teacher is None:
+            self.teacher = TeacherHead(
+                self.base.output_weight,
+                self.base.vocab_size,
+                self.draft.vocab_ids,
+                self.base.tp_group,
+            )
+        with nvtx_range("teacher"):
+            return self.teacher.targets(final_hidden.flatten(0, 1)[target_rows])
+
+    def forward(self, batch: EagleBatch) -> tuple[Tensor, Tensor]:
+        """The micro-batch's loss (a sum over rows and weighted steps) and its metric sums, see
+        :func:`~megatron_eagle.parallel.soft_cross_entropy.soft_cross_entropy`."""
+        features, final_hidden = self.base(batch.tokens)
+        targets = self.targets(final_hidden, batch.target_rows)
+        inputs = self.draft_inputs(batch.tokens, features)
+        outputs = unroll(self.draft, inputs, self.options.ttt_steps, self.options.detach_steps)
+        with nvtx_range("loss"):
+            return soft_cross_entropy(
+                target_hidden(self.draft, outputs, batch.step_rows),
+                self.draft.head_weight,
+                targets.exp_logits,
+                targets.statistics,
+                self._loss_rows(batch),
+                self.draft.tp_group,
+                self.options.logits_budget_mib << 20,
+            )
+
+    def _loss_rows(self, batch: EagleBatch) -> LossRows:
+        return LossRows(
+            mask=batch.step_mask,
+            step_weights=self.step_weights.float(),
+            shard_ids=self.draft.shard_ids,
+            in_draft_vocab=self.in_draft_vocab if self.options.mask_out_of_vocab else None,
+        )
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """The draft alone: the base has a checkpoint of its own and never changes."""
+        return self.draft.sharded_state_dict(f"{prefix}draft.", sharded_offsets, metadata)
+
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Strict for the draft; the base is not part of the state."""
+        prefix = "draft."
+        unexpected = [key for key in state_dict if not key.startswith(prefix)]
+        assert not unexpected, f"not the draft's: {unexpected[:3]}"
+        own = {key.removeprefix(prefix): value for key, value in state_dict.items()}
+        return self.draft.load_state_dict(own, strict=strict, assign=assign)

@@ -1,0 +1,67 @@
+"""One training step as Megatron calls it: forward step, loss function, metrics once per step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from megatron.core import mpu
+from torch import Tensor
+
+from megatron_eagle.compat import replace, require
+from megatron_eagle.config import EagleConfig
+from megatron_eagle.objective.metrics import reduce_metrics
+from megatron_eagle.platform.nvtx import nvtx_range
+from megatron_eagle.training.data import next_batch
+
+_SCHEDULE = "megatron.training.training:get_forward_backward_func"
+_SUMS = "eagle_sums"
+
+
+class ForwardStep:
+    """Megatron's ``forward_step_func``: one micro-batch through base and draft."""
+
+    def __init__(self, options: EagleConfig) -> None:
+        self.options = options
+
+    def __call__(self, iterator: Any, model: Any) -> tuple[Any, Callable[..., Any]]:
+        return model(next_batch(iterator, self.options.ttt_steps)), self._loss
+
+    def _loss(self, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """(sum of losses, rows supervised at step 0, metric sums). Megatron divides the summed
+        gradients by the rows of the whole global batch."""
+        loss, sums = output
+        rows = sums[self.options.ttt_steps].to(torch.int)
+        return loss, rows, {_SUMS: sums}
+
+
+def reduce_metrics_once_per_step(options: EagleConfig) -> None:
+    """Make Megatron's schedule hand over one dict of finished metrics per step.
+
+    Megatron would reduce every logged value by a collective of its own; here the micro-batches'
+    sums meet the other ranks in a single all-reduce. Must run before ``pretrain()``.
+    """
+    get_schedule = require(_SCHEDULE)
+
+    def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+        schedule = get_schedule(*args, **kwargs)
+
+        def forward_backward(**call: Any) -> list[dict[str, Tensor]]:
+            with nvtx_range("forward_backward"):
+                reports = schedule(**call)
+            if not reports:
+                return reports
+            group = mpu.get_data_parallel_group(with_context_parallel=True)
+            return [
+                reduce_metrics(
+                    [report[_SUMS] for report in reports],
+                    options.ttt_steps,
+                    options.step_decay,
+                    group,
+                )
+            ]
+
+        return forward_backward
+
+    replace(_SCHEDULE, get_forward_backward_func)

@@ -1,0 +1,47 @@
+"""Which ids a run's draft has: those of the checkpoint it resumes, a given map, or counted ones."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_eagle.checkpoint_dir import TRACKER_NAME, BaseInfo
+from megatron_eagle.config import EagleConfig
+from megatron_eagle.draft.vocab import check_vocab_ids, choose_vocab_ids, load_vocab_ids
+from megatron_eagle.hf.dcp_reader import DraftCheckpoint
+from megatron_eagle.training.data import count_supervised, protected_ids
+
+
+def draft_vocab_ids(args: Any, options: EagleConfig, base: BaseInfo) -> Tensor:
+    """The draft's base ids [D] int64, ascending; the same on every rank.
+
+    A checkpoint that ``--load`` will resume decides: its rows mean its ids, and rebuilding them
+    from other data would scramble the head without a trace in the metrics.
+    """
+    resumed = _resumed_vocab_ids(args.load)
+    if resumed is not None:
+        check_vocab_ids(resumed, base.vocab_size, f"--load {args.load}")
+        if options.draft_vocab_size not in (None, resumed.numel()):
+            raise ValueError(
+                f"--eagle-draft-vocab-size {options.draft_vocab_size}: the draft in --load "
+                f"{args.load} has {resumed.numel()} ids"
+            )
+        return resumed
+    if options.vocab_map is not None:
+        return load_vocab_ids(options.vocab_map, base.vocab_size, options.draft_vocab_size)
+    if options.draft_vocab_size in (None, base.vocab_size):
+        return torch.arange(base.vocab_size)
+    counts = count_supervised(args, options.train_data, base.vocab_size)
+    always = protected_ids(base.vocab_size, base.hf_config)
+    assert options.draft_vocab_size is not None
+    return choose_vocab_ids(counts, options.draft_vocab_size, always)
+
+
+def _resumed_vocab_ids(load: str | None) -> Tensor | None:
+    if load is None or not (Path(load) / TRACKER_NAME).is_file():
+        return None
+    checkpoint = DraftCheckpoint.open(load)
+    return checkpoint.load(["draft.vocab_ids"])["draft.vocab_ids"]

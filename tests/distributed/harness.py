@@ -1,0 +1,179 @@
+"""Run a function on several gloo ranks of this machine and bring back what each returned.
+
+    def tp_loss(rank, world_size, weights):
+        groups = megatron_parallel(tp=world_size)
+        ...
+        return loss.item()
+
+    def test_tp_matches_tp1():
+        losses = run_distributed(tp_loss, 2, weights)
+
+``fn`` must be a module-level function. Ranks are fresh processes without CUDA, forked from one
+server that has imported torch and Megatron once, so a run costs well under a second of start-up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+PRELOADED = ["torch", "megatron.core.models.gpt", "megatron.training.training"]
+RANK_ENVIRONMENT = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # Megatron's jit_fuser would compile for seconds
+}
+
+
+class RankError(AssertionError):
+    """A rank raised or died; the message holds its number and its traceback."""
+
+
+def run_distributed(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0
+) -> list[Any]:
+    """Call ``fn(rank, world_size, *args)`` on every rank of a fresh gloo process group.
+
+    Args:
+        fn: a module-level function; a rank has one thread and its default group is initialised.
+        args: picklable; copied to every rank, tensors included.
+        timeout: seconds for all ranks together.
+
+    Returns:
+        The picklable results, in rank order.
+
+    Raises:
+        RankError: a rank raised or died; the others are stopped at once.
+        TimeoutError: with the stack of every rank that was still running.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    call = pickle.dumps((fn, args))
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stop:
+        connections: dict[Any, int] = {}
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_rank_main, args=(rank, world_size, call, theirs, scratch, timeout)
+            )
+            with mock.patch.dict(os.environ, RANK_ENVIRONMENT):
+                process.start()
+            theirs.close()
+            stop.callback(_stop, process, ours)
+            connections[ours] = rank
+        results = _collect(connections, timeout, Path(scratch))
+    return [results[rank] for rank in range(world_size)]
+
+
+def megatron_parallel(
+    tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1, vpp: int | None = None, seed: int = 1234
+) -> Any:
+    """Inside a rank: Megatron on the CPU, its process groups, and its random generators.
+
+    Sequence parallelism has no group of its own: set ``sequence_parallel`` in the model's config.
+
+    Args:
+        tp, pp, cp, ep: sizes of the tensor, pipeline, context and expert parallel groups; the rest
+            of the world is data parallel.
+        vpp: virtual pipeline stages of each rank.
+        seed: the base of the model-parallel seeds; the same on every rank.
+
+    Returns:
+        Megatron's ``ProcessGroupCollection``.
+    """
+    from megatron_eagle.platform import enable
+
+    assert enable(), "ranks run without CUDA"
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        virtual_pipeline_model_parallel_size=vpp,
+        context_parallel_size=cp,
+        expert_model_parallel_size=ep,
+    )
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+def _rank_main(
+    rank: int, world_size: int, call: bytes, parent: Connection, scratch: str, timeout: float
+) -> None:
+    torch.set_num_threads(1)
+    with open(_stack_file(Path(scratch), rank), "w") as stacks:
+        faulthandler.dump_traceback_later(timeout, file=stacks)
+        try:
+            torch.distributed.init_process_group(
+                "gloo",
+                init_method=f"file://{scratch}/store",
+                rank=rank,
+                world_size=world_size,
+                timeout=timedelta(seconds=timeout + 30),  # the parent's timeout comes first
+            )
+            fn, args = pickle.loads(call)
+            answer = pickle.dumps((True, fn(rank, world_size, *args)))
+        except BaseException:
+            answer = pickle.dumps((False, traceback.format_exc()))
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+    parent.send_bytes(answer)
+    # Staying until the parent has everything keeps this rank's end from being "closed by peer"
+    # in the others, which would hide the first error.
+    with contextlib.suppress(EOFError, OSError):
+        parent.recv_bytes()
+    os._exit(0)
+
+
+def _collect(pending: dict[Any, int], timeout: float, scratch: Path) -> dict[int, Any]:
+    results: dict[int, Any] = {}
+    deadline = time.monotonic() + timeout + 1.0  # ranks write their stacks at `timeout`
+    pending = dict(pending)
+    while pending:
+        ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            raise TimeoutError(_describe_hang(sorted(pending.values()), timeout, scratch))
+        for connection in ready:
+            assert isinstance(connection, Connection)
+            rank = pending.pop(connection)
+            try:
+                succeeded, result = pickle.loads(connection.recv_bytes())
+            except EOFError:
+                raise RankError(f"rank {rank} died without an exception") from None
+            if not succeeded:
+                raise RankError(f"rank {rank} raised\n{result}")
+            results[rank] = result
+    return results
+
+
+def _describe_hang(ranks: list[int], timeout: float, scratch: Path) -> str:
+    stacks = [f"rank {rank}:\n{_stack_file(scratch, rank).read_text()}" for rank in ranks]
+    return f"ranks {ranks} still running after {timeout:g} s\n" + "\n".join(stacks)
+
+
+def _stack_file(scratch: Path, rank: int) -> Path:
+    return scratch / f"stack{rank}"
+
+
+def _stop(process: BaseProcess, connection: Connection) -> None:
+    connection.close()
+    process.kill()
+    process.join()

@@ -1,0 +1,152 @@
+"""Losses, accuracies and every gradient of the draft equal the reference's, in every TP layout."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.distributed.harness import megatron_parallel, run_distributed
+from tests.draft_fixture import Case, build_model, local_part, megatron_names
+from tests.reference_eagle3 import ReferenceConfig, ReferenceEagle3
+
+HIDDEN, LENGTH, BATCH = 32, 24, 2
+TOLERANCE = 1e-5
+
+CONFIG = ReferenceConfig(
+    hidden_size=HIDDEN,
+    target_hidden_size=HIDDEN,
+    intermediate_size=64,
+    num_heads=8,
+    num_kv_heads=4,
+    head_dim=8,
+    vocab_size=61,  # divided by neither 2 nor 4
+    draft_vocab_size=23,
+    num_layers=1,
+    num_aux=3,
+    rope_theta=10000.0,
+    rms_eps=1e-5,
+    ttt_steps=3,
+    step_decay=0.8,
+    mask_out_of_vocab=False,
+    detach_steps=False,
+)
+
+
+def make_case(seed: int = 0, **changes: Any) -> tuple[Case, ReferenceEagle3]:
+    """A case and the reference holding its weights; ``changes`` go to the config or the case."""
+    torch.manual_seed(seed)
+    fields = {f.name for f in dataclasses.fields(ReferenceConfig)}
+    config = dataclasses.replace(CONFIG, **{k: v for k, v in changes.items() if k in fields})
+    vocab = config.vocab_size
+    ids = torch.randperm(vocab)[: config.draft_vocab_size].sort().values
+    embedding = torch.randn(vocab, HIDDEN)
+    reference = ReferenceEagle3(config, embedding, ids)
+    with torch.no_grad():
+        for name, parameter in reference.named_parameters():
+            offset = 1.0 if name.endswith("norm.weight") else 0.0
+            parameter.copy_(offset + 0.2 * torch.randn_like(parameter))
+    mask = torch.rand(BATCH, LENGTH) < 0.6
+    mask[0, :5] = False
+    case = Case(
+        config=config,
+        weights={name: p.detach().clone() for name, p in reference.named_parameters()},
+        vocab_ids=ids,
+        embedding=embedding,
+        output_weight=torch.randn(vocab, HIDDEN) / 3,
+        aux=torch.randn(BATCH, LENGTH, config.num_aux * HIDDEN),
+        final_hidden=torch.randn(BATCH, LENGTH, HIDDEN),
+        tokens=torch.randint(vocab, (BATCH, LENGTH)),
+        loss_mask=mask.float(),
+        **{k: v for k, v in changes.items() if k not in fields},
+    )
+    return case, reference
+
+
+def run_case(rank: int, world: int, case: Case) -> dict[str, Any]:
+    """Loss, sums and gradients of this rank's shards, gradients finished as Megatron does."""
+    megatron_parallel(tp=world)
+    from megatron_eagle.objective.batch import EagleBatch
+
+    model = build_model(case)
+    batch = EagleBatch.build(
+        case.tokens, case.loss_mask, case.config.ttt_steps, world, trim=case.trim
+    )
+    loss, sums = model(batch)
+    rows = sums[case.config.ttt_steps]
+    (loss / rows).backward()
+    for parameter in model.draft.parameters():
+        if getattr(parameter, "sequence_parallel", False) and case.sequence_parallel:
+            torch.distributed.all_reduce(parameter.grad)
+    shard = model.draft.shard
+    return {
+        "loss": float(loss.detach() / rows),
+        "sums": sums.detach(),
+        "grads": {name: p.grad for name, p in model.draft.named_parameters()},
+        "vocab": (shard.start, shard.rows),
+    }
+
+
+def close(found: Tensor, expected: Tensor, what: str) -> None:
+    scale = max(float(expected.abs().max()), 1e-3)
+    worst = float((found - expected).abs().max()) / scale
+    assert worst < TOLERANCE, f"{what}: relative difference {worst:.2e}"
+
+
+def compare(case: Case, reference: ReferenceEagle3, results: list[dict[str, Any]]) -> None:
+    base_logits = case.final_hidden @ case.output_weight.t()
+    expected = reference.forward_ttt(case.aux, case.tokens, base_logits, case.loss_mask)
+    expected["loss"].backward()
+    grads = {name: p.grad for name, p in reference.named_parameters()}
+    world, steps = len(results), case.config.ttt_steps
+    for rank, result in enumerate(results):
+        close(torch.tensor(result["loss"]), expected["loss"].detach(), "loss")
+        loss_sums, counts, hits = result["sums"][:-2].view(3, steps)
+        close(loss_sums, expected["loss_sums"].detach(), "loss per step")
+        assert counts.tolist() == expected["counts"].tolist()
+        assert hits.tolist() == expected["hits"].tolist()
+        for name, (sources, kind) in megatron_names(case).items():
+            whole = local_part([grads[s] for s in sources], kind, case, rank, world)
+            found = result["grads"][name]
+            if kind == "vocab":
+                start, rows = result["vocab"]
+                assert not found[rows:].any(), "padding rows must get no gradient"
+                whole, found = whole[start : start + rows], found[:rows]
+                if rows == 0:
+                    continue
+            close(found, whole, f"gradient of {name} on rank {rank}")
+
+
+FULL_VOCAB = {"draft_vocab_size": 61}
+CASES = [
+    pytest.param(1, {}, id="tp1"),
+    pytest.param(1, {"ttt_steps": 1}, id="tp1-k1"),
+    pytest.param(1, {"ttt_steps": 5, "num_layers": 2}, id="tp1-k5-two-layers"),
+    pytest.param(1, {"detach_steps": True}, id="tp1-detach"),
+    pytest.param(1, {"logits_budget_mib": 0, "trim": True}, id="tp1-recompute-trim"),
+    pytest.param(2, {}, id="tp2"),
+    pytest.param(2, {"sequence_parallel": True, "ttt_steps": 5}, id="tp2-sp-k5"),
+    pytest.param(2, {"sequence_parallel": True, "num_layers": 2, "trim": True}, id="tp2-sp-trim"),
+    pytest.param(2, {**FULL_VOCAB, "mask_out_of_vocab": True}, id="tp2-full-vocab"),
+    pytest.param(2, {"mask_out_of_vocab": True, "ttt_steps": 1}, id="tp2-mask-out-of-vocab"),
+    pytest.param(4, {"ttt_steps": 5, "logits_budget_mib": 0}, id="tp4-recompute"),
+    pytest.param(4, {"sequence_parallel": True, **FULL_VOCAB}, id="tp4-sp-full-vocab"),
+    pytest.param(4, {"draft_vocab_size": 5}, id="tp4-empty-shard"),
+]
+
+
+@pytest.mark.parametrize(("world", "changes"), CASES)
+def test_equals_reference(world: int, changes: dict[str, Any]) -> None:
+    case, reference = make_case(**changes)
+    compare(case, reference, run_distributed(run_case, world, case))
+
+
+def test_the_comparison_can_fail() -> None:
+    """A draft with one weight off must not pass for the reference."""
+    case, reference = make_case()
+    case.weights["norm.weight"][0] += 0.01
+    with pytest.raises(AssertionError, match="relative difference"):
+        compare(case, reference, run_distributed(run_case, 1, case))

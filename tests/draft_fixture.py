@@ -1,0 +1,197 @@
+"""A small EagleGPTModel with the reference's weights, its base replaced by given tensors.
+
+Runs inside a rank of ``run_distributed``; the reference itself never enters a rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.reference_layers import ReferenceConfig
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: sizes, layout, and the tensors that reference and package share."""
+
+    config: ReferenceConfig
+    weights: dict[str, Tensor]
+    vocab_ids: Tensor
+    embedding: Tensor
+    output_weight: Tensor
+    aux: Tensor
+    final_hidden: Tensor
+    tokens: Tensor
+    loss_mask: Tensor
+    sequence_parallel: bool = False
+    logits_budget_mib: int = 256
+    trim: bool = False
+    compile: bool = False
+    counted: list[str] = field(default_factory=list)
+
+
+def build_model(case: Case) -> Any:
+    """EagleGPTModel on this rank, with this rank's shards of the case's weights, float32."""
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.transformer import TransformerConfig
+
+    from megatron_eagle.config import EagleConfig
+    from megatron_eagle.draft.backend import local_backend
+    from megatron_eagle.draft.metadata import encode_metadata
+    from megatron_eagle.draft.model import EagleDraft
+    from megatron_eagle.teacher.targets import draft_vocab_shard
+    from megatron_eagle.training.model import EagleGPTModel
+
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    reference = case.config
+    world = groups.tp.size()
+    config = TransformerConfig(
+        num_layers=reference.num_layers,
+        hidden_size=reference.hidden_size,
+        ffn_hidden_size=reference.intermediate_size,
+        num_attention_heads=reference.num_heads,
+        num_query_groups=reference.num_kv_heads,
+        kv_channels=reference.head_dim,
+        normalization="RMSNorm",
+        layernorm_epsilon=reference.rms_eps,
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=world,
+        sequence_parallel=case.sequence_parallel,
+        bias_activation_fusion=False,
+        gradient_accumulation_fusion=False,
+        use_cpu_initialization=True,
+        calculate_per_token_loss=True,
+    )
+    base = GivenBase(config, case, groups.tp)
+    options = EagleConfig(
+        ttt_steps=reference.ttt_steps,
+        step_decay=reference.step_decay,
+        mask_out_of_vocab=reference.mask_out_of_vocab,
+        detach_steps=reference.detach_steps,
+        logits_budget_mib=case.logits_budget_mib,
+    )
+    shard = draft_vocab_shard(
+        case.vocab_ids.numel(), reference.vocab_size, base.output_weight.shape[0], groups.tp
+    )
+    draft = EagleDraft(
+        config, local_backend(), reference.num_aux, case.vocab_ids, shard,
+        encode_metadata({}), groups,
+    )  # fmt: skip
+    load_reference_weights(draft, case)
+    return EagleGPTModel(base, draft, options)
+
+
+class GivenBase(torch.nn.Module):
+    """Stands for FrozenBase: gives the case's captured layers and final hidden as a base of this
+    layout would, its vocabulary padded to a multiple of 4 * TP."""
+
+    def __init__(self, config: Any, case: Case, group: Any) -> None:
+        from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+
+        super().__init__()
+        self.config, self.case, self.tp_group = config, case, group
+        self.vocab_size = case.config.vocab_size
+        self.gpt = torch.nn.Module()
+        from megatron.core.process_groups_config import ProcessGroupCollection
+
+        self.gpt.pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+        self.rope = RotaryEmbedding(
+            case.config.head_dim, 1.0, rotary_base=int(case.config.rope_theta),
+            use_cpu_initialization=True,
+        )  # fmt: skip
+        self.embedding_weight = self._shard(case.embedding)
+        self.output_weight = self._shard(case.output_weight)
+
+    def _shard(self, full: Tensor) -> Tensor:
+        world, rank = self.tp_group.size(), self.tp_group.rank()
+        rows = -(-full.shape[0] // (4 * world)) * 4
+        padded = torch.full((rows * world, full.shape[1]), 100.0)  # padding must never be seen
+        padded[: full.shape[0]] = full
+        return padded[rank * rows : (rank + 1) * rows].contiguous()
+
+    def rotary(self, length: int) -> Tensor:
+        return self.rope(length)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        length = tokens.shape[1]
+        features = self.case.aux[:, :length].transpose(0, 1).contiguous()
+        if self.config.sequence_parallel:
+            features = features.chunk(self.tp_group.size())[self.tp_group.rank()].contiguous()
+        return features, self.case.final_hidden[:, :length].transpose(0, 1).contiguous()
+
+
+def megatron_names(case: Case) -> dict[str, tuple[list[str], str]]:
+    """Package parameter -> (reference parameters, how they are joined and sharded)."""
+    one = case.config.num_layers == 1
+    names = {
+        "fc.weight": (["fc.weight"], "rows" if not case.sequence_parallel else "whole"),
+        "norm.weight": (["norm.weight"], "whole"),
+        "lm_head.weight": (["lm_head.weight"], "vocab"),
+    }
+    for i in range(case.config.num_layers):
+        ours, theirs = f"layers.{i}.", "midlayer." if one else f"layers.{i}."
+        if i == 0:
+            names |= {
+                f"{ours}input_layernorm.embedding_norm.weight": (
+                    [f"{theirs}input_layernorm.weight"], "whole"),
+                f"{ours}input_layernorm.hidden_norm.weight": (
+                    [f"{theirs}hidden_norm.weight"], "whole"),
+            }  # fmt: skip
+        else:
+            names[f"{ours}input_layernorm.weight"] = ([f"{theirs}input_layernorm.weight"], "whole")
+        attention = f"{theirs}self_attn."
+        names |= {
+            f"{ours}self_attention.linear_qkv.weight": (
+                [f"{attention}{x}_proj.weight" for x in "qkv"], "qkv"),
+            f"{ours}self_attention.linear_proj.weight": ([f"{attention}o_proj.weight"], "columns"),
+            f"{ours}pre_mlp_layernorm.weight": (
+                [f"{theirs}post_attention_layernorm.weight"], "whole"),
+            f"{ours}mlp.linear_fc1.weight": (
+                [f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight"], "gated"),
+            f"{ours}mlp.linear_fc2.weight": ([f"{theirs}mlp.down_proj.weight"], "columns"),
+        }  # fmt: skip
+    return names
+
+
+def local_part(parts: list[Tensor], kind: str, case: Case, rank: int, world: int) -> Tensor:
+    """This rank's tensor made of full reference tensors ``parts``."""
+    whole = parts[0]
+    if kind == "whole":
+        return whole
+    if kind == "rows":
+        return whole.chunk(world, 0)[rank]
+    if kind == "columns":
+        return whole.chunk(world, 1)[rank]
+    if kind == "gated":
+        return torch.cat([part.chunk(world, 0)[rank] for part in parts])
+    if kind == "qkv":
+        groups, size = case.config.num_kv_heads, parts[0].shape[1]
+        stacked = torch.cat([part.view(groups, -1, size) for part in parts], dim=1)
+        return stacked.chunk(world, 0)[rank].reshape(-1, size)
+    assert kind == "vocab"
+    return whole
+
+
+def load_reference_weights(draft: Any, case: Case) -> None:
+    """Copy this rank's shards of the case's weights into ``draft``."""
+    world, rank = draft.tp_group.size(), draft.tp_group.rank()
+    parameters = dict(draft.named_parameters())
+    names = megatron_names(case)
+    assert set(parameters) == set(names), set(parameters) ^ set(names)
+    with torch.no_grad():
+        for name, (sources, kind) in names.items():
+            part = local_part([case.weights[s] for s in sources], kind, case, rank, world)
+            if kind == "vocab":
+                shard = draft.shard
+                parameters[name].zero_()
+                parameters[name][: shard.rows] = part[shard.start : shard.start + shard.rows]
+            else:
+                parameters[name].copy_(part)

@@ -1,0 +1,156 @@
+"""The oracle's configuration and its transformer layer: dense masks, full softmax.
+
+Shapes are batch-first, as in reference_eagle3.py.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class ReferenceConfig:
+    """Shape of the draft and of its objective.
+
+    `mask_out_of_vocab` drops the rows whose base argmax the draft cannot say. `detach_steps` cuts
+    the fed-back hidden between steps; cached keys and values still reach their projections.
+    """
+
+    hidden_size: int
+    target_hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    draft_vocab_size: int
+    num_layers: int = 1
+    num_aux: int = 3
+    rope_theta: float = 10000.0
+    rms_eps: float = 1e-5
+    ttt_steps: int = 3
+    step_decay: float = 0.8
+    mask_out_of_vocab: bool = False
+    detach_steps: bool = False
+
+    @classmethod
+    def from_hf(cls, path: Path, **objective: Any) -> ReferenceConfig:
+        """Read config.json; `objective` sets what it does not hold (ttt_steps, step_decay, ...)."""
+        hf = json.loads(path.read_text(encoding="utf-8"))
+        for flag in ("norm_output", "fc_norm", "norm_before_fc", "norm_before_residual",
+                     "attention_bias", "mlp_bias"):  # fmt: skip
+            if hf.get(flag):
+                raise ValueError(f"{path}: the oracle does not implement {flag}={hf[flag]}")
+        if hf.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"{path}: the oracle does not implement hidden_act={hf['hidden_act']}")
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"{path}: the oracle does not implement rope_type={kind}")
+        hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
+        layer_ids = (hf.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+        return cls(
+            hidden_size=hidden,
+            target_hidden_size=hf.get("target_hidden_size") or hidden,
+            intermediate_size=hf["intermediate_size"],
+            num_heads=heads,
+            num_kv_heads=hf.get("num_key_value_heads") or heads,
+            head_dim=hf.get("head_dim") or hidden // heads,
+            vocab_size=hf["vocab_size"],
+            draft_vocab_size=hf["draft_vocab_size"],
+            num_layers=hf["num_hidden_layers"],
+            num_aux=hf.get("num_aux_hidden_states") or (len(layer_ids) if layer_ids else 3),
+            rope_theta=rope.get("rope_theta") or hf["rope_theta"],
+            rms_eps=hf["rms_norm_eps"],
+            **objective,
+        )
+
+
+def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+    """Llama's rotary embedding: x [B, heads, S, head_dim], positions [S]; halves, not pairs."""
+    half = x.shape[-1] // 2
+    frequency = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    angle = positions.double()[:, None] * frequency
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+
+
+def query_aligned_mask(length: int, step: int) -> Tensor:
+    """bool [S, (step + 1) * S]: row p sees step-0 keys 0..p and its own key of each later step."""
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    diagonal = torch.eye(length, dtype=torch.bool)
+    return torch.cat([causal] + [diagonal] * step, dim=1)
+
+
+class ReferenceAttention(nn.Module):
+    def __init__(self, config: ReferenceConfig, input_size: int) -> None:
+        super().__init__()
+        self.config = config
+        q_size = config.num_heads * config.head_dim
+        kv_size = config.num_kv_heads * config.head_dim
+        self.q_proj = nn.Linear(input_size, q_size, bias=False)
+        self.k_proj = nn.Linear(input_size, kv_size, bias=False)
+        self.v_proj = nn.Linear(input_size, kv_size, bias=False)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
+
+    def forward(self, x: Tensor, past: list[KeyValue]) -> Tensor:
+        """x [B, S, input] of step len(past); appends this step's key and value to `past`."""
+        length, step = x.shape[1], len(past)
+        positions = torch.arange(length) + step
+        q = rotate(self.heads(self.q_proj(x)), positions, self.config.rope_theta)
+        k = rotate(self.heads(self.k_proj(x)), positions, self.config.rope_theta)
+        past.append((k, self.heads(self.v_proj(x))))
+        repeat = self.config.num_heads // self.config.num_kv_heads
+        keys = torch.cat([k for k, _ in past], dim=2).repeat_interleave(repeat, dim=1)
+        values = torch.cat([v for _, v in past], dim=2).repeat_interleave(repeat, dim=1)
+        scores = q @ keys.transpose(-1, -2) / self.config.head_dim**0.5
+        scores = scores.masked_fill(~query_aligned_mask(length, step), float("-inf"))
+        out = torch.softmax(scores, dim=-1) @ values
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+
+class ReferenceMLP(nn.Module):
+    def __init__(self, config: ReferenceConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class ReferenceLayer(nn.Module):
+    """Layer 0 reads [embedding ; hidden] (2H); later layers read the hidden alone."""
+
+    def __init__(self, config: ReferenceConfig, first: bool) -> None:
+        super().__init__()
+        size = config.hidden_size
+        self.input_layernorm = nn.RMSNorm(size, eps=config.rms_eps)
+        if first:
+            self.hidden_norm = nn.RMSNorm(size, eps=config.rms_eps)
+        self.self_attn = ReferenceAttention(config, 2 * size if first else size)
+        self.post_attention_layernorm = nn.RMSNorm(size, eps=config.rms_eps)
+        self.mlp = ReferenceMLP(config)
+        self.first = first
+
+    def forward(self, hidden: Tensor, embedding: Tensor, past: list[KeyValue]) -> Tensor:
+        if self.first:
+            x = torch.cat([self.input_layernorm(embedding), self.hidden_norm(hidden)], dim=-1)
+        else:
+            x = self.input_layernorm(hidden)
+        hidden = hidden + self.self_attn(x, past)
+        return hidden + self.mlp(self.post_attention_layernorm(hidden))
