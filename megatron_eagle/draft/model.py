@@ -118,6 +118,11 @@ class EagleDraft(MegatronModule):
     ) -> dict[str, Any]:
         """One draft whatever the layout; the head's padding rows may differ between layouts."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        # Megatron takes a ModuleList for a plain module, all of it replicated over TP.
+        for index, layer in enumerate(self.layers):
+            own = f"{prefix}layers.{index}."
+            sharded = {key: value for key, value in sharded.items() if not key.startswith(own)}
+            sharded |= layer.sharded_state_dict(own, sharded_offsets, metadata)
         sharded[f"{prefix}lm_head.weight"].allow_shape_mismatch = True
         return sharded
 

@@ -1,0 +1,94 @@
+"""How many collectives a micro-batch costs, and how many bytes the loss sends."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.distributed.harness import megatron_parallel, run_distributed
+from tests.distributed.test_reference_parity import make_case
+from tests.draft_fixture import Case, build_model
+
+
+class CollectiveCounter(TorchDispatchMode):
+    """Counts c10d operations and the elements of all-gather inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: Counter[str] = Counter()
+        self.gathered: list[int] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            name = func._schema.name.removeprefix("c10d::").strip("_")
+            self.calls[name] += 1
+            if name == "allgather_base":
+                self.gathered.append(args[1].numel())
+        return func(*args, **(kwargs or {}))
+
+
+def count_micro_batch(rank: int, world: int, case: Case) -> dict[str, Any]:
+    megatron_parallel(tp=world)
+    from megatron_eagle.objective.batch import EagleBatch
+
+    model = build_model(case)
+    batch = EagleBatch.build(case.tokens, case.loss_mask, case.config.ttt_steps, world)
+    model(batch)  # the teacher's rows are fetched once, at the first micro-batch
+    with CollectiveCounter() as forward:
+        loss, _ = model(batch)
+    with CollectiveCounter() as backward:
+        loss.backward()
+    return {
+        "forward": dict(forward.calls),
+        "backward": dict(backward.calls),
+        "gathered": forward.gathered,
+        "targets": batch.target_rows.numel(),
+    }
+
+
+@pytest.mark.parametrize("steps", [1, 3, 5])
+def test_tensor_parallel_collectives(steps: int) -> None:
+    case, _ = make_case(ttt_steps=steps)
+    for found in run_distributed(count_micro_batch, 2, case):
+        # Embedding, then attention output and MLP output of every step.
+        # Gathers: fc, and the loss of all steps together.
+        assert found["forward"] == {"allreduce": 1 + 2 * steps, "allgather_base": 2}
+        # The heads of all steps in one, then the qkv and fc1 inputs of every step.
+        assert found["backward"] == {"allreduce": 1 + 2 * steps}
+        rows = found["targets"]
+        assert found["gathered"][-1] == rows * (4 * steps + 5), "16 bytes a row and step"
+
+
+def test_sequence_parallel_collectives() -> None:
+    case, _ = make_case(sequence_parallel=True)
+    for found in run_distributed(count_micro_batch, 2, case):
+        # Gathers: qkv and fc1 input of every step, all heads, the loss.
+        assert found["forward"] == {"reduce_scatter_base": 1 + 2 * 3, "allgather_base": 2 * 3 + 2}
+        assert found["gathered"][-1] == found["targets"] * (4 * 3 + 5)
+
+
+def count_loss_only(rank: int, world: int) -> dict[str, Any]:
+    from megatron_eagle.parallel.soft_cross_entropy import LossRows, soft_cross_entropy
+
+    torch.manual_seed(rank)
+    hidden, weight = torch.randn(3, 7, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
+    statistics = torch.rand(7, 5) + 1
+    rows = LossRows(torch.ones(3, 7, dtype=torch.bool), torch.ones(3), torch.arange(5), None)
+    with CollectiveCounter() as forward:
+        loss, _ = soft_cross_entropy(
+            hidden, weight, torch.rand(7, 5), statistics, rows, torch.distributed.group.WORLD, 0
+        )
+    with CollectiveCounter() as backward:
+        loss.backward()
+    return {"forward": dict(forward.calls), "backward": dict(backward.calls)}
+
+
+def test_the_loss_is_one_collective_and_its_backward_none() -> None:
+    for found in run_distributed(count_loss_only, 2):
+        assert found == {"forward": {"allgather_base": 1}, "backward": {}}
