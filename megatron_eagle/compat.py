@@ -16,12 +16,16 @@ TESTED_MEGATRON = "0.19.2"
 
 _PATHS = {
     "ColumnParallelLinear": "megatron.core.tensor_parallel:ColumnParallelLinear",
+    "GPTModel": "megatron.core.models.gpt:GPTModel",
     "LocalSpecProvider": "megatron.core.models.backends:LocalSpecProvider",
     "MegatronModule": "megatron.core.transformer.module:MegatronModule",
+    "StrictHandling": "megatron.core.dist_checkpointing.validation:StrictHandling",
+    "TransformerConfig": "megatron.core.transformer:TransformerConfig",
     "build_module": "megatron.core.transformer.spec_utils:build_module",
     "copy_to_tensor_model_parallel_region": (
         "megatron.core.tensor_parallel.mappings:copy_to_tensor_model_parallel_region"
     ),
+    "dist_checkpointing": "megatron.core:dist_checkpointing",
     "ensure_metadata_has_dp_cp_group": (
         "megatron.core.transformer.utils:ensure_metadata_has_dp_cp_group"
     ),

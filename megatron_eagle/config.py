@@ -102,10 +102,10 @@ class EagleConfig:
         """The captured layers of a base of ``base_layers`` layers: 0-based, outputs, ascending."""
         if self.aux_layers is not None:
             return self.aux_layers
-        if base_layers < 6:
+        if base_layers < 7:
             raise ValueError(
                 f"--eagle-aux-layers must be given for a base of {base_layers} layers: "
-                "the defaults 1, n//2 - 1 and n - 4 need at least 6"
+                "the defaults 1, n//2 - 1 and n - 4 need at least 7"
             )
         return (1, base_layers // 2 - 1, base_layers - 4)
 

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eagle.attention.core import with_eagle_attention
-from megatron_eagle.draft.backend import LayerBackend
+from megatron_eagle.attention.backend import LayerBackend
 
 
 class EmbeddingHiddenNorm(torch.nn.Module):
@@ -43,7 +42,7 @@ def draft_layer_specs(backend: LayerBackend, config: Any) -> list[Any]:
     All of them attend through :class:`~megatron_eagle.attention.core.EagleCoreAttention`; the first
     one takes [S, B, 2H].
     """
-    specs = [with_eagle_attention(backend.layer_spec(config)) for _ in range(config.num_layers)]
+    specs = [backend.layer_spec(config) for _ in range(config.num_layers)]
     _widen_input(specs[0], backend)
     return specs
 

@@ -37,3 +37,19 @@ def decode_metadata(tensor: Tensor, source: str) -> dict[str, Any]:
             f"{content.get('format')!r} version {content.get('version')!r}"
         )
     return content
+
+
+def check_same_draft(saved: Tensor, current: Tensor) -> None:
+    """Raise ``ValueError`` naming the flag if the draft saved (``--load``) is not the one built.
+
+    The number of TTT steps and other training options may change on resume.
+    """
+    before, now = decode_metadata(saved, "--load"), decode_metadata(current, "this run")
+    for flag, key in (("--eagle-aux-layers", "aux_layers"), ("--eagle-num-layers", "num_layers")):
+        if before[key] != now[key]:
+            raise ValueError(f"{flag}: this run has {now[key]}, the draft in --load {before[key]}")
+    if before["base"]["megatron_args"] != now["base"]["megatron_args"]:
+        raise ValueError(
+            "--eagle-base-checkpoint: the draft in --load was trained on another base, "
+            f"{before['base']['name']}"
+        )

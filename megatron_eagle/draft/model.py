@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,9 +22,20 @@ from megatron_eagle.compat import (
     make_sharded_tensors_for_checkpoint,
     set_tensor_model_parallel_attributes,
 )
-from megatron_eagle.draft.backend import LayerBackend
+from megatron_eagle.attention.backend import LayerBackend
 from megatron_eagle.draft.layer import draft_layer_specs
 from megatron_eagle.parallel.vocab import VocabShard
+
+
+def draft_config(base_config: Any, num_layers: int) -> Any:
+    """The base's TransformerConfig with the draft's depth: same hidden size, heads and ffn, and no
+    query/key norms or biases, which EAGLE-3 readers do not know."""
+    config = copy.copy(base_config)
+    config.num_layers = num_layers
+    config.qk_layernorm = False
+    config.add_qkv_bias = False
+    config.add_bias_linear = False
+    return config
 
 
 class EagleDraft(MegatronModule):

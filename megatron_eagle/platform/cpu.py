@@ -76,8 +76,6 @@ def recommended_environment(ranks: int = 1) -> dict[str, str]:
       to the kernel, and the page faults on the next one cost more than the matrix product in it
       (72 against 316 GFLOP/s for an fp32 1024x576x8192 product).
     * ``OMP_NUM_THREADS``: the cores shared out among the ranks.
-    * ``TORCHDYNAMO_DISABLE``: Megatron compiles small fusions with ``torch.compile``; on a CPU the
-      compilation (about 10 s a start) outlasts what it saves. Remove it to use ``torch.compile``.
     * ``CUDA_DEVICE_MAX_CONNECTIONS``: wanted by Megatron's argument check.
     """
     if ranks < 1:
@@ -88,6 +86,5 @@ def recommended_environment(ranks: int = 1) -> dict[str, str]:
         "MALLOC_TRIM_THRESHOLD_": str(16 * 2**30),
         "MALLOC_TOP_PAD_": str(256 * 2**20),
         "OMP_NUM_THREADS": str(max(1, (cores or 1) // ranks)),
-        "TORCHDYNAMO_DISABLE": "1",
         "CUDA_DEVICE_MAX_CONNECTIONS": "1",
     }

@@ -26,6 +26,7 @@ CPU_FLAGS = [
     "--no-masked-softmax-fusion",
     "--no-bias-swiglu-fusion",
     "--no-bias-dropout-fusion",
+    "--disable-jit-fuser",  # compiling Megatron's small fusions takes longer than it saves
 ]
 ALWAYS_FLAGS = ["--calculate-per-token-loss"]
 """The loss is normalised by one global token count, so Megatron must keep sums."""

@@ -2,75 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_eagle.compat import (
-    MegatronModule,
-    gather_from_sequence_parallel_region,
-)
+from megatron_eagle.compat import MegatronModule
 from megatron_eagle.config import EagleConfig
+from megatron_eagle.draft.metadata import check_same_draft
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.objective.unroll import DraftInputs, target_hidden, unroll
 from megatron_eagle.parallel.soft_cross_entropy import LossRows, soft_cross_entropy
 from megatron_eagle.platform.nvtx import nvtx_range
+from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.embedding import step_embeddings
-from megatron_eagle.teacher.taps import Taps
 from megatron_eagle.teacher.targets import TeacherHead, TeacherTargets
-
-
-class FrozenBase(MegatronModule):
-    """A GPTModel that only looks: always in eval mode, no gradients, hidden states for logits.
-
-    Its parameters never require a gradient, so they enter neither DDP buffers nor the optimizer;
-    eval mode, which :meth:`train` refuses to leave, also keeps buffers (router biases, FP8 amax)
-    as they are.
-    """
-
-    def __init__(self, gpt: Any, captured: Sequence[int], vocab_size: int) -> None:
-        super().__init__(config=gpt.config)
-        self.gpt = gpt.requires_grad_(False).eval()
-        self.vocab_size = vocab_size
-        self.taps = Taps(gpt.decoder, captured)
-        self.tp_group = gpt.pg_collection.tp
-        # GPTModel returns the decoder's output when it is not to post-process it; the decoder's
-        # own final norm is not affected.
-        gpt.post_process = False
-
-    @property
-    def embedding_weight(self) -> Tensor:
-        """[Vp, H]: this rank's rows of the word embedding."""
-        return self.gpt.embedding.word_embeddings.weight
-
-    @property
-    def output_weight(self) -> Tensor:
-        """[Vp, H]: this rank's rows of the output layer (the embedding's, when tied)."""
-        if self.gpt.share_embeddings_and_output_weights:
-            return self.embedding_weight
-        return self.gpt.output_layer.weight
-
-    def train(self, mode: bool = True) -> FrozenBase:
-        return super().train(False)
-
-    @torch.no_grad()
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [B, S] -> captured layers [S', B, A * H] and final hidden [S, B, H] (after the
-        final norm, gathered under sequence parallelism; S' is then S / TP)."""
-        positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        with nvtx_range("base"):
-            final = self.gpt(tokens, positions, attention_mask=None)
-            if self.config.sequence_parallel:
-                final = gather_from_sequence_parallel_region(final, group=self.tp_group)
-        return self.taps.take(), final
-
-    @torch.no_grad()
-    def rotary(self, length: int) -> Tensor:
-        """RoPE angles of positions 0 .. length - 1, [length, 1, 1, d]."""
-        return self.gpt.rotary_pos_emb(length)
 
 
 class EagleGPTModel(MegatronModule):
@@ -167,4 +114,7 @@ class EagleGPTModel(MegatronModule):
         unexpected = [key for key in state_dict if not key.startswith(prefix)]
         assert not unexpected, f"not the draft's: {unexpected[:3]}"
         own = {key.removeprefix(prefix): value for key, value in state_dict.items()}
+        if "metadata" in own:
+            check_same_draft(own["metadata"], self.draft.metadata)
+            own["metadata"] = self.draft.metadata  # what this run is, not what saved it
         return self.draft.load_state_dict(own, strict=strict, assign=assign)

@@ -145,7 +145,7 @@ def _rank_main(
 
 def _collect(pending: dict[Any, int], timeout: float, scratch: Path) -> dict[int, Any]:
     results: dict[int, Any] = {}
-    deadline = time.monotonic() + timeout + 1.0  # ranks write their stacks at `timeout`
+    deadline = time.monotonic() + timeout + 2.0  # ranks write their stacks at `timeout`
     pending = dict(pending)
     while pending:
         ready = wait(list(pending), timeout=max(0.0, deadline - time.monotonic()))
@@ -165,12 +165,13 @@ def _collect(pending: dict[Any, int], timeout: float, scratch: Path) -> dict[int
 
 
 def _describe_hang(ranks: list[int], timeout: float, scratch: Path) -> str:
-    stacks = [f"rank {rank}:\n{_stack_file(scratch, rank).read_text()}" for rank in ranks]
-    return f"ranks {ranks} still running after {timeout:g} s\n" + "\n".join(stacks)
+    stacks = [_stack_file(scratch, rank) for rank in ranks]
+    found = [f"{stack.name}:\n{stack.read_text()}" for stack in stacks if stack.exists()]
+    return f"ranks {ranks} still running after {timeout:g} s\n" + "\n".join(found)
 
 
 def _stack_file(scratch: Path, rank: int) -> Path:
-    return scratch / f"stack{rank}"
+    return scratch / f"stack of rank {rank}"
 
 
 def _stop(process: BaseProcess, connection: Connection) -> None:

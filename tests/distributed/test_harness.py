@@ -65,7 +65,7 @@ def _rank_1_hangs(rank: int, world_size: int) -> None:
 
 def test_a_hang_names_the_rank_and_the_line() -> None:
     with pytest.raises(TimeoutError, match=r"(?s)ranks \[1\].*_rank_1_hangs"):
-        run_distributed(_rank_1_hangs, 2, timeout=3)
+        run_distributed(_rank_1_hangs, 2, timeout=5)
 
 
 def _group_sizes(rank: int, world_size: int, layout: dict[str, int]) -> dict[str, Any]:

@@ -141,6 +141,15 @@ def test_unimplemented_variants_raise(tmp_path: Path, change: dict[str, Any]) ->
         ReferenceConfig.from_hf(tmp_path / "config.json")
 
 
+def test_d2t_is_the_offset_of_ascending_ids(tmp_path: Path) -> None:
+    _, model = sample(tmp_path)
+    assert model.d2t.tolist() == [0, 2, 2]
+    assert model.t2d.nonzero().flatten().tolist() == VOCAB_IDS.tolist()
+    for bad in ([3, 0, 4], [0, 3, 3], [0, 3, 7], [-1, 3, 4], [0, 3]):
+        with pytest.raises(ValueError, match="vocab_ids"):
+            ReferenceEagle3(model.config, model.embed_weight, torch.tensor(bad))
+
+
 def test_the_oracle_is_independent() -> None:
     allowed = {"__future__", "collections", "dataclasses", "json", "pathlib", "typing",
                "torch", "safetensors", "tests"}  # fmt: skip

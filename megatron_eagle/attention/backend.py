@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_eagle.attention.core import with_eagle_attention
 from megatron_eagle.compat import (
     LocalSpecProvider,
     get_gpt_layer_local_spec,
@@ -16,9 +17,14 @@ from megatron_eagle.compat import (
 
 @dataclass(frozen=True)
 class LayerBackend:
-    """Builders of one implementation: ``layer_spec(config)`` gives a TransformerLayer spec;
-    ``norm`` and ``column_linear`` build a norm and an un-normed column-parallel linear."""
+    """Builders of one implementation.
 
+    ``base_layer_spec(config)`` and ``layer_spec(config)`` give the TransformerLayer spec of the
+    base and of the draft; ``norm`` and ``column_linear`` build a norm and an un-normed
+    column-parallel linear.
+    """
+
+    base_layer_spec: Callable[[Any], Any]
     layer_spec: Callable[[Any], Any]
     norm: Callable[..., Any]
     column_linear: Callable[..., Any]
@@ -27,10 +33,16 @@ class LayerBackend:
 def local_backend() -> LayerBackend:
     """Modules of Megatron-Core alone (``--transformer-impl local``), RMSNorm."""
     provider = LocalSpecProvider()
-    return LayerBackend(
-        layer_spec=lambda config: get_gpt_layer_local_spec(
+
+    def layer_spec(config: Any) -> Any:
+        spec = get_gpt_layer_local_spec(
             normalization="RMSNorm", qk_layernorm=config.qk_layernorm
-        ),
+        )
+        return with_eagle_attention(spec)
+
+    return LayerBackend(
+        base_layer_spec=layer_spec,
+        layer_spec=layer_spec,
         norm=provider.layer_norm(rms_norm=True, for_qk=False),
         column_linear=provider.column_parallel_linear(),
     )
@@ -44,10 +56,13 @@ def transformer_engine_backend() -> LayerBackend:
             "use --transformer-impl local"
         )
     provider = require("megatron.core.extensions.transformer_engine_spec_provider:TESpecProvider")()
+
+    def layer_spec(config: Any) -> Any:
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+
     return LayerBackend(
-        layer_spec=lambda config: get_gpt_layer_with_transformer_engine_spec(
-            qk_layernorm=config.qk_layernorm
-        ),
+        base_layer_spec=layer_spec,
+        layer_spec=lambda config: with_eagle_attention(layer_spec(config)),
         norm=provider.layer_norm(),
         column_linear=provider.column_parallel_linear(),
     )

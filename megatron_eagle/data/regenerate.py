@@ -1,0 +1,176 @@
+"""A base's own answers to prompts: what its draft should learn to predict.
+
+Any Hugging Face causal model with a chat template answers, greedily or sampled, in batches of
+prompts of similar length. The output is an append-only JSONL keyed by prompt id, so a run that was
+stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How to answer: ``temperature`` 0 is greedy."""
+
+    max_new_tokens: int = 128
+    batch_size: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+
+
+def read_prompts(file: Path) -> dict[str, list[dict[str, str]]]:
+    """Prompt id -> messages, of JSONL lines {"id", "messages"} or {"id", "prompt"}; ids default to
+    line numbers. ``ValueError`` names file and line."""
+    if not file.is_file():
+        raise ValueError(f"--prompts {file}: no such file")
+    prompts: dict[str, list[dict[str, str]]] = {}
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        where = f"--prompts {file}:{number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON ({error})") from None
+        messages = _messages(record, where)
+        name = str(record.get("id", number))
+        if name in prompts:
+            raise ValueError(f"{where}: the id {name!r} occurs twice")
+        prompts[name] = messages
+    if not prompts:
+        raise ValueError(f"--prompts {file}: no prompts in it")
+    return prompts
+
+
+def _messages(record: Any, where: str) -> list[dict[str, str]]:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: not a JSON object")
+    if isinstance(record.get("prompt"), str) and record["prompt"].strip():
+        return [{"role": "user", "content": record["prompt"]}]
+    messages = record.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"{where}: neither a 'prompt' text nor a list of 'messages'")
+    if not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
+        raise ValueError(f"{where}: a message needs 'role' and 'content'")
+    while messages and messages[-1]["role"] == "assistant":
+        messages = messages[:-1]  # its answer is what we regenerate
+    return messages
+
+
+def finished_ids(file: Path, progress: Progress) -> set[str]:
+    """Ids answered in ``file`` already; a torn last line (a killed run) is cut off."""
+    if not file.exists():
+        return set()
+    text = file.read_text(encoding="utf-8")
+    whole, newline, torn = text.rpartition("\n")
+    if torn:
+        progress(f"dropping a torn last line of {file}")
+        file.write_text(whole + newline, encoding="utf-8")
+    return {json.loads(line)["id"] for line in whole.splitlines() if line.strip()}
+
+
+def regenerate(
+    model: Any,
+    tokenizer: Any,
+    prompts: dict[str, list[dict[str, str]]],
+    output: Path,
+    generation: Generation,
+    progress: Progress = print,
+) -> int:
+    """Answer every prompt that ``output`` lacks; returns the number of answer tokens written.
+
+    A line: {"id", "messages" with the answer, "prompt_ids" (templated, with the generation prompt),
+    "answer_ids" (with the end token, unless cut at ``max_new_tokens``)}.
+    """
+    if tokenizer.chat_template is None:
+        raise ValueError("--model: its tokenizer has no chat template")
+    done = finished_ids(output, progress)
+    todo = [
+        (name, messages, _prompt_ids(tokenizer, messages))
+        for name, messages in prompts.items()
+        if name not in done
+    ]
+    todo.sort(key=lambda item: len(item[2]))
+    progress(f"{len(todo)} prompts to answer, {len(done)} answered before")
+    written, answered, start = 0, 0, time.monotonic()
+    with output.open("a", encoding="utf-8") as file:
+        for batch in _batches(todo, generation.batch_size):
+            torch.manual_seed(generation.seed + answered)
+            answers = _answer(model, tokenizer, [ids for _, _, ids in batch], generation)
+            for (name, messages, ids), answer in zip(batch, answers, strict=True):
+                file.write(_line(tokenizer, name, messages, ids, answer) + "\n")
+                written += len(answer)
+            file.flush()
+            answered += len(batch)
+            pace = (time.monotonic() - start) / answered
+            progress(
+                f"{answered}/{len(todo)} prompts, {written} tokens, "
+                f"{written / (time.monotonic() - start):.0f} tokens/s, "
+                f"{pace * (len(todo) - answered) / 60:.1f} min left"
+            )
+    return written
+
+
+def _prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    return tokenizer(encoded, add_special_tokens=False)["input_ids"]
+
+
+def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+@torch.no_grad()
+def _answer(
+    model: Any, tokenizer: Any, prompts: list[list[int]], generation: Generation
+) -> list[list[int]]:
+    width = max(map(len, prompts))
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.tensor(prompt)
+        mask[row, width - len(prompt) :] = 1
+    sampling = {"do_sample": False}
+    if generation.temperature > 0:
+        sampling = {"do_sample": True, "temperature": generation.temperature, "top_k": 0}
+    new = model.generate(
+        input_ids=ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=generation.max_new_tokens,
+        pad_token_id=pad,
+        **sampling,
+    )[:, width:].tolist()
+    ends = model.generation_config.eos_token_id
+    ends = set(ends) if isinstance(ends, list) else {ends}
+    return [_until_end(answer, ends) for answer in new]
+
+
+def _until_end(answer: list[int], ends: set[int]) -> list[int]:
+    stop = next((i for i, token in enumerate(answer) if token in ends), len(answer) - 1)
+    return answer[: stop + 1]
+
+
+def _line(
+    tokenizer: Any, name: str, messages: list[dict[str, str]], prompt: list[int], answer: list[int]
+) -> str:
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    record = {
+        "id": name,
+        "messages": [*messages, {"role": "assistant", "content": text}],
+        "prompt_ids": prompt,
+        "answer_ids": answer,
+    }
+    return json.dumps(record, ensure_ascii=False, separators=(",", ":"))

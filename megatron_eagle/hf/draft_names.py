@@ -1,0 +1,131 @@
+"""The name table of an EAGLE-3 draft: each Megatron tensor, and the Hugging Face tensors in it.
+
+Shapes are written with: H draft hidden, H2 = 2H, AH = A captured layers x base hidden,
+Q heads x head_dim, KV groups x head_dim, QKV = Q + 2 KV, F ffn hidden, F2 = 2F, D draft vocabulary.
+Linear weights are [out, in] on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from megatron_eagle.hf.families import Dims, Source
+
+PREFIX = "draft."
+VOCAB_IDS = f"{PREFIX}vocab_ids"
+METADATA = f"{PREFIX}metadata"
+
+Split = Callable[[Tensor, "DraftEntry", Dims], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class DraftEntry:
+    """One Megatron tensor of `shape`; `split` takes it apart into `sources`, in their order.
+
+    With `padded`, the stored tensor may have more rows than `shape` says; they are padding.
+    """
+
+    megatron: str
+    shape: tuple[str, ...]
+    sources: tuple[Source, ...]
+    split: Split
+    padded: bool = False
+
+    def sizes(self, dims: Dims) -> tuple[int, ...]:
+        """The shape in numbers, without padding."""
+        return tuple(dims[symbol] for symbol in self.shape)
+
+    def accepts(self, shape: tuple[int, ...], dims: Dims) -> bool:
+        """Whether a stored tensor may have this shape."""
+        rows, *columns = self.sizes(dims)
+        more = self.padded and len(shape) > 0 and shape[0] > rows
+        return shape == (shape[0] if more else rows, *columns)
+
+    def named(self, megatron_prefix: str, hf_prefix: str) -> DraftEntry:
+        """The same entry inside a layer."""
+        sources = tuple(replace(part, name=hf_prefix + part.name) for part in self.sources)
+        return replace(self, megatron=megatron_prefix + self.megatron, sources=sources)
+
+
+def split_rows(tensor: Tensor, entry: DraftEntry, dims: Dims) -> list[Tensor]:
+    """The sources below one another; padding rows, which come last, are dropped."""
+    rows = [part.sizes(dims)[0] for part in entry.sources]
+    return list(tensor[: sum(rows)].split(rows))
+
+
+def split_query_groups(tensor: Tensor, entry: DraftEntry, dims: Dims) -> list[Tensor]:
+    """Rows per query group [q_1 .. q_r, k, v] -> q [Q, ...], k [KV, ...], v [KV, ...]."""
+    rows = [part.sizes(dims)[0] // dims["groups"] for part in entry.sources]
+    grouped = tensor.unflatten(0, (dims["groups"], -1))
+    return [part.flatten(0, 1) for part in grouped.split(rows, dim=1)]
+
+
+def copies(tensor: Tensor, entry: DraftEntry, dims: Dims) -> list[Tensor]:
+    """The whole tensor under every name."""
+    return [tensor] * len(entry.sources)
+
+
+def _one(megatron: str, name: str, *shape: str, padded: bool = False) -> DraftEntry:
+    return DraftEntry(megatron, shape, (Source(name, shape),), split_rows, padded)
+
+
+def _qkv(columns: str) -> DraftEntry:
+    rows = {"q_proj": "Q", "k_proj": "KV", "v_proj": "KV"}
+    return DraftEntry(
+        "self_attention.linear_qkv.weight",
+        ("QKV", columns),
+        tuple(Source(f"self_attn.{name}.weight", (row, columns)) for name, row in rows.items()),
+        split_query_groups,
+    )
+
+
+MODEL = (
+    _one("fc.weight", "fc.weight", "H", "AH"),
+    _one("norm.weight", "norm.weight", "H"),
+    _one("lm_head.weight", "lm_head.weight", "D", "H", padded=True),
+)
+EVERY_LAYER = (
+    _one("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H", "Q"),
+    _one("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "H"),
+    DraftEntry(
+        "mlp.linear_fc1.weight",
+        ("F2", "H"),
+        (
+            Source("mlp.gate_proj.weight", ("F", "H")),
+            Source("mlp.up_proj.weight", ("F", "H")),
+        ),
+        split_rows,
+    ),
+    _one("mlp.linear_fc2.weight", "mlp.down_proj.weight", "H", "F"),
+)
+# The first layer norms embedding and hidden apart, then concatenates them: input width 2H.
+FIRST_LAYER = (
+    _one("input_layernorm.embedding_norm.weight", "input_layernorm.weight", "H"),
+    _one("input_layernorm.hidden_norm.weight", "hidden_norm.weight", "H"),
+    _qkv("H2"),
+    *EVERY_LAYER,
+)
+# Readers disagree on the name of the one norm in front of a later layer's attention.
+LATER_LAYER = (
+    DraftEntry(
+        "self_attention.linear_qkv.layer_norm_weight",
+        ("H",),
+        (Source("input_layernorm.weight", ("H",)), Source("hidden_norm.weight", ("H",))),
+        copies,
+    ),
+    _qkv("H"),
+    *EVERY_LAYER,
+)
+
+
+def draft_entries(num_layers: int) -> list[DraftEntry]:
+    """Every tensor of a draft of `num_layers` layers, under full names on both sides."""
+    entries = [entry.named(PREFIX, "") for entry in MODEL]
+    for i in range(num_layers):
+        hf_prefix = "midlayer." if num_layers == 1 else f"layers.{i}."
+        for entry in FIRST_LAYER if i == 0 else LATER_LAYER:
+            entries.append(entry.named(f"{PREFIX}layers.{i}.", hf_prefix))
+    return entries

@@ -1,0 +1,188 @@
+"""A trained draft's Megatron checkpoint -> one Hugging Face directory that servers load.
+
+Reading order: `draft_info` (what the checkpoint says of itself), `draft_names` (the name table),
+`draft_config` (config.json), and here the checks and the files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_eagle.draft.vocab import check_vocab_ids
+from megatron_eagle.hf.dcp_reader import DraftCheckpoint
+from megatron_eagle.hf.draft_config import ARCHITECTURE, hf_config, model_card
+from megatron_eagle.hf.draft_info import DraftInfo, parse_draft_info
+from megatron_eagle.hf.draft_names import METADATA, PREFIX, VOCAB_IDS, draft_entries
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Progress = Callable[[str], None]
+
+
+def export_draft(
+    load: str | Path,
+    output: str | Path,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    progress: Progress = lambda line: None,
+) -> DraftInfo:
+    """Convert the checkpoint `load` (DIR, or one of its iterations) into the directory `output`.
+
+    `output` gets model.safetensors, config.json and README.md, all at once by a rename; `overwrite`
+    replaces an earlier export. `dtype` None keeps the saved one. Memory: about twice the draft.
+
+    Raises ValueError, with the file at fault, for anything but a complete draft of finite weights.
+    """
+    target = _checked_output(Path(output), overwrite)
+    checkpoint = DraftCheckpoint.open(load)
+    info = read_info(checkpoint)
+    progress(f"reading {checkpoint.directory}")
+    tensors = convert(checkpoint, info, dtype)
+    weights = tensors["fc.weight"].dtype
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    progress(f"writing {len(tensors)} tensors, {size / 2**20:.1f} MiB, to {target}")
+    with _replacing(target) as scratch:
+        save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
+        config = json.dumps(hf_config(info, weights), indent=2) + "\n"
+        (scratch / "config.json").write_text(config, encoding="utf-8")
+        card = model_card(info, checkpoint.directory.name, weights)
+        (scratch / "README.md").write_text(card, encoding="utf-8")
+    return info
+
+
+def read_info(checkpoint: DraftCheckpoint) -> DraftInfo:
+    """DraftInfo of a checkpoint that holds a draft."""
+    keys = checkpoint.keys()
+    if not any(key.startswith(PREFIX) for key in keys):
+        raise ValueError(f"{checkpoint.directory}: holds no draft (no {PREFIX}* tensor)")
+    tensor = checkpoint.load([METADATA])[METADATA]
+    return parse_draft_info(tensor, f"{checkpoint.directory}: {METADATA}")
+
+
+def convert(
+    checkpoint: DraftCheckpoint, info: DraftInfo, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """Hugging Face name -> tensor: the weights, and d2t int64 [D] and t2d bool [V] if compressed.
+
+    Raises ValueError unless the checkpoint holds exactly the draft's tensors, of the expected
+    shapes, of one floating dtype (or `dtype` is given), finite also in the dtype written.
+    """
+    _check_inventory(checkpoint, info)
+    where, dims, entries = checkpoint.directory, info.dims, draft_entries(info.num_layers)
+    stored = checkpoint.load([*(entry.megatron for entry in entries), VOCAB_IDS])
+    vocab_ids = stored.pop(VOCAB_IDS)
+    dtype = dtype or _common_dtype(stored, where)
+    tensors: dict[str, Tensor] = {}
+    for entry in entries:
+        whole = stored.pop(entry.megatron)
+        for source, part in zip(entry.sources, entry.split(whole, entry, dims), strict=True):
+            _check_finite(part, dtype, f"{where}: {entry.megatron}")
+            tensors[source.name] = part.to(dtype).clone(memory_format=torch.contiguous_format)
+    return tensors | vocabulary_maps(vocab_ids, info, f"{where}: {VOCAB_IDS}")
+
+
+def vocabulary_maps(vocab_ids: Tensor, info: DraftInfo, source: str) -> dict[str, Tensor]:
+    """`d2t` (offsets: base id = i + d2t[i]) and `t2d`; nothing for an uncompressed vocabulary,
+    which vLLM refuses to find mapped."""
+    if vocab_ids.dtype != torch.int64:
+        raise ValueError(f"{source}: token ids must be int64, found {vocab_ids.dtype}")
+    check_vocab_ids(vocab_ids, info.base.vocab_size, source)
+    if not info.compressed:
+        return {}
+    t2d = torch.zeros(info.base.vocab_size, dtype=torch.bool)
+    t2d[vocab_ids] = True
+    return {"d2t": vocab_ids - torch.arange(vocab_ids.numel()), "t2d": t2d}
+
+
+def _check_inventory(checkpoint: DraftCheckpoint, info: DraftInfo) -> None:
+    """Servers do not fail on missing tensors, so this must."""
+    where, dims, keys = checkpoint.directory, info.dims, checkpoint.keys()
+    found = {key for key in keys if key.startswith(PREFIX)}
+    entries = draft_entries(info.num_layers)
+    expected = {entry.megatron for entry in entries} | {METADATA, VOCAB_IDS}
+    if missing := sorted(expected - found):
+        raise ValueError(f"{where}: incomplete draft, {_listed(missing)} missing")
+    if unexpected := sorted(found - expected):
+        raise ValueError(f"{where}: {_listed(unexpected)} unexpected in an EAGLE-3 draft")
+    for entry in entries:
+        shape = checkpoint.shape(entry.megatron)
+        if not entry.accepts(shape, dims):
+            raise ValueError(
+                f"{where}: {entry.megatron} has shape {shape}, expected {entry.sizes(dims)}"
+            )
+    ids = checkpoint.shape(VOCAB_IDS)
+    if ids != (info.draft_vocab_size,):
+        raise ValueError(f"{where}: {VOCAB_IDS} has shape {ids}, expected {info.draft_vocab_size}")
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
+
+
+def _common_dtype(tensors: dict[str, Tensor], where: Path) -> torch.dtype:
+    dtypes = sorted({_name(tensor.dtype) for tensor in tensors.values()})
+    if len(dtypes) > 1:
+        raise ValueError(f"{where}: holds {' and '.join(dtypes)} weights; choose one with --dtype")
+    if dtypes[0] not in DTYPES:
+        raise ValueError(f"{where}: weights of dtype {dtypes[0]}; choose another with --dtype")
+    return DTYPES[dtypes[0]]
+
+
+def _check_finite(tensor: Tensor, dtype: torch.dtype, source: str) -> None:
+    if not tensor.isfinite().all():
+        raise ValueError(f"{source}: holds NaN or infinite values")
+    if not tensor.to(dtype).isfinite().all():
+        raise ValueError(f"{source}: values overflow with --dtype {_name(dtype)}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _checked_output(output: Path, overwrite: bool) -> Path:
+    """`output` without symbolic links, if it may be written."""
+    output = output.resolve()
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output}: exists and is not a directory")
+    if not output.is_dir() or not any(output.iterdir()):
+        return output
+    if not overwrite:
+        raise ValueError(f"--output {output}: not empty; give --overwrite to replace it")
+    try:
+        earlier = json.loads((output / "config.json").read_bytes())["architectures"]
+    except (OSError, ValueError, KeyError, TypeError):
+        earlier = None
+    if earlier != [ARCHITECTURE]:
+        raise ValueError(f"--output {output}: --overwrite replaces only an exported draft")
+    return output
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[Path]:
+    """A new directory beside `target` that takes its place on success and vanishes on failure."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    earlier = target.with_name(f".{target.name}.{os.getpid()}.old")
+    scratch.mkdir()
+    try:
+        yield scratch
+        if target.exists():
+            target.rename(earlier)
+        try:
+            scratch.rename(target)
+        except OSError:
+            if earlier.exists():
+                earlier.rename(target)
+            raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+        shutil.rmtree(earlier, ignore_errors=True)

@@ -1,0 +1,75 @@
+"""The real draft module, saved by Megatron from several ranks, converts to the reference's weights.
+
+Covers what a hand-made checkpoint cannot: Megatron's own keys, its cut of gate/up and of query
+groups over tensor-parallel ranks, and the padding of the vocabulary in each layout.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_eagle.hf.export_draft import export_draft
+from tests.distributed.harness import megatron_parallel, run_distributed
+from tests.distributed.test_reference_parity import make_case
+from tests.draft_fixture import Case, build_model
+from tests.reference_eagle3 import ReferenceConfig, ReferenceEagle3
+from tests.trained_draft import Shape, metadata_json, metadata_tensor
+
+
+def save_case(rank: int, world: int, case: Case, metadata: torch.Tensor, directory: str) -> None:
+    megatron_parallel(tp=world)
+    from megatron.core import dist_checkpointing
+
+    model = build_model(case)
+    model.draft.metadata.copy_(metadata)
+    dist_checkpointing.save(model.sharded_state_dict(), directory)
+
+
+def metadata_of(config: ReferenceConfig) -> dict[str, Any]:
+    shape = Shape(
+        layers=config.num_layers,
+        hidden=config.hidden_size,
+        heads=config.num_heads,
+        groups=config.num_kv_heads,
+        head_dim=config.head_dim,
+        ffn=config.intermediate_size,
+        vocab=config.vocab_size,
+        draft_vocab=config.draft_vocab_size,
+        rope={"rope_theta": config.rope_theta},
+    )
+    content = metadata_json(shape)
+    content["base"]["megatron_args"]["rotary_base"] = int(config.rope_theta)
+    return content
+
+
+CASES = [
+    pytest.param(1, {}, id="tp1"),
+    pytest.param(2, {"num_layers": 3}, id="tp2-three-layers"),
+    pytest.param(2, {"sequence_parallel": True, "num_layers": 2}, id="tp2-sp-two-layers"),
+    pytest.param(2, {"draft_vocab_size": 61}, id="tp2-whole-vocabulary"),
+    pytest.param(4, {"draft_vocab_size": 5}, id="tp4-empty-shard"),
+]
+
+
+@pytest.mark.parametrize(("world", "changes"), CASES)
+def test_exported_equals_reference(tmp_path: Path, world: int, changes: dict[str, Any]) -> None:
+    case, reference = make_case(**changes)
+    iteration = tmp_path / "ckpt" / "iter_0000007"
+    iteration.mkdir(parents=True)
+    (tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").write_text("7")
+    metadata = metadata_tensor(metadata_of(case.config))
+    run_distributed(save_case, world, case, metadata, str(iteration))
+    export_draft(tmp_path / "ckpt", tmp_path / "hf")
+    exported = ReferenceEagle3.from_hf(tmp_path / "hf", case.embedding)
+    assert exported.vocab_ids.equal(case.vocab_ids)
+    weights = dict(exported.named_parameters())
+    assert set(weights) == set(case.weights)
+    for name, expected in case.weights.items():
+        assert weights[name].equal(expected), name
+    base_logits = case.final_hidden @ case.output_weight.t()
+    inputs = (case.aux, case.tokens, base_logits, case.loss_mask)
+    assert exported.forward_ttt(*inputs)["loss"].equal(reference.forward_ttt(*inputs)["loss"])

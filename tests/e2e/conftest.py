@@ -1,0 +1,46 @@
+"""A tiny random base, imported once, and answers for it."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from megatron_eagle.hf.import_base import import_base
+from tests.tiny_hf import SIZES, make_base
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a training run starts from."""
+
+    hf: Path
+    base: Path
+    answers: Path
+
+    @property
+    def flags(self) -> list[object]:
+        return ["--eagle-base-checkpoint", self.base, "--eagle-train-data", self.answers]
+
+
+@pytest.fixture(scope="session")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    folder = tmp_path_factory.mktemp("inputs")
+    make_base(folder / "hf", "llama", num_hidden_layers=7)
+    import_base(folder / "hf", folder / "base")
+    write_answers(folder / "answers.jsonl")
+    return Inputs(folder / "hf", folder / "base", folder / "answers.jsonl")
+
+
+def write_answers(file: Path, lines: int = 40) -> None:
+    """Random prompts and answers of ragged lengths."""
+    rng = random.Random(3)
+
+    def ids(low: int, high: int) -> list[int]:
+        return [rng.randrange(SIZES["vocab_size"]) for _ in range(rng.randint(low, high))]
+
+    records = [{"prompt_ids": ids(3, 9), "answer_ids": ids(6, 25)} for _ in range(lines)]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))

@@ -1,0 +1,68 @@
+"""Start the example as a user does, and read what it left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from megatron_eagle.platform import recommended_environment
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLE = ROOT / "examples" / "pretrain_eagle.py"
+RECIPE = (
+    "--seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 20 --lr 2e-3 "
+    "--min-lr 1e-4 --lr-decay-style cosine --log-interval 1 --num-workers 0 --seed 7 "
+    "--make-vocab-size-divisible-by 4"
+).split()
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run."""
+
+    returncode: int
+    output: str
+    metrics: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def error_line(self) -> str:
+        """The one line that tells a user what is wrong."""
+        lines = [line for line in self.output.splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1, self.output[-3000:]
+        return lines[0]
+
+
+def torchrun(script: Path, ranks: int, *words: object, timeout: float = 200) -> Run:
+    """Run ``script`` on ``ranks`` CPU processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    result = subprocess.run(
+        [*launcher, "--nproc-per-node", str(ranks), str(script), *map(str, words)],
+        env={
+            **os.environ,
+            **recommended_environment(ranks),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "PYTHONPATH": str(ROOT),
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    return Run(result.returncode, result.stdout)
+
+
+def train(ranks: int, log: Path | None, *words: object, script: Path = EXAMPLE) -> Run:
+    """Train with the small recipe; ``words`` are added to it and win over it."""
+    logged = () if log is None else ("--eagle-log-file", log)
+    run = torchrun(script, ranks, *RECIPE, *logged, *words)
+    if log is None or not log.exists():
+        return run
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return Run(run.returncode, run.output, {line["iteration"]: line for line in lines})

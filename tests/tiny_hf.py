@@ -1,0 +1,49 @@
+"""Tiny random Hugging Face bases, written as a hub download looks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+FIELDS: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True, "head_dim": 8},  # 8 heads x 8 is not the hidden size
+    "mistral": {"sliding_window": 16, "head_dim": 6, "rope_theta": 1e6},
+    "qwen2": {"tie_word_embeddings": False},
+    "qwen3": {"tie_word_embeddings": False, "head_dim": 12},
+}
+
+
+def make_base(directory: Path, family: str, shard: str = "5GB", **fields: Any) -> torch.nn.Module:
+    """Save a random fp32 model of `family` in `directory` and return it (eval mode)."""
+    import transformers
+
+    name = CLASSES[family]
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **FIELDS[family], **fields})
+    config._attn_implementation = "eager"
+    torch.manual_seed(7)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            # The default init leaves norms at 1 and biases at 0, which would hide a swap.
+            weight.normal_(0.0, 0.2).add_(1.0 if key.endswith("norm.weight") else 0.0)
+    model.save_pretrained(directory, max_shard_size=shard)
+    return model
+
+
+def logits_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [B, S, V] of `tokens` [B, S]."""
+    with torch.no_grad():
+        return model(tokens).logits.float()

@@ -1,0 +1,46 @@
+"""Trained draft (Megatron checkpoint) -> Hugging Face EAGLE-3 directory for vLLM and SGLang.
+
+    python tools/convert_to_hf.py --load CKPT --output DIR
+
+Needs no GPU and no torchrun, whatever layout the draft was trained in.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from megatron_eagle.hf.export_draft import DTYPES, export_draft
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, or 2 after one `error:` line on stderr."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument(
+        "--load",
+        type=Path,
+        required=True,
+        metavar="CKPT",
+        help="directory training saved to (its latest iteration is taken), or one iter_ directory",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="directory to create"
+    )
+    parser.add_argument("--dtype", choices=list(DTYPES), help="of the weights (default: as saved)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier export in --output"
+    )
+    args = parser.parse_args(argv)
+    dtype = DTYPES[args.dtype] if args.dtype else None
+    try:
+        info = export_draft(args.load, args.output, dtype, args.overwrite, print)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"EAGLE-3 draft for {info.base.name!r} is in {args.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
