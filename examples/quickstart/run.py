@@ -109,7 +109,7 @@ class Quickstart:
     def _train(self) -> None:
         iterations = self.args.train_iters
         flags = f"""
-            --tensor-model-parallel-size {self.tp} --seq-length 256
+            --tensor-model-parallel-size {self.tp} --seq-length 192
             --micro-batch-size 1 --global-batch-size 1 --train-iters {iterations}
             --lr 2e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-fraction 0.04
             --weight-decay 0 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0

@@ -21,7 +21,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from gguf_tokenizer import write_tokenizer
+from gguf_tokenizer import field_value, write_tokenizer
 from pypi_wheel import PinnedWheel
 from safetensors.torch import save_file
 
@@ -76,11 +76,14 @@ def pad_groups(name: str, weight: np.ndarray, groups: int, padded_groups: int) -
     return weight
 
 
+def head_counts(reader: gguf.GGUFReader) -> tuple[int, int]:
+    """Query heads and key/value groups, before padding."""
+    return _number(reader, "attention.head_count"), _number(reader, "attention.head_count_kv")
+
+
 def read_weights(reader: gguf.GGUFReader, padded_groups: int) -> dict[str, torch.Tensor]:
     """Dequantize every tensor to fp32 under its Hugging Face name, with heads padded."""
-    heads, groups = _number(reader, "attention.head_count"), _number(
-        reader, "attention.head_count_kv"
-    )
+    heads, groups = head_counts(reader)
     weights = {}
     for index, tensor in enumerate(reader.tensors, start=1):
         name = huggingface_name(tensor.name)
@@ -98,14 +101,12 @@ def read_weights(reader: gguf.GGUFReader, padded_groups: int) -> dict[str, torch
 
 def llama_config(reader: gguf.GGUFReader, padded_groups: int) -> dict[str, Any]:
     """The config.json of the padded model; the end token is the chat template's `<|im_end|>`."""
-    heads, groups = _number(reader, "attention.head_count"), _number(
-        reader, "attention.head_count_kv"
-    )
+    heads, groups = head_counts(reader)
     hidden = _number(reader, "embedding_length")
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
-        "vocab_size": len(_value(reader, "tokenizer.ggml.tokens")),
+        "vocab_size": len(field_value(reader, "tokenizer.ggml.tokens")),
         "hidden_size": hidden,
         "intermediate_size": _number(reader, "feed_forward_length"),
         "num_hidden_layers": _number(reader, "block_count"),
@@ -113,8 +114,8 @@ def llama_config(reader: gguf.GGUFReader, padded_groups: int) -> dict[str, Any]:
         "num_key_value_heads": padded_groups,
         "head_dim": hidden // heads,
         "max_position_embeddings": _number(reader, "context_length"),
-        "rope_theta": float(_value(reader, "llama.rope.freq_base")),
-        "rms_norm_eps": _round(_value(reader, "llama.attention.layer_norm_rms_epsilon")),
+        "rope_theta": float(field_value(reader, "llama.rope.freq_base")),
+        "rms_norm_eps": _round(field_value(reader, "llama.attention.layer_norm_rms_epsilon")),
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
@@ -126,9 +127,9 @@ def llama_config(reader: gguf.GGUFReader, padded_groups: int) -> dict[str, Any]:
 
 def special_ids(reader: gguf.GGUFReader) -> dict[str, int]:
     return {
-        "bos_token_id": int(_value(reader, "tokenizer.ggml.bos_token_id")),
-        "eos_token_id": int(_value(reader, "tokenizer.ggml.eos_token_id")),
-        "pad_token_id": int(_value(reader, "tokenizer.ggml.padding_token_id")),
+        "bos_token_id": int(field_value(reader, "tokenizer.ggml.bos_token_id")),
+        "eos_token_id": int(field_value(reader, "tokenizer.ggml.eos_token_id")),
+        "pad_token_id": int(field_value(reader, "tokenizer.ggml.padding_token_id")),
     }
 
 
@@ -149,15 +150,8 @@ def convert(gguf_file: Path, output: Path, padded_groups: int = PADDED_GROUPS) -
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _value(reader: gguf.GGUFReader, key: str) -> Any:
-    field = reader.get_field(key)
-    if field is None:
-        raise ValueError(f"the GGUF file has no field {key}")
-    return field.contents()
-
-
 def _number(reader: gguf.GGUFReader, key: str) -> int:
-    return int(_value(reader, f"llama.{key}"))
+    return int(field_value(reader, f"llama.{key}"))
 
 
 def _round(value: float) -> float:

@@ -35,9 +35,7 @@ def local_backend() -> LayerBackend:
     provider = LocalSpecProvider()
 
     def layer_spec(config: Any) -> Any:
-        spec = get_gpt_layer_local_spec(
-            normalization="RMSNorm", qk_layernorm=config.qk_layernorm
-        )
+        spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
         return with_eagle_attention(spec)
 
     return LayerBackend(

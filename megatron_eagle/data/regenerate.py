@@ -65,6 +65,8 @@ def _messages(record: Any, where: str) -> list[dict[str, str]]:
         raise ValueError(f"{where}: a message needs 'role' and 'content'")
     while messages and messages[-1]["role"] == "assistant":
         messages = messages[:-1]  # its answer is what we regenerate
+    if not messages:
+        raise ValueError(f"{where}: nothing to answer in it")
     return messages
 
 
@@ -72,12 +74,18 @@ def finished_ids(file: Path, progress: Progress) -> set[str]:
     """Ids answered in ``file`` already; a torn last line (a killed run) is cut off."""
     if not file.exists():
         return set()
-    text = file.read_text(encoding="utf-8")
-    whole, newline, torn = text.rpartition("\n")
+    whole, newline, torn = file.read_bytes().rpartition(b"\n")
     if torn:
         progress(f"dropping a torn last line of {file}")
-        file.write_text(whole + newline, encoding="utf-8")
-    return {json.loads(line)["id"] for line in whole.splitlines() if line.strip()}
+        with file.open("r+b") as output:
+            output.truncate(len(whole + newline))
+    done = set()
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            done.add(json.loads(line)["id"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"--output {file}:{number}: not a line of answers") from None
+    return done
 
 
 def regenerate(
@@ -97,16 +105,17 @@ def regenerate(
         raise ValueError("--model: its tokenizer has no chat template")
     done = finished_ids(output, progress)
     todo = [
-        (name, messages, _prompt_ids(tokenizer, messages))
+        (name, messages, prompt_ids(tokenizer, messages))
         for name, messages in prompts.items()
         if name not in done
     ]
+    _check_lengths(model, todo, generation)
     todo.sort(key=lambda item: len(item[2]))
     progress(f"{len(todo)} prompts to answer, {len(done)} answered before")
     written, answered, start = 0, 0, time.monotonic()
     with output.open("a", encoding="utf-8") as file:
         for batch in _batches(todo, generation.batch_size):
-            torch.manual_seed(generation.seed + answered)
+            torch.manual_seed(generation.seed + len(done) + answered)
             answers = _answer(model, tokenizer, [ids for _, _, ids in batch], generation)
             for (name, messages, ids), answer in zip(batch, answers, strict=True):
                 file.write(_line(tokenizer, name, messages, ids, answer) + "\n")
@@ -122,9 +131,22 @@ def regenerate(
     return written
 
 
-def _prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
+    """The templated conversation, up to and including the generation prompt."""
     encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer(encoded, add_special_tokens=False)["input_ids"]
+
+
+def _check_lengths(
+    model: Any, todo: list[tuple[str, Any, list[int]]], generation: Generation
+) -> None:
+    limit = getattr(model.config, "max_position_embeddings", None)
+    for name, _, ids in todo:
+        if limit is not None and len(ids) + generation.max_new_tokens > limit:
+            raise ValueError(
+                f"prompt {name!r}: {len(ids)} tokens and --max-new-tokens "
+                f"{generation.max_new_tokens} exceed the model's {limit} positions"
+            )
 
 
 def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
@@ -137,13 +159,13 @@ def _answer(
     model: Any, tokenizer: Any, prompts: list[list[int]], generation: Generation
 ) -> list[list[int]]:
     width = max(map(len, prompts))
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id or tokenizer.eos_token_id or 0  # masked, so any id will do
     ids = torch.full((len(prompts), width), pad, dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):
         ids[row, width - len(prompt) :] = torch.tensor(prompt)
         mask[row, width - len(prompt) :] = 1
-    sampling = {"do_sample": False}
+    sampling: dict[str, Any] = {"do_sample": False}
     if generation.temperature > 0:
         sampling = {"do_sample": True, "temperature": generation.temperature, "top_k": 0}
     new = model.generate(

@@ -7,14 +7,32 @@ and loaded with the weights by any Megatron checkpoint strategy, and read withou
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_eagle.checkpoint_dir import BaseInfo
+from megatron_eagle.config import EagleConfig
+
 FORMAT = "megatron_eagle.draft"
 VERSION = 1
 SIZE = 16384
+
+
+def draft_metadata(
+    options: EagleConfig, base: BaseInfo, aux_layers: Sequence[int], vocab_size: int
+) -> dict[str, Any]:
+    """What a checkpoint of this draft says: its options, its captured layers and its base."""
+    return {
+        "config": options.to_mapping(),
+        "aux_layers": list(aux_layers),
+        "ttt_steps": options.ttt_steps,
+        "num_layers": options.num_layers,
+        "draft_vocab_size": vocab_size,
+        "base": base.as_dict(),
+    }
 
 
 def encode_metadata(content: dict[str, Any]) -> Tensor:
@@ -31,6 +49,8 @@ def decode_metadata(tensor: Tensor, source: str) -> dict[str, Any]:
         content = json.loads(bytes(tensor.cpu().numpy()).decode())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{source}: the draft's metadata are damaged: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{source}: the draft's metadata are damaged: not a JSON object")
     if content.get("format") != FORMAT or content.get("version") != VERSION:
         raise ValueError(
             f"{source}: not a draft of this program's format: "
@@ -39,17 +59,16 @@ def decode_metadata(tensor: Tensor, source: str) -> dict[str, Any]:
     return content
 
 
-def check_same_draft(saved: Tensor, current: Tensor) -> None:
-    """Raise ``ValueError`` naming the flag if the draft saved (``--load``) is not the one built.
+def check_same_draft(saved: dict[str, Any], now: dict[str, Any], source: str) -> None:
+    """Raise ``ValueError`` naming the flag if the draft of ``source`` is not the one of this run.
 
     The number of TTT steps and other training options may change on resume.
     """
-    before, now = decode_metadata(saved, "--load"), decode_metadata(current, "this run")
     for flag, key in (("--eagle-aux-layers", "aux_layers"), ("--eagle-num-layers", "num_layers")):
-        if before[key] != now[key]:
-            raise ValueError(f"{flag}: this run has {now[key]}, the draft in --load {before[key]}")
-    if before["base"]["megatron_args"] != now["base"]["megatron_args"]:
+        if saved[key] != now[key]:
+            raise ValueError(f"{flag}: this run has {now[key]}, the draft in {source} {saved[key]}")
+    if saved["base"]["megatron_args"] != now["base"]["megatron_args"]:
         raise ValueError(
-            "--eagle-base-checkpoint: the draft in --load was trained on another base, "
-            f"{before['base']['name']}"
+            f"--eagle-base-checkpoint: the draft in {source} was trained on another base, "
+            f"{saved['base']['name']}"
         )

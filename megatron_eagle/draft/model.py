@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_eagle.attention.backend import LayerBackend
 from megatron_eagle.attention.core import AttentionState
 from megatron_eagle.compat import (
     ColumnParallelLinear,
@@ -22,7 +23,6 @@ from megatron_eagle.compat import (
     make_sharded_tensors_for_checkpoint,
     set_tensor_model_parallel_attributes,
 )
-from megatron_eagle.attention.backend import LayerBackend
 from megatron_eagle.draft.layer import draft_layer_specs
 from megatron_eagle.parallel.vocab import VocabShard
 

@@ -55,6 +55,9 @@ def export_draft(
         (scratch / "config.json").write_text(config, encoding="utf-8")
         card = model_card(info, checkpoint.directory.name, weights)
         (scratch / "README.md").write_text(card, encoding="utf-8")
+        # safetensors creates its file readable by its owner alone.
+        mode = (scratch / "config.json").stat().st_mode
+        (scratch / "model.safetensors").chmod(mode)
     return info
 
 

@@ -104,7 +104,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         scaled = (row_weight * grads[0]).flatten()
         log_z = log_z.flatten()
         grad_hidden = torch.empty_like(flat)
-        grad_weight = torch.zeros_like(weight)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for chunk in _step_chunks(steps, count, weight.shape[0]):
             rows = slice(chunk.start % count, chunk.start % count + chunk.stop - chunk.start)
             logits = kept[0][chunk] if kept else flat[chunk] @ weight.t()
@@ -112,7 +112,11 @@ class _SoftCrossEntropy(torch.autograd.Function):
                 logits, log_z[chunk], exp_teacher[rows], scale[rows], scaled[chunk]
             ).to(weight.dtype)
             torch.mm(grad, weight, out=grad_hidden[chunk])
-            grad_weight.addmm_(grad.t(), flat[chunk])
+            if weight.dtype == torch.float32:
+                grad_weight.addmm_(grad.t(), flat[chunk])
+            else:  # chunks add up in fp32
+                grad_weight += grad.t() @ flat[chunk]
+        grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden.view(steps, count, -1), grad_weight, None, None, None, None, None
 
 

@@ -20,6 +20,7 @@ from megatron_eagle.platform.megatron_patches import (
     allow_sequence_parallel_torch_norm,
     allow_trainer_without_cuda,
     load_optimizer_state_without_grad,
+    pass_alltoall_splits_as_numpy,
     skip_helper_build_without_makefile,
 )
 
@@ -57,6 +58,7 @@ def enable() -> bool:
     use_checkpointable_adam()
     allow_sequence_parallel_torch_norm()
     load_optimizer_state_without_grad()
+    pass_alltoall_splits_as_numpy()
     allow_trainer_without_cuda()
     _enabled = True
     return True

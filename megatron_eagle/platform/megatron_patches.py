@@ -59,6 +59,23 @@ def load_optimizer_state_without_grad() -> None:
     replace(path, torch.no_grad()(require(path)))
 
 
+def pass_alltoall_splits_as_numpy() -> None:
+    """Give expert parallelism's all-to-all its split sizes as an array, as it expects them.
+
+    megatron/core/transformer/moe/moe_utils.py converts them only on their way from a CUDA device.
+    """
+
+    def maybe_move_tensor_to_cpu(
+        tensor: Any, as_numpy: bool = False, record_stream: bool = False
+    ) -> Any:
+        return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
+
+    replace(
+        "megatron.core.transformer.moe.token_dispatcher:maybe_move_tensor_to_cpu",
+        maybe_move_tensor_to_cpu,
+    )
+
+
 def allow_trainer_without_cuda() -> None:
     """Pass the ``allow_no_cuda`` that ``initialize_megatron`` has and ``pretrain`` never passes.
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.checkpoint import CheckpointException
+
 from megatron_eagle.attention.backend import LayerBackend
 from megatron_eagle.checkpoint_dir import BaseInfo, resolve_checkpoint
 from megatron_eagle.compat import GPTModel, StrictHandling, TransformerConfig, dist_checkpointing
@@ -67,10 +69,17 @@ def load_base(gpt: Any, directory: str | Path) -> None:
             str(resolve_checkpoint(directory)),
             strict=StrictHandling.RETURN_ALL,
         )
-    except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"{where}: cannot be loaded: {reason[-1]}") from error
+    except (Exception, CheckpointException) as error:
+        raise ValueError(f"{where}: cannot be loaded: {_reason(error)}") from error
     weights = sorted(key for key in lacking if not key.endswith("_extra_state"))
     if weights:
         raise ValueError(f"{where}: lacks {weights[0]}")
     gpt.load_state_dict(state, strict=False)
+
+
+def _reason(error: BaseException) -> str:
+    """The first rank's own words; a CheckpointException (no Exception) only lists the ranks."""
+    if isinstance(error, CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -8,7 +8,9 @@ flags that a CPU needs are put in front too.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from megatron.training.arguments import parse_and_validate_args
@@ -46,28 +48,29 @@ _UNSUPPORTED = {
 }
 
 
-def parse_eagle_args() -> tuple[argparse.Namespace, EagleConfig, BaseInfo]:
-    """Parse ``sys.argv`` into Megatron's args, the options, and the base's description.
+def parse_eagle_args(options: EagleConfig) -> tuple[argparse.Namespace, BaseInfo]:
+    """Parse ``sys.argv`` into Megatron's args, and read the base's description.
 
     Raises ``ValueError`` naming the flag for a mistake that every rank sees alike.
     """
     user = sys.argv[1:]
-    if "--help" in user or "-h" in user:
-        parse_and_validate_args(extra_args_provider=add_eagle_flags)
-    mine = add_eagle_flags(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
-    options = EagleConfig.from_args(mine.parse_known_args(user)[0])
-    if options.base_checkpoint is None:
-        raise ValueError("--eagle-base-checkpoint is required: the base to train a draft for")
     base = _base_info(options.base_checkpoint)
+    _check_tensor_parallel(user, base)
     sys.argv[1:] = [*_implied_flags(base, options), *user]
     args = parse_and_validate_args(extra_args_provider=add_eagle_flags)
     _check_dimensions(args, base)
     _check_supported(args)
     options.check_against_base(args.num_layers, base.vocab_size, args.seq_length)
-    return args, options, base
+    return args, base
 
 
-def _base_info(directory: str) -> BaseInfo:
+def show_help() -> None:
+    """Print Megatron's flags and ours, and exit."""
+    parse_and_validate_args(extra_args_provider=add_eagle_flags)
+
+
+def _base_info(directory: str | None) -> BaseInfo:
+    assert directory is not None
     try:
         return load_base_json(directory)
     except ValueError as error:
@@ -105,10 +108,21 @@ def _check_supported(args: argparse.Namespace) -> None:
         value: Any = getattr(args, name, supported)
         if value != supported:
             raise ValueError(f"--{name.replace('_', '-')} {value} is not supported yet")
-    tensor = args.tensor_model_parallel_size
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        if getattr(args, name) % tensor:
+
+
+def _check_tensor_parallel(user: Sequence[str], base: BaseInfo) -> None:
+    """Before Megatron's own parser, which asserts on it without naming the flag."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    size = parser.parse_known_args(user)[0].tensor_model_parallel_size
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if size < 1 or world % size:
+        raise ValueError(
+            f"--tensor-model-parallel-size {size} does not divide the {world} processes"
+        )
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "hidden_size"):
+        if base.megatron_args[name] % size:
             raise ValueError(
-                f"--tensor-model-parallel-size {tensor} does not divide "
-                f"the base's {name} = {getattr(args, name)}"
+                f"--tensor-model-parallel-size {size} does not divide "
+                f"the base's {name} = {base.megatron_args[name]}"
             )

@@ -15,7 +15,7 @@ from megatron_eagle.attention.backend import (
 )
 from megatron_eagle.checkpoint_dir import BaseInfo
 from megatron_eagle.config import EagleConfig
-from megatron_eagle.draft.metadata import encode_metadata
+from megatron_eagle.draft.metadata import draft_metadata, encode_metadata
 from megatron_eagle.draft.model import EagleDraft, draft_config
 from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.build import build_base, load_base
@@ -67,14 +67,7 @@ class ModelBuilder:
             base.output_weight.shape[0],
             pg_collection.tp,
         )
-        metadata = {
-            "config": self.options.to_mapping(),
-            "aux_layers": list(base.taps.layers),
-            "ttt_steps": self.options.ttt_steps,
-            "num_layers": self.options.num_layers,
-            "draft_vocab_size": self.vocab_ids.numel(),
-            "base": self.base.as_dict(),
-        }
+        metadata = draft_metadata(self.options, self.base, base.taps.layers, self.vocab_ids.numel())
         return EagleDraft(
             draft_config(config, self.options.num_layers),
             backend,

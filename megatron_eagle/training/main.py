@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 import sys
 import time
+import traceback
+
+from megatron_eagle.config import parse_eagle_flags
+from megatron_eagle.platform import enable
 
 _STARTED = time.time()
 
@@ -14,20 +18,22 @@ def main() -> None:
     try:
         _train()
     except ValueError as error:
-        if not _is_users_mistake(error):
+        if not _raised_by_us(error):
             raise
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # peers exit by themselves: every rank sees the same mistake
+        os._exit(2)  # no rank waits for another: all of them see the same mistake
 
 
-def _is_users_mistake(error: ValueError) -> bool:
-    return str(error).startswith("--") or ": " in str(error).partition("\n")[0]
+def _raised_by_us(error: ValueError) -> bool:
+    """Whether the check that failed is this package's, which words its errors for users."""
+    innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    return innermost.f_globals.get("__name__", "").startswith("megatron_eagle.")
 
 
 def _train() -> None:
-    from megatron_eagle.platform import enable
-
+    asks_for_help = {"-h", "--help"} & set(sys.argv[1:])
+    options = None if asks_for_help else parse_eagle_flags(sys.argv[1:])
     enable()
     import torch
     from megatron.core.enums import ModelType
@@ -36,7 +42,7 @@ def _train() -> None:
 
     from megatron_eagle.platform.compiler import compile_regions
     from megatron_eagle.platform.nvtx import mark_ranges
-    from megatron_eagle.training.arguments import parse_eagle_args
+    from megatron_eagle.training.arguments import parse_eagle_args, show_help
     from megatron_eagle.training.builder import ModelBuilder
     from megatron_eagle.training.data import DatasetProvider
     from megatron_eagle.training.metrics_log import MetricsLog
@@ -44,7 +50,9 @@ def _train() -> None:
     from megatron_eagle.training.vocab import draft_vocab_ids
 
     set_startup_timestamps(program_start=_STARTED, main_entry=time.time())
-    args, options, base = parse_eagle_args()
+    if options is None:
+        return show_help()
+    args, base = parse_eagle_args(options)
     compile_regions(options.compile)
     mark_ranges(options.nvtx)
     reduce_metrics_once_per_step(options)

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from megatron_eagle.compat import MegatronModule
 from megatron_eagle.config import EagleConfig
-from megatron_eagle.draft.metadata import check_same_draft
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.objective.unroll import DraftInputs, target_hidden, unroll
@@ -115,6 +114,5 @@ class EagleGPTModel(MegatronModule):
         assert not unexpected, f"not the draft's: {unexpected[:3]}"
         own = {key.removeprefix(prefix): value for key, value in state_dict.items()}
         if "metadata" in own:
-            check_same_draft(own["metadata"], self.draft.metadata)
             own["metadata"] = self.draft.metadata  # what this run is, not what saved it
         return self.draft.load_state_dict(own, strict=strict, assign=assign)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from megatron_eagle.checkpoint_dir import TRACKER_NAME, BaseInfo
 from megatron_eagle.config import EagleConfig
+from megatron_eagle.draft.metadata import check_same_draft, decode_metadata, draft_metadata
 from megatron_eagle.draft.vocab import check_vocab_ids, choose_vocab_ids, load_vocab_ids
 from megatron_eagle.hf.dcp_reader import DraftCheckpoint
 from megatron_eagle.training.data import count_supervised, protected_ids
@@ -21,7 +22,8 @@ def draft_vocab_ids(args: Any, options: EagleConfig, base: BaseInfo) -> Tensor:
     A checkpoint that ``--load`` will resume decides: its rows mean its ids, and rebuilding them
     from other data would scramble the head without a trace in the metrics.
     """
-    resumed = _resumed_vocab_ids(args.load)
+    captured = options.captured_layers(args.num_layers)
+    resumed = _resumed_vocab_ids(args.load, draft_metadata(options, base, captured, 0))
     if resumed is not None:
         check_vocab_ids(resumed, base.vocab_size, f"--load {args.load}")
         if options.draft_vocab_size not in (None, resumed.numel()):
@@ -40,8 +42,11 @@ def draft_vocab_ids(args: Any, options: EagleConfig, base: BaseInfo) -> Tensor:
     return choose_vocab_ids(counts, options.draft_vocab_size, always)
 
 
-def _resumed_vocab_ids(load: str | None) -> Tensor | None:
+def _resumed_vocab_ids(load: str | None, now: dict[str, Any]) -> Tensor | None:
+    """The ids of the draft in ``load``, checked to be this run's draft, if there is one."""
     if load is None or not (Path(load) / TRACKER_NAME).is_file():
         return None
-    checkpoint = DraftCheckpoint.open(load)
-    return checkpoint.load(["draft.vocab_ids"])["draft.vocab_ids"]
+    source = f"--load {load}"
+    saved = DraftCheckpoint.open(load).load(["draft.vocab_ids", "draft.metadata"])
+    check_same_draft(decode_metadata(saved["draft.metadata"], source), now, source)
+    return saved["draft.vocab_ids"]

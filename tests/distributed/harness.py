@@ -19,6 +19,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
 import time
 import traceback
@@ -118,6 +119,7 @@ def megatron_parallel(
 def _rank_main(
     rank: int, world_size: int, call: bytes, parent: Connection, scratch: str, timeout: float
 ) -> None:
+    os.setsid()  # the leader of its own process group, which _stop ends as a whole
     torch.set_num_threads(1)
     with open(_stack_file(Path(scratch), rank), "w") as stacks:
         faulthandler.dump_traceback_later(timeout, file=stacks)
@@ -140,7 +142,7 @@ def _rank_main(
     # in the others, which would hide the first error.
     with contextlib.suppress(EOFError, OSError):
         parent.recv_bytes()
-    os._exit(0)
+    os.killpg(0, signal.SIGKILL)  # the parent is gone without having stopped this rank
 
 
 def _collect(pending: dict[Any, int], timeout: float, scratch: Path) -> dict[int, Any]:
@@ -175,6 +177,10 @@ def _stack_file(scratch: Path, rank: int) -> Path:
 
 
 def _stop(process: BaseProcess, connection: Connection) -> None:
-    connection.close()
+    """End a rank and what it has spawned: Megatron's checkpoint writers outlive their rank."""
+    assert process.pid is not None
+    with contextlib.suppress(ProcessLookupError):  # it may not lead a process group yet
+        os.killpg(process.pid, signal.SIGKILL)
     process.kill()
     process.join()
+    connection.close()

@@ -14,11 +14,12 @@ from megatron_eagle.platform import recommended_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "pretrain_eagle.py"
-RECIPE = (
-    "--seq-length 32 --micro-batch-size 2 --global-batch-size 4 --train-iters 20 --lr 2e-3 "
-    "--min-lr 1e-4 --lr-decay-style cosine --log-interval 1 --num-workers 0 --seed 7 "
-    "--make-vocab-size-divisible-by 4"
-).split()
+RECIPE = [
+    *("--seq-length", "32", "--micro-batch-size", "2", "--global-batch-size", "4"),
+    *("--train-iters", "20", "--lr", "2e-3", "--min-lr", "1e-4", "--lr-decay-style", "cosine"),
+    *("--log-interval", "1", "--num-workers", "0", "--seed", "7"),
+    *("--make-vocab-size-divisible-by", "4"),
+]
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,11 @@ def eager_afterwards() -> Iterator[None]:
 
 def arguments(rows: int) -> tuple[torch.Tensor, ...]:
     torch.manual_seed(rows)
-    return torch.randn(rows, 9), torch.randn(rows), torch.rand(rows, 9), torch.rand(rows), torch.rand(rows)
+    matrix, vector = (rows, 9), (rows,)
+    return (
+        torch.randn(matrix), torch.randn(vector), torch.rand(matrix),
+        torch.rand(vector), torch.rand(vector),
+    )  # fmt: skip
 
 
 def test_compiled_gradient_equals_eager_without_recompiling() -> None:

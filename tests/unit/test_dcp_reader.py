@@ -1,4 +1,4 @@
-"""Reading torch_dist checkpoints: whole tensors from shards, and one clear error for each damage."""
+"""Reading torch_dist checkpoints: whole tensors from shards, one clear error for each damage."""
 
 from __future__ import annotations
 
@@ -218,8 +218,8 @@ def test_nothing_in_the_metadata_is_executed(tmp_path: Path) -> None:
     trap = tmp_path / "trap"
     (directory / ".metadata").write_bytes(pickle.dumps(Bomb(trap)))
     text = open_error(tmp_path)
-    assert text == f"{directory / '.metadata'}: refusing to unpickle {os.mkdir.__module__}.mkdir: " \
-        "not a class of checkpoint metadata"  # fmt: skip
+    refused = f"refusing to unpickle {os.mkdir.__module__}.mkdir"
+    assert text.startswith(f"{directory / '.metadata'}: {refused}: not a class")
     assert not trap.exists()
 
 

@@ -24,8 +24,8 @@ CONFIG = ReferenceConfig(
 VOCAB_IDS = torch.tensor([1, 2, 5, 6, 10])
 
 
-def build(seed: int = 0, **changes: Any) -> ReferenceEagle3:
-    torch.manual_seed(seed)
+def build(**changes: Any) -> ReferenceEagle3:
+    torch.manual_seed(0)
     config = dataclasses.replace(CONFIG, **changes)
     embed = torch.randn(config.vocab_size, config.hidden_size)
     model = ReferenceEagle3(config, embed, VOCAB_IDS).double()
@@ -38,9 +38,8 @@ def build(seed: int = 0, **changes: Any) -> ReferenceEagle3:
     return model
 
 
-def batch(seed: int = 1, length: int = LENGTH) -> dict[str, Tensor]:
-    g = torch.Generator().manual_seed(seed)
-    shape = (BATCH, length)
+def batch() -> dict[str, Tensor]:
+    g, shape = torch.Generator().manual_seed(1), (BATCH, LENGTH)
     width = CONFIG.num_aux * CONFIG.target_hidden_size
     return {
         "aux": torch.randn(*shape, width, generator=g).double(),
@@ -75,8 +74,8 @@ def loop_logits(model: ReferenceEagle3, aux: Tensor, tokens: Tensor, row: int, s
         if layer > 0:
             return rms(output(layer - 1, p, t), block.input_layernorm)
         embedding = model.embed_weight[tokens[p + 1 + t]]
-        parts = rms(embedding, block.input_layernorm), rms(entering(0, p, t), block.hidden_norm)
-        return torch.cat(parts)
+        hidden = entering(0, p, t)
+        return torch.cat([rms(embedding, block.input_layernorm), rms(hidden, block.hidden_norm)])
 
     def entering(layer: int, p: int, t: int) -> Tensor:
         if layer > 0:
@@ -115,10 +114,9 @@ def loop_logits(model: ReferenceEagle3, aux: Tensor, tokens: Tensor, row: int, s
 def test_every_row_and_step_equals_the_loop_over_keys(steps: int, layers: int) -> None:
     model, data = build(ttt_steps=steps, num_layers=layers), batch()
     logits = model.forward_ttt(**data)["logits"]
-    aux, tokens = data["aux"][1], data["tokens"][1]
     for step in range(steps):
         for row in range(LENGTH - 1 - step):
-            expected = loop_logits(model, aux, tokens, row, step)
+            expected = loop_logits(model, data["aux"][1], data["tokens"][1], row, step)
             torch.testing.assert_close(logits[step, 1, row], expected, rtol=1e-9, atol=1e-9)
 
 
@@ -229,7 +227,7 @@ def test_gradient_through_all_steps_equals_finite_differences(name: str) -> None
 def test_detached_steps_change_the_gradient_and_nothing_else() -> None:
     data = batch()
     full, cut = build(), build(detach_steps=True)
-    loss, cut_loss = full.forward_ttt(**data)["loss"], cut.forward_ttt(**data)["loss"]
+    loss, cut_loss = (m.forward_ttt(**data)["loss"] for m in (full, cut))
     assert loss.equal(cut_loss)
     (grad,) = torch.autograd.grad(loss, full.fc.weight)
     (cut_grad,) = torch.autograd.grad(cut_loss, cut.fc.weight)
@@ -239,8 +237,7 @@ def test_detached_steps_change_the_gradient_and_nothing_else() -> None:
 @pytest.mark.parametrize("layers", [1, 2])
 @torch.no_grad()
 def test_chain_equals_the_training_row_that_consumes_its_drafts(layers: int) -> None:
-    model, data = build(num_layers=layers), batch()
-    n, steps = 3, 3
+    model, data, n, steps = build(num_layers=layers), batch(), 3, 3
     tokens, aux = data["tokens"][0, : n + 1], data["aux"][0, :n]
     ids, logits = draft_chain(model, tokens, aux, steps)
     assert ids.equal(VOCAB_IDS[logits.argmax(-1)])

@@ -1,0 +1,47 @@
+# Every target sets up the private environment first if it is missing or out of date.
+# Settings: VENV=dir of the environment, PYTHON=interpreter to build it with,
+#           ARGS='extra arguments' for test, test-all and train.
+VENV ?= .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+SOURCES := $(wildcard megatron_eagle tools examples tests benchmarks)
+
+# The CPU suite must not change on a machine with GPUs; one thread a rank, for two cores.
+PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
+CPU_PYTEST := CUDA_VISIBLE_DEVICES= $(PYTEST)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test test-all check train clean
+
+help:  ## show this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+
+setup: $(READY)  ## create the private environment in .venv
+
+$(READY): pyproject.toml constraints.txt tools/setup_env.sh
+	@PYTHON="$(PYTHON)" sh tools/setup_env.sh "$(VENV)"
+	@touch $@
+
+test: $(READY)  ## run the tests (under 15 minutes on two cores)
+	$(CPU_PYTEST) -m "not slow and not gpu" tests/unit tests/distributed tests/e2e $(ARGS)
+
+test-all: $(READY)  ## run every test; those for GPUs skip themselves where there is none
+	$(CPU_PYTEST) -m "not gpu" tests $(ARGS)
+	$(PYTEST) -m gpu tests $(ARGS) || [ $$? -eq 5 ]  # 5: no such test
+
+check: $(READY)  ## lint, formatting and types
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy $(SOURCES)
+
+# glibc gives freed memory back at once by default; faulting it in again for every activation
+# makes large fp32 products several times slower.
+train: export MALLOC_MMAP_THRESHOLD_ = 4294967296
+train: export MALLOC_TRIM_THRESHOLD_ = 17179869184
+train: export MALLOC_TOP_PAD_ = 268435456
+train: $(READY)  ## the quickstart: train, convert and evaluate a draft on two CPU cores
+	$(PY) examples/quickstart/run.py $(ARGS)
+
+clean:  ## remove the environment and the caches; keeps runs/
+	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,216 @@
+"""A trained draft's checkpoint made by hand, and the Hugging Face tensors it must convert to.
+
+The Megatron tensors are assembled head by head and row by row with plain loops, so that nothing of
+the conversion under test computes its own expectation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_eagle.hf.torch_dist_writer import Chunk, write_torch_dist
+
+ROPE = {"rope_theta": 50000.0}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A draft small enough to read, no two of its sizes equal."""
+
+    layers: int = 1
+    hidden: int = 24
+    heads: int = 6
+    groups: int = 2
+    head_dim: int = 10
+    ffn: int = 14
+    vocab: int = 53
+    draft_vocab: int = 19
+    padded_vocab: int = 32
+    aux_layers: tuple[int, ...] = (1, 4, 7)
+    base_layers: int = 8
+    rope: dict[str, Any] = field(default_factory=lambda: dict(ROPE))
+
+
+def hf_tensors(
+    shape: Shape, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """The draft as a server sees it: random weights under Hugging Face names, d2t and t2d."""
+    torch.manual_seed(seed)
+    q, kv = shape.heads * shape.head_dim, shape.groups * shape.head_dim
+    hidden = shape.hidden
+    sizes: dict[str, tuple[int, ...]] = {
+        "fc.weight": (hidden, len(shape.aux_layers) * hidden),
+        "norm.weight": (hidden,),
+        "lm_head.weight": (shape.draft_vocab, hidden),
+    }
+    for i in range(shape.layers):
+        prefix = "midlayer." if shape.layers == 1 else f"layers.{i}."
+        width = 2 * hidden if i == 0 else hidden
+        sizes |= {
+            f"{prefix}input_layernorm.weight": (hidden,),
+            f"{prefix}hidden_norm.weight": (hidden,),
+            f"{prefix}self_attn.q_proj.weight": (q, width),
+            f"{prefix}self_attn.k_proj.weight": (kv, width),
+            f"{prefix}self_attn.v_proj.weight": (kv, width),
+            f"{prefix}self_attn.o_proj.weight": (hidden, q),
+            f"{prefix}post_attention_layernorm.weight": (hidden,),
+            f"{prefix}mlp.gate_proj.weight": (shape.ffn, hidden),
+            f"{prefix}mlp.up_proj.weight": (shape.ffn, hidden),
+            f"{prefix}mlp.down_proj.weight": (hidden, shape.ffn),
+        }
+    tensors = {name: torch.randn(size).to(dtype) for name, size in sizes.items()}
+    for i in range(1, shape.layers):
+        tensors[f"layers.{i}.hidden_norm.weight"] = tensors[f"layers.{i}.input_layernorm.weight"]
+    if shape.draft_vocab < shape.vocab:
+        ids = sorted(torch.randperm(shape.vocab)[: shape.draft_vocab].tolist())
+        tensors["d2t"] = torch.tensor([token - i for i, token in enumerate(ids)])
+        tensors["t2d"] = torch.tensor([token in ids for token in range(shape.vocab)])
+    return tensors
+
+
+def megatron_tensors(shape: Shape, hf: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same draft under the checkpoint's keys, with vocab_ids and without metadata."""
+    padding = torch.full((shape.padded_vocab - shape.draft_vocab, shape.hidden), 77.0)
+    head = hf["lm_head.weight"]
+    offsets = hf.get("d2t", torch.zeros(shape.draft_vocab, dtype=torch.int64))
+    result = {
+        "draft.fc.weight": hf["fc.weight"],
+        "draft.norm.weight": hf["norm.weight"],
+        "draft.lm_head.weight": torch.cat([head, padding.to(head)]),
+        "draft.vocab_ids": torch.tensor([i + int(offset) for i, offset in enumerate(offsets)]),
+    }
+    for i in range(shape.layers):
+        layer = f"draft.layers.{i}."
+        prefix = "midlayer." if shape.layers == 1 else f"layers.{i}."
+        own = {k.removeprefix(prefix): v for k, v in hf.items() if k.startswith(prefix)}
+        if i == 0:
+            result |= {
+                f"{layer}input_layernorm.embedding_norm.weight": own["input_layernorm.weight"],
+                f"{layer}input_layernorm.hidden_norm.weight": own["hidden_norm.weight"],
+            }
+        else:
+            result[f"{layer}self_attention.linear_qkv.layer_norm_weight"] = own[
+                "input_layernorm.weight"
+            ]
+        result |= {
+            f"{layer}self_attention.linear_qkv.weight": _interleaved(shape, own),
+            f"{layer}self_attention.linear_proj.weight": own["self_attn.o_proj.weight"],
+            f"{layer}mlp.linear_fc1.layer_norm_weight": own["post_attention_layernorm.weight"],
+            f"{layer}mlp.linear_fc1.weight": torch.cat(
+                [own["mlp.gate_proj.weight"], own["mlp.up_proj.weight"]]
+            ),
+            f"{layer}mlp.linear_fc2.weight": own["mlp.down_proj.weight"],
+        }
+    return result
+
+
+def _interleaved(shape: Shape, own: dict[str, Tensor]) -> Tensor:
+    size, per_group = shape.head_dim, shape.heads // shape.groups
+    rows = []
+    for group in range(shape.groups):
+        for head in range(group * per_group, (group + 1) * per_group):
+            rows.append(own["self_attn.q_proj.weight"][head * size : (head + 1) * size])
+        rows.append(own["self_attn.k_proj.weight"][group * size : (group + 1) * size])
+        rows.append(own["self_attn.v_proj.weight"][group * size : (group + 1) * size])
+    return torch.cat(rows)
+
+
+def metadata_json(shape: Shape) -> dict[str, Any]:
+    """The content of draft.metadata."""
+    return {
+        "format": "megatron_eagle.draft",
+        "version": 1,
+        "config": {"ttt_steps": 4, "aux_layers": list(shape.aux_layers)},
+        "aux_layers": list(shape.aux_layers),
+        "ttt_steps": 4,
+        "num_layers": shape.layers,
+        "draft_vocab_size": shape.draft_vocab,
+        "base": {
+            "format": "megatron_eagle.base",
+            "version": 1,
+            "family": "llama",
+            "name": "tiny-base",
+            "vocab_size": shape.vocab,
+            "hf_config": {
+                "architectures": ["LlamaForCausalLM"],
+                "max_position_embeddings": 4096,
+                "bos_token_id": 1,
+                "eos_token_id": [2, 3],
+                **shape.rope,
+            },
+            "megatron_args": {
+                "num_layers": shape.base_layers,
+                "hidden_size": shape.hidden,
+                "ffn_hidden_size": shape.ffn,
+                "num_attention_heads": shape.heads,
+                "num_query_groups": shape.groups,
+                "kv_channels": shape.head_dim,
+                "norm_epsilon": 1e-5,
+                "rotary_base": 50000,
+                "vocab_size": shape.vocab,
+            },
+        },
+    }
+
+
+def metadata_tensor(content: Any) -> Tensor:
+    text = json.dumps(content).encode()
+    return torch.tensor(list(text.ljust(16384)), dtype=torch.uint8)
+
+
+def chunked(tensors: dict[str, Tensor], parts: int = 1) -> list[Chunk]:
+    """Every tensor cut into up to `parts` blocks of rows, as TP ranks would save it."""
+    chunks = []
+    for key, tensor in tensors.items():
+        for part in torch.arange(tensor.shape[0]).tensor_split(min(parts, tensor.shape[0])):
+            start, rows = int(part[0]), len(part)
+            chunks.append(
+                Chunk(
+                    key=key,
+                    global_shape=tuple(tensor.shape),
+                    offset=(start,) + (0,) * (tensor.dim() - 1),
+                    shape=(rows, *tensor.shape[1:]),
+                    dtype=tensor.dtype,
+                    load=partial(tensor.narrow, 0, start, rows),
+                )
+            )
+    return chunks
+
+
+def save_iteration(root: Path, chunks: Iterable[Chunk], iteration: int = 120) -> Path:
+    """Write a checkpoint directory with one iteration; returns the iteration's directory."""
+    directory = root / f"iter_{iteration:07d}"
+    write_torch_dist(directory, chunks, {"iteration": iteration}, {"rng_state/shard_0_1": [1]})
+    (root / "latest_checkpointed_iteration.txt").write_text(str(iteration))
+    return directory
+
+
+@dataclass
+class TrainedDraft:
+    """A checkpoint to be: change `stored` or `metadata`, then `save`."""
+
+    shape: Shape
+    hf: dict[str, Tensor]
+    stored: dict[str, Tensor]
+    metadata: Any
+
+    @classmethod
+    def make(cls, dtype: torch.dtype = torch.float32, **changes: Any) -> TrainedDraft:
+        shape = Shape(**{**asdict(Shape()), **changes})
+        hf = hf_tensors(shape, dtype=dtype)
+        return cls(shape, hf, megatron_tensors(shape, hf), metadata_json(shape))
+
+    def tensors(self) -> dict[str, Tensor]:
+        optimizer = {"optimizer.state.exp_avg.draft.norm.weight": torch.zeros(self.shape.hidden)}
+        return {"draft.metadata": metadata_tensor(self.metadata), **self.stored, **optimizer}
+
+    def save(self, root: Path, parts: int = 1) -> Path:
+        return save_iteration(root, chunked(self.tensors(), parts))

@@ -1,0 +1,66 @@
+"""EagleConfig: flags, defaults and checks."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+import pytest
+
+from megatron_eagle.config import EagleConfig, add_eagle_flags, flag_name, parse_eagle_flags
+
+
+def test_every_option_is_a_flag_and_comes_back() -> None:
+    parser = add_eagle_flags(argparse.ArgumentParser())
+    assert EagleConfig.from_args(parser.parse_args([])) == EagleConfig()
+    shown = parser.format_help()
+    for option in dataclasses.fields(EagleConfig):
+        assert flag_name(option.name) in shown
+    words = "--eagle-ttt-steps 5 --eagle-aux-layers 0 3 7 --eagle-detach-steps"
+    options = EagleConfig.from_args(parser.parse_args(words.split()))
+    assert options == EagleConfig(ttt_steps=5, aux_layers=(0, 3, 7), detach_steps=True)
+    assert EagleConfig.from_mapping(options.to_mapping()) == options
+
+
+def test_default_captured_layers() -> None:
+    assert EagleConfig().captured_layers(32) == (1, 15, 28)
+    assert EagleConfig().captured_layers(7) == (1, 2, 3)
+    with pytest.raises(ValueError, match="--eagle-aux-layers must be given"):
+        EagleConfig().captured_layers(6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ttt_steps": 0}, "--eagle-ttt-steps must be at least 1, not 0"),
+        ({"ttt_steps": -2}, "--eagle-ttt-steps must be at least 1, not -2"),
+        ({"num_layers": 0}, "--eagle-num-layers must be at least 1"),
+        ({"draft_vocab_size": 0}, "--eagle-draft-vocab-size must be at least 1"),
+        ({"step_decay": 0.0}, r"--eagle-step-decay must be in \(0, 1\]"),
+        ({"aux_layers": (3, 3)}, "--eagle-aux-layers names a layer twice: 3 3"),
+        ({"aux_layers": (5, 2)}, "--eagle-aux-layers must ascend: 5 2"),
+        ({"aux_layers": (-1, 2)}, "--eagle-aux-layers must not be negative"),
+        ({"aux_layers": ()}, "--eagle-aux-layers needs at least one layer"),
+    ],
+)
+def test_impossible_options(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EagleConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (EagleConfig(aux_layers=(1, 8)), "--eagle-aux-layers 8 is out of range"),
+        (EagleConfig(draft_vocab_size=101), "--eagle-draft-vocab-size 101 exceeds"),
+        (EagleConfig(ttt_steps=7), "--seq-length 8 is too short: --eagle-ttt-steps 7"),
+    ],
+)
+def test_options_that_the_base_cannot_honour(options: EagleConfig, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        options.check_against_base(base_layers=8, vocab_size=100, seq_length=8)
+
+
+def test_a_base_is_required() -> None:
+    with pytest.raises(ValueError, match="--eagle-base-checkpoint is required"):
+        parse_eagle_flags(["--eagle-ttt-steps", "2", "--some-megatron-flag", "3"])

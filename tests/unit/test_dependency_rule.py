@@ -1,0 +1,174 @@
+"""The package's dependency rule, read from its source: an import goes only to the left.
+
+config, compat, platform -> checkpoint_dir -> parallel -> attention -> {teacher, draft} ->
+objective -> training, and {hf, data, decode} beside training.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "megatron_eagle"
+OUTSIDE = {"examples", "tools", "tests", "benchmarks"}
+
+BASICS = {"config", "compat", "platform", "checkpoint_dir"}
+BELOW_DRAFT = BASICS | {"parallel", "attention"}
+BELOW_TRAINING = BELOW_DRAFT | {"teacher", "draft", "objective"}
+BESIDE_TRAINING = {"hf", "data", "decode"}
+
+MAY_IMPORT: dict[str, set[str]] = {
+    "config": set(),
+    "compat": set(),
+    "platform": {"config", "compat"},
+    "checkpoint_dir": {"config", "compat", "platform"},
+    "parallel": BASICS,
+    "attention": BASICS | {"parallel"},
+    "teacher": BELOW_DRAFT,
+    "draft": BELOW_DRAFT,
+    "objective": BELOW_DRAFT | {"teacher", "draft"},
+    "hf": BELOW_TRAINING | BESIDE_TRAINING,
+    "data": BELOW_TRAINING | BESIDE_TRAINING,
+    "decode": BELOW_TRAINING | BESIDE_TRAINING,
+    "training": BELOW_TRAINING | BESIDE_TRAINING,
+    "__init__": BELOW_TRAINING | BESIDE_TRAINING,  # importing us must not import the trainer
+}
+IMPORTS_THE_TRAINER = {"training", "platform"}
+READS_GLOBAL_STATE = {"training"}
+GLOBAL_STATE = {"get_args", "parallel_state", "mpu"}
+
+
+def moving_names(compat_source: str) -> set[str]:
+    """The names compat.py provides: the keys of its ``_PATHS`` table."""
+    for node in ast.parse(compat_source).body:
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+            target = node.targets[0]
+            if isinstance(target, ast.Name) and target.id == "_PATHS":
+                return {ast.literal_eval(key) for key in node.value.keys if key is not None}
+    raise AssertionError("compat.py has no _PATHS table")
+
+
+def imported(tree: ast.Module, package: list[str]) -> Iterator[tuple[int, str]]:
+    """(line, dotted name) of every import at any depth; ``from a import b`` gives ``a.b``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            origin = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join(origin + ([node.module] if node.module else []))
+            for alias in node.names:
+                yield node.lineno, f"{base}.{alias.name}"
+        elif isinstance(node, ast.Call) and node.args:
+            function, first = node.func, node.args[0]
+            name = function.attr if isinstance(function, ast.Attribute) else ast.unparse(function)
+            is_import = name in ("import_module", "__import__")
+            if is_import and isinstance(first, ast.Constant) and isinstance(first.value, str):
+                yield node.lineno, first.value
+
+
+def global_state(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """(line, name) of every use of Megatron's globals, imported or reached through a module."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.alias):
+            names = node.name.split(".")
+        elif isinstance(node, ast.ImportFrom):
+            names = (node.module or "").split(".")
+        elif isinstance(node, ast.Attribute):
+            names = [node.attr]
+        else:
+            continue
+        for name in GLOBAL_STATE.intersection(names):
+            yield node.lineno, name
+
+
+def violations(path: str, source: str, moving: set[str]) -> list[str]:
+    """What breaks the rule in one file; ``path`` is relative to the package."""
+    parts = Path(path).with_suffix("").parts
+    layer = parts[0]
+    if layer not in MAY_IMPORT:
+        return [f"{path}: {layer!r} has no place in the layer table"]
+    tree = ast.parse(source)
+    found = []
+    for line, name in imported(tree, ["megatron_eagle", *parts[:-1]]):
+        words = name.split(".")
+        where = f"{path}:{line}: "
+        if words[0] == "megatron_eagle":
+            target = words[1] if len(words) > 1 else "megatron_eagle"
+            if target != layer and target not in MAY_IMPORT[layer]:
+                found.append(f"{where}{layer} imports {target}")
+        elif words[0] in OUTSIDE:
+            found.append(f"{where}the package imports {words[0]}")
+        elif words[:2] == ["megatron", "training"]:
+            if layer not in IMPORTS_THE_TRAINER:
+                found.append(f"{where}{layer} imports megatron.training")
+        elif words[0] == "megatron" and layer != "compat":
+            if words[-1] in moving:
+                found.append(f"{where}{words[-1]} must come from compat")
+            elif any(word.startswith("_") for word in words):
+                found.append(f"{where}the private name {name} must come from compat")
+    if layer not in READS_GLOBAL_STATE:
+        for line, name in global_state(tree):
+            found.append(f"{path}:{line}: {layer} uses Megatron's global {name}")
+    return found
+
+
+def test_the_package_obeys_the_rule() -> None:
+    moving = moving_names((PACKAGE / "compat.py").read_text())
+    files = sorted(PACKAGE.rglob("*.py"))
+    assert len(files) > 20
+    found = [
+        problem
+        for file in files
+        for problem in violations(file.relative_to(PACKAGE).as_posix(), file.read_text(), moving)
+    ]
+    assert not found, "\n" + "\n".join(found)
+
+
+@pytest.mark.parametrize(
+    ("path", "source", "expected"),
+    [
+        ("draft/model.py", "from megatron_eagle.objective import a", "draft imports objective"),
+        ("draft/model.py", "from megatron_eagle import teacher", "draft imports teacher"),
+        ("draft/model.py", "from ..training.step import x", "draft imports training"),
+        ("teacher/a.py", "def f():\n    import megatron_eagle.draft", "teacher imports draft"),
+        ("parallel/a.py", "import megatron_eagle", "parallel imports megatron_eagle"),
+        ("hf/a.py", "from megatron_eagle.training import step", "hf imports training"),
+        ("__init__.py", "from .training import step", "__init__ imports training"),
+        ("data/a.py", "import importlib\nimportlib.import_module('megatron_eagle.training')",
+         "data imports training"),
+        ("training/a.py", "import tools.convert_to_hf", "the package imports tools"),
+        ("decode/a.py", "from megatron.training import pretrain", "imports megatron.training"),
+        ("objective/a.py", "from megatron import training", "imports megatron.training"),
+        ("draft/a.py", "from megatron.core import parallel_state", "global parallel_state"),
+        ("draft/a.py", "from megatron.core.parallel_state import x", "global parallel_state"),
+        ("decode/a.py", "import megatron.core as m\nm.parallel_state.x()", "global parallel_state"),
+        ("platform/a.py", "from megatron.training import get_args", "global get_args"),
+        ("draft/a.py", "from megatron.core.models import GPTModel", "must come from compat"),
+        ("training/a.py", "from megatron.core.utils import _secret", "private name"),
+        ("novelty/a.py", "", "no place in the layer table"),
+    ],
+)  # fmt: skip
+def test_the_checker_catches(path: str, source: str, expected: str) -> None:
+    found = violations(path, source, {"GPTModel"})
+    assert len(found) == 1, found
+    assert expected in found[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        ("draft/model.py", "from megatron_eagle.parallel.vocab import VocabShard"),
+        ("draft/model.py", "from .layer import x"),
+        ("hf/export_draft.py", "from ..draft.vocab import check_vocab_ids"),
+        ("compat.py", "from megatron.core.models import GPTModel"),
+        ("training/a.py", "from megatron.training import get_args"),
+        ("platform/a.py", "import megatron.training.initialize"),
+        ("draft/a.py", "from megatron.core.packed_seq_params import PackedSeqParams"),
+    ],
+)
+def test_the_checker_accepts(path: str, source: str) -> None:
+    assert violations(path, source, {"GPTModel"}) == []
