@@ -4,7 +4,7 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
-SOURCES := $(wildcard megatron_eagle tools examples tests benchmarks)
+SOURCES := $(wildcard megatron_eagle tools examples benchmarks)
 
 # The CPU suite must not change on a machine with GPUs; one thread a rank, for two cores.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest

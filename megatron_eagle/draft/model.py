@@ -131,6 +131,7 @@ class EagleDraft(MegatronModule):
         """One draft whatever the layout; the head's padding rows may differ between layouts."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         # Megatron takes a ModuleList for a plain module, all of it replicated over TP.
+        layer: Any
         for index, layer in enumerate(self.layers):
             own = f"{prefix}layers.{index}."
             sharded = {key: value for key, value in sharded.items() if not key.startswith(own)}

@@ -1,0 +1,92 @@
+"""Drafting: the draft's trunk over what the base has verified, then a chain of its own tokens.
+
+Same semantics as training's unroll. Row p pairs the captured layers of position p with the
+embedding of x_{p+1}, at RoPE position p. Chain step t feeds the newest row its own output and the
+token just drafted, at the position t further on. Each row's key lies at its own RoPE position, so
+trunk and chain are one causal sequence to the cache, and the next trunk overwrites the chain.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_eagle.decode.base import CachedBase
+from megatron_eagle.decode.cache import KeyValueCache
+from megatron_eagle.decode.greedy import select_rows
+from megatron_eagle.decode.vocab_argmax import vocab_argmax
+from megatron_eagle.draft.model import EagleDraft
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What the base has just verified of B sequences; only rows 0 .. ``last`` [B] count.
+
+    features [n, B, A * H]: captured layers of the positions ``start`` [B] onwards.
+    next_tokens [B, n]: the token that follows each of them.
+    """
+
+    features: Tensor
+    next_tokens: Tensor
+    start: Tensor
+    last: Tensor
+
+    def keep(self, sequences: Tensor) -> Verified:
+        """Only these of the B sequences."""
+        return Verified(
+            self.features[:, sequences],
+            self.next_tokens[sequences],
+            self.start[sequences],
+            self.last[sequences],
+        )
+
+
+class DraftChain:
+    """Proposes ``length`` tokens per sequence; positions stay below ``capacity``."""
+
+    def __init__(self, draft: EagleDraft, base: CachedBase, length: int, capacity: int) -> None:
+        assert length >= 1
+        self.draft, self.base, self.length = draft, base, length
+        self.cache = KeyValueCache(capacity)
+
+    def keep(self, sequences: Tensor) -> None:
+        """Go on with only these of the B sequences."""
+        self.cache.keep(sequences)
+
+    def propose(self, verified: Verified) -> Tensor:
+        """Extend the trunk and draft: base ids [B, length], the same on every TP rank.
+
+        Collectives: ``length`` passes of the draft's layers, each with an embedding look-up and an
+        argmax.
+        """
+        rows = torch.arange(verified.next_tokens.shape[1], device=verified.start.device)
+        hidden = self._step(
+            self.draft.fc(verified.features),
+            verified.next_tokens,
+            verified.start.unsqueeze(1) + rows,
+        )
+        newest = select_rows(hidden, verified.last).unsqueeze(0)
+        position = (verified.start + verified.last).unsqueeze(1)
+        drafted = [self._choose(newest)]
+        for step in range(1, self.length):
+            newest = self._step(newest, drafted[-1], position + step)
+            drafted.append(self._choose(newest))
+        return torch.cat(drafted, dim=1)
+
+    def _step(self, hidden: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
+        """hidden [n, B, H] with tokens [B, n] at positions [B, n] -> [n, B, H], pre-norm."""
+        self.cache.place(positions)
+        return self.draft.step(
+            self.base.embed(tokens, positions),
+            hidden,
+            self.base.rotary(positions, self.cache.capacity),
+            self.cache,
+        )
+
+    def _choose(self, hidden: Tensor) -> Tensor:
+        """hidden [1, B, H] -> base ids [B, 1]."""
+        draft = self.draft
+        normed = draft.norm(hidden)
+        return vocab_argmax(normed, draft.head_weight, draft.shard_ids, draft.tp_group).t()

@@ -1,0 +1,121 @@
+"""Base and draft from their checkpoints, at this run's tensor parallelism, without the trainer.
+
+fp32, modules of Megatron-Core alone, no sequence parallelism: what decoding checks is exact.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from megatron_eagle.attention.backend import local_backend
+from megatron_eagle.checkpoint_dir import BaseInfo, resolve_checkpoint
+from megatron_eagle.compat import dist_checkpointing
+from megatron_eagle.draft.model import EagleDraft, draft_config
+from megatron_eagle.draft.vocab import check_vocab_ids
+from megatron_eagle.hf.dcp_reader import DraftCheckpoint
+from megatron_eagle.hf.draft_info import BASE_SIZES, DraftInfo, parse_draft_info
+from megatron_eagle.teacher.base import FrozenBase
+from megatron_eagle.teacher.build import base_config, build_base
+from megatron_eagle.teacher.build import load_base as load_base_weights
+from megatron_eagle.teacher.targets import draft_vocab_shard
+
+
+@dataclass(frozen=True)
+class DraftCheckpointInfo:
+    """What a draft's checkpoint says of it: ``vocab_ids`` [D], ``metadata`` as saved."""
+
+    info: DraftInfo
+    vocab_ids: Tensor
+    metadata: Tensor
+
+
+def load_base(directory: str | Path, base: BaseInfo, pg_collection: Any) -> Any:
+    """The base's GPTModel with its weights, in eval mode, no gradients. A collective of all ranks.
+
+    Raises ``ValueError`` when the ranks do not divide its heads, or naming the directory when it
+    cannot be loaded.
+    """
+    ranks = pg_collection.tp.size()
+    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
+        if base.megatron_args[name] % ranks:
+            raise ValueError(
+                f"--nproc-per-node {ranks} does not divide the base's {name} = "
+                f"{base.megatron_args[name]}"
+            )
+    config = base_config(base, ranks)
+    config.perform_initialization = False
+    gpt = build_base(config, base, local_backend(), pg_collection)
+    try:
+        load_base_weights(gpt, directory)
+    except ValueError as error:
+        raise ValueError(str(error).replace("--eagle-base-checkpoint", "--base")) from error
+    return gpt.requires_grad_(False).eval()
+
+
+def read_draft_info(directory: str | Path, base: BaseInfo) -> DraftCheckpointInfo:
+    """Raises ``ValueError`` when the draft was trained for a base of other dimensions."""
+    source = f"--draft {directory}"
+    keys = ("draft.metadata", "draft.vocab_ids")
+    tensors = DraftCheckpoint.open(directory).load(keys)
+    metadata, vocab_ids = (tensors[key] for key in keys)
+    info = parse_draft_info(metadata, source)
+    for name in (*BASE_SIZES, "vocab_size"):
+        trained, given = info.base.megatron_args[name], base.megatron_args[name]
+        if trained != given:
+            raise ValueError(
+                f"{source}: trained for a base with {name} = {trained}, --base has {given}"
+            )
+    check_vocab_ids(vocab_ids, base.vocab_size, source)
+    return DraftCheckpointInfo(info, vocab_ids, metadata)
+
+
+def fresh_draft(about: DraftCheckpointInfo, gpt: Any) -> EagleDraft:
+    """A draft of the checkpoint's shape and vocabulary as training starts it: random weights from
+    this process's generators, captured layers scaled to one size."""
+    draft = _build(about, gpt, initialize=True)
+    base = FrozenBase(gpt, about.info.aux_layers, about.info.base.vocab_size)
+    draft.fc.scale_blocks(base.layer_sizes().reciprocal())
+    return draft
+
+
+def load_draft(about: DraftCheckpointInfo, gpt: Any, directory: str | Path) -> EagleDraft:
+    """The draft that training saved, whatever layout it was trained in. A collective of all ranks.
+
+    Raises ``ValueError`` naming the directory when it cannot be loaded.
+    """
+    draft = _build(about, gpt, initialize=False)
+    path = resolve_checkpoint(directory)
+    try:
+        state = dist_checkpointing.load(draft.sharded_state_dict(prefix="draft."), str(path))
+    except Exception as error:  # its readers fail in many ways, all of them the directory's fault
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise ValueError(f"--draft {directory}: cannot be loaded: {reason[-1]}") from error
+    own = {key.removeprefix("draft."): value for key, value in state.items()}
+    missing, _ = draft.load_state_dict(own, strict=False)
+    lacking = [key for key in missing if not key.endswith("_extra_state")]
+    if lacking:
+        raise ValueError(f"--draft {directory}: lacks {lacking[0]}")
+    return draft
+
+
+def _build(about: DraftCheckpointInfo, gpt: Any, initialize: bool) -> EagleDraft:
+    config = draft_config(gpt.config, about.info.num_layers)
+    config.perform_initialization = initialize
+    embedding, groups = gpt.embedding.word_embeddings.weight, gpt.pg_collection
+    shard = draft_vocab_shard(
+        about.vocab_ids.numel(), about.info.base.vocab_size, embedding.shape[0], groups.tp
+    )
+    draft = EagleDraft(
+        config,
+        local_backend(),
+        len(about.info.aux_layers),
+        about.vocab_ids.to(embedding.device),
+        shard,
+        about.metadata.to(embedding.device),
+        groups,
+    )
+    return draft.requires_grad_(False).eval()

@@ -1,0 +1,68 @@
+"""Prompts of an evaluation: token ids from a JSONL file, and the ids that end an answer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from megatron_eagle.checkpoint_dir import BaseInfo
+
+
+def read_prompt_ids(path: Path, tokenizer_dir: str | None, vocab_size: int) -> list[list[int]]:
+    """Token ids per line: ``prompt_ids``, or ``prompt`` encoded by the tokenizer of
+    ``tokenizer_dir`` as plain text. Raises ``ValueError`` naming file and line."""
+    if not path.is_file():
+        raise ValueError(f"--prompts {path}: no such file")
+    tokenizer = None
+    if tokenizer_dir is not None:
+        tokenizer = _tokenizer(tokenizer_dir)
+    prompts = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip():
+                where = f"--prompts {path}: line {number}"
+                prompts.append(_checked(_ids(line, tokenizer, where), vocab_size, where))
+    if not prompts:
+        raise ValueError(f"--prompts {path}: holds no prompt")
+    return prompts
+
+
+def stop_ids(base: BaseInfo) -> list[int]:
+    """The ids in the base's ``eos_token_id``, which is a number, a list or missing."""
+    value = base.hf_config.get("eos_token_id")
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
+def _tokenizer(directory: str) -> Any:
+    if not Path(directory).is_dir():
+        raise ValueError(f"--tokenizer {directory}: no such directory")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(directory)
+
+
+def _ids(line: str, tokenizer: Any, where: str) -> Any:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error})") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: not a JSON object")
+    if "prompt_ids" in record:
+        return record["prompt_ids"]
+    if not isinstance(record.get("prompt"), str):
+        raise ValueError(f"{where}: has neither prompt_ids nor prompt")
+    if tokenizer is None:
+        raise ValueError(f"{where}: holds text, which needs --tokenizer")
+    return tokenizer(record["prompt"])["input_ids"]
+
+
+def _checked(ids: Any, vocab_size: int, where: str) -> list[int]:
+    if not isinstance(ids, list) or not ids or any(type(i) is not int for i in ids):
+        raise ValueError(f"{where}: the prompt must be a non-empty list of token ids")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        raise ValueError(f"{where}: token ids must lie in 0 to {vocab_size - 1}")
+    return ids

@@ -1,0 +1,111 @@
+"""Greedy speculative decoding: the draft proposes a chain, one base forward verifies it.
+
+The base runs the newest token and its k drafts as k + 1 rows. Drafts are accepted as long as each
+is what the base itself would have said; behind the last accepted one comes the base's own token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from megatron_eagle.decode.base import CachedBase
+from megatron_eagle.decode.cache import KeyValueCache
+from megatron_eagle.decode.chain import Verified
+from megatron_eagle.decode.greedy import prefill
+from megatron_eagle.decode.sequences import Sequences
+
+
+class Proposer(Protocol):
+    """What drafts: :class:`~megatron_eagle.decode.chain.DraftChain`."""
+
+    def propose(self, verified: Verified) -> Tensor: ...
+
+    def keep(self, sequences: Tensor) -> None: ...
+
+
+class ChainCounts:
+    """Counts per chain position: ``reached``, verifications in which all earlier drafts were
+    accepted and none of them ended the sequence; ``accepted``, of those, accepted here.
+
+    Every verification of a sequence counts in full, also the last one, whose accepted drafts may
+    lie beyond the token limit. The token that a prefill gives is no verification.
+    """
+
+    def __init__(self, length: int) -> None:
+        self.verifications = 0
+        self.reached = [0] * length
+        self.accepted = [0] * length
+
+    def add(self, hits: Tensor, is_stop: Tensor, growing: Tensor) -> None:
+        """hits, is_stop [B, length]: whether the base agrees with each draft, and whether what the
+        base says there ends the sequence; growing [B]: which sequences count."""
+        accepted = hits.long().cumprod(1)
+        goes_on = accepted * (1 - is_stop.long().cumsum(1).clamp(max=1))
+        reached = torch.cat([torch.ones_like(accepted[:, :1]), goes_on[:, :-1]], dim=1)
+        self.verifications += int(growing.sum())
+        for store, values in ((self.reached, reached), (self.accepted, reached * accepted)):
+            for position, count in enumerate((values * growing.unsqueeze(1)).sum(0).tolist()):
+                store[position] += count
+
+
+@torch.no_grad()
+def speculative_decode(
+    base: CachedBase,
+    make_proposer: Callable[[int], Proposer],
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    draft_tokens: int,
+    counts: ChainCounts,
+    stop_ids: Iterable[int] = (),
+) -> list[list[int]]:
+    """The greedy continuation of each prompt, all prompts in one batch; adds to ``counts``.
+
+    ``make_proposer(capacity)`` gives what drafts ``draft_tokens`` tokens at a time.
+    """
+    sequences = Sequences(prompts, max_new_tokens, stop_ids, base.device, spare=draft_tokens)
+    cache = KeyValueCache(sequences.capacity)
+    verified = _start(base, sequences, cache)
+    proposer = make_proposer(sequences.capacity)
+    while not sequences.finished:
+        kept = sequences.compact()
+        if kept is not None:
+            cache.keep(kept)
+            proposer.keep(kept)
+            verified = verified.keep(kept)
+        drafts = proposer.propose(verified)
+        verified = _verify(base, sequences, cache, drafts, counts)
+    return sequences.answers()
+
+
+def _start(base: CachedBase, sequences: Sequences, cache: KeyValueCache) -> Verified:
+    lengths = sequences.lengths.clone()
+    features, final = prefill(base, sequences, cache)
+    assert features is not None
+    sequences.append(base.argmax(final).unsqueeze(1), torch.ones_like(lengths))
+    following = sequences.tokens[:, 1 : features.shape[0] + 1]
+    return Verified(features, following, torch.zeros_like(lengths), lengths - 1)
+
+
+def _verify(
+    base: CachedBase,
+    sequences: Sequences,
+    cache: KeyValueCache,
+    drafts: Tensor,
+    counts: ChainCounts,
+) -> Verified:
+    """Verify ``drafts`` [B, k] with one base forward of k + 1 rows and append what holds."""
+    start = sequences.lengths - 1
+    newest = sequences.tokens.gather(1, start.unsqueeze(1))
+    rows = torch.arange(drafts.shape[1] + 1, device=drafts.device)
+    features, final = base.run(torch.cat([newest, drafts], dim=1), start.unsqueeze(1) + rows, cache)
+    assert features is not None
+    said = base.argmax(final).t()  # [B, k + 1]: the base's own token after each row
+    hits = said[:, :-1] == drafts
+    accepted = hits.long().cumprod(1).sum(1)
+    counts.add(hits, sequences.is_stop(said[:, :-1]), sequences.growing)
+    sequences.append(said, accepted + 1)
+    return Verified(features, said, start, accepted)

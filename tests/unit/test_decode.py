@@ -1,0 +1,127 @@
+"""The parts of decoding: cache, ragged sequences, counts, prompts, and the tool's refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import tools.eval_acceptance as tool
+from megatron_eagle.decode.cache import KeyValueCache
+from megatron_eagle.decode.prompts import read_prompt_ids
+from megatron_eagle.decode.sequences import Sequences
+from megatron_eagle.decode.speculative import ChainCounts
+
+CPU = torch.device("cpu")
+
+
+def test_cached_rows_equal_dense_causal_attention_after_rejected_rows() -> None:
+    """Two sequences at different positions; wrong rows are written first, then overwritten."""
+    torch.manual_seed(0)
+    heads, groups, length, size = 6, 2, 9, 4
+    query = torch.randn(2, heads, length, size)
+    key, value = torch.randn(2, 2, groups, length, size)
+    dense = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=0.3, enable_gqa=True
+    )
+    cache = KeyValueCache(length + 3)
+    starts = torch.tensor([2, 5])
+    prompt = torch.arange(5).expand(2, 5)
+    cache.place(prompt)
+    cache.attend(1, query[:, :, :5], key[:, :, :5], value[:, :, :5], 0.3)
+    for wrong in (True, False):
+        positions = starts.unsqueeze(1) + torch.arange(4)
+        cache.place(positions)
+        picked = [
+            torch.stack([x[b][:, positions[b]] for b in range(2)]) for x in (query, key, value)
+        ]
+        noise = 100.0 if wrong else 0.0
+        out = cache.attend(1, picked[0], picked[1] + noise, picked[2] - noise, 0.3)
+    expected = torch.stack([dense[b][:, positions[b]] for b in range(2)])
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_cache_keeps_the_sequences_it_is_told_to() -> None:
+    torch.manual_seed(0)
+    key = torch.randn(3, 1, 2, 4)
+    whole, part = KeyValueCache(4), KeyValueCache(4)
+    for cache in (whole, part):
+        cache.place(torch.arange(2).expand(3, 2))
+        cache.attend(1, key, key, key, 1.0)
+    kept = torch.tensor([2, 0])
+    part.keep(kept)
+    row = torch.randn(3, 1, 1, 4)
+    whole.place(torch.full((3, 1), 2))
+    part.place(torch.full((2, 1), 2))
+    expected = whole.attend(1, row, row, row, 1.0)[kept]
+    assert part.attend(1, row[kept], row[kept], row[kept], 1.0).equal(expected)
+
+
+def test_sequences_stop_at_the_limit_and_after_a_stop_id() -> None:
+    sequences = Sequences([[1], [2, 3], [4]], 4, [9], CPU)
+    sequences.append(torch.tensor([[5, 6, 7], [5, 9, 7], [9, 5, 5]]), torch.tensor([3, 3, 3]))
+    assert sequences.growing.tolist() == [True, False, False]
+    kept = sequences.compact()
+    assert kept is not None and kept.tolist() == [0]
+    sequences.append(torch.tensor([[8, 8, 8]]), torch.tensor([2]))
+    assert sequences.finished
+    assert sequences.answers() == [[5, 6, 7, 8], [5, 9], [9]]
+
+
+def test_only_the_first_counts_tokens_are_appended() -> None:
+    sequences = Sequences([[1], [1, 2]], 5, [], CPU)
+    sequences.append(torch.tensor([[5, 6], [7, 8]]), torch.tensor([1, 2]))
+    sequences.append(torch.tensor([[9] * 9] * 2), torch.tensor([9, 9]))
+    assert sequences.answers() == [[5, 9, 9, 9, 9], [7, 8, 9, 9, 9]]
+
+
+def test_chain_counts() -> None:
+    """Three drafts: all right; right, wrong, right; all right but the first ends the sequence;
+    and a sequence that has ended."""
+    counts = ChainCounts(3)
+    hits = torch.tensor([[1, 1, 1], [1, 0, 1], [1, 1, 1], [1, 1, 1]]).bool()
+    stop = torch.tensor([[0, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]]).bool()
+    counts.add(hits, stop, torch.tensor([True, True, True, False]))
+    assert (counts.verifications, counts.reached, counts.accepted) == (3, [3, 2, 1], [3, 1, 1])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1: not JSON"),
+        ("[1]", "not a JSON object"),
+        ("{}", "neither prompt_ids nor prompt"),
+        ('{"prompt": "x"}', "needs --tokenizer"),
+        ('{"prompt_ids": []}', "non-empty"),
+        ('{"prompt_ids": [7]}', "must lie in 0 to 6"),
+        ("", "holds no prompt"),
+    ],
+)
+def test_bad_prompts_are_named(tmp_path: Path, line: str, message: str) -> None:
+    path = tmp_path / "p.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_prompt_ids(path, None, vocab_size=7)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--draft none --draft-tokens 0", "--draft-tokens must be at least 1, not 0"),
+        ("--draft none --reinitialize", "--reinitialize needs --draft CKPT"),
+        ("--draft none", "no such base checkpoint directory"),
+    ],
+)
+def test_the_tool_refuses_in_one_line(
+    flags: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(tool, "enable", lambda: True)
+    prompts = tmp_path / "p.jsonl"
+    prompts.write_text(json.dumps({"prompt_ids": [1]}) + "\n")
+    words = ["--base", str(tmp_path / "absent"), "--prompts", str(prompts), *flags.split()]
+    assert tool.main(words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1 and message in error

@@ -1,0 +1,164 @@
+"""Greedy speculative decoding with base and draft: accepted length, acceptance, speed, equality.
+
+    python tools/eval_acceptance.py --base BASE --draft DRAFT --prompts prompts.jsonl
+    torchrun --nproc-per-node TP tools/eval_acceptance.py ...     (the same, tensor-parallel)
+
+Exit status: 0; 1 when a speculative answer is not the greedy one (the prompts are named); 2 for a
+user's mistake. Accepted length is 1 + accepted drafts per verification, the mean over all
+verifications of all prompts; the token a prefill gives is no verification.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_eagle.platform import enable
+
+NO_DRAFT = "none"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    args = _parser().parse_args(argv)
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        _check(args)
+        enable()
+        return _run(args, first)
+    except (ValueError, OSError) as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "--base", required=True, metavar="CKPT", help="base checkpoint (tools/import_base.py)"
+    )
+    parser.add_argument(
+        "--draft", required=True, metavar="CKPT",
+        help=f"directory training saved to, or {NO_DRAFT!r} to time the base alone",
+    )  # fmt: skip
+    parser.add_argument(
+        "--reinitialize", action="store_true",
+        help="random weights instead of the checkpoint's, for the figure before training",
+    )  # fmt: skip
+    parser.add_argument(
+        "--prompts", type=Path, required=True, metavar="FILE",
+        help="JSONL of prompt_ids, or of prompt (text) with --tokenizer",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokenizer", metavar="DIR", help="Hugging Face directory, for text prompts"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--draft-tokens", type=int, default=3, help="drafted per verification")
+    parser.add_argument("--limit", type=int, help="use only the first prompts")
+    parser.add_argument(
+        "--batch-size", type=int, default=16,
+        help="prompts decoded together; 1 shows the latency gain, more finish sooner",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, help="of --reinitialize")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name in ("max_new_tokens", "draft_tokens", "limit", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    if args.reinitialize and args.draft == NO_DRAFT:
+        raise ValueError(f"--reinitialize needs --draft CKPT, not {NO_DRAFT!r}")
+
+
+def _run(args: argparse.Namespace, first: bool) -> int:
+    from megatron_eagle.checkpoint_dir import load_base_json
+    from megatron_eagle.decode.acceptance import evaluate_acceptance
+    from megatron_eagle.decode.load import fresh_draft, load_base, load_draft, read_draft_info
+    from megatron_eagle.decode.prompts import read_prompt_ids, stop_ids
+    from megatron_eagle.training.standalone import start
+
+    base = load_base_json(args.base)
+    prompts = read_prompt_ids(args.prompts, args.tokenizer, base.vocab_size)[: args.limit]
+    about = None if args.draft == NO_DRAFT else read_draft_info(args.draft, base)
+    groups = start(args.seed)
+    gpt = load_base(args.base, base, groups)
+    draft = None
+    if about is not None:
+        fresh = args.reinitialize
+        draft = fresh_draft(about, gpt) if fresh else load_draft(about, gpt, args.draft)
+    report = evaluate_acceptance(
+        gpt,
+        draft,
+        prompts,
+        vocab_size=base.vocab_size,
+        aux_layers=about.info.aux_layers if about else (),
+        max_new_tokens=args.max_new_tokens,
+        draft_tokens=args.draft_tokens,
+        batch_size=args.batch_size,
+        stop_ids=stop_ids(base),
+        progress=(lambda text: print(text, flush=True)) if first else lambda _: None,
+    )
+    if first:
+        _present(args, report)
+    return 1 if report.mismatches else 0
+
+
+def _present(args: argparse.Namespace, report: Any) -> None:
+    figures = report.as_dict()
+    tokens = f"{report.tokens} tokens of {report.prompts} prompts, --batch-size {args.batch_size}"
+    print(f"{tokens}, --max-new-tokens {args.max_new_tokens}, fp32")
+    print(_speed("greedy", figures))
+    if args.draft != NO_DRAFT:
+        print(_speed("speculative", figures))
+        print(
+            f"accepted length {report.accepted_length:.3f}: 1 + accepted drafts per verification, "
+            f"mean of {figures['verifications']} verifications of {args.draft_tokens} drafts"
+        )
+        for name in ("acceptance", "conditional_acceptance"):
+            shares = " ".join(f"{share:.3f}" for share in figures[name])
+            print(f"{name.replace('_', ' ')} per chain position: {shares}")
+        if not report.mismatches:
+            print("speculative answers equal the greedy ones, token by token")
+    for mismatch in report.mismatches:
+        gap = "" if mismatch.logit_gap is None else f", logit gap {mismatch.logit_gap:.2e}"
+        print(
+            f"error: prompt {mismatch.prompt} (counted from 0): answer token {mismatch.index} is "
+            f"{mismatch.speculative}, greedy {mismatch.greedy}{gap}",
+            file=sys.stderr,
+        )
+    if args.output is not None:
+        _write(args.output, {**figures, **_settings(args)})
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
+    names = ("base", "draft", "reinitialize", "max_new_tokens", "draft_tokens", "batch_size")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    return {name: getattr(args, name) for name in names} | {"tensor_parallel": ranks}
+
+
+def _speed(name: str, figures: dict[str, Any]) -> str:
+    seconds, rate = figures[f"{name}_seconds"], figures[f"{name}_tokens_per_second"]
+    return f"{name}: {seconds:.2f} s, {rate:.1f} tokens/s"
+
+
+def _write(path: Path, figures: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
