@@ -122,6 +122,7 @@ class Quickstart:
             *flags,
             *("--eagle-base-checkpoint", self.base),
             *("--eagle-train-data", DATA / "train.jsonl"),
+            *("--tokenizer-type", "HuggingFaceTokenizer", "--tokenizer-model", self.base_hf),
             *("--eagle-log-file", self.curve),
             *("--save", self.checkpoint, "--load", self.checkpoint),
             log=self.runs / "train.log",

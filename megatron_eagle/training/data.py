@@ -14,11 +14,12 @@ import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.core.datasets.indexed_dataset import IndexedDataset
-from megatron.training import get_args, get_tokenizer
+from megatron.training import get_args, get_tokenizer, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
 from megatron_eagle.data.answers import AnswerDataset, count_answers
+from megatron_eagle.data.protected import config_token_ids, special_and_byte_ids
 from megatron_eagle.objective.batch import EagleBatch
 
 
@@ -103,23 +104,13 @@ def _prefixes(args: Any) -> list[str]:
 
 
 def protected_ids(vocab_size: int, hf_config: dict[str, Any]) -> set[int]:
-    """Ids that every draft vocabulary keeps: the tokenizer's special and byte tokens, as far as the
-    tokenizer in use tells them, and the base's own bos, eos and pad."""
-    found: set[int] = set()
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = hf_config.get(key)
-        found |= set(value) if isinstance(value, list) else {value} if value is not None else set()
-    inner = getattr(get_tokenizer(), "_tokenizer", None)
-    while inner is not None and not hasattr(inner, "convert_ids_to_tokens"):
-        inner = getattr(inner, "tokenizer", None)
-    if inner is not None:
-        found |= set(getattr(inner, "all_special_ids", ()) or ())
-        names = inner.convert_ids_to_tokens(list(range(min(vocab_size, len(inner)))))
-        found |= {i for i, name in enumerate(names) if _is_byte(name)}
-    return {int(i) for i in found if 0 <= int(i) < vocab_size}
-
-
-def _is_byte(token: str | None) -> bool:
-    if token is None:
-        return False
-    return len(token) == 1 or (token.startswith("<0x") and token.endswith(">"))
+    """Ids that the draft vocabulary keeps whatever the counts say: the special and byte tokens of
+    the tokenizer in use, and the base's own bos, eos and pad."""
+    from_tokenizer = special_and_byte_ids(get_tokenizer())
+    if not from_tokenizer:
+        print_rank_0(
+            "> no tokenizer given: of special and byte tokens, the draft vocabulary is sure to "
+            "hold only the base's bos, eos and pad (see --tokenizer-type, --tokenizer-model)"
+        )
+    found = from_tokenizer | config_token_ids(hf_config)
+    return {i for i in found if 0 <= i < vocab_size}
