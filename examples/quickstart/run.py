@@ -30,7 +30,7 @@ def main() -> int:
     """Run all stages that are not done yet and print the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quickstart", metavar="DIR")
-    parser.add_argument("--train-iters", type=int, default=1500, help="one answer per iteration")
+    parser.add_argument("--train-iters", type=int, default=1200, help="one answer per iteration")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=2, metavar="TP")
     parser.add_argument("--eval-prompts", type=int, default=40, metavar="N")
     quickstart = Quickstart(parser.parse_args())
@@ -137,7 +137,8 @@ class Quickstart:
             "tools/eval_acceptance.py",
             *("--base", self.base, "--draft", self.checkpoint),
             *("--prompts", DATA / "eval.jsonl", "--limit", self.args.eval_prompts),
-            *("--draft-tokens", TTT_STEPS, "--output", self._report(trained)),
+            *("--draft-tokens", TTT_STEPS, "--batch-size", self.args.eval_prompts),
+            *("--output", self._report(trained)),
             *(() if trained else ("--reinitialize",)),
         )
 
@@ -166,6 +167,7 @@ class Quickstart:
             **os.environ,
             "OMP_NUM_THREADS": str(threads),
             "PYTHONPATH": str(ROOT),
+            "PYTHONWARNINGS": "ignore",  # hundreds of lines that are Megatron's and torch's
         }
         if log is None or progress is None:
             subprocess.run(words, check=True, env=environment, cwd=ROOT)
