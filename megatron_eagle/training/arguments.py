@@ -66,7 +66,17 @@ def parse_eagle_args(options: EagleConfig) -> tuple[argparse.Namespace, BaseInfo
 
 def show_help() -> None:
     """Print Megatron's flags and ours, and exit."""
-    parse_and_validate_args(extra_args_provider=add_eagle_flags)
+    parse_and_validate_args(extra_args_provider=_add_flags_and_mend_help)
+
+
+def _add_flags_and_mend_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Megatron 0.19.2 has a bare % in a help text, on which argparse fails instead of helping."""
+    for action in parser._actions:
+        try:
+            _ = (action.help or "") % {**vars(action), "prog": parser.prog}
+        except (ValueError, TypeError, KeyError):
+            action.help = (action.help or "").replace("%", "%%")
+    return add_eagle_flags(parser)
 
 
 def _base_info(directory: str | None) -> BaseInfo:

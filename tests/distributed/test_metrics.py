@@ -1,0 +1,46 @@
+"""Metrics of one optimizer step: one collective, per-row means over all ranks and micro-batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed.harness import run_distributed
+from tests.distributed.test_collectives import CollectiveCounter
+
+STEPS = 2
+
+
+def sums(losses: list[float], rows: list[int], hits: list[int], coverage: float) -> torch.Tensor:
+    """A micro-batch's vector as the loss makes it; coverage is summed over the rows of step 0."""
+    return torch.tensor([*losses, *rows, *hits, coverage, rows[0]], dtype=torch.float32)
+
+
+def reduce_on_rank(rank: int, world: int) -> dict[str, Any]:
+    from megatron_eagle.objective.metrics import reduce_metrics
+
+    micro_batches = [
+        [sums([8.0, 6.0], [4, 3], [2, 0], 3.0), sums([1.0, 1.0], [1, 1], [1, 1], 0.5)],
+        [sums([0.0, 0.0], [0, 0], [0, 0], 0.0), sums([11.0, 7.0], [5, 3], [1, 1], 4.5)],
+    ]
+    with CollectiveCounter() as counter:
+        found = reduce_metrics(micro_batches[rank], STEPS, 0.5, torch.distributed.group.WORLD)
+    return {"calls": dict(counter.calls), **{key: float(value) for key, value in found.items()}}
+
+
+def test_one_all_reduce_and_exact_means() -> None:
+    for found in run_distributed(reduce_on_rank, 2):
+        assert found.pop("calls") == {"allreduce": 1}
+        assert found == pytest.approx(
+            {
+                "loss_0": 20 / 10,
+                "loss_1": 14 / 7,
+                "loss": 2.0 + 0.5 * 2.0,
+                "accuracy_0": 4 / 10,
+                "accuracy_1": 2 / 7,
+                "vocab_coverage": 8.0 / 10,
+                "supervised_rows": 10,
+            }
+        )

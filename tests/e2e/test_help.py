@@ -1,0 +1,24 @@
+"""--help shows Megatron's flags and ours, without a base, a GPU or torchrun."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+from megatron_eagle.config import EagleConfig, flag_name
+from tests.e2e.launch import EXAMPLE, ROOT
+
+
+def test_help_lists_all_flags() -> None:
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLE), "--help"],
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "--tensor-model-parallel-size" in result.stdout
+    for option in dataclasses.fields(EagleConfig):
+        assert flag_name(option.name) in result.stdout
