@@ -11,7 +11,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from megatron.training.arguments import parse_and_validate_args
 
@@ -36,10 +35,10 @@ ALWAYS_FLAGS = ["--calculate-per-token-loss"]
 _ALIASES = {"norm_epsilon": "layernorm_epsilon"}
 """Flags that Megatron's parser stores under another name."""
 
-_UNSUPPORTED = {
+_UNSUPPORTED: dict[str, int | bool | None] = {
     "pipeline_model_parallel_size": 1,
     "context_parallel_size": 1,
-    "virtual_pipeline_model_parallel_size": None,
+    "num_layers_per_virtual_pipeline_stage": None,
     "num_experts": None,
     "multi_latent_attention": False,
     "use_torch_fsdp2": False,
@@ -55,11 +54,13 @@ def parse_eagle_args(options: EagleConfig) -> tuple[argparse.Namespace, BaseInfo
     """
     user = sys.argv[1:]
     base = _base_info(options.base_checkpoint)
+    _check_supported(user)
     _check_tensor_parallel(user, base)
     sys.argv[1:] = [*_implied_flags(base, options), *user]
     args = parse_and_validate_args(extra_args_provider=add_eagle_flags)
     _check_dimensions(args, base)
-    _check_supported(args)
+    if options.train_data is not None and args.eval_iters:
+        raise ValueError(f"--eval-iters {args.eval_iters}: --eagle-train-data has no validation")
     options.check_against_base(args.num_layers, base.vocab_size, args.seq_length)
     return args, base
 
@@ -113,11 +114,20 @@ def _check_dimensions(args: argparse.Namespace, base: BaseInfo) -> None:
         raise ValueError(f"--seq-length {args.seq_length} exceeds the base's {longest} positions")
 
 
-def _check_supported(args: argparse.Namespace) -> None:
+def _check_supported(user: Sequence[str]) -> None:
+    """Before Megatron's own parser too: it would build on what is refused here."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for name, supported in _UNSUPPORTED.items():
-        value: Any = getattr(args, name, supported)
-        if value != supported:
-            raise ValueError(f"--{name.replace('_', '-')} {value} is not supported yet")
+        flag = "--" + name.replace("_", "-")
+        if isinstance(supported, bool):
+            parser.add_argument(flag, action="store_true")
+        else:
+            parser.add_argument(flag, type=int, default=supported)
+    given = vars(parser.parse_known_args(user)[0])
+    for name, supported in _UNSUPPORTED.items():
+        if given[name] != supported:
+            shown = "" if isinstance(supported, bool) else f" {given[name]}"
+            raise ValueError(f"--{name.replace('_', '-')}{shown} is not supported yet")
 
 
 def _check_tensor_parallel(user: Sequence[str], base: BaseInfo) -> None:

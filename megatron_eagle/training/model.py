@@ -35,8 +35,9 @@ class EagleGPTModel(MegatronModule):
         self.share_embeddings_and_output_weights = False
         self.pre_process = self.post_process = True
         self.teacher: TeacherHead | None = None
+        # No buffer: a bf16 model would round it.
         weights = [options.step_decay**t for t in range(options.ttt_steps)]
-        self.register_buffer("step_weights", torch.tensor(weights), persistent=False)
+        self.step_weights = torch.tensor(weights, device=base.output_weight.device)
         in_vocab = torch.zeros(base.vocab_size, dtype=torch.bool)
         in_vocab[draft.vocab_ids.cpu()] = True
         self.register_buffer("in_draft_vocab", in_vocab, persistent=False)
@@ -94,7 +95,7 @@ class EagleGPTModel(MegatronModule):
     def _loss_rows(self, batch: EagleBatch) -> LossRows:
         return LossRows(
             mask=batch.step_mask,
-            step_weights=self.step_weights.float(),
+            step_weights=self.step_weights,
             shard_ids=self.draft.shard_ids,
             in_draft_vocab=self.in_draft_vocab if self.options.mask_out_of_vocab else None,
         )

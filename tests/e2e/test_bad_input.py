@@ -18,7 +18,9 @@ IN_FLAGS = [
     (["--eagle-draft-vocab-size", 62], "--eagle-draft-vocab-size 62 exceeds"),
     (["--seq-length", 4], "--seq-length 4 is too short"),
     (["--hidden-size", 64], "--hidden-size 64 contradicts the base checkpoint"),
-    (["--pipeline-model-parallel-size", 1, "--mtp-num-layers", 1], "--mtp-num-layers 1 is not"),
+    (["--pipeline-model-parallel-size", 2], "--pipeline-model-parallel-size 2 is not supported"),
+    (["--multi-latent-attention"], "--multi-latent-attention is not supported"),
+    (["--eval-iters", 3], "--eval-iters 3: --eagle-train-data has no validation"),
     (["--transformer-impl", "transformer_engine"], "Transformer Engine is not installed"),
 ]
 
