@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from megatron_eagle.platform import enable
+from megatron_eagle.platform.mistakes import report_mistake
 
 NO_DRAFT = "none"
 
@@ -33,9 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         enable()
         return _run(args, first)
     except (ValueError, OSError) as error:
-        if first:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
+        return report_mistake(error)
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

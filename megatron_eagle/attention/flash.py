@@ -45,7 +45,10 @@ def causal_backward(
 
 
 def _has_cuda_flash(q: Tensor) -> bool:
-    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256
+    size = q.shape[-1]
+    return (
+        q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and size <= 256 and size % 8 == 0
+    )
 
 
 def _repeat_groups(q: Tensor, k: Tensor) -> Tensor:

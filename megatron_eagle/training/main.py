@@ -9,6 +9,7 @@ import traceback
 
 from megatron_eagle.config import parse_eagle_flags
 from megatron_eagle.platform import enable
+from megatron_eagle.platform.mistakes import report_mistake
 
 _STARTED = time.time()
 
@@ -20,9 +21,7 @@ def main() -> None:
     except ValueError as error:
         if not _raised_by_us(error):
             raise
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # no rank waits for another: all of them see the same mistake
+        os._exit(report_mistake(error))  # no rank waits for another
 
 
 def _raised_by_us(error: ValueError) -> bool:

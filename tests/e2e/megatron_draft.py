@@ -39,8 +39,9 @@ def _logits(
 
     ids = DraftCheckpoint.open(checkpoint).load(["draft.vocab_ids"])["draft.vocab_ids"]
     model = build_model(_blank_case(embedding, tokens, features, ids, steps))
-    state = dist_checkpointing.load(model.sharded_state_dict(), str(resolve_checkpoint(checkpoint)))
-    model.load_state_dict(state, strict=False)
+    sharded = {"model": model.sharded_state_dict()}
+    state = dist_checkpointing.load(sharded, str(resolve_checkpoint(checkpoint)))
+    model.load_state_dict(state["model"], strict=False)
     with torch.no_grad():
         inputs = model.draft_inputs(tokens, features.transpose(0, 1).contiguous())
         outputs = unroll(model.draft, inputs, steps)
