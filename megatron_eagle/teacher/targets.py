@@ -66,7 +66,8 @@ class TeacherHead:
     @torch.no_grad()
     def targets(self, final_hidden: Tensor) -> TeacherTargets:
         """Targets of ``final_hidden`` [M, H] (after the base's final norm, full rows on every TP
-        rank). Full-vocabulary logits exist one chunk of rows at a time. No collective."""
+        rank). Logits exist one chunk of rows at a time; ``exp_logits`` is kept, the whole shard
+        when the draft keeps the whole vocabulary. No collective."""
         rows = final_hidden.shape[0]
         exp_logits = final_hidden.new_empty(rows, self.draft_weight.shape[0], dtype=torch.float32)
         statistics = final_hidden.new_empty(rows, 5, dtype=torch.float32)
