@@ -1,11 +1,12 @@
-"""Causal attention that also returns the log-sum-exp, and its backward from *any* out and lse.
+"""Attention that also returns the log-sum-exp, and its backward from *any* out and lse.
 
 PyTorch's flash kernels expose both halves. Feeding the backward with the output and log-sum-exp
-of a larger softmax (see :mod:`megatron_eagle.attention.trunk_branch`) gives the exact gradients of
-the causal part inside that softmax, since it recomputes P = exp(q k - lse).
+of a larger softmax (see :mod:`megatron_eagle.attention.blocks`) gives the exact gradients of
+this part inside that softmax, since it recomputes P = exp(q k - lse).
 
-Layout [B, n, S, d] for q, [B, g, S, d] for k and v with g dividing n (grouped queries, K/V never
-repeated on a CPU); lse [B, n, S] fp32. No mask tensor, no collective.
+Layout [B, n, S, d] for q, [B, g, L, d] for k and v with g dividing n (grouped queries, K/V never
+repeated on a CPU); lse [B, n, S] fp32. ``causal`` needs S = L; otherwise every row sees every key.
+No mask tensor, no collective.
 """
 
 from __future__ import annotations
@@ -16,32 +17,40 @@ from torch import Tensor
 _aten = torch.ops.aten
 
 
-def causal_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(out [B, n, S, d], lse [B, n, S]) of causal softmax(scale * q kᵀ) v."""
+def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
+    """(out [B, n, S, d], lse [B, n, S]) of softmax(scale * q kᵀ) v."""
+    assert not causal or q.shape[2] == k.shape[2]
     if q.device.type == "cpu":
-        return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+        return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     if _has_cuda_flash(q):
         k, v = _repeat_groups(q, k), _repeat_groups(q, v)
-        return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, scale=scale)[:2]
-    return _dense_forward(q, k, v, scale)
+        return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
+    return _dense_forward(q, k, v, scale, causal)
 
 
-def causal_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+def backward(
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v given the (possibly merged) ``out`` and ``lse`` of the whole softmax."""
     if q.device.type == "cpu":
         return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out, q, k, v, out, lse, 0.0, True, scale=scale
+            grad_out, q, k, v, out, lse, 0.0, causal, scale=scale
         )
     if _has_cuda_flash(q):
         unused = torch.zeros((), dtype=torch.int64, device=q.device)  # philox state: no dropout
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_backward(
             grad_out, q, _repeat_groups(q, k), _repeat_groups(q, v), out, lse, None, None,
-            q.shape[2], k.shape[2], 0.0, True, unused, unused, scale=scale,
+            q.shape[2], k.shape[2], 0.0, causal, unused, unused, scale=scale,
         )  # fmt: skip
         return dq, _sum_groups(dk, k), _sum_groups(dv, v)
-    return _dense_backward(grad_out, q, k, v, out, lse, scale)
+    return _dense_backward(grad_out, q, k, v, out, lse, scale, causal)
 
 
 def _has_cuda_flash(q: Tensor) -> bool:
@@ -61,24 +70,36 @@ def _sum_groups(grad: Tensor, k: Tensor) -> Tensor:
     return grad.unflatten(1, (k.shape[1], -1)).sum(2)
 
 
-def _probabilities(q: Tensor, k: Tensor, lse: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _probabilities(
+    q: Tensor, k: Tensor, lse: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
     scores = torch.matmul(q, _repeat_groups(q, k).transpose(-1, -2)).float() * scale
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    scores = scores.masked_fill(future, float("-inf"))
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
     lse = scores.logsumexp(-1) if lse is None else lse
     return (scores - lse.unsqueeze(-1)).exp(), lse
 
 
-def _dense_forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _dense_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
     """fp32 on a GPU, where no flash kernel takes it: quadratic memory, for numerics tests."""
-    probabilities, lse = _probabilities(q, k, None, scale)
+    probabilities, lse = _probabilities(q, k, None, scale, causal)
     return torch.matmul(probabilities.to(v.dtype), _repeat_groups(q, v)), lse
 
 
 def _dense_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    probabilities, _ = _probabilities(q, k, lse, scale)
+    probabilities, _ = _probabilities(q, k, lse, scale, causal)
     delta = (grad_out * out).float().sum(-1, keepdim=True)
     grad_p = torch.matmul(grad_out, _repeat_groups(q, v).transpose(-1, -2)).float()
     grad_scores = (probabilities * (grad_p - delta) * scale).to(q.dtype)

@@ -1,10 +1,11 @@
 """The attention of a TTT step: a causal trunk and a few branch keys in the query's own row.
 
 At step t, row p attends to the step-0 keys 0..p (the trunk, the same at every step) and to one key
-per later step j = 1..t, all of row p (the branch); one softmax over both. The trunk is a flash
-kernel, the branch an elementwise dot product, both merged by their log-sum-exp, so memory is
-linear in S and K and no mask exists. Backward: the flash backward fed with the merged output and
-log-sum-exp for the trunk, elementwise products for the branch (the ring-attention identity).
+per later step j = 1..t, all of row p (the branch); one softmax over both. The trunk is flash
+kernels, one per block of its plan (:mod:`megatron_eagle.attention.blocks`), the branch an
+elementwise dot product, both merged by their log-sum-exp, so memory is linear in S and K and no
+mask exists. Backward: the flash backward fed with the merged output and log-sum-exp for the trunk,
+elementwise products for the branch (the ring-attention identity).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eagle.attention import flash
+from megatron_eagle.attention.blocks import CAUSAL, Plan, blocks_backward, blocks_forward
 
 
 def trunk_branch_attention(
@@ -24,16 +25,18 @@ def trunk_branch_attention(
     branch_keys: list[Tensor],
     branch_values: list[Tensor],
     scale: float,
+    plan: Plan = CAUSAL,
 ) -> Tensor:
     """softmax(scale * q [trunk ; branch]ᵀ) [trunk ; branch], differentiable in all inputs.
 
-    query [B, n, S, d]; keys and values [B, g, S, d], g dividing n (heads of this TP rank);
-    branch lists hold one tensor per later step, empty at step 0. Returns [B, n, S, d] in the
-    query's dtype. No collective.
+    query [B, n, S, d]; trunk key and value [B, g, L, d], g dividing n (heads of this TP rank), of
+    which the ``plan`` says what each row sees; branch lists hold one [B, g, S, d] per later step,
+    empty at step 0. Under context parallelism S is this rank's part and L the whole sequence.
+    Returns [B, n, S, d] in the query's dtype. No collective.
     """
     assert len(branch_keys) == len(branch_values)
     return _TrunkBranch.apply(
-        scale, len(branch_keys), query, trunk_key, trunk_value, *branch_keys, *branch_values
+        scale, plan, len(branch_keys), query, trunk_key, trunk_value, *branch_keys, *branch_values
     )
 
 
@@ -45,26 +48,33 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
 class _TrunkBranch(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, scale: float, steps: int, q: Tensor, k: Tensor, v: Tensor, *branch: Tensor
+        ctx: Any,
+        scale: float,
+        plan: Plan,
+        steps: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *branch: Tensor,
     ) -> Tensor:
-        out, lse = flash.causal_forward(q, k, v, scale)
+        out, lse = blocks_forward(q, k, v, scale, plan)
         if steps:
             out, lse = _merge(q, out, lse, branch[:steps], branch[steps:], scale)
         ctx.save_for_backward(q, k, v, out, lse, *branch)
-        ctx.scale, ctx.steps = scale, steps
+        ctx.scale, ctx.plan, ctx.steps = scale, plan, steps
         return out
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, *branch = ctx.saved_tensors
         grad_out, scale, steps = grad_outputs[0].contiguous(), ctx.scale, ctx.steps
-        dq, dk, dv = flash.causal_backward(grad_out, q, k, v, out, lse, scale)
+        dq, dk, dv = blocks_backward(grad_out, q, k, v, out, lse, scale, ctx.plan)
         if not steps:
-            return None, None, dq, dk, dv
+            return None, None, None, dq, dk, dv
         dq, branch_dk, branch_dv = _branch_backward(
             grad_out, q, out, lse, branch[:steps], branch[steps:], scale, dq
         )
-        return None, None, dq, dk, dv, *branch_dk, *branch_dv
+        return None, None, None, dq, dk, dv, *branch_dk, *branch_dv
 
 
 def _scores(q: Tensor, key: Tensor, scale: float) -> Tensor:
