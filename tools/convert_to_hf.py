@@ -1,6 +1,6 @@
-"""Trained draft (Megatron checkpoint) -> Hugging Face EAGLE-3 directory for vLLM and SGLang.
+"""Trained draft (Megatron checkpoint) -> Hugging Face EAGLE-3 directory for an inference server.
 
-    python tools/convert_to_hf.py --load CKPT --output DIR
+    python tools/convert_to_hf.py --load CKPT --output DIR [--format sglang] [--eval figures.json]
 
 Needs no GPU and no torchrun, whatever layout the draft was trained in.
 """
@@ -11,11 +11,33 @@ import argparse
 import sys
 from pathlib import Path
 
+from megatron_eagle.hf.draft_card import read_evaluation
+from megatron_eagle.hf.draft_formats import FORMATS
 from megatron_eagle.hf.export_draft import DTYPES, export_draft
 
 
 def main(argv: list[str] | None = None) -> int:
     """Exit status: 0, or 2 after one `error:` line on stderr."""
+    args = _parser().parse_args(argv)
+    try:
+        info = export_draft(
+            args.load,
+            args.output,
+            DTYPES[args.dtype] if args.dtype else None,
+            args.overwrite,
+            print,
+            FORMATS[args.format],
+            args.data,
+            read_evaluation(args.eval) if args.eval else None,
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"EAGLE-3 draft for {info.base.name!r} is in {args.output}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument(
         "--load",
@@ -27,19 +49,25 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="directory to create"
     )
+    parser.add_argument(
+        "--format",
+        choices=list(FORMATS),
+        default="hf",
+        help="hf (default) is read by vLLM, SGLang, TensorRT-LLM and SpecForge alike; the others "
+        "hold what one reader wants, and drafts that the rest cannot run",
+    )
     parser.add_argument("--dtype", choices=list(DTYPES), help="of the weights (default: as saved)")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier export in --output"
     )
-    args = parser.parse_args(argv)
-    dtype = DTYPES[args.dtype] if args.dtype else None
-    try:
-        info = export_draft(args.load, args.output, dtype, args.overwrite, print)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(f"EAGLE-3 draft for {info.base.name!r} is in {args.output}")
-    return 0
+    parser.add_argument("--data", metavar="TEXT", help="training data, for the model card")
+    parser.add_argument(
+        "--eval",
+        type=Path,
+        metavar="FILE",
+        help="--output of tools/eval_acceptance.py: accepted length, for the model card",
+    )
+    return parser
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""config.json and the model card of an exported draft."""
+"""config.json of an exported draft."""
 
 from __future__ import annotations
 
@@ -6,24 +6,76 @@ from typing import Any
 
 import torch
 
+from megatron_eagle.hf.draft_formats import Format
 from megatron_eagle.hf.draft_info import DraftInfo
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+SPECULATOR = "Eagle3DraftModel"
+SPECULATORS_VERSION = "0.9.0"
 
 
-def hf_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
+def draft_config_json(info: DraftInfo, layout: Format, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of a draft in `layout`."""
+    if layout.name == "speculators":
+        return _speculators_config(info, dtype)
+    return _eagle3_config(info, dtype)
+
+
+def is_exported_draft(config: dict[str, Any]) -> bool:
+    """Whether config.json is one that this module writes."""
+    return config.get("architectures") in ([ARCHITECTURE], [SPECULATOR])
+
+
+def _eagle3_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
     """Every field that vLLM, SGLang and TensorRT-LLM read of an EAGLE-3 draft.
 
     Captured layers appear in both conventions, because each server reads another field: inside
     eagle_config id i is the output of layer i, at the top level it is the state after i layers.
     """
-    args, base = info.base.megatron_args, info.base.hf_config
     outputs = list(info.aux_layers)
-    config = {
+    return {
         "architectures": [ARCHITECTURE],
+        **_llama_config(info, dtype),
+        "target_hidden_size": info.base.megatron_args["hidden_size"],
+        "draft_vocab_size": info.draft_vocab_size,
+        "num_aux_hidden_states": len(outputs),
+        "eagle_aux_hidden_state_layer_ids": [i + 1 for i in outputs],
+        "eagle_config": {
+            "eagle_aux_hidden_state_layer_ids": outputs,
+            "use_aux_hidden_state": True,
+        },
+    }
+
+
+def _speculators_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
+    """The form of the speculators library, which vLLM reads too: ids are states after i layers."""
+    return {
+        "architectures": [SPECULATOR],
+        "speculators_model_type": "eagle3",
+        "speculators_version": SPECULATORS_VERSION,
+        "torch_dtype": _name(dtype),
+        "draft_vocab_size": info.draft_vocab_size,
+        "eagle_aux_hidden_state_layer_ids": [i + 1 for i in info.aux_layers],
+        "norm_before_residual": False,  # vLLM's default in this form is True
+        "transformer_layer_config": _llama_config(info, dtype),
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": info.ttt_steps}],
+            "verifier": {
+                "name_or_path": info.base.name,
+                "architectures": info.base.hf_config.get("architectures", []),
+            },
+        },
+    }
+
+
+def _llama_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
+    """The draft's layers as a Llama configuration."""
+    args, base = info.base.megatron_args, info.base.hf_config
+    config = {
         "model_type": "llama",
         "hidden_size": args["hidden_size"],
-        "target_hidden_size": args["hidden_size"],
         "intermediate_size": args["ffn_hidden_size"],
         "num_hidden_layers": info.num_layers,
         "num_attention_heads": args["num_attention_heads"],
@@ -34,17 +86,10 @@ def hf_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
         "mlp_bias": False,
         "rms_norm_eps": args["norm_epsilon"],
         "vocab_size": info.base.vocab_size,
-        "draft_vocab_size": info.draft_vocab_size,
         "tie_word_embeddings": False,
-        "torch_dtype": str(dtype).removeprefix("torch."),
+        "torch_dtype": _name(dtype),
         "max_position_embeddings": base["max_position_embeddings"],
         **_rope(info),
-        "num_aux_hidden_states": len(outputs),
-        "eagle_aux_hidden_state_layer_ids": [i + 1 for i in outputs],
-        "eagle_config": {
-            "eagle_aux_hidden_state_layer_ids": outputs,
-            "use_aux_hidden_state": True,
-        },
     }
     tokens = ("bos_token_id", "eos_token_id")
     return config | {name: base[name] for name in tokens if base.get(name) is not None}
@@ -64,49 +109,5 @@ def _rope(info: DraftInfo) -> dict[str, Any]:
     return fields
 
 
-def model_card(info: DraftInfo, checkpoint: str, dtype: torch.dtype) -> str:
-    """README.md; `checkpoint` is the name of the iteration's directory."""
-    steps = info.ttt_steps
-    vocabulary = (
-        f"{info.draft_vocab_size:,} of the base's {info.base.vocab_size:,} token ids (`d2t`)"
-        if info.compressed
-        else f"the base's {info.base.vocab_size:,} token ids"
-    )
-    return f"""---
-tags:
-- eagle3
-- speculative-decoding
----
-# EAGLE-3 draft for {info.base.name}
-
-| | |
-|---|---|
-| base | {info.base.name} ({info.base.family}) |
-| captured layers (outputs, 0-based) | {", ".join(map(str, info.aux_layers))} |
-| draft layers | {info.num_layers} |
-| trained for | {steps} draft steps |
-| draft vocabulary | {vocabulary} |
-| dtype | {str(dtype).removeprefix("torch.")} |
-| converted from | `{checkpoint}` |
-
-The draft has no embedding of its own: servers share the base's. The tokenizer is the base's.
-
-## Serving
-
-`BASE` is the base model, `DRAFT` this directory.
-
-vLLM:
-
-    vllm serve BASE --speculative-config \\
-      '{{"method": "eagle3", "model": "DRAFT", "num_speculative_tokens": {steps}}}'
-
-SGLang:
-
-    python -m sglang.launch_server --model-path BASE \\
-      --speculative-algorithm EAGLE3 --speculative-draft-model-path DRAFT \\
-      --speculative-num-steps {steps} --speculative-eagle-topk 1 \\
-      --speculative-num-draft-tokens {steps + 1}
-
-The conversion wrote and checked these files; it did not run a server, so neither command was
-executed on them.
-"""
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -32,6 +32,7 @@ class DraftInfo:
     ttt_steps: int
     draft_vocab_size: int
     base: BaseInfo
+    options: EagleConfig = field(default_factory=EagleConfig)
 
     @property
     def compressed(self) -> bool:
@@ -61,26 +62,31 @@ def parse_draft_info(tensor: Tensor, source: str) -> DraftInfo:
     content = decode_metadata(tensor, source)
     base = parse_base(content.get("base"), f"{source}: base")
     _check_base(base, f"{source}: base")
+    options = _options(content, source)
     info = DraftInfo(
         num_layers=_positive(content, "num_layers", source),
         aux_layers=_aux_layers(content, base.megatron_args["num_layers"], source),
         ttt_steps=_positive(content, "ttt_steps", source),
         draft_vocab_size=_positive(content, "draft_vocab_size", source),
         base=base,
+        options=options,
     )
     if info.draft_vocab_size > base.vocab_size:
         raise ValueError(
             f"{source}: draft_vocab_size {info.draft_vocab_size} exceeds the base's vocabulary "
             f"of {base.vocab_size}"
         )
+    return info
+
+
+def _options(content: dict[str, Any], source: str) -> EagleConfig:
     config = content.get("config")
     if not isinstance(config, dict):
         raise ValueError(f"{source}: config is missing")
     try:
-        EagleConfig.from_mapping(config)
+        return EagleConfig.from_mapping(config)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{source}: {error}") from error
-    return info
 
 
 def _check_base(base: BaseInfo, source: str) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from megatron_eagle.hf.draft_formats import Format
 from megatron_eagle.hf.families import Dims, Source
 
 PREFIX = "draft."
@@ -108,24 +109,23 @@ FIRST_LAYER = (
     _qkv("H2"),
     *EVERY_LAYER,
 )
-# Readers disagree on the name of the one norm in front of a later layer's attention.
-LATER_LAYER = (
-    DraftEntry(
+
+
+def _later_layer(norms: tuple[str, ...]) -> tuple[DraftEntry, ...]:
+    norm = DraftEntry(
         "self_attention.linear_qkv.layer_norm_weight",
         ("H",),
-        (Source("input_layernorm.weight", ("H",)), Source("hidden_norm.weight", ("H",))),
+        tuple(Source(f"{name}.weight", ("H",)) for name in norms),
         copies,
-    ),
-    _qkv("H"),
-    *EVERY_LAYER,
-)
+    )
+    return (norm, _qkv("H"), *EVERY_LAYER)
 
 
-def draft_entries(num_layers: int) -> list[DraftEntry]:
+def draft_entries(num_layers: int, layout: Format) -> list[DraftEntry]:
     """Every tensor of a draft of `num_layers` layers, under full names on both sides."""
     entries = [entry.named(PREFIX, "") for entry in MODEL]
     for i in range(num_layers):
-        hf_prefix = "midlayer." if num_layers == 1 else f"layers.{i}."
-        for entry in FIRST_LAYER if i == 0 else LATER_LAYER:
+        hf_prefix = layout.layer_prefix(i, num_layers)
+        for entry in FIRST_LAYER if i == 0 else _later_layer(layout.later_norms):
             entries.append(entry.named(f"{PREFIX}layers.{i}.", hf_prefix))
     return entries

@@ -1,17 +1,16 @@
 """A trained draft's Megatron checkpoint -> one Hugging Face directory that servers load.
 
-Reading order: `draft_info` (what the checkpoint says of itself), `draft_names` (the name table),
-`draft_config` (config.json), and here the checks and the files.
+Reading order: `draft_info` (what the checkpoint says of itself), `draft_formats` (the layouts and
+who reads them), `draft_names` (the name table), `draft_config` and `draft_card` (config.json and
+README.md), and here the checks and the files.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -19,12 +18,16 @@ from torch import Tensor
 
 from megatron_eagle.draft.vocab import check_vocab_ids
 from megatron_eagle.hf.dcp_reader import DraftCheckpoint
-from megatron_eagle.hf.draft_config import ARCHITECTURE, hf_config, model_card
+from megatron_eagle.hf.draft_card import CardFacts, model_card
+from megatron_eagle.hf.draft_config import draft_config_json, is_exported_draft
+from megatron_eagle.hf.draft_formats import FORMATS, Format, check_servers
 from megatron_eagle.hf.draft_info import DraftInfo, parse_draft_info
-from megatron_eagle.hf.draft_names import METADATA, PREFIX, VOCAB_IDS, draft_entries
+from megatron_eagle.hf.draft_names import METADATA, PREFIX, VOCAB_IDS, DraftEntry, draft_entries
+from megatron_eagle.hf.output_dir import checked_output, replacing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Progress = Callable[[str], None]
+Check = Callable[[Path], None]
 
 
 def export_draft(
@@ -33,31 +36,42 @@ def export_draft(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     progress: Progress = lambda line: None,
+    layout: Format = FORMATS["hf"],
+    data: str | None = None,
+    evaluation: dict[str, Any] | None = None,
+    check: Check = lambda directory: None,
 ) -> DraftInfo:
     """Convert the checkpoint `load` (DIR, or one of its iterations) into the directory `output`.
 
-    `output` gets model.safetensors, config.json and README.md, all at once by a rename; `overwrite`
-    replaces an earlier export. `dtype` None keeps the saved one. Memory: about twice the draft.
+    `output` gets model.safetensors, config.json and README.md, all at once by a rename, after
+    `check` has passed on the finished files; `overwrite` replaces an earlier export. `dtype` None
+    keeps the saved one. `data` and `evaluation` go to the model card, see `CardFacts`. Memory:
+    about twice the draft.
 
-    Raises ValueError, with the file at fault, for anything but a complete draft of finite weights.
+    Raises ValueError, with the file at fault, for anything but a complete draft of finite weights
+    that the servers of `layout` can run.
     """
-    target = _checked_output(Path(output), overwrite)
+    target = checked_output(Path(output), overwrite, is_exported_draft)
     checkpoint = DraftCheckpoint.open(load)
     info = read_info(checkpoint)
+    check_servers(layout, info)
     progress(f"reading {checkpoint.directory}")
-    tensors = convert(checkpoint, info, dtype)
+    tensors = convert(checkpoint, info, dtype, layout)
     weights = tensors["fc.weight"].dtype
     size = sum(tensor.nbytes for tensor in tensors.values())
     progress(f"writing {len(tensors)} tensors, {size / 2**20:.1f} MiB, to {target}")
-    with _replacing(target) as scratch:
+    with replacing(target) as scratch:
         save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
-        config = json.dumps(hf_config(info, weights), indent=2) + "\n"
+        config = json.dumps(draft_config_json(info, layout, weights), indent=2) + "\n"
         (scratch / "config.json").write_text(config, encoding="utf-8")
-        card = model_card(info, checkpoint.directory.name, weights)
+        card = model_card(
+            info, CardFacts(checkpoint.directory.name, data, evaluation), layout, weights
+        )
         (scratch / "README.md").write_text(card, encoding="utf-8")
         # safetensors creates its file readable by its owner alone.
         mode = (scratch / "config.json").stat().st_mode
         (scratch / "model.safetensors").chmod(mode)
+        check(scratch)
     return info
 
 
@@ -71,15 +85,18 @@ def read_info(checkpoint: DraftCheckpoint) -> DraftInfo:
 
 
 def convert(
-    checkpoint: DraftCheckpoint, info: DraftInfo, dtype: torch.dtype | None
+    checkpoint: DraftCheckpoint,
+    info: DraftInfo,
+    dtype: torch.dtype | None,
+    layout: Format,
 ) -> dict[str, Tensor]:
     """Hugging Face name -> tensor: the weights, and d2t int64 [D] and t2d bool [V] if compressed.
 
     Raises ValueError unless the checkpoint holds exactly the draft's tensors, of the expected
     shapes, of one floating dtype (or `dtype` is given), finite also in the dtype written.
     """
-    _check_inventory(checkpoint, info)
-    where, dims, entries = checkpoint.directory, info.dims, draft_entries(info.num_layers)
+    where, dims, entries = checkpoint.directory, info.dims, draft_entries(info.num_layers, layout)
+    _check_inventory(checkpoint, info, entries)
     stored = checkpoint.load([*(entry.megatron for entry in entries), VOCAB_IDS])
     vocab_ids = stored.pop(VOCAB_IDS)
     dtype = dtype or _common_dtype(stored, where)
@@ -105,11 +122,12 @@ def vocabulary_maps(vocab_ids: Tensor, info: DraftInfo, source: str) -> dict[str
     return {"d2t": vocab_ids - torch.arange(vocab_ids.numel()), "t2d": t2d}
 
 
-def _check_inventory(checkpoint: DraftCheckpoint, info: DraftInfo) -> None:
+def _check_inventory(
+    checkpoint: DraftCheckpoint, info: DraftInfo, entries: list[DraftEntry]
+) -> None:
     """Servers do not fail on missing tensors, so this must."""
     where, dims, keys = checkpoint.directory, info.dims, checkpoint.keys()
     found = {key for key in keys if key.startswith(PREFIX)}
-    entries = draft_entries(info.num_layers)
     expected = {entry.megatron for entry in entries} | {METADATA, VOCAB_IDS}
     if missing := sorted(expected - found):
         raise ValueError(f"{where}: incomplete draft, {_listed(missing)} missing")
@@ -149,43 +167,3 @@ def _check_finite(tensor: Tensor, dtype: torch.dtype, source: str) -> None:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _checked_output(output: Path, overwrite: bool) -> Path:
-    """`output` without symbolic links, if it may be written."""
-    output = output.resolve()
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output}: exists and is not a directory")
-    if not output.is_dir() or not any(output.iterdir()):
-        return output
-    if not overwrite:
-        raise ValueError(f"--output {output}: not empty; give --overwrite to replace it")
-    try:
-        earlier = json.loads((output / "config.json").read_bytes())["architectures"]
-    except (OSError, ValueError, KeyError, TypeError):
-        earlier = None
-    if earlier != [ARCHITECTURE]:
-        raise ValueError(f"--output {output}: --overwrite replaces only an exported draft")
-    return output
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A new directory beside `target` that takes its place on success and vanishes on failure."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    earlier = target.with_name(f".{target.name}.{os.getpid()}.old")
-    scratch.mkdir()
-    try:
-        yield scratch
-        if target.exists():
-            target.rename(earlier)
-        try:
-            scratch.rename(target)
-        except OSError:
-            if earlier.exists():
-                earlier.rename(target)
-            raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        shutil.rmtree(earlier, ignore_errors=True)

@@ -26,7 +26,7 @@ LAYOUTS = [
     pytest.param({"groups": 6}, id="multi-head"),
     pytest.param({"groups": 1}, id="multi-query"),
     pytest.param({"draft_vocab": 53, "padded_vocab": 64}, id="whole-vocabulary"),
-    pytest.param({"padded_vocab": 19, "aux_layers": (7,)}, id="no-padding-one-capture"),
+    pytest.param({"padded_vocab": 19, "aux_layers": (3, 7)}, id="no-padding-two-captures"),
 ]
 
 
@@ -151,7 +151,8 @@ def test_model_card(tmp_path: Path) -> None:
         "iter_0000120",
         '"num_speculative_tokens": 4}',
         "--speculative-num-draft-tokens 5",
-        "neither command was\nexecuted",
+        "eagle3_layers_to_capture: [1, 4, 7]",
+        "it ran no server",
     ):
         assert text in card
     assert str(tmp_path) not in card

@@ -1,0 +1,160 @@
+"""The layouts beside the plain one, the model card's figures, and drafts a server cannot run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from transformers import LlamaConfig
+
+from megatron_eagle.hf.draft_card import read_evaluation
+from megatron_eagle.hf.draft_formats import FORMATS
+from megatron_eagle.hf.export_draft import export_draft
+from tests.trained_draft import TrainedDraft
+
+FIGURES = {
+    "accepted_length": 2.3456,
+    "acceptance": [0.7, 0.45, 0.1956],
+    "prompts": 40,
+    "draft_tokens": 3,
+    "equal_to_greedy": True,
+    "reinitialize": False,
+}
+
+
+def exported(tmp_path: Path, layout: str, **changes: Any) -> tuple[TrainedDraft, Path]:
+    draft = TrainedDraft.make(**changes)
+    draft.save(tmp_path / "ckpt")
+    export_draft(tmp_path / "ckpt", tmp_path / layout, layout=FORMATS[layout])
+    return draft, tmp_path / layout
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("layout", list(FORMATS))
+def test_names(tmp_path: Path, layout: str, layers: int) -> None:
+    draft, directory = exported(tmp_path, layout, layers=layers)
+    unread = {
+        "vllm": "hidden_norm.weight",
+        "speculators": "hidden_norm.weight",
+        "sglang": "input_layernorm.weight",
+        "trtllm": "input_layernorm.weight",
+    }
+    expected = {}
+    for name, tensor in draft.hf.items():
+        later = name.startswith("layers.") and not name.startswith("layers.0.")
+        if later and name.endswith(unread.get(layout, "none")):
+            continue
+        if layout == "speculators":
+            name = name.replace("midlayer.", "layers.0.")
+        expected[name] = tensor
+    found = load_file(directory / "model.safetensors")
+    assert set(found) == set(expected)
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
+
+
+def test_speculators_config(tmp_path: Path) -> None:
+    _, directory = exported(tmp_path, "speculators")
+    config = json.loads((directory / "config.json").read_text())
+    layer = config.pop("transformer_layer_config")
+    assert config == {
+        "architectures": ["Eagle3DraftModel"],
+        "speculators_model_type": "eagle3",
+        "speculators_version": "0.9.0",
+        "torch_dtype": "float32",
+        "draft_vocab_size": 19,
+        "eagle_aux_hidden_state_layer_ids": [2, 5, 8],
+        "norm_before_residual": False,
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": 4}],
+            "verifier": {"name_or_path": "tiny-base", "architectures": ["LlamaForCausalLM"]},
+        },
+    }
+    read = LlamaConfig(**layer)
+    assert (read.hidden_size, read.head_dim, read.vocab_size) == (24, 10, 53)
+    assert read.rope_parameters == {"rope_type": "default", "rope_theta": 50000.0}
+
+
+YARN = {
+    "rope_type": "yarn",
+    "factor": 4.0,
+    "original_max_position_embeddings": 1024,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+}
+
+
+@pytest.mark.parametrize("scaling", [YARN, {"rope_type": "linear", "factor": 2.0}])
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters", "type"])
+def test_scaled_rope(tmp_path: Path, spelling: str, scaling: dict[str, Any]) -> None:
+    """Both spellings whatever the base's; `type` is the oldest name of `rope_type`."""
+    if spelling == "type":
+        given = {"type": scaling["rope_type"], **scaling}
+        del given["rope_type"]
+        rope = {"rope_theta": 50000.0, "rope_scaling": given}
+    else:
+        rope = {"rope_theta": 50000.0, spelling: scaling}
+    _, directory = exported(tmp_path, "hf", rope=rope)
+    config = json.loads((directory / "config.json").read_text())
+    assert config["rope_theta"] == 50000.0
+    assert config["rope_scaling"] == scaling
+    assert config["rope_parameters"] == {**scaling, "rope_theta": 50000.0}
+
+
+@pytest.mark.parametrize("layout", ["hf", "sglang", "trtllm"])
+def test_one_captured_layer_is_refused_where_fc_would_be_skipped(
+    tmp_path: Path, layout: str
+) -> None:
+    with pytest.raises(ValueError, match=r"skips fc .*; use --format vllm or speculators$"):
+        exported(tmp_path, layout, aux_layers=(7,))
+    assert not (tmp_path / layout).exists()
+
+
+@pytest.mark.parametrize("layout", list(FORMATS))
+def test_the_card_gives_the_commands_of_its_servers(tmp_path: Path, layout: str) -> None:
+    _, directory = exported(tmp_path, layout)
+    card = (directory / "README.md").read_text()
+    for server, command in (
+        ("vllm", "vllm serve BASE"),
+        ("sglang", "sglang.launch_server --model-path BASE"),
+        ("trtllm", "trtllm-serve BASE"),
+    ):
+        assert (command in card) == (server in FORMATS[layout].servers)
+
+
+def test_the_card_says_what_was_measured(tmp_path: Path) -> None:
+    draft = TrainedDraft.make()
+    draft.metadata["config"]["train_data"] = "/data/answers.jsonl"
+    draft.save(tmp_path / "ckpt")
+    (tmp_path / "eval.json").write_text(json.dumps(FIGURES))
+    figures = read_evaluation(tmp_path / "eval.json")
+    export_draft(tmp_path / "ckpt", tmp_path / "hf", evaluation=figures)
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "| training data | answers.jsonl |" in card
+    assert "2.346 tokens per verification, greedy, chains of 3 drafts, 40 prompts" in card
+    assert "0.700, 0.450, 0.196" in card
+    export_draft(tmp_path / "ckpt", tmp_path / "own", data="10,000 chats")
+    card = (tmp_path / "own" / "README.md").read_text()
+    assert "| training data | 10,000 chats |" in card and "not measured" in card
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"accepted_length": None}, "accepted_length is missing"),
+        ({"reinitialize": True}, "not with trained weights"),
+        ({"equal_to_greedy": False}, "were not the greedy ones"),
+    ],
+)
+def test_figures_that_do_not_belong_on_a_card(
+    tmp_path: Path, change: dict[str, Any], words: str
+) -> None:
+    (tmp_path / "eval.json").write_text(json.dumps({**FIGURES, **change}))
+    with pytest.raises(ValueError, match=words):
+        read_evaluation(tmp_path / "eval.json")
+    with pytest.raises(ValueError, match=r"--eval .*absent.json: no such file"):
+        read_evaluation(tmp_path / "absent.json")
