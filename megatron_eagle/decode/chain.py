@@ -89,4 +89,4 @@ class DraftChain:
         """hidden [1, B, H] -> base ids [B, 1]."""
         draft = self.draft
         normed = draft.norm(hidden)
-        return vocab_argmax(normed, draft.head_weight, draft.shard_ids, draft.tp_group).t()
+        return vocab_argmax(normed, draft.lm_head(), draft.shard_ids, draft.tp_group).t()

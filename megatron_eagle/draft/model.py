@@ -29,8 +29,13 @@ from megatron_eagle.parallel.vocab import VocabShard
 
 def draft_config(base_config: Any, num_layers: int) -> Any:
     """The base's TransformerConfig with the draft's depth: same hidden size, heads and ffn, and no
-    query/key norms or biases, which EAGLE-3 readers do not know."""
+    query/key norms or biases, which EAGLE-3 readers do not know.
+
+    Of ``recompute_modules`` "core_attn" is done already: the kernels keep no scores for backward,
+    and Megatron's own checkpointing cannot carry an attention state."""
     config = copy.copy(base_config)
+    if config.recompute_granularity == "selective":
+        config.recompute_modules = [m for m in config.recompute_modules if m != "core_attn"]
     config.num_layers = num_layers
     config.qk_layernorm = False
     config.add_qkv_bias = False
@@ -81,22 +86,9 @@ class EagleDraft(MegatronModule):
         self.norm = backend.norm(
             config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
         )
-        self.lm_head = ColumnParallelLinear(
-            config.hidden_size,
-            self.shard.padded_rows * self.shard.world,
-            config=config,
-            init_method=config.init_method,
-            bias=False,
-            gather_output=False,
-            tp_group=self.tp_group,
-        )
+        self.lm_head = VocabParallelHead(config, self.shard, self.tp_group)
         self.register_buffer("vocab_ids", vocab_ids, persistent=True)
         self.register_buffer("metadata", metadata, persistent=True)
-
-    @property
-    def head_weight(self) -> Tensor:
-        """[Dp, H]: this rank's rows of the head that are real, padding sliced off."""
-        return self.lm_head.weight[: self.shard.rows]
 
     @property
     def shard_ids(self) -> Tensor:
@@ -138,6 +130,30 @@ class EagleDraft(MegatronModule):
             sharded |= layer.sharded_state_dict(own, sharded_offsets, metadata)
         sharded[f"{prefix}lm_head.weight"].allow_shape_mismatch = True
         return sharded
+
+
+class VocabParallelHead(ColumnParallelLinear):
+    """``lm_head``, whose product is the loss's: calling it gives its rows, not logits.
+
+    It has to be called, never read: an overlapped parameter gather waits in a module's forward
+    pre-hook for the bucket that holds its weight.
+    """
+
+    def __init__(self, config: Any, shard: VocabShard, tp_group: Any) -> None:
+        super().__init__(
+            config.hidden_size,
+            shard.padded_rows * shard.world,
+            config=config,
+            init_method=config.init_method,
+            bias=False,
+            gather_output=False,
+            tp_group=tp_group,
+        )
+        self.rows = shard.rows
+
+    def forward(self) -> Tensor:
+        """[Dp, H]: this rank's rows that are real, padding sliced off. No collective."""
+        return self.weight[: self.rows]
 
 
 class FeatureProjection(MegatronModule):

@@ -57,20 +57,28 @@ def gpt_dataset_config(args: Any) -> GPTDatasetConfig:
         mmap_bin_files=args.mmap_bin_files,
         reset_position_ids=False,
         reset_attention_mask=False,
-        eod_mask_loss=False,
+        eod_mask_loss=args.eod_mask_loss,
         create_attention_mask=False,
         mid_level_dataset_surplus=args.mid_level_dataset_surplus,
     )
 
 
-def next_batch(iterator: Any, steps: int) -> EagleBatch:
-    """The iterator's next micro-batch, on this rank's device."""
+def next_batch(iterator: Any, steps: int, vocab_size: int) -> EagleBatch:
+    """The iterator's next micro-batch, on this rank's device.
+
+    Raises ``ValueError`` for ids that the base does not have: a vocabulary-parallel embedding would
+    look them up in another rank's rows without a word."""
     args = get_args()
     sample = next(iterator)
+    tokens = sample["tokens"].long()
+    least, most = int(tokens.min()), int(tokens.max())
+    if least < 0 or most >= vocab_size:
+        raise ValueError(
+            f"--data-path: token id {least if least < 0 else most} is outside the base's "
+            f"0 to {vocab_size - 1}; was the data made with another tokenizer?"
+        )
     multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    batch = EagleBatch.build(
-        sample["tokens"].long(), sample["loss_mask"], steps, multiple, trim=True
-    )
+    batch = EagleBatch.build(tokens, sample["loss_mask"], steps, multiple, trim=True)
     return batch.to(torch.cuda.current_device())
 
 

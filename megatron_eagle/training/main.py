@@ -62,7 +62,7 @@ def _train() -> None:
         pretrain_cfg_container_from_args(args),
         DatasetProvider(options.train_data, base.vocab_size),
         ModelType.encoder_or_decoder,
-        ForwardStep(options),
+        ForwardStep(options, base.vocab_size),
         model_provider=ModelBuilder(options, base, vocab_ids),
     )
     torch.distributed.destroy_process_group()

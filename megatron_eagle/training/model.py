@@ -84,7 +84,7 @@ class EagleGPTModel(MegatronModule):
         with nvtx_range("loss"):
             return soft_cross_entropy(
                 target_hidden(self.draft, outputs, batch.step_rows),
-                self.draft.head_weight,
+                self.draft.lm_head(),
                 targets.exp_logits,
                 targets.statistics,
                 self._loss_rows(batch),

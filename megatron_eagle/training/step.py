@@ -22,11 +22,12 @@ _SUMS = "eagle_sums"
 class ForwardStep:
     """Megatron's ``forward_step_func``: one micro-batch through base and draft."""
 
-    def __init__(self, options: EagleConfig) -> None:
-        self.options = options
+    def __init__(self, options: EagleConfig, vocab_size: int) -> None:
+        self.options, self.vocab_size = options, vocab_size
 
     def __call__(self, iterator: Any, model: Any) -> tuple[Any, Callable[..., Any]]:
-        return model(next_batch(iterator, self.options.ttt_steps)), self._loss
+        batch = next_batch(iterator, self.options.ttt_steps, self.vocab_size)
+        return model(batch), self._loss
 
     def _loss(self, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(sum of losses, rows supervised at step 0, metric sums). Megatron divides the summed

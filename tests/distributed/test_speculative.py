@@ -143,7 +143,7 @@ def decode(rank: int, world: int, directory: str, case: Case, prompts: list[list
     hook.remove()
     result["counts"] = vars(counts)
     result["chains"] = proposers[0].chains
-    result["first logits"] = torch.stack(hidden[:DRAFTS], dim=1) @ draft.head_weight.t()
+    result["first logits"] = torch.stack(hidden[:DRAFTS], dim=1) @ draft.lm_head().t()
     for name, right in (("perfect", DRAFTS), ("hopeless", 0)):
         counts = ChainCounts(DRAFTS)
         longer = [p + a for p, a in zip(prompts, free, strict=True)]

@@ -102,17 +102,32 @@ def test_indexed_data_with_every_token_supervised(tokenizer: str, tmp_path: Path
 
 
 def test_bf16_with_the_distributed_optimizer_on_two_data_parallel_ranks(tmp_path: Path) -> None:
+    """With buckets so small that the head has one of its own, which must be waited for."""
     made = corpus(tmp_path, "SentencePieceTokenizer")
-    flags = ["--eagle-base-checkpoint", made.base, *made.flags, "--eagle-draft-vocab-size", 380,
+    plain = ["--eagle-base-checkpoint", made.base, *made.flags, "--eagle-draft-vocab-size", 380,
              "--bf16", "--use-distributed-optimizer", "--overlap-grad-reduce",
-             "--overlap-param-gather", "--save", tmp_path / "draft",
-             "--save-interval", 10]  # fmt: skip
+             "--ddp-bucket-size", 1000]  # fmt: skip
+    flags = [*plain, "--overlap-param-gather", "--save", tmp_path / "draft", "--save-interval", 10]
     whole = train(2, tmp_path / "whole.jsonl", *flags)
     assert whole.returncode == 0, whole.output[-3000:]
     assert whole.metrics[20]["loss_0"] < whole.metrics[1]["loss_0"]
+    waiting = train(2, tmp_path / "waiting.jsonl", *plain, "--exit-interval", 6)
+    for iteration, line in waiting.metrics.items():
+        assert whole.metrics[iteration]["loss"] == line["loss"]
     (tmp_path / "draft" / "latest_checkpointed_iteration.txt").write_text("10")
     resumed = train(2, tmp_path / "resumed.jsonl", *flags, "--load", tmp_path / "draft")
     assert resumed.returncode == 0, resumed.output[-3000:]
     for iteration in range(11, 21):
         expected = whole.metrics[iteration]["loss"]
         assert resumed.metrics[iteration]["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_ids_of_another_tokenizer_are_refused_at_any_layout(tmp_path: Path) -> None:
+    made = corpus(tmp_path, "SentencePieceTokenizer")
+    write_indexed(tmp_path / "wrong", [[5, VOCABULARY, 7] * 20] * 30)
+    flags = [*made.flags, "--data-path", tmp_path / "wrong", "--data-cache-path", tmp_path / "new"]
+    run = train(
+        2, None, "--eagle-base-checkpoint", made.base, *flags, "--tensor-model-parallel-size", 2
+    )
+    assert run.returncode != 0
+    assert f"--data-path: token id {VOCABULARY} is outside" in run.error_line
