@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from megatron_eagle.attention.backend import local_backend
 from megatron_eagle.checkpoint_dir import BaseInfo, resolve_checkpoint
@@ -19,7 +21,7 @@ from megatron_eagle.draft.vocab import check_vocab_ids
 from megatron_eagle.hf.dcp_reader import DraftCheckpoint
 from megatron_eagle.hf.draft_info import BASE_SIZES, DraftInfo, parse_draft_info
 from megatron_eagle.teacher.base import FrozenBase
-from megatron_eagle.teacher.build import base_config, build_base
+from megatron_eagle.teacher.build import base_config, build_base, reason_of
 from megatron_eagle.teacher.build import load_base as load_base_weights
 from megatron_eagle.teacher.targets import draft_vocab_shard
 
@@ -53,7 +55,7 @@ def load_base(directory: str | Path, base: BaseInfo, pg_collection: Any) -> Any:
         load_base_weights(gpt, directory)
     except ValueError as error:
         raise ValueError(str(error).replace("--eagle-base-checkpoint", "--base")) from error
-    return gpt.requires_grad_(False).eval()
+    return gpt.cuda(torch.cuda.current_device()).requires_grad_(False).eval()
 
 
 def read_draft_info(directory: str | Path, base: BaseInfo) -> DraftCheckpointInfo:
@@ -91,9 +93,8 @@ def load_draft(about: DraftCheckpointInfo, gpt: Any, directory: str | Path) -> E
     path = resolve_checkpoint(directory)
     try:
         state = dist_checkpointing.load(draft.sharded_state_dict(prefix="draft."), str(path))
-    except Exception as error:  # its readers fail in many ways, all of them the directory's fault
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"--draft {directory}: cannot be loaded: {reason[-1]}") from error
+    except (Exception, CheckpointException) as error:  # readers fail in many ways
+        raise ValueError(f"--draft {directory}: cannot be loaded: {reason_of(error)}") from error
     own = {key.removeprefix("draft."): value for key, value in state.items()}
     missing, _ = draft.load_state_dict(own, strict=False)
     lacking = [key for key in missing if not key.endswith("_extra_state")]
@@ -118,4 +119,4 @@ def _build(about: DraftCheckpointInfo, gpt: Any, initialize: bool) -> EagleDraft
         about.metadata.to(embedding.device),
         groups,
     )
-    return draft.requires_grad_(False).eval()
+    return draft.cuda(torch.cuda.current_device()).requires_grad_(False).eval()

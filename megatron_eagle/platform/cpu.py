@@ -25,7 +25,7 @@ from megatron_eagle.platform.megatron_patches import (
 )
 
 _enabled = False
-_helper_build_checked = False
+_on_any_device = False
 
 
 def enable() -> bool:
@@ -33,8 +33,8 @@ def enable() -> bool:
 
     Call it before a model or an optimizer is built; calling it again changes nothing. Where
     ``torch.cuda.is_available()``, it only keeps Megatron from building dataset helpers that its
-    wheel already holds. ``--distributed-backend gloo`` and ``--transformer-impl local`` are still
-    the caller's to pass.
+    wheel already holds, and lets the norms of local layers run under sequence parallelism.
+    ``--distributed-backend gloo`` and ``--transformer-impl local`` are still the caller's to pass.
 
     Returns:
         True when this process now runs Megatron on its CPU, False when there is a CUDA device.
@@ -42,10 +42,11 @@ def enable() -> bool:
     Raises:
         MovedSymbolError: this Megatron release lacks a name to be patched; the message names it.
     """
-    global _enabled, _helper_build_checked
-    if not _helper_build_checked:
+    global _enabled, _on_any_device
+    if not _on_any_device:
         skip_helper_build_without_makefile()
-        _helper_build_checked = True
+        allow_sequence_parallel_torch_norm()
+        _on_any_device = True
     if _enabled:
         return True
     if torch.cuda.is_available():
@@ -56,7 +57,6 @@ def enable() -> bool:
     provide_idle_device()
     share_the_cpu_generator()
     use_checkpointable_adam()
-    allow_sequence_parallel_torch_norm()
     load_optimizer_state_without_grad()
     pass_alltoall_splits_as_numpy()
     allow_trainer_without_cuda()

@@ -69,6 +69,7 @@ class FrozenBase(MegatronModule):
         Measured on random tokens, which need no data; medians over tokens, since first tokens carry
         massive activations. One all-reduce under sequence parallelism beside the base's own.
         """
+        length = -(-length // self.tp_group.size()) * self.tp_group.size()
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.vocab_size, (1, length), generator=generator)
         features, _ = self(tokens.to(self.embedding_weight.device))

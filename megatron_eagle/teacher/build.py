@@ -70,15 +70,16 @@ def load_base(gpt: Any, directory: str | Path) -> None:
             strict=StrictHandling.RETURN_ALL,
         )
     except (Exception, CheckpointException) as error:
-        raise ValueError(f"{where}: cannot be loaded: {_reason(error)}") from error
+        raise ValueError(f"{where}: cannot be loaded: {reason_of(error)}") from error
     weights = sorted(key for key in lacking if not key.endswith("_extra_state"))
     if weights:
         raise ValueError(f"{where}: lacks {weights[0]}")
     gpt.load_state_dict(state, strict=False)
 
 
-def _reason(error: BaseException) -> str:
-    """The first rank's own words; a CheckpointException (no Exception) only lists the ranks."""
+def reason_of(error: BaseException) -> str:
+    """One line on why a load failed: the first rank's own words, since torch's CheckpointException
+    (no Exception) only lists the ranks."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     lines = str(error).strip().splitlines()

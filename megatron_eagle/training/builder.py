@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
+import torch
 from megatron.training import get_args, print_rank_0
 from megatron.training.arguments import core_transformer_config_from_args
 from torch import Tensor
@@ -40,15 +42,19 @@ class ModelBuilder:
         assert pre_process and post_process and vp_stage is None, "one pipeline stage"
         args = get_args()
         config = config or core_transformer_config_from_args(args)
+        base_config = copy.copy(config)
+        base_config.recompute_granularity = None  # it keeps nothing for a backward
         captured = self.options.captured_layers(config.num_layers)
         use_te = args.transformer_impl == "transformer_engine"
         backend = transformer_engine_backend() if use_te else local_backend()
-        gpt = build_base(config, self.base, backend, pg_collection)
+        gpt = build_base(base_config, self.base, backend, pg_collection)
         assert self.options.base_checkpoint is not None
         print_rank_0(f"> loading the base from {self.options.base_checkpoint}")
         load_base(gpt, self.options.base_checkpoint)
+        gpt.cuda(torch.cuda.current_device())  # it runs here, before Megatron moves the model
         base = FrozenBase(gpt, captured, self.base.vocab_size)
         draft = self._build_draft(config, backend, base, pg_collection)
+        draft.cuda(torch.cuda.current_device())
         # All captured layers start with an equal say; late ones are ten times larger than early.
         draft.fc.scale_blocks(base.layer_sizes().reciprocal())
         print_rank_0(

@@ -52,11 +52,13 @@ def _enable_with_cuda(rank: int, world_size: int) -> None:
     with mock.patch("torch.cuda.is_available", return_value=True):
         assert not enable()
     assert not is_enabled()
-    assert _patched_names() == before
+    norm = "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__"
+    after = _patched_names()
+    assert [path for path in before if after[path] is not before[path]] == [norm]
     assert compat.require("megatron.core.datasets.utils:compile_helpers") is not helpers
 
 
-def test_with_cuda_only_the_helper_build_is_patched() -> None:
+def test_with_cuda_only_the_helper_build_and_the_local_norm_are_patched() -> None:
     run_distributed(_enable_with_cuda, 1)
 
 
