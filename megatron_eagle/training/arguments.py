@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from megatron.training.arguments import parse_and_validate_args
 
@@ -21,14 +22,14 @@ from megatron_eagle.platform import is_enabled
 
 CPU_FLAGS = [
     *("--distributed-backend", "gloo", "--transformer-impl", "local"),
-    "--no-gradient-accumulation-fusion",
-    "--no-persist-layer-norm",
-    "--no-rope-fusion",
     "--no-masked-softmax-fusion",
     "--no-bias-swiglu-fusion",
     "--no-bias-dropout-fusion",
     "--disable-jit-fuser",  # compiling Megatron's small fusions takes longer than it saves
 ]
+LOCAL_FLAGS = ["--no-persist-layer-norm", "--no-rope-fusion"]
+"""What ``--transformer-impl local`` lacks, on any device: both need Transformer Engine or Apex."""
+
 ALWAYS_FLAGS = ["--calculate-per-token-loss"]
 """The loss is normalised by one global token count, so Megatron must keep sums."""
 
@@ -38,13 +39,21 @@ _ALIASES = {"norm_epsilon": "layernorm_epsilon"}
 _UNSUPPORTED: dict[str, int | bool | None] = {
     "pipeline_model_parallel_size": 1,
     "context_parallel_size": 1,
+    "expert_model_parallel_size": 1,
     "num_layers_per_virtual_pipeline_stage": None,
     "num_experts": None,
     "multi_latent_attention": False,
     "use_torch_fsdp2": False,
     "use_megatron_fsdp": False,
     "mtp_num_layers": None,
+    "init_model_with_meta_device": False,
+    "reset_position_ids": False,
+    "reset_attention_mask": False,
 }
+
+RECOMPUTABLE = ("core_attn", "mlp")
+"""--recompute-modules that the draft's layers can honour. The first layer's norm returns its
+residual too, which Megatron's checkpointing of norms does not expect."""
 
 
 def parse_eagle_args(options: EagleConfig) -> tuple[argparse.Namespace, BaseInfo]:
@@ -56,9 +65,10 @@ def parse_eagle_args(options: EagleConfig) -> tuple[argparse.Namespace, BaseInfo
     base = _base_info(options.base_checkpoint)
     _check_supported(user)
     _check_tensor_parallel(user, base)
-    sys.argv[1:] = [*_implied_flags(base, options), *user]
+    sys.argv[1:] = [*_implied_flags(base, options, user), *user]
     args = parse_and_validate_args(extra_args_provider=add_eagle_flags)
     _check_dimensions(args, base)
+    _check_recompute(args)
     if options.train_data is not None and args.eval_iters:
         raise ValueError(f"--eval-iters {args.eval_iters}: --eagle-train-data has no validation")
     options.check_against_base(args.num_layers, base.vocab_size, args.seq_length)
@@ -88,15 +98,39 @@ def _base_info(directory: str | None) -> BaseInfo:
         raise ValueError(f"--eagle-base-checkpoint {error}") from error
 
 
-def _implied_flags(base: BaseInfo, options: EagleConfig) -> list[str]:
+def _implied_flags(base: BaseInfo, options: EagleConfig, user: Sequence[str]) -> list[str]:
     words = [*ALWAYS_FLAGS, *megatron_flags(base.megatron_args)]
     if is_enabled():
         words += CPU_FLAGS
+    if is_enabled() or _uses_local_layers(user):
+        words += LOCAL_FLAGS
+        if find_spec("fused_weight_gradient_mlp_cuda") is None:  # Apex's
+            words += ["--no-gradient-accumulation-fusion"]
     if options.train_data is not None:
         # The file holds ids, and no validation split.
         words += ["--tokenizer-type", "NullTokenizer", "--eval-iters", "0"]
         words += ["--eval-interval", "1000000000"]
     return words
+
+
+def _uses_local_layers(user: Sequence[str]) -> bool:
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
+    parser.add_argument("--transformer-impl")
+    return parser.parse_known_args(user)[0].transformer_impl == "local"
+
+
+def _check_recompute(args: argparse.Namespace) -> None:
+    """The base keeps no activations at all, so only the draft's layers are concerned."""
+    if args.recompute_granularity == "full":
+        raise ValueError(
+            "--recompute-granularity full is not supported: later steps attend to the keys of "
+            "earlier ones; use --recompute-granularity selective --recompute-modules mlp"
+        )
+    for module in args.recompute_modules or ():
+        if args.recompute_granularity is not None and module not in RECOMPUTABLE:
+            raise ValueError(
+                f"--recompute-modules {module} is not supported, only {' and '.join(RECOMPUTABLE)}"
+            )
 
 
 def _check_dimensions(args: argparse.Namespace, base: BaseInfo) -> None:

@@ -79,12 +79,14 @@ def test_data_parallel_ranks_share_the_work(inputs: Inputs, tmp_path: Path) -> N
         assert line["supervised_rows"] == runs[1].metrics[iteration]["supervised_rows"]
 
 
-def test_compiling_changes_nothing(inputs: Inputs, tmp_path: Path) -> None:
-    """--eagle-compile and --eagle-nvtx run without CUDA and give the same losses."""
+def test_compiling_and_recomputing_change_nothing(inputs: Inputs, tmp_path: Path) -> None:
+    """--eagle-compile and --eagle-nvtx run without CUDA and give the same losses, and so does
+    recomputing the draft's activations."""
     plain = train(1, tmp_path / "a.jsonl", *inputs.flags, *DRAFT, "--train-iters", 3)
     fast = train(
         1, tmp_path / "b.jsonl", *inputs.flags, *DRAFT, "--train-iters", 3,
         "--eagle-compile", "--eagle-nvtx",
+        "--recompute-granularity", "selective", "--recompute-modules", "core_attn", "mlp",
     )  # fmt: skip
     assert fast.returncode == 0, fast.output[-3000:]
     assert "could not be compiled" not in fast.output

@@ -1,0 +1,59 @@
+"""Flags that training cannot honour: refused before anything is built, each in one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import pytest
+
+from tests.distributed.harness import run_distributed
+from tests.e2e.conftest import Inputs
+from tests.e2e.launch import RECIPE
+
+REFUSED = [
+    (["--eagle-aux-layers", 2, 2], "--eagle-aux-layers names a layer twice"),
+    (["--eagle-aux-layers", 1, 7], "--eagle-aux-layers 7 is out of range"),
+    (["--eagle-draft-vocab-size", 62], "--eagle-draft-vocab-size 62 exceeds"),
+    (["--seq-length", 4], "--seq-length 4 is too short"),
+    (["--hidden-size", 64], "--hidden-size 64 contradicts the base checkpoint"),
+    (["--pipeline-model-parallel-size", 2], "--pipeline-model-parallel-size 2 is not supported"),
+    (["--multi-latent-attention"], "--multi-latent-attention is not supported"),
+    (["--reset-attention-mask"], "--reset-attention-mask is not supported"),
+    (["--init-model-with-meta-device"], "--init-model-with-meta-device is not supported"),
+    (["--eval-iters", 3], "--eval-iters 3: --eagle-train-data has no validation"),
+    (
+        ["--recompute-granularity", "full", "--recompute-method", "uniform"],
+        "--recompute-granularity full is not supported",
+    ),
+    (
+        ["--recompute-granularity", "selective", "--recompute-modules", "layernorm"],
+        "--recompute-modules layernorm is not supported",
+    ),
+]
+
+
+def _refusal(rank: int, world: int, words: list[str]) -> str:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    from megatron_eagle.config import parse_eagle_flags
+    from megatron_eagle.platform import enable
+    from megatron_eagle.training.arguments import parse_eagle_args
+
+    sys.argv[1:] = words
+    enable()
+    try:
+        parse_eagle_args(parse_eagle_flags(words))
+    except ValueError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize(("words", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_refused_in_one_line(words: list, message: str, inputs: Inputs) -> None:
+    line = [str(word) for word in [*RECIPE, *inputs.flags, *words]]
+    (refusal,) = run_distributed(_refusal, 1, line)
+    assert message in refusal and "\n" not in refusal
+
+
+def test_the_recipe_itself_is_accepted(inputs: Inputs) -> None:
+    assert run_distributed(_refusal, 1, [str(w) for w in [*RECIPE, *inputs.flags]]) == ["accepted"]
