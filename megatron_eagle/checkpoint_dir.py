@@ -21,12 +21,14 @@ BASE_VERSION = 1
 class BaseInfo:
     """What eagle_base.json says of a base.
 
+    `fingerprint` tells the weights from those of another base of the same dimensions;
     `vocab_size` is unpadded; `hf_config` is the Hugging Face config.json verbatim; `megatron_args`
     maps argparse names to values: every architecture flag that training needs.
     """
 
     family: str
     name: str
+    fingerprint: str
     vocab_size: int
     hf_config: dict[str, Any]
     megatron_args: dict[str, Any]
@@ -86,6 +88,7 @@ def parse_base(value: Any, source: str) -> BaseInfo:
     kinds = {
         "family": str,
         "name": str,
+        "fingerprint": str,
         "vocab_size": int,
         "hf_config": dict,
         "megatron_args": dict,

@@ -26,14 +26,16 @@ FIELDS: dict[str, dict[str, Any]] = {
 }
 
 
-def make_base(directory: Path, family: str, shard: str = "5GB", **fields: Any) -> torch.nn.Module:
+def make_base(
+    directory: Path, family: str, shard: str = "5GB", seed: int = 7, **fields: Any
+) -> torch.nn.Module:
     """Save a random fp32 model of `family` in `directory` and return it (eval mode)."""
     import transformers
 
     name = CLASSES[family]
     config = getattr(transformers, f"{name}Config")(**{**SIZES, **FIELDS[family], **fields})
     config._attn_implementation = "eager"
-    torch.manual_seed(7)
+    torch.manual_seed(seed)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
     with torch.no_grad():
         for key, weight in model.named_parameters():

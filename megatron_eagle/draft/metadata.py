@@ -67,7 +67,8 @@ def check_same_draft(saved: dict[str, Any], now: dict[str, Any], source: str) ->
     for flag, key in (("--eagle-aux-layers", "aux_layers"), ("--eagle-num-layers", "num_layers")):
         if saved[key] != now[key]:
             raise ValueError(f"{flag}: this run has {now[key]}, the draft in {source} {saved[key]}")
-    if saved["base"]["megatron_args"] != now["base"]["megatron_args"]:
+    # Another base of the same dimensions would go on training a draft for nobody.
+    if any(saved["base"][key] != now["base"][key] for key in ("megatron_args", "fingerprint")):
         raise ValueError(
             f"--eagle-base-checkpoint: the draft in {source} was trained on another base, "
             f"{saved['base']['name']}"

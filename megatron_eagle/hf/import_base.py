@@ -6,13 +6,16 @@ axis, vocabulary rows unpadded (Megatron's vocabulary tensors accept a shorter o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,17 +51,23 @@ def import_base(hf_dir: Path, save: Path, progress: Progress = lambda line: None
     config_name = str(hf_dir / "config.json")
     family = family_of(source.config, config_name)
     args = megatron_args(source.config, family, config_name)
-    base = BaseInfo(family.name, hf_dir.resolve().name, args["vocab_size"], source.config, args)
     tied = not args["untie_embeddings_and_output_weights"]
     dims, layers = dims_of(args), args["num_layers"]
     source.check(expected_tensors(family, dims, layers, tied), _ignored(family, layers, tied))
-    chunks = list(_chunks(source, family, dims, layers, tied, progress))
+    digest = hashlib.sha256()
+    chunks = [
+        _digested(chunk, digest) for chunk in _chunks(source, family, dims, layers, tied, progress)
+    ]
 
     partial_dir = save.parent / f".{save.name}.partial-{os.getpid()}"
     try:
         partial_dir.mkdir(parents=True)
         write_torch_dist(partial_dir / RELEASE, chunks, COMMON_STATE, _extra_states(layers))
         (partial_dir / TRACKER_NAME).write_text(RELEASE, encoding="utf-8")
+        base = BaseInfo(
+            family.name, hf_dir.resolve().name, digest.hexdigest(), args["vocab_size"],
+            source.config, args,
+        )  # fmt: skip
         text = json.dumps(base.as_dict(), indent=1)
         (partial_dir / BASE_JSON_NAME).write_text(text + "\n", encoding="utf-8")
         partial_dir.rename(save)
@@ -97,6 +106,17 @@ def _extra_states(layers: int) -> dict[str, None]:
         for module in LINEAR_LAYERS
         for layer in range(layers)
     }
+
+
+def _digested(chunk: Chunk, digest: Any) -> Chunk:
+    """`chunk`, whose data go into `digest` as they are loaded."""
+
+    def load() -> torch.Tensor:
+        tensor = chunk.load().contiguous()
+        digest.update(tensor.view(torch.uint8).numpy())
+        return tensor
+
+    return replace(chunk, load=load)
 
 
 def _chunks(

@@ -31,6 +31,13 @@ def draft_vocab_ids(args: Any, options: EagleConfig, base: BaseInfo) -> Tensor:
                 f"--eagle-draft-vocab-size {options.draft_vocab_size}: the draft in --load "
                 f"{args.load} has {resumed.numel()} ids"
             )
+        if options.vocab_map is not None:
+            given = load_vocab_ids(options.vocab_map, base.vocab_size, resumed.numel())
+            if not torch.equal(given, resumed):
+                raise ValueError(
+                    f"--eagle-vocab-map {options.vocab_map}: the draft in --load {args.load} has "
+                    "other ids"
+                )
         return resumed
     if options.vocab_map is not None:
         return load_vocab_ids(options.vocab_map, base.vocab_size, options.draft_vocab_size)
