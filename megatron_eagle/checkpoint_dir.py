@@ -38,6 +38,14 @@ class BaseInfo:
         return {"format": BASE_FORMAT, "version": BASE_VERSION, **asdict(self)}
 
 
+def token_ids(hf_config: dict[str, Any], key: str) -> list[int]:
+    """The ids of a config.json field such as `eos_token_id`: a number, a list, null or missing."""
+    value = hf_config.get(key)
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list) else [value]
+
+
 def resolve_checkpoint(directory: str | Path) -> Path:
     """The `torch_dist` directory that `directory`'s tracker file names, checked to be complete.
 

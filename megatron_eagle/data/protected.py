@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from megatron_eagle.checkpoint_dir import token_ids
+
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
@@ -24,12 +26,9 @@ def special_and_byte_ids(tokenizer: Any) -> set[int]:
 
 
 def config_token_ids(hf_config: dict[str, Any]) -> set[int]:
-    """bos, eos and pad of a Hugging Face config.json, whose eos may be a list."""
-    found: set[int] = set()
-    for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        value = hf_config.get(key)
-        found |= set(value if isinstance(value, list) else [value]) - {None}
-    return found
+    """bos, eos and pad of a Hugging Face config.json."""
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {i for key in keys for i in token_ids(hf_config, key)}
 
 
 def _unwrap(tokenizer: Any) -> Iterator[Any]:

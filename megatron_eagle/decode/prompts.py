@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from megatron_eagle.checkpoint_dir import BaseInfo
+from megatron_eagle.checkpoint_dir import BaseInfo, token_ids
 
 
 def read_prompt_ids(path: Path, tokenizer_dir: str | None, vocab_size: int) -> list[list[int]]:
@@ -29,11 +29,8 @@ def read_prompt_ids(path: Path, tokenizer_dir: str | None, vocab_size: int) -> l
 
 
 def stop_ids(base: BaseInfo) -> list[int]:
-    """The ids in the base's ``eos_token_id``, which is a number, a list or missing."""
-    value = base.hf_config.get("eos_token_id")
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [value]
+    """The ids in the base's ``eos_token_id``."""
+    return token_ids(base.hf_config, "eos_token_id")
 
 
 def _tokenizer(directory: str) -> Any:

@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
-from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training import get_args, get_tokenizer, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
@@ -21,6 +19,7 @@ from torch import Tensor
 from megatron_eagle.data.answers import AnswerDataset, count_answers
 from megatron_eagle.data.protected import config_token_ids, special_and_byte_ids
 from megatron_eagle.objective.batch import EagleBatch
+from megatron_eagle.training.token_counts import TrainingBlend, count_tokens
 
 
 class DatasetProvider:
@@ -83,32 +82,13 @@ def next_batch(iterator: Any, steps: int, vocab_size: int) -> EagleBatch:
 
 
 def count_supervised(args: Any, train_data: str | None, vocab_size: int) -> Tensor:
-    """How often training supervises each id, [V] int64: answers of the JSONL, or all tokens of the
-    ``--data-path`` files (a pass over their ``.bin``)."""
+    """How often training supervises each id, [V] int64: answers of the JSONL, or a sample of the
+    tokens of ``--data-path`` (proportions)."""
     if train_data is not None:
         return count_answers(train_data, vocab_size)
     if args.mock_data:
         return torch.ones(vocab_size, dtype=torch.int64)
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for prefix in _prefixes(args):
-        dataset = IndexedDataset(prefix, multimodal=False, mmap=True)
-        for document in range(len(dataset)):
-            ids = dataset[document]
-            if ids.size and int(ids.max()) >= vocab_size:
-                raise ValueError(
-                    f"--data-path {prefix}: token id {int(ids.max())} is outside the base's "
-                    f"0 to {vocab_size - 1}"
-                )
-            counts += np.bincount(ids, minlength=vocab_size)
-    return torch.from_numpy(counts)
-
-
-def _prefixes(args: Any) -> list[str]:
-    blend, blend_per_split = get_blend_and_blend_per_split(args)
-    chosen = blend or (blend_per_split and blend_per_split[0])
-    if not chosen:
-        raise ValueError("no training data: give --eagle-train-data or --data-path")
-    return list(chosen[0])
+    return count_tokens(TrainingBlend.of(args), vocab_size)
 
 
 def protected_ids(vocab_size: int, hf_config: dict[str, Any]) -> set[int]:
