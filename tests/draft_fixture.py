@@ -31,12 +31,12 @@ class Case:
     logits_budget_mib: int = 256
     trim: bool = False
     compile: bool = False
+    cp: int = 1
     counted: list[str] = field(default_factory=list)
 
 
 def build_model(case: Case) -> Any:
     """EagleGPTModel on this rank, with this rank's shards of the case's weights, float32."""
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.transformer import TransformerConfig
 
     from megatron_eagle.attention.backend import local_backend
@@ -46,7 +46,7 @@ def build_model(case: Case) -> Any:
     from megatron_eagle.teacher.targets import draft_vocab_shard
     from megatron_eagle.training.model import EagleGPTModel
 
-    groups = ProcessGroupCollection.use_mpu_process_groups()
+    groups = draft_groups()
     reference = case.config
     world = groups.tp.size()
     config = TransformerConfig(
@@ -64,6 +64,7 @@ def build_model(case: Case) -> Any:
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=world,
+        context_parallel_size=groups.cp.size(),
         sequence_parallel=case.sequence_parallel,
         bias_activation_fusion=False,
         gradient_accumulation_fusion=False,
@@ -98,11 +99,10 @@ class GivenBase(torch.nn.Module):
 
         super().__init__()
         self.config, self.case, self.tp_group = config, case, group
+        self.cp_group = draft_groups().cp
         self.vocab_size = case.config.vocab_size
         self.gpt = torch.nn.Module()
-        from megatron.core.process_groups_config import ProcessGroupCollection
-
-        self.gpt.pg_collection = ProcessGroupCollection.use_mpu_process_groups()
+        self.gpt.pg_collection = draft_groups()
         self.rope = RotaryEmbedding(
             case.config.head_dim, 1.0, rotary_base=int(case.config.rope_theta),
             use_cpu_initialization=True,
@@ -118,14 +118,32 @@ class GivenBase(torch.nn.Module):
         return padded[rank * rows : (rank + 1) * rows].contiguous()
 
     def rotary(self, length: int) -> Tensor:
-        return self.rope(length)
+        return self.rope(length, packed_seq=True)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        length = tokens.shape[1]
-        features = self.case.aux[:, :length].transpose(0, 1).contiguous()
+        return self._part(self.case.aux, tokens), self._part(self.case.final_hidden, tokens)
+
+    def gather_final(self, final: Tensor, halo: int) -> Tensor:
+        from megatron_eagle.teacher.base import FrozenBase
+
+        return FrozenBase.gather_final(self, final, halo)
+
+    def _part(self, whole: Tensor, tokens: Tensor) -> Tensor:
+        """[B, S, H] -> this rank's [S', B, H]."""
+        length, world, rank = tokens.shape[1], self.cp_group.size(), self.cp_group.rank()
+        part = whole[:, :length].transpose(0, 1)
+        if world > 1:
+            pieces = part.chunk(2 * world)
+            part = torch.cat([pieces[rank], pieces[2 * world - 1 - rank]])
         if self.config.sequence_parallel:
-            features = features.chunk(self.tp_group.size())[self.tp_group.rank()].contiguous()
-        return features, self.case.final_hidden[:, :length].transpose(0, 1).contiguous()
+            part = part.chunk(self.tp_group.size())[self.tp_group.rank()]
+        return part.contiguous()
+
+
+def draft_groups() -> Any:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    return ProcessGroupCollection.use_mpu_process_groups()
 
 
 def megatron_names(case: Case) -> dict[str, tuple[list[str], str]]:

@@ -136,8 +136,9 @@ class _BlockAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        grad_out = grad_outputs[0].contiguous()
-        return None, None, *blocks_backward(grad_out, *ctx.saved_tensors, ctx.scale, ctx.plan)
+        q, k, v, out, lse = ctx.saved_tensors
+        grad_out, scale, plan = grad_outputs[0].contiguous(), ctx.scale, ctx.plan
+        return None, None, *blocks_backward(grad_out, q, k, v, out, lse, scale, plan)
 
 
 def block_attention(

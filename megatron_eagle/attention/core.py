@@ -12,9 +12,12 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from megatron_eagle.attention.blocks import CAUSAL, Plan, block_attention, span_plan
 from megatron_eagle.attention.trunk_branch import trunk_branch_attention
 from megatron_eagle.compat import MegatronModule
+from megatron_eagle.parallel.context import ContextShard, gather_key_value
 
 
 class AttentionState(Protocol):
@@ -27,24 +30,41 @@ class AttentionState(Protocol):
 
 class TrunkBranchState:
     """The keys and values of one TTT unroll: the first call of a layer sets its trunk, every later
-    call adds one branch key per row. Use one instance per micro-batch."""
+    call adds one branch key per row. Use one instance per micro-batch.
 
-    def __init__(self) -> None:
+    Under context parallelism the trunk is gathered over ``group`` once per layer, however many
+    steps attend to it; branch keys belong to their row and stay where they are.
+    """
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = group
         self._keys: dict[int, list[Tensor]] = {}
         self._values: dict[int, list[Tensor]] = {}
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         keys = self._keys.setdefault(layer, [])
         values = self._values.setdefault(layer, [])
+        if not keys:
+            key, value = gather_key_value(key, value, self._group)
         keys.append(key)
         values.append(value)
-        return trunk_branch_attention(query, keys[0], values[0], keys[1:], values[1:], scale)
+        plan = context_plan(keys[0].shape[2], self._group)
+        return trunk_branch_attention(query, keys[0], values[0], keys[1:], values[1:], scale, plan)
+
+
+def context_plan(length: int, group: ProcessGroup) -> Plan:
+    """Causal attention of this rank's rows to all ``length`` keys of the sequence, in order."""
+    if group.size() == 1:
+        return CAUSAL
+    return span_plan(ContextShard.of(length, group).spans)
 
 
 class EagleCoreAttention(MegatronModule):
-    """Causal or stateful attention over this TP rank's heads. No collective, no dropout, no mask.
+    """Causal or stateful attention over this TP rank's heads. No dropout, no mask.
 
-    query [S, B, n, d], key and value [S, B, g, d] -> [S, B, n * d].
+    query [S, B, n, d], key and value [S, B, g, d] -> [S, B, n * d]. Under context parallelism S is
+    this rank's part in Megatron's zigzag order, keys and values are gathered (one all-gather), and
+    backward sums their gradients (one reduce-scatter); no collective otherwise.
     """
 
     def __init__(
@@ -59,14 +79,11 @@ class EagleCoreAttention(MegatronModule):
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise ValueError(
-                f"--context-parallel-size {config.context_parallel_size} is not supported yet"
-            )
         if config.softmax_type != "vanilla" or config.window_size is not None:
             raise ValueError("attention sinks and --window-size are not supported yet")
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
+        self.cp_group = pg_collection.cp
 
     def forward(
         self,
@@ -81,12 +98,15 @@ class EagleCoreAttention(MegatronModule):
         assert attention_bias is None and packed_seq_params is None
         scale = self.softmax_scale or query.shape[-1] ** -0.5
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
-        if attention_mask is None:
+        if attention_mask is not None:
+            out = attention_mask.attend(self.layer_number, q, k, v, scale)
+        elif self.cp_group.size() > 1:
+            k, v = gather_key_value(k, v, self.cp_group)
+            out = block_attention(q, k, v, scale, context_plan(k.shape[2], self.cp_group))
+        else:
             out = torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
-        else:
-            out = attention_mask.attend(self.layer_number, q, k, v, scale)
         return out.permute(2, 0, 1, 3).flatten(2).contiguous()
 
 

@@ -53,7 +53,7 @@ class EagleDraft(MegatronModule):
         vocab_ids: [D] int64, the base ids the draft predicts, ascending; ``shard`` is this rank's
             part of them.
         metadata: what a checkpoint says of the draft, see :mod:`megatron_eagle.draft.metadata`.
-        pg_collection: process groups; ``tp`` shards the layers and the head.
+        pg_collection: process groups; ``tp`` shards the layers and the head, ``cp`` the sequence.
 
     The embedding is the base's and not part of the draft. Replicated over every other group.
     """
@@ -69,7 +69,7 @@ class EagleDraft(MegatronModule):
         pg_collection: Any,
     ) -> None:
         super().__init__(config=config)
-        self.tp_group = pg_collection.tp
+        self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.shard = shard
         self.num_aux = num_aux
         self.fc = FeatureProjection(config, num_aux * config.hidden_size, self.tp_group)

@@ -4,6 +4,9 @@ Row p of step t consumes x_{p+1+t} and is judged by the base's distribution at u
 the supervised rows of every step share one set of target positions u, and step t's row for u is
 u - 1 - t: the teacher is evaluated once per u, never per step. Positions that are not supervised
 reach neither the teacher nor the draft's head.
+
+Under context parallelism a rank owns the rows p of its two pieces of the sequence. Their targets
+may lie up to K positions further on, so the pieces of the final hidden have K rows more: a halo.
 """
 
 from __future__ import annotations
@@ -13,15 +16,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_eagle.parallel.context import ContextShard
+
 
 @dataclass(frozen=True)
 class EagleBatch:
-    """A micro-batch of B sequences of S tokens, with M supervised target positions.
+    """A micro-batch of B sequences of S tokens, with M supervised targets on this rank.
 
-    tokens [B, S]. ``target_rows`` [M]: flat positions u * B + b of the targets in [S, B].
-    ``step_rows`` [K, M]: flat positions of the rows judged at each step. ``step_mask`` [K, M]
-    bool: False where that row would lie before the sequence (its entry in ``step_rows`` is then
-    row 0, and unused).
+    tokens [B, S], the whole sequences. ``target_rows`` [M]: flat rows of the targets in the final
+    hidden [S, B]; under context parallelism in this rank's [S / CP + 2 * K, B], its pieces with
+    their halos. ``step_rows`` [K, M]: flat rows of [S / CP, B] judged at each step. ``step_mask``
+    [K, M] bool: False where that row would lie before the sequence or on another rank (its entry
+    in ``step_rows`` is then any row, and unused).
     """
 
     tokens: Tensor
@@ -31,28 +37,36 @@ class EagleBatch:
 
     @classmethod
     def build(
-        cls, tokens: Tensor, loss_mask: Tensor, steps: int, multiple: int = 1, trim: bool = False
+        cls,
+        tokens: Tensor,
+        loss_mask: Tensor,
+        steps: int,
+        multiple: int = 1,
+        trim: bool = False,
+        context: tuple[int, int] = (0, 1),
     ) -> EagleBatch:
         """From host tensors: tokens [B, S]; loss_mask [B, S], whose entry i says whether the next
         token x_{i+1} is supervised (Megatron's label-aligned mask).
 
-        ``trim`` cuts what follows the last target off all sequences, to a ``multiple`` (of TP, for
-        sequence parallelism): causal layers never look there.
+        ``trim`` cuts what follows the last target off all sequences, to a ``multiple`` (of TP for
+        sequence parallelism, of 2 * CP for context parallelism): causal layers never look there.
+        ``context``: this rank and the size of its context-parallel group.
         """
         batch, length = tokens.shape
+        rank, world = context
         target, sequence = (loss_mask[:, : length - 1].t() > 0).nonzero(as_tuple=True)
         target = target + 1  # u = p + 1 for the mask entry of p
         if trim:
             needed = int(target[-1]) + 1 if target.numel() else steps + 2
+            needed = max(needed, 2 * world * steps if world > 1 else 0)  # a piece has its halo
             length = min(length, -(-needed // multiple) * multiple)
-        offset = torch.arange(steps).unsqueeze(-1)
-        row = target.unsqueeze(0) - 1 - offset
-        return cls(
-            tokens=tokens[:, :length],
-            target_rows=target * batch + sequence,
-            step_rows=row.clamp(min=0) * batch + sequence,
-            step_mask=row >= 0,
-        )
+        shard = ContextShard(length, rank, world)
+        parts = [
+            _piece_rows(target, sequence, span, index, steps, batch, halo=steps if world > 1 else 0)
+            for index, span in enumerate(shard.spans)
+        ]
+        target_rows, step_rows, step_mask = (torch.cat(x, -1) for x in zip(*parts, strict=True))
+        return cls(tokens[:, :length], target_rows, step_rows, step_mask)
 
     def to(self, device: torch.device | str | int) -> EagleBatch:
         """The same on ``device``; copies do not block the host."""
@@ -62,6 +76,27 @@ class EagleBatch:
                 for x in (self.tokens, self.target_rows, self.step_rows, self.step_mask)
             )
         )
+
+
+def _piece_rows(
+    target: Tensor,
+    sequence: Tensor,
+    span: tuple[int, int],
+    index: int,
+    steps: int,
+    batch: int,
+    halo: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The targets that a row of the piece ``span`` is judged by, as the fields of EagleBatch;
+    ``index`` counts the rank's pieces."""
+    start, stop = span
+    near = (target > start) & (target < stop + steps)
+    target, sequence = target[near], sequence[near]
+    row = target.unsqueeze(0) - 1 - torch.arange(steps).unsqueeze(-1)
+    inside = (row >= start) & (row < stop)
+    local = row.clamp(start, stop - 1) - start + index * (stop - start)
+    final = target - start + index * (stop - start + halo)
+    return final * batch + sequence, local * batch + sequence, inside
 
 
 def _on_gpu(device: torch.device | str | int) -> bool:

@@ -2,12 +2,14 @@
 
 Query-aligned: row p stays row p. Step t feeds row p its own output of step t - 1 and the embedding
 of the true token x_{p+1+t}, at RoPE position p + t, and attends to the step-0 keys 0..p and to its
-own row's keys of steps 1..t. Hidden states are never shifted, so a sequence-parallel shard needs
-no exchange between steps; gradients flow through all K steps, through hidden states and keys.
+own row's keys of steps 1..t. Hidden states are never shifted, so a sequence- or context-parallel
+shard needs no exchange between steps; gradients flow through all K steps, through hidden states and
+keys.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,16 +22,29 @@ from megatron_eagle.platform.nvtx import nvtx_range
 
 @dataclass(frozen=True)
 class DraftInputs:
-    """What one micro-batch gives the draft; S' is S, or S / TP under sequence parallelism.
+    """What one micro-batch gives the draft; S' is this rank's rows (S, cut over CP, and over TP
+    under sequence parallelism).
 
-    features [S', B, A * H]: the captured layers. embeddings [S' + K - 1, B, H]: of x_1 onwards,
-    step t consuming rows t .. t + S' - 1. rotary [S + K - 1, 1, 1, d]: angles of positions
-    0 .. S + K - 2, for the full sequence that attention sees.
+    features [S', B, A * H]: the captured layers. embeddings [R, S' / R + K - 1, B, H]: tokens after
+    each of the R runs of positions that this rank holds. rotary [S + K - 1, 1, 1, d]: angles of
+    positions 0 .. S + K - 2. spans: the positions (start, stop) that attention sees as queries,
+    those of this rank's context-parallel part.
     """
 
     features: Tensor
     embeddings: Tensor
     rotary: Tensor
+    spans: Sequence[tuple[int, int]]
+
+    def embedding(self, step: int) -> Tensor:
+        """[S', B, H]: of the tokens that ``step`` consumes."""
+        size = self.features.shape[0] // self.embeddings.shape[0]
+        return self.embeddings[:, step : step + size].flatten(0, 1)
+
+    def angles(self, step: int) -> Tensor:
+        """RoPE angles of every query's position at ``step``."""
+        parts = [self.rotary[start + step : stop + step] for start, stop in self.spans]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def unroll(
@@ -40,17 +55,15 @@ def unroll(
     With ``detach_steps`` no gradient flows through the hidden fed from one step to the next (it
     still flows through keys and values). Collectives: those of K passes of the draft's layers.
     """
-    rows = inputs.features.shape[0]
-    positions = inputs.rotary.shape[0] - steps + 1
-    state = TrunkBranchState()
+    state = TrunkBranchState(draft.cp_group)
     outputs: list[Tensor] = []
     with nvtx_range("unroll"):
         hidden = draft.fc(inputs.features)
         for step in range(steps):
             hidden = draft.step(
-                inputs.embeddings[step : step + rows],
+                inputs.embedding(step),
                 hidden.detach() if detach_steps and step else hidden,
-                inputs.rotary[step : step + positions],
+                inputs.angles(step),
                 state,
             )
             outputs.append(hidden)
@@ -60,9 +73,9 @@ def unroll(
 def target_hidden(draft: EagleDraft, outputs: list[Tensor], step_rows: Tensor) -> Tensor:
     """The normed hidden of every step at its target rows, [K, M, H], the same on every TP rank.
 
-    step_rows [K, M] flat rows of the full [S, B]. Collectives over TP, once for all steps: under
-    sequence parallelism one all-gather (backward: one reduce-scatter), else none (backward: one
-    all-reduce).
+    step_rows [K, M] flat rows of [S, B], or of this rank's [S / CP, B]. Collectives over TP, once
+    for all steps: under sequence parallelism one all-gather (backward: one reduce-scatter), else
+    none (backward: one all-reduce).
     """
     normed = torch.stack([draft.norm(hidden) for hidden in outputs], dim=1)  # [S', K, B, H]
     full = draft.gather_rows(normed)

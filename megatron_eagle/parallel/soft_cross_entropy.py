@@ -89,7 +89,7 @@ class _SoftCrossEntropy(torch.autograd.Function):
         if rows.in_draft_vocab is not None:
             mask = mask & rows.in_draft_vocab[merged.teacher_argmax]
         row_weight = mask * rows.step_weights.unsqueeze(-1)
-        sums = _sums(merged, mask)
+        sums = _sums(merged, mask, rows.mask[0])
         # p = exp_teacher * scale: this shard's exponentials over the whole draft vocabulary's sum.
         scale = (teacher_statistics[:, 0] - merged.teacher_log_z).exp()
         ctx.save_for_backward(flat, weight, exp_teacher, scale, merged.log_z, row_weight, *kept)
@@ -207,11 +207,10 @@ def _combine(local: Tensor, teacher: Tensor) -> _Merged:
     )
 
 
-def _sums(merged: _Merged, mask: Tensor) -> Tensor:
+def _sums(merged: _Merged, mask: Tensor, first_rows: Tensor) -> Tensor:
+    """``first_rows`` [M]: targets of rows that step 0 has here; the others are another rank's."""
     per_step = torch.stack(
         [(merged.cross_entropy * mask).sum(-1), mask.sum(-1), (merged.hit & mask).sum(-1)]
     )
-    coverage = merged.teacher_coverage
-    return torch.cat(
-        [per_step.flatten(), coverage.sum().view(1), coverage.new_tensor([coverage.numel()])]
-    )
+    coverage = torch.stack([(merged.teacher_coverage * first_rows).sum(), first_rows.sum()])
+    return torch.cat([per_step.flatten(), coverage])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.compat import MegatronModule, gather_from_sequence_parallel_region
+from megatron_eagle.parallel.context import ContextShard, append_halo
 from megatron_eagle.platform.nvtx import nvtx_range
 from megatron_eagle.teacher.taps import Taps
 
@@ -26,7 +27,7 @@ class FrozenBase(MegatronModule):
         self.gpt = gpt.requires_grad_(False).eval()
         self.vocab_size = vocab_size
         self.taps = Taps(gpt.decoder, captured)
-        self.tp_group = gpt.pg_collection.tp
+        self.tp_group, self.cp_group = gpt.pg_collection.tp, gpt.pg_collection.cp
         # GPTModel returns the decoder's output when it is not to post-process it; the decoder's
         # own final norm is not affected.
         gpt.post_process = False
@@ -48,19 +49,29 @@ class FrozenBase(MegatronModule):
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [B, S] -> captured layers [S', B, A * H] and final hidden [S, B, H] (after the
-        final norm, gathered under sequence parallelism; S' is then S / TP)."""
+        """tokens [B, S] -> captured layers [S', B, A * H] and final hidden [S', B, H] (after the
+        final norm). S' are this rank's rows: S, cut over CP in Megatron's zigzag order, and over
+        TP under sequence parallelism."""
+        shard = ContextShard.of(tokens.shape[1], self.cp_group)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         with nvtx_range("base"):
-            final = self.gpt(tokens, positions, attention_mask=None)
-            if self.config.sequence_parallel:
-                final = gather_from_sequence_parallel_region(final, group=self.tp_group)
+            final = self.gpt(shard.take(tokens, 1), shard.take(positions, 1), attention_mask=None)
         return self.taps.take(), final
+
+    @torch.no_grad()
+    def gather_final(self, final: Tensor, halo: int) -> Tensor:
+        """Final hidden [S', B, H] as :class:`~megatron_eagle.objective.batch.EagleBatch` counts its
+        target rows: whole over TP, the context-parallel pieces with ``halo`` rows more. One
+        all-gather over TP under sequence parallelism, and a small one over CP."""
+        if self.config.sequence_parallel:
+            final = gather_from_sequence_parallel_region(final, group=self.tp_group)
+        return append_halo(final, halo, self.cp_group)
 
     @torch.no_grad()
     def rotary(self, length: int) -> Tensor:
         """RoPE angles of positions 0 .. length - 1, [length, 1, 1, d]."""
-        return self.gpt.rotary_pos_emb(length)
+        # packed_seq: not cut over CP.
+        return self.gpt.rotary_pos_emb(length, packed_seq=True)
 
     @torch.no_grad()
     def layer_sizes(self, length: int = 128) -> Tensor:

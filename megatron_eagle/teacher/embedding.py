@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -21,26 +23,35 @@ def step_embeddings(
     steps: int,
     group: ProcessGroup,
     sequence_parallel: bool,
+    spans: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
     """Embeddings of x_1 .. x_{S+K-1} from this rank's rows ``weight`` [Vp, H] of the base's.
 
-    tokens [B, S] -> [S' + K - 1, B, H], of which rows t .. t+S'-1 are what step t consumes; S' = S,
-    or this rank's S / TP rows under sequence parallelism. Tokens beyond the sequence read id 0:
-    the rows that consume them are never supervised. One all-reduce or reduce-scatter over TP.
+    tokens [B, S] -> [R, S' / R + K - 1, B, H] for the S' rows of this rank, which lie in R runs of
+    positions: the ``spans`` of its context-parallel part (by default one, the whole sequence),
+    each cut over TP under sequence parallelism. Step t consumes rows t .. t + S' / R - 1 of every
+    run. Tokens beyond the sequence read id 0: the rows that consume them are never supervised. One
+    all-reduce or reduce-scatter over TP.
     """
-    batch, length = tokens.shape
+    spans = spans or [(0, tokens.shape[1])]
+    parts = group.size() if sequence_parallel else 1
+    size = (spans[0][1] - spans[0][0]) // parts
     padded = torch.nn.functional.pad(tokens[:, 1:], (0, steps))  # x_1 .. x_{S+K-1}
-    if not sequence_parallel or group.size() == 1:
-        rows = padded.t().contiguous()
-        return reduce_from_tensor_model_parallel_region(
-            _partial_lookup(rows, weight, vocab_size, group), group=group
-        )
-    part = length // group.size()
-    windows = padded.unfold(1, part + steps - 1, part)  # [B, TP, S' + K - 1]
-    rows = windows.permute(1, 2, 0).reshape(-1, batch)
-    return reduce_scatter_to_sequence_parallel_region(
-        _partial_lookup(rows, weight, vocab_size, group), group=group
+    windows = torch.stack(
+        [
+            padded[:, low : low + size + steps - 1]
+            for start, stop in spans
+            for low in range(start, stop, size)
+        ]
     )
+    rows = windows.transpose(1, 2).flatten(0, 1)  # [parts * R * (S' / R + K - 1), B]
+    found = _partial_lookup(rows, weight, vocab_size, group)
+    sum_over_ranks = (
+        reduce_scatter_to_sequence_parallel_region
+        if parts > 1
+        else reduce_from_tensor_model_parallel_region
+    )
+    return sum_over_ranks(found, group=group).unflatten(0, (len(spans), -1))
 
 
 def _partial_lookup(ids: Tensor, weight: Tensor, vocab_size: int, group: ProcessGroup) -> Tensor:

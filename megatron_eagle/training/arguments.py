@@ -8,7 +8,6 @@ flags that a CPU needs are put in front too.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -19,6 +18,7 @@ from megatron_eagle.checkpoint_dir import BaseInfo, load_base_json
 from megatron_eagle.config import EagleConfig, add_eagle_flags
 from megatron_eagle.hf.megatron_args import flags as megatron_flags
 from megatron_eagle.platform import is_enabled
+from megatron_eagle.training.layout import check_layout
 
 CPU_FLAGS = [
     *("--distributed-backend", "gloo", "--transformer-impl", "local"),
@@ -38,7 +38,6 @@ _ALIASES = {"norm_epsilon": "layernorm_epsilon"}
 
 _UNSUPPORTED: dict[str, int | bool | None] = {
     "pipeline_model_parallel_size": 1,
-    "context_parallel_size": 1,
     "expert_model_parallel_size": 1,
     "num_layers_per_virtual_pipeline_stage": None,
     "num_experts": None,
@@ -64,7 +63,7 @@ def parse_eagle_args(options: EagleConfig) -> tuple[argparse.Namespace, BaseInfo
     user = sys.argv[1:]
     base = _base_info(options.base_checkpoint)
     _check_supported(user)
-    _check_tensor_parallel(user, base)
+    check_layout(user, base, options)
     sys.argv[1:] = [*_implied_flags(base, options, user), *user]
     args = parse_and_validate_args(extra_args_provider=add_eagle_flags)
     _check_dimensions(args, base)
@@ -162,21 +161,3 @@ def _check_supported(user: Sequence[str]) -> None:
         if given[name] != supported:
             shown = "" if isinstance(supported, bool) else f" {given[name]}"
             raise ValueError(f"--{name.replace('_', '-')}{shown} is not supported yet")
-
-
-def _check_tensor_parallel(user: Sequence[str], base: BaseInfo) -> None:
-    """Before Megatron's own parser, which asserts on it without naming the flag."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
-    size = parser.parse_known_args(user)[0].tensor_model_parallel_size
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    if size < 1 or world % size:
-        raise ValueError(
-            f"--tensor-model-parallel-size {size} does not divide the {world} processes"
-        )
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "hidden_size"):
-        if base.megatron_args[name] % size:
-            raise ValueError(
-                f"--tensor-model-parallel-size {size} does not divide "
-                f"the base's {name} = {base.megatron_args[name]}"
-            )

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from megatron.core import mpu
 from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, MockGPTDataset
 from megatron.training import get_args, get_tokenizer, print_rank_0
@@ -77,7 +78,12 @@ def next_batch(iterator: Any, steps: int, vocab_size: int) -> EagleBatch:
             f"0 to {vocab_size - 1}; was the data made with another tokenizer?"
         )
     multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
-    batch = EagleBatch.build(tokens, sample["loss_mask"], steps, multiple, trim=True)
+    context = (mpu.get_context_parallel_rank(), args.context_parallel_size)
+    if args.context_parallel_size > 1:
+        multiple *= 2 * args.context_parallel_size
+    batch = EagleBatch.build(
+        tokens, sample["loss_mask"], steps, multiple, trim=True, context=context
+    )
     return batch.to(torch.cuda.current_device())
 
 

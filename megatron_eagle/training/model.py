@@ -12,6 +12,7 @@ from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.objective.unroll import DraftInputs, target_hidden, unroll
+from megatron_eagle.parallel.context import ContextShard
 from megatron_eagle.parallel.soft_cross_entropy import LossRows, soft_cross_entropy
 from megatron_eagle.platform.nvtx import nvtx_range
 from megatron_eagle.teacher.base import FrozenBase
@@ -46,8 +47,10 @@ class EagleGPTModel(MegatronModule):
         """Megatron's schedules call this on every stage; one stage holds the whole base here."""
 
     def draft_inputs(self, tokens: Tensor, features: Tensor) -> DraftInputs:
-        """What the unroll reads, for tokens [B, S] and captured layers [S', B, A * H]."""
+        """What the unroll reads, for whole sequences of tokens [B, S] and this rank's
+        captured layers [S', B, A * H]."""
         steps = self.options.ttt_steps
+        spans = ContextShard.of(tokens.shape[1], self.base.cp_group).spans
         return DraftInputs(
             features=features,
             embeddings=step_embeddings(
@@ -57,13 +60,16 @@ class EagleGPTModel(MegatronModule):
                 steps,
                 self.base.tp_group,
                 self.config.sequence_parallel,
+                spans,
             ),
             rotary=self.base.rotary(tokens.shape[1] + steps - 1),
+            spans=spans,
         )
 
     @torch.no_grad()
     def targets(self, final_hidden: Tensor, target_rows: Tensor) -> TeacherTargets:
-        """Teacher targets at flat rows ``target_rows`` [M] of ``final_hidden`` [S, B, H]."""
+        """Teacher targets from the base's ``final_hidden`` [S', B, H]; ``target_rows`` [M] as in
+        :class:`~megatron_eagle.objective.batch.EagleBatch`."""
         if self.teacher is None:
             self.teacher = TeacherHead(
                 self.base.output_weight,
@@ -71,6 +77,7 @@ class EagleGPTModel(MegatronModule):
                 self.draft.vocab_ids,
                 self.base.tp_group,
             )
+        final_hidden = self.base.gather_final(final_hidden, self.options.ttt_steps)
         with nvtx_range("teacher"):
             return self.teacher.targets(final_hidden.flatten(0, 1)[target_rows])
 

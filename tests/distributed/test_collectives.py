@@ -34,11 +34,14 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 def count_micro_batch(rank: int, world: int, case: Case) -> dict[str, Any]:
-    megatron_parallel(tp=world)
+    groups = megatron_parallel(tp=world // case.cp, cp=case.cp)
     from megatron_eagle.objective.batch import EagleBatch
 
     model = build_model(case)
-    batch = EagleBatch.build(case.tokens, case.loss_mask, case.config.ttt_steps, world)
+    context = (groups.cp.rank(), case.cp)
+    batch = EagleBatch.build(
+        case.tokens, case.loss_mask, case.config.ttt_steps, world, context=context
+    )
     model(batch)  # the teacher's rows are fetched once, at the first micro-batch
     with CollectiveCounter() as forward:
         loss, _ = model(batch)
@@ -68,9 +71,17 @@ def test_tensor_parallel_collectives(steps: int) -> None:
 def test_sequence_parallel_collectives() -> None:
     case, _ = make_case(sequence_parallel=True)
     for found in run_distributed(count_micro_batch, 2, case):
-        # Gathers: qkv and fc1 input of every step, all heads, the loss.
-        assert found["forward"] == {"reduce_scatter_base": 1 + 2 * 3, "allgather_base": 2 * 3 + 2}
+        # Gathers: the final hidden, qkv and fc1 input of every step, all heads, the loss.
+        assert found["forward"] == {"reduce_scatter_base": 1 + 2 * 3, "allgather_base": 2 * 3 + 3}
         assert found["gathered"][-1] == found["targets"] * (4 * 3 + 5)
+
+
+def test_context_parallel_collectives() -> None:
+    case, _ = make_case(cp=2, ttt_steps=5)
+    for found in run_distributed(count_micro_batch, 2, case):
+        # The final hidden's halo; keys and values of the trunk, once for all steps.
+        assert found["forward"] == {"allgather_base": 2}
+        assert found["backward"] == {"reduce_scatter_base": 1}
 
 
 def count_loss_only(rank: int, world: int) -> dict[str, Any]:

@@ -68,25 +68,33 @@ def make_case(seed: int = 0, **changes: Any) -> tuple[Case, ReferenceEagle3]:
 
 def run_case(rank: int, world: int, case: Case) -> dict[str, Any]:
     """Loss, sums and gradients of this rank's shards, gradients finished as Megatron does."""
-    megatron_parallel(tp=world)
+    groups = megatron_parallel(tp=world // case.cp, cp=case.cp)
     from megatron_eagle.objective.batch import EagleBatch
 
     model = build_model(case)
+    context = (groups.cp.rank(), case.cp)
     batch = EagleBatch.build(
-        case.tokens, case.loss_mask, case.config.ttt_steps, world, trim=case.trim
-    )
+        case.tokens, case.loss_mask, case.config.ttt_steps, world * (1 + (case.cp > 1)),
+        trim=case.trim, context=context,
+    )  # fmt: skip
     loss, sums = model(batch)
+    total = loss.detach().clone()
+    sums = sums.detach()
+    for tensor in (total, sums):
+        torch.distributed.all_reduce(tensor, group=groups.cp)
     rows = sums[case.config.ttt_steps]
     (loss / rows).backward()
     for parameter in model.draft.parameters():
+        torch.distributed.all_reduce(parameter.grad, group=groups.cp)
         if getattr(parameter, "sequence_parallel", False) and case.sequence_parallel:
-            torch.distributed.all_reduce(parameter.grad)
+            torch.distributed.all_reduce(parameter.grad, group=groups.tp)
     shard = model.draft.shard
     return {
-        "loss": float(loss.detach() / rows),
-        "sums": sums.detach(),
+        "loss": float(total / rows),
+        "sums": sums,
         "grads": {name: p.grad for name, p in model.draft.named_parameters()},
         "vocab": (shard.start, shard.rows),
+        "tp": (groups.tp.rank(), groups.tp.size()),
     }
 
 
@@ -101,7 +109,7 @@ def compare(case: Case, reference: ReferenceEagle3, results: list[dict[str, Any]
     expected = reference.forward_ttt(case.aux, case.tokens, base_logits, case.loss_mask)
     expected["loss"].backward()
     grads = {name: p.grad for name, p in reference.named_parameters()}
-    world, steps = len(results), case.config.ttt_steps
+    steps = case.config.ttt_steps
     for rank, result in enumerate(results):
         close(torch.tensor(result["loss"]), expected["loss"].detach(), "loss")
         loss_sums, counts, hits = result["sums"][:-2].view(3, steps)
@@ -109,7 +117,7 @@ def compare(case: Case, reference: ReferenceEagle3, results: list[dict[str, Any]
         assert counts.tolist() == expected["counts"].tolist()
         assert hits.tolist() == expected["hits"].tolist()
         for name, (sources, kind) in megatron_names(case).items():
-            whole = local_part([grads[s] for s in sources], kind, case, rank, world)
+            whole = local_part([grads[s] for s in sources], kind, case, *result["tp"])
             found = result["grads"][name]
             if kind == "vocab":
                 start, rows = result["vocab"]
@@ -135,6 +143,10 @@ CASES = [
     pytest.param(4, {"ttt_steps": 5, "logits_budget_mib": 0}, id="tp4-recompute"),
     pytest.param(4, {"sequence_parallel": True, **FULL_VOCAB}, id="tp4-sp-full-vocab"),
     pytest.param(4, {"draft_vocab_size": 5}, id="tp4-empty-shard"),
+    pytest.param(2, {"cp": 2, "num_layers": 2}, id="cp2-two-layers"),
+    pytest.param(4, {"cp": 4, "trim": True}, id="cp4-trim"),
+    pytest.param(4, {"cp": 2, "sequence_parallel": True, "ttt_steps": 5}, id="tp2-sp-cp2-k5"),
+    pytest.param(4, {"cp": 2, "mask_out_of_vocab": True, "trim": True}, id="tp2-cp2-trim"),
 ]
 
 
