@@ -75,18 +75,22 @@ class FrozenBase(MegatronModule):
 
     @torch.no_grad()
     def layer_sizes(self, length: int = 128) -> Tensor:
-        """[A] fp32: the typical RMS of each captured layer, the same on every TP rank.
+        """[A] fp32: the typical RMS of each captured layer, the same on every TP and CP rank.
 
         Measured on random tokens, which need no data; medians over tokens, since first tokens carry
-        massive activations. One all-reduce under sequence parallelism beside the base's own.
+        massive activations. One all-reduce over each group that cuts the sequence, beside the
+        base's own.
         """
-        length = -(-length // self.tp_group.size()) * self.tp_group.size()
+        multiple = 2 * self.cp_group.size() * self.tp_group.size()
+        length = -(-length // multiple) * multiple
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.vocab_size, (1, length), generator=generator)
         features, _ = self(tokens.to(self.embedding_weight.device))
         blocks = features.float().unflatten(-1, (len(self.taps.layers), -1))
         sizes = blocks.square().mean(-1).sqrt().flatten(0, 1).median(0).values
-        if self.config.sequence_parallel:
-            torch.distributed.all_reduce(sizes, group=self.tp_group)
-            sizes /= self.tp_group.size()
+        groups = [self.cp_group, *([self.tp_group] if self.config.sequence_parallel else [])]
+        for group in groups:
+            if group.size() > 1:
+                torch.distributed.all_reduce(sizes, group=group)
+                sizes /= group.size()
         return sizes

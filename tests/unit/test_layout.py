@@ -13,6 +13,7 @@ from megatron_eagle.training.layout import check_layout
 BASE = BaseInfo(
     family="llama",
     name="tiny",
+    fingerprint="",
     vocab_size=61,
     hf_config={},
     megatron_args={
