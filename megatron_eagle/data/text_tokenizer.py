@@ -1,0 +1,146 @@
+"""Tokenizers as chat masks need them: ids with the characters each one stands for.
+
+A Hugging Face directory (its fast tokenizer) or a SentencePiece ``.model`` file.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+Offsets = list[tuple[int, int]]
+
+
+class TextTokenizer(Protocol):
+    """``special_ids`` may end a turn; ``names`` are what templates call bos_token and so on."""
+
+    vocab_size: int
+    eos_id: int | None
+    special_ids: set[int]
+    names: dict[str, str]
+
+    def encode(self, text: str) -> tuple[list[int], Offsets]:
+        """Ids of ``text`` with nothing added, and the characters [start, end) of each."""
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """The text of ``ids``, special tokens included."""
+        ...
+
+    def chat_template(self, tools: list[Any] | None) -> str | None:
+        """The tokenizer's own template."""
+        ...
+
+
+def load_tokenizer(path: str | Path) -> TextTokenizer:
+    """Raises ``ValueError`` naming ``path`` when it holds no tokenizer that can tell offsets."""
+    source = Path(path)
+    if source.is_file() and source.suffix == ".model":
+        return SentencePieceTokenizer(source)
+    if not source.is_dir():
+        raise ValueError(
+            f"--tokenizer {path}: neither a Hugging Face directory nor a SentencePiece .model file"
+        )
+    return HuggingFaceTokenizer(source)
+
+
+class HuggingFaceTokenizer:
+    """The fast tokenizer of a Hugging Face directory."""
+
+    def __init__(self, directory: Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self.inner: Any = AutoTokenizer.from_pretrained(directory)
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ValueError(f"--tokenizer {directory}: cannot be read: {reason}") from error
+        if not self.inner.is_fast:
+            raise ValueError(
+                f"--tokenizer {directory}: masks need token offsets, which only a fast tokenizer "
+                "(tokenizer.json) tells"
+            )
+        self.vocab_size = len(self.inner)
+        self.eos_id: int | None = self.inner.eos_token_id
+        added = self.inner.added_tokens_decoder
+        self.special_ids = {i for i, token in added.items() if token.special}
+        self.special_ids |= set(self.inner.all_special_ids)
+        named = self.inner.special_tokens_map
+        self.names = {k: str(v) for k, v in named.items() if not isinstance(v, list)}
+
+    def encode(self, text: str) -> tuple[list[int], Offsets]:
+        encoded = self.inner(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        return encoded["input_ids"], encoded["offset_mapping"]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.inner.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def chat_template(self, tools: list[Any] | None) -> str | None:
+        if not self.inner.chat_template:
+            return None
+        return self.inner.get_chat_template(None, tools)
+
+
+@dataclass
+class SentencePieceTokenizer:
+    """A SentencePiece model. Control pieces written out in a text (``</s>``) become their ids, as
+    the Hugging Face form of such a tokenizer does; what lies between them is encoded piece by
+    piece."""
+
+    file: Path
+    names: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        import sentencepiece
+
+        try:
+            self.inner: Any = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"--tokenizer {self.file}: cannot be read: {error}") from error
+        self.vocab_size: int = self.inner.vocab_size()
+        eos = self.inner.eos_id()
+        self.eos_id: int | None = eos if eos >= 0 else None
+        control = [i for i in range(self.vocab_size) if self.inner.IsControl(i)]
+        self.special_ids = set(control)
+        self._control = {self.inner.id_to_piece(i): i for i in control}
+        spelled = sorted(map(re.escape, self._control), key=len, reverse=True)
+        self._split = re.compile("(" + "|".join(spelled) + ")") if spelled else None
+        for name in ("bos", "eos", "unk", "pad"):
+            index = getattr(self.inner, f"{name}_id")()
+            if index >= 0:
+                self.names[f"{name}_token"] = self.inner.id_to_piece(index)
+
+    def encode(self, text: str) -> tuple[list[int], Offsets]:
+        ids: list[int] = []
+        offsets: Offsets = []
+        at = 0
+        for part in self._split.split(text) if self._split else [text]:
+            if part in self._control:
+                ids.append(self._control[part])
+                offsets.append((at, at + len(part)))
+            elif part:
+                encoded = self.inner.encode(part, return_type="offset_mapping")
+                ids += encoded["ids"]
+                offsets += [(at + start, at + end) for start, end in encoded["offsets"]]
+            at += len(part)
+        return ids, offsets
+
+    def decode(self, ids: list[int]) -> str:
+        words: list[str] = []
+        run: list[int] = []
+        for token in [*ids, None]:
+            if token is not None and token not in self.special_ids:
+                run.append(token)
+                continue
+            words.append(self.inner.decode(run) if run else "")
+            run = []
+            if token is not None:
+                words.append(self.inner.id_to_piece(token))
+        return "".join(words)
+
+    def chat_template(self, tools: list[Any] | None) -> str | None:
+        return None

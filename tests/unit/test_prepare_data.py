@@ -1,0 +1,253 @@
+"""tools/prepare_data.py: what lands in the .bin/.idx, resuming, several processes, bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from megatron_eagle.data import prepare as module
+from megatron_eagle.data.indexed import IndexedDocuments
+from megatron_eagle.data.prepare import prepare
+from megatron_eagle.data.records import RecordOptions
+from megatron_eagle.data.text_tokenizer import load_tokenizer
+from tests import chat_templates as templates
+from tools.prepare_data import main
+
+QUESTION = {"role": "user", "content": "What is the weather in Paris?"}
+
+
+def chat(answer: str) -> dict[str, Any]:
+    return {"messages": [QUESTION, {"role": "assistant", "content": answer}]}
+
+
+def write(path: Path, records: list[Any]) -> str:
+    lines = [r if isinstance(r, str) else json.dumps(r) for r in records]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    return str(templates.make_tokenizer(folder, templates.SMOLLM2))
+
+
+def test_all_forms_become_documents_with_masks(tokenizer: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "in.jsonl", [
+        chat("It is sunny."),
+        "",
+        {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "fine"}]},
+        {"text": "Hello there"},
+        {"prompt_ids": [5, 6, 7], "answer_ids": [8, 9]},
+    ])  # fmt: skip
+    prefix = str(tmp_path / "out")
+    code = main(["--input", file, "--tokenizer", tokenizer, "--output-prefix", prefix])
+    assert code == 0
+    data, inner = IndexedDocuments(prefix), load_tokenizer(tokenizer)
+    spoken = [inner.decode(ids[mask].tolist()) for ids, mask in (data[i] for i in range(4))]
+    assert spoken[:3] == ["It is sunny.<|im_end|>", "fine<|im_end|>", "Hello there</s>"]
+    assert data[3][0].tolist() == [5, 6, 7, 8, 9]
+    assert data[3][1].tolist() == [False, False, False, True, True]
+    summary = json.loads((tmp_path / "out.json").read_text())
+    assert summary["documents"] == len(data) == 4
+    assert summary["tokens"] == int(data.lengths.sum())
+    assert summary["supervised_tokens"] == sum(int(data[i][1].sum()) for i in range(4))
+    assert sorted(p.name for p in tmp_path.glob("out*")) == [
+        "out.bin", "out.idx", "out.json", "out_loss_mask.bin", "out_loss_mask.idx"
+    ]  # fmt: skip
+    ids = np.fromfile(tmp_path / "out.bin", dtype=np.uint16)
+    assert len(ids) == summary["tokens"], "a small vocabulary takes two bytes a token"
+
+
+def test_templates_options_and_unstable_turns(
+    tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    thinking = chat("<think>\nHm.\n</think>\n\nSunny.")
+    thinking["messages"] += chat("Cold.")["messages"]
+    file = write(tmp_path / "in.jsonl", [thinking])
+    (tmp_path / "qwen3.jinja").write_text(templates.QWEN3)
+    prefix = str(tmp_path / "out")
+    words = ["--input", file, "--tokenizer", tokenizer, "--output-prefix", prefix]
+    words += ["--chat-template", str(tmp_path / "qwen3.jinja")]
+    assert main([*words, "--thinking", "off"]) == 2
+    assert "message 2: the chat template renders what is before" in capsys.readouterr().err
+    assert main(words) == 0
+    assert "not prefix-stable: 1 earlier turns" in capsys.readouterr().out
+    data, inner = IndexedDocuments(prefix), load_tokenizer(tokenizer)
+    spoken = [inner.decode(ids[mask].tolist()) for ids, mask in (data[i] for i in range(2))]
+    assert spoken == [
+        "<think>\nHm.\n</think>\n\nSunny.<|im_end|>",
+        "<think>\n\n</think>\n\nCold.<|im_end|>",
+    ]
+
+
+BAD = [
+    chat("It is sunny."),
+    '{"messages": [{"role": "us',
+    {"messages": []},
+    {"messages": [QUESTION, QUESTION]},
+    {"messages": [QUESTION]},
+    {"prompt_ids": [1], "answer_ids": [999]},
+    {"question": "?"},
+    "[]",
+    chat("It is windy."),
+]
+REASONS = [
+    ":2: not JSON (", ":3: the conversation is empty", ":4: message 2: roles out of order",
+    ":5: no assistant message", ":6: token id 999 is outside the vocabulary's 0 to ",
+    ":7: the record has none of messages", ":8: not a JSON object",
+]  # fmt: skip
+
+
+def test_a_bad_line_stops_and_is_named(
+    tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = write(tmp_path / "bad.jsonl", BAD)
+    words = ["--input", file, "--tokenizer", tokenizer, "--output-prefix", str(tmp_path / "out")]
+    assert main(words) == 2
+    assert f"error: {file}:2: not JSON (" in capsys.readouterr().err
+    assert not (tmp_path / "out.idx").exists()
+
+
+def test_bad_lines_are_counted_and_listed_when_skipped(tokenizer: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "bad.jsonl", BAD)
+    summary = prepare(
+        [file], str(tmp_path / "out"), RecordOptions(tokenizer), skip_bad=True, chunk_bytes=1
+    )
+    assert summary["bad_lines"] == 7 and summary["documents"] == 2
+    listed = (tmp_path / "out.bad.txt").read_text().splitlines()
+    assert len(listed) == len(REASONS)
+    for line, reason in zip(listed, REASONS, strict=True):
+        assert line.startswith(file + reason)
+
+
+def test_nothing_usable_is_an_error(tokenizer: str, tmp_path: Path) -> None:
+    for records in ([], [{"messages": []}]):
+        file = write(tmp_path / "empty.jsonl", records)
+        with pytest.raises(ValueError, match=r"empty\.jsonl: no usable record"):
+            prepare([file], str(tmp_path / "out"), RecordOptions(tokenizer), skip_bad=True)
+
+
+def test_a_killed_run_goes_on_where_it_was(
+    tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path / "in.jsonl", [chat(f"It is {i} degrees.") for i in range(20)])
+    options, lines = RecordOptions(tokenizer), []
+    whole = prepare([file], str(tmp_path / "whole"), options)
+    made: list[Path] = []
+    write_part = module._write_part
+
+    def killed_after_three(path: Path, *rest: Any) -> None:
+        if len(made) == 3:
+            path.with_suffix(".1.part").write_bytes(b"torn")
+            raise KeyboardInterrupt
+        made.append(path)
+        write_part(path, *rest)
+
+    monkeypatch.setattr(module, "_write_part", killed_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        prepare([file], str(tmp_path / "out"), options, chunk_bytes=300)
+    assert not (tmp_path / "out.idx").exists()
+    kept = set(made)
+
+    def counted(path: Path, *rest: Any) -> None:
+        made.append(path)
+        write_part(path, *rest)
+
+    monkeypatch.setattr(module, "_write_part", counted)
+    resumed = prepare(
+        [file], str(tmp_path / "out"), options, chunk_bytes=300, progress=lines.append
+    )
+    assert len(made) == len(set(made)) > 3 and kept < set(made), "no chunk is made twice"
+    assert resumed["tokens"] == whole["tokens"]
+    for name in ("", "_loss_mask"):
+        for suffix in ("bin", "idx"):
+            ours, theirs = (tmp_path / f"{p}{name}.{suffix}" for p in ("out", "whole"))
+            assert ours.read_bytes() == theirs.read_bytes()
+    assert not (tmp_path / "out.parts").exists() and "20 records" in lines[-1]
+
+
+def test_two_processes_write_the_same_bytes(tokenizer: str, tmp_path: Path) -> None:
+    files = [
+        write(tmp_path / f"{n}.jsonl", [chat(f"{n}: {i} degrees.") for i in range(9)])
+        for n in range(2)
+    ]
+    options = RecordOptions(tokenizer)
+    prepare(files, str(tmp_path / "one"), options)
+    prepare(files, str(tmp_path / "two"), options, workers=2, chunk_bytes=400)
+    assert (tmp_path / "one.bin").read_bytes() == (tmp_path / "two.bin").read_bytes()
+    mask = "_loss_mask.bin"
+    assert (tmp_path / f"one{mask}").read_bytes() == (tmp_path / f"two{mask}").read_bytes()
+
+
+def test_other_options_do_not_reuse_chunks(tokenizer: str, tmp_path: Path) -> None:
+    """The scratch folder of a stopped run is no trap for a run with other options."""
+    file = write(tmp_path / "in.jsonl", [{"text": "Hello there"}])
+    prefix = str(tmp_path / "out")
+    (tmp_path / "out.parts").mkdir()
+    job = module.Chunk(file, 0, 99, 1)
+    module._make_part_of((job, RecordOptions(tokenizer), tmp_path / "out.parts"))
+    with_eod = load_tokenizer(tokenizer).encode("Hello there")[0]
+    summary = prepare([file], prefix, RecordOptions(tokenizer, append_eod=False))
+    assert summary["tokens"] == len(with_eod)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tokenizer", "absent"], "--tokenizer absent: neither a Hugging Face directory"),
+        (["--chat-template", "absent"], "--chat-template absent: no such file"),
+        (["--template-options", "[1]"], "--template-options [1]: not a JSON object"),
+        (["--input", "absent.jsonl"], "--input absent.jsonl: no such file"),
+        (["--workers", "0"], "--workers must be at least 1, not 0"),
+        (["--vocab-size", "20"], "is outside the vocabulary's 0 to 19"),
+    ],
+)
+def test_bad_flags(
+    words: list[str], message: str, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = write(tmp_path / "in.jsonl", [chat("Yes.")])
+    common = ["--input", file, "--tokenizer", tokenizer, "--output-prefix", str(tmp_path / "out")]
+    assert main([*common, *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_existing_data_set_is_kept(tokenizer: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "in.jsonl", [chat("Yes.")])
+    options, prefix = RecordOptions(tokenizer), str(tmp_path / "out")
+    prepare([file], prefix, options)
+    with pytest.raises(ValueError, match="exists already; --overwrite replaces it"):
+        prepare([file], prefix, options)
+    prepare([file], prefix, options, overwrite=True)
+
+
+def test_a_tokenizer_without_a_template(tmp_path: Path) -> None:
+    plain = str(templates.make_tokenizer(tmp_path / "plain"))
+    file = write(tmp_path / "in.jsonl", [chat("Yes.")])
+    with pytest.raises(ValueError, match="has no chat template; give --chat-template"):
+        prepare([file], str(tmp_path / "out"), RecordOptions(plain))
+
+
+def test_damaged_data_sets_are_refused(tokenizer: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "in.jsonl", [chat("Yes."), chat("No.")])
+    prefix = str(tmp_path / "out")
+    prepare([file], prefix, RecordOptions(tokenizer))
+    with pytest.raises(ValueError, match=r"absent: .*are not both there"):
+        IndexedDocuments(str(tmp_path / "absent"))
+    whole = (tmp_path / "out.bin").read_bytes()
+    (tmp_path / "out.bin").write_bytes(whole[:-2])
+    with pytest.raises(ValueError, match=r"out\.bin has \d+ bytes, its index speaks of"):
+        IndexedDocuments(prefix)
+    (tmp_path / "out.bin").write_bytes(whole)
+    (tmp_path / "out.idx").rename(tmp_path / "kept")
+    (tmp_path / "out.idx").write_bytes(b"no index")
+    with pytest.raises(ValueError, match=r"out\.idx is damaged"):
+        IndexedDocuments(prefix)
+    (tmp_path / "kept").replace(tmp_path / "out.idx")
+    (tmp_path / "out_loss_mask.idx").unlink()
+    with pytest.raises(ValueError, match=r"out_loss_mask\.bin/\.idx are missing"):
+        IndexedDocuments(prefix)
