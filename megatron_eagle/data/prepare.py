@@ -90,9 +90,9 @@ def _make_parts(
     jobs = ((chunk, options, scratch) for chunk in chunks)
     if workers > 1:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["transformers.models.auto.tokenization_auto", __name__]
-        )  # imported once for all
+        # Imported once, for all workers.
+        modules = ["transformers.models.auto.tokenization_auto", __name__]
+        context.set_forkserver_preload(modules)
         pool = ProcessPoolExecutor(workers, context, initializer=_one_thread)
         results = pool.map(_make_part_of, jobs)
     else:
