@@ -60,9 +60,10 @@ class EagleConfig:
     )
     train_data: str | None = _option(
         None,
-        "JSONL of prompt_ids and answer_ids (tools/regenerate.py), answers supervised; without it "
-        "Megatron's --data-path is used and every token is supervised",
-        metavar="FILE",
+        "JSONL of prompt_ids and answer_ids (tools/regenerate.py), answers supervised, or the "
+        "prefix of a data set with a loss mask (tools/prepare_data.py); without it Megatron's "
+        "--data-path is used and every token is supervised",
+        metavar="FILE_OR_PREFIX",
     )
     logits_budget_mib: int = _option(
         256,

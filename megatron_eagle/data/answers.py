@@ -1,4 +1,4 @@
-"""JSONL of a base's own answers (tools/regenerate.py) as a Megatron-style dataset.
+"""JSONL of a base's own answers (tools/regenerate.py) as training documents.
 
 A line holds ``prompt_ids`` and ``answer_ids``; the answer is supervised, the prompt only read.
 """
@@ -13,37 +13,26 @@ import torch
 from torch import Tensor
 
 
-class AnswerDataset(torch.utils.data.Dataset):
-    """``num_samples`` samples of ``seq_length`` tokens: every epoch all answers once, reshuffled.
+class AnswerDocuments:
+    """The conversations of a JSONL of answers, held in memory. ``lengths`` [N] int64."""
 
-    A sample is {"tokens": [S] int64, "loss_mask": [S] float32}; the mask is label-aligned (entry i
-    speaks of token i + 1), and what follows the answer is padding that nothing looks at. Longer
-    conversations are cut at S. The order depends on ``seed`` alone, so a resumed run continues it.
-    """
-
-    def __init__(
-        self, file: str, vocab_size: int, seq_length: int, num_samples: int, seed: int
-    ) -> None:
+    def __init__(self, file: str, vocab_size: int) -> None:
         self.conversations = read_answers(file, vocab_size)
-        self.seq_length, self.num_samples, self.seed = seq_length, num_samples, seed
-        self._epoch = -1
-        self._order = np.empty(0, dtype=np.int64)
+        self.lengths = np.asarray([len(p) + len(a) for p, a in self.conversations], dtype=np.int64)
 
-    def __len__(self) -> int:
-        return self.num_samples
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids [n] int64 and mask [n] bool of one conversation."""
+        prompt, answer = self.conversations[index]
+        mask = np.zeros(len(prompt) + len(answer), dtype=bool)
+        mask[len(prompt) :] = True
+        return np.concatenate([prompt, answer]), mask
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        epoch, position = divmod(int(index), len(self.conversations))
-        if epoch != self._epoch:
-            order = np.random.default_rng((self.seed, epoch))
-            self._epoch, self._order = epoch, order.permutation(len(self.conversations))
-        prompt, answer = self.conversations[self._order[position]]
-        ids = np.concatenate([prompt, answer])[: self.seq_length]
-        tokens = np.zeros(self.seq_length, dtype=np.int64)
-        tokens[: len(ids)] = ids
-        loss_mask = np.zeros(self.seq_length, dtype=np.float32)
-        loss_mask[max(0, len(prompt) - 1) : len(ids) - 1] = 1.0
-        return {"tokens": torch.from_numpy(tokens), "loss_mask": torch.from_numpy(loss_mask)}
+    def counts(self, vocab_size: int) -> Tensor:
+        """How often each id is supervised, [V] int64."""
+        counts = np.zeros(vocab_size, dtype=np.int64)
+        for _, answer in self.conversations:
+            counts += np.bincount(answer, minlength=vocab_size)
+        return torch.from_numpy(counts)
 
 
 def read_answers(file: str, vocab_size: int) -> list[tuple[np.ndarray, np.ndarray]]:
@@ -59,14 +48,6 @@ def read_answers(file: str, vocab_size: int) -> list[tuple[np.ndarray, np.ndarra
     if not conversations:
         raise ValueError(f"--eagle-train-data {file}: the data set is empty")
     return conversations
-
-
-def count_answers(file: str, vocab_size: int) -> Tensor:
-    """How often each id is supervised, [V] int64."""
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for _, answer in read_answers(file, vocab_size):
-        counts += np.bincount(answer, minlength=vocab_size)
-    return torch.from_numpy(counts)
 
 
 def _parse(line: str, vocab_size: int, where: str) -> tuple[np.ndarray, np.ndarray]:

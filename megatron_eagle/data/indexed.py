@@ -6,12 +6,16 @@ for every token 1 if it is itself supervised, in uint8 and with the same documen
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 MASK_SUFFIX = "_loss_mask"
+_BLOCK = 1 << 24
 
 
 def dataset_exists(prefix: str) -> bool:
@@ -66,11 +70,11 @@ class DatasetWriter:
 class IndexedDocuments:
     """The documents of ``PREFIX`` with their masks, memory-mapped.
 
-    Raises ``ValueError`` naming the prefix when the mask is missing or of other documents, or the
-    files are damaged.
+    Raises ``ValueError`` naming the prefix when the mask is missing or of other documents, when the
+    files are damaged, or an id lies beyond ``vocab_size``.
     """
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, vocab_size: int) -> None:
         self.prefix = prefix
         where = f"--eagle-train-data {prefix}"
         if not dataset_exists(prefix):
@@ -87,6 +91,9 @@ class IndexedDocuments:
             raise ValueError(f"{where}: its loss mask has other documents than its ids")
         if not len(self.lengths):
             raise ValueError(f"{where}: the data set is empty")
+        if int(self.lengths.min()) == 0:
+            raise ValueError(f"{where}: document {int(self.lengths.argmin())} is empty")
+        self._check_ids(vocab_size, where)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -94,6 +101,29 @@ class IndexedDocuments:
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """ids [n] int64 and mask [n] bool of one document."""
         return self._ids[index].astype(np.int64), self._mask[index] > 0
+
+    def counts(self, vocab_size: int) -> Tensor:
+        """How often each id is supervised, [V] int64. A pass over both files."""
+        counts = np.zeros(vocab_size, dtype=np.int64)
+        for ids, mask in zip(self._blocks(self._ids), self._blocks(self._mask), strict=True):
+            counts += np.bincount(ids[mask > 0], minlength=vocab_size)
+        return torch.from_numpy(counts)
+
+    def _check_ids(self, vocab_size: int, where: str) -> None:
+        for ids in self._blocks(self._ids):
+            low, high = int(ids.min()), int(ids.max())
+            if low < 0 or high >= vocab_size:
+                raise ValueError(
+                    f"{where}: token id {low if low < 0 else high} is outside the base's "
+                    f"0 to {vocab_size - 1}"
+                )
+
+    def _blocks(self, dataset: Any) -> Iterator[np.ndarray]:
+        """All tokens of a data set in the order of its file, a few million at a time."""
+        prefix = self.prefix if dataset is self._ids else self.prefix + MASK_SUFFIX
+        tokens = np.memmap(f"{prefix}.bin", dtype=dataset.index.dtype, mode="r")
+        for start in range(0, len(tokens), _BLOCK):
+            yield tokens[start : start + _BLOCK]
 
 
 def _open(prefix: str, where: str) -> Any:

@@ -1,4 +1,4 @@
-"""Data for the trainer: Megatron's own builders, or the answers of a JSONL.
+"""Data for the trainer: Megatron's own builders, or documents with masks.
 
 Every tensor-parallel rank reads its samples itself, so nothing is broadcast and the number of
 supervised rows is known on the host without a synchronisation.
@@ -17,7 +17,9 @@ from megatron.training import get_args, get_tokenizer, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
-from megatron_eagle.data.answers import AnswerDataset, count_answers
+from megatron_eagle.data.datasets import DocumentDataset
+from megatron_eagle.data.documents import FittedDocuments, open_documents
+from megatron_eagle.data.indexed import MASK_SUFFIX, dataset_exists
 from megatron_eagle.data.protected import config_token_ids, special_and_byte_ids
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.training.token_counts import TrainingBlend, count_tokens
@@ -34,13 +36,33 @@ class DatasetProvider:
     def __call__(self, num_samples: Sequence[int], vp_stage: int | None = None) -> tuple:
         args = get_args()
         if self.train_data is not None:
-            train = AnswerDataset(
-                self.train_data, self.vocab_size, args.seq_length, num_samples[0], args.seed
-            )
-            return train, None, None
+            documents = open_documents(self.train_data, self.vocab_size)
+            fitted = FittedDocuments(documents, args.seq_length)
+            _tell_what_is_cut(fitted, len(documents.lengths))
+            return DocumentDataset(fitted, num_samples[0], args.seed), None, None
+        _refuse_masks_that_would_be_ignored(args)
         kind = MockGPTDataset if args.mock_data else GPTDataset
         config = gpt_dataset_config(args)
         return tuple(BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config).build())
+
+
+def _tell_what_is_cut(fitted: FittedDocuments, documents: int) -> None:
+    if fitted.tokens_cut:
+        print_rank_0(
+            f"> --seq-length {fitted.seq_length} cuts {fitted.tokens_cut:,} tokens off longer "
+            f"documents; {fitted.left_out:,} of {documents:,} documents have nothing supervised "
+            "before the cut and are left out"
+        )
+
+
+def _refuse_masks_that_would_be_ignored(args: Any) -> None:
+    prefixes = [] if args.mock_data else TrainingBlend.of(args).prefixes
+    for prefix in prefixes:
+        if dataset_exists(prefix + MASK_SUFFIX):
+            raise ValueError(
+                f"--data-path {prefix}: supervises every token, but {prefix}{MASK_SUFFIX} says "
+                f"which; use --eagle-train-data {prefix}"
+            )
 
 
 def gpt_dataset_config(args: Any) -> GPTDatasetConfig:
@@ -88,10 +110,10 @@ def next_batch(iterator: Any, steps: int, vocab_size: int) -> EagleBatch:
 
 
 def count_supervised(args: Any, train_data: str | None, vocab_size: int) -> Tensor:
-    """How often training supervises each id, [V] int64: answers of the JSONL, or a sample of the
-    tokens of ``--data-path`` (proportions)."""
+    """How often training supervises each id, [V] int64: of ``--eagle-train-data``, or of a sample
+    of the tokens of ``--data-path`` (proportions)."""
     if train_data is not None:
-        return count_answers(train_data, vocab_size)
+        return open_documents(train_data, vocab_size).counts(vocab_size)
     if args.mock_data:
         return torch.ones(vocab_size, dtype=torch.int64)
     return count_tokens(TrainingBlend.of(args), vocab_size)

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_eagle.data.answers import AnswerDataset, count_answers, read_answers
+from megatron_eagle.data.answers import AnswerDocuments, read_answers
+from megatron_eagle.data.datasets import DocumentDataset
+from megatron_eagle.data.documents import FittedDocuments
 
 LINES = [
     {"prompt_ids": [1, 2, 3], "answer_ids": [10, 11]},
@@ -24,8 +26,13 @@ def file(tmp_path: Path) -> str:
     return str(path)
 
 
+def dataset(file: str, seq_length: int, num_samples: int, seed: int) -> DocumentDataset:
+    documents = FittedDocuments(AnswerDocuments(file, vocab_size=20), seq_length)
+    return DocumentDataset(documents, num_samples, seed)
+
+
 def test_answers_are_supervised_and_prompts_are_not(file: str) -> None:
-    data = AnswerDataset(file, vocab_size=20, seq_length=6, num_samples=3, seed=0)
+    data = dataset(file, seq_length=6, num_samples=3, seed=0)
     seen = []
     for index in range(3):
         sample = data[index]
@@ -36,17 +43,17 @@ def test_answers_are_supervised_and_prompts_are_not(file: str) -> None:
 
 
 def test_every_epoch_has_every_answer_in_an_order_of_its_own(file: str) -> None:
-    data = AnswerDataset(file, vocab_size=20, seq_length=8, num_samples=30, seed=1)
+    data = dataset(file, seq_length=8, num_samples=30, seed=1)
     firsts = [int(data[i]["tokens"][0]) for i in range(30)]
     epochs = [firsts[i : i + 3] for i in range(0, 30, 3)]
     assert all(sorted(epoch) == [1, 4, 5] for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) > 1
-    again = AnswerDataset(file, vocab_size=20, seq_length=8, num_samples=30, seed=1)
+    again = dataset(file, seq_length=8, num_samples=30, seed=1)
     assert [int(again[i]["tokens"][0]) for i in reversed(range(30))] == firsts[::-1]
 
 
 def test_counts_are_of_answers_only(file: str) -> None:
-    counts = count_answers(file, 20)
+    counts = AnswerDocuments(file, 20).counts(20)
     assert counts[10:19].tolist() == [1] * 9 and int(counts[:10].sum()) == 0
     assert counts.dtype == torch.int64
 

@@ -47,7 +47,7 @@ def test_all_forms_become_documents_with_masks(tokenizer: str, tmp_path: Path) -
     prefix = str(tmp_path / "out")
     code = main(["--input", file, "--tokenizer", tokenizer, "--output-prefix", prefix])
     assert code == 0
-    data, inner = IndexedDocuments(prefix), load_tokenizer(tokenizer)
+    data, inner = IndexedDocuments(prefix, 600), load_tokenizer(tokenizer)
     spoken = [inner.decode(ids[mask].tolist()) for ids, mask in (data[i] for i in range(4))]
     assert spoken[:3] == ["It is sunny.<|im_end|>", "fine<|im_end|>", "Hello there</s>"]
     assert data[3][0].tolist() == [5, 6, 7, 8, 9]
@@ -77,7 +77,7 @@ def test_templates_options_and_unstable_turns(
     assert "message 2: the chat template renders what is before" in capsys.readouterr().err
     assert main(words) == 0
     assert "not prefix-stable: 1 earlier turns" in capsys.readouterr().out
-    data, inner = IndexedDocuments(prefix), load_tokenizer(tokenizer)
+    data, inner = IndexedDocuments(prefix, 600), load_tokenizer(tokenizer)
     spoken = [inner.decode(ids[mask].tolist()) for ids, mask in (data[i] for i in range(2))]
     assert spoken == [
         "<think>\nHm.\n</think>\n\nSunny.<|im_end|>",
@@ -237,17 +237,17 @@ def test_damaged_data_sets_are_refused(tokenizer: str, tmp_path: Path) -> None:
     prefix = str(tmp_path / "out")
     prepare([file], prefix, RecordOptions(tokenizer))
     with pytest.raises(ValueError, match=r"absent: .*are not both there"):
-        IndexedDocuments(str(tmp_path / "absent"))
+        IndexedDocuments(str(tmp_path / "absent"), 600)
     whole = (tmp_path / "out.bin").read_bytes()
     (tmp_path / "out.bin").write_bytes(whole[:-2])
     with pytest.raises(ValueError, match=r"out\.bin has \d+ bytes, its index speaks of"):
-        IndexedDocuments(prefix)
+        IndexedDocuments(prefix, 600)
     (tmp_path / "out.bin").write_bytes(whole)
     (tmp_path / "out.idx").rename(tmp_path / "kept")
     (tmp_path / "out.idx").write_bytes(b"no index")
     with pytest.raises(ValueError, match=r"out\.idx is damaged"):
-        IndexedDocuments(prefix)
+        IndexedDocuments(prefix, 600)
     (tmp_path / "kept").replace(tmp_path / "out.idx")
     (tmp_path / "out_loss_mask.idx").unlink()
     with pytest.raises(ValueError, match=r"out_loss_mask\.bin/\.idx are missing"):
-        IndexedDocuments(prefix)
+        IndexedDocuments(prefix, 600)

@@ -1,0 +1,67 @@
+"""Training documents, wherever they come from: token ids, and which of them are supervised."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+from megatron_eagle.data.answers import AnswerDocuments
+from megatron_eagle.data.indexed import IndexedDocuments, dataset_exists
+
+
+class Documents(Protocol):
+    """Conversations or texts in a fixed order. ``lengths`` [N] int64 in tokens."""
+
+    lengths: np.ndarray
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids [n] int64, and mask [n] bool: whether each token is itself supervised."""
+        ...
+
+    def counts(self, vocab_size: int) -> Tensor:
+        """How often each id is supervised, [V] int64."""
+        ...
+
+
+def open_documents(train_data: str, vocab_size: int) -> Documents:
+    """What ``--eagle-train-data`` names: a JSONL of answers, or the prefix of a data set of
+    tools/prepare_data.py. Raises ``ValueError`` naming it when it cannot be read whole, or holds
+    ids that a base of ``vocab_size`` does not have."""
+    if Path(train_data).is_file():
+        return AnswerDocuments(train_data, vocab_size)
+    if not dataset_exists(train_data):
+        raise ValueError(
+            f"--eagle-train-data {train_data}: no such file, and no {train_data}.bin/.idx"
+        )
+    return IndexedDocuments(train_data, vocab_size)
+
+
+class FittedDocuments:
+    """Documents cut at ``seq_length``, without those that have nothing supervised before the cut.
+
+    ``chosen`` [M] are the documents kept, ``lengths`` [M] their lengths after the cut;
+    ``tokens_cut`` and ``left_out`` say what was lost. Raises ``ValueError`` if nothing is left.
+    """
+
+    def __init__(self, documents: Documents, seq_length: int) -> None:
+        self.documents, self.seq_length = documents, seq_length
+        long = np.flatnonzero(documents.lengths > seq_length)
+        useless = [i for i in long if not documents[int(i)][1][1:seq_length].any()]
+        self.chosen = np.setdiff1d(np.arange(len(documents.lengths)), useless)
+        if not len(self.chosen):
+            raise ValueError(
+                f"--seq-length {seq_length}: no document has a supervised token that early"
+            )
+        self.lengths = np.minimum(documents.lengths[self.chosen], seq_length)
+        self.tokens_cut = int((documents.lengths[long] - seq_length).sum())
+        self.left_out = len(useless)
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        ids, mask = self.documents[int(self.chosen[index])]
+        return ids[: self.seq_length], mask[: self.seq_length]
