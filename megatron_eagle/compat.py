@@ -37,6 +37,9 @@ _PATHS = {
         "megatron.core.tensor_parallel.mappings:gather_from_tensor_model_parallel_region"
     ),
     "get_cuda_rng_tracker": "megatron.core.tensor_parallel.random:get_cuda_rng_tracker",
+    "get_gpt_decoder_block_spec": (
+        "megatron.core.models.gpt.gpt_layer_specs:get_gpt_decoder_block_spec"
+    ),
     "get_gpt_layer_local_spec": (
         "megatron.core.models.gpt.gpt_layer_specs:get_gpt_layer_local_spec"
     ),

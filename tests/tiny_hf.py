@@ -17,12 +17,29 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 64,
     "rms_norm_eps": 1e-5,
 }
-CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+CLASSES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "mixtral": "Mixtral",
+    "qwen3_moe": "Qwen3Moe",
+}
 FIELDS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True, "head_dim": 8},  # 8 heads x 8 is not the hidden size
     "mistral": {"sliding_window": 16, "head_dim": 6, "rope_theta": 1e6},
     "qwen2": {"tie_word_embeddings": False},
     "qwen3": {"tie_word_embeddings": False, "head_dim": 12},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "moe_intermediate_size": 24,
+        "head_dim": 12,
+        "num_hidden_layers": 4,
+        "mlp_only_layers": [1],
+    },
 }
 
 

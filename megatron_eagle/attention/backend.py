@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_eagle.attention.base_spec import local_base_spec
 from megatron_eagle.attention.core import with_eagle_attention
 from megatron_eagle.compat import (
     LocalSpecProvider,
+    get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
     require,
@@ -19,12 +21,12 @@ from megatron_eagle.compat import (
 class LayerBackend:
     """Builders of one implementation.
 
-    ``base_layer_spec(config)`` and ``layer_spec(config)`` give the TransformerLayer spec of the
-    base and of the draft; ``norm`` and ``column_linear`` build a norm and an un-normed
-    column-parallel linear.
+    ``base_spec(config, pp_rank)`` gives the spec of the base's block on a pipeline stage and
+    ``layer_spec(config)`` a TransformerLayer spec of the draft; ``norm`` and ``column_linear``
+    build a norm and an un-normed column-parallel linear.
     """
 
-    base_layer_spec: Callable[[Any], Any]
+    base_spec: Callable[[Any, int], Any]
     layer_spec: Callable[[Any], Any]
     norm: Callable[..., Any]
     column_linear: Callable[..., Any]
@@ -39,7 +41,7 @@ def local_backend() -> LayerBackend:
         return with_eagle_attention(spec)
 
     return LayerBackend(
-        base_layer_spec=layer_spec,
+        base_spec=local_base_spec,
         layer_spec=layer_spec,
         norm=provider.layer_norm(rms_norm=True, for_qk=False),
         column_linear=provider.column_parallel_linear(),
@@ -56,11 +58,14 @@ def transformer_engine_backend() -> LayerBackend:
     provider = require("megatron.core.extensions.transformer_engine_spec_provider:TESpecProvider")()
 
     def layer_spec(config: Any) -> Any:
-        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        return with_eagle_attention(spec)
 
     return LayerBackend(
-        base_layer_spec=layer_spec,
-        layer_spec=lambda config: with_eagle_attention(layer_spec(config)),
+        base_spec=lambda config, pp_rank: get_gpt_decoder_block_spec(
+            config, use_transformer_engine=True, pp_rank=pp_rank
+        ),
+        layer_spec=layer_spec,
         norm=provider.layer_norm(),
         column_linear=provider.column_parallel_linear(),
     )

@@ -28,8 +28,8 @@ from megatron_eagle.parallel.vocab import VocabShard
 
 
 def draft_config(base_config: Any, num_layers: int) -> Any:
-    """The base's TransformerConfig with the draft's depth: same hidden size, heads and ffn, and no
-    query/key norms or biases, which EAGLE-3 readers do not know.
+    """The base's TransformerConfig with the draft's depth: same hidden size, heads and (dense) ffn,
+    and no experts, query/key norms or biases, which EAGLE-3 readers do not know.
 
     Of ``recompute_modules`` "core_attn" is done already: the kernels keep no scores for backward,
     and Megatron's own checkpointing cannot carry an attention state."""
@@ -40,6 +40,8 @@ def draft_config(base_config: Any, num_layers: int) -> Any:
     config.qk_layernorm = False
     config.add_qkv_bias = False
     config.add_bias_linear = False
+    config.num_moe_experts = None
+    config.moe_layer_freq = 1
     return config
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from megatron_eagle.checkpoint_dir import BaseInfo, parse_base
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.metadata import decode_metadata
-from megatron_eagle.hf.families import Dims
+from megatron_eagle.hf.entries import Dims
 from megatron_eagle.hf.megatron_args import dims_of
 
 BASE_SIZES = (

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from megatron_eagle.hf.draft_formats import Format
-from megatron_eagle.hf.families import Dims, Source
+from megatron_eagle.hf.entries import Dims, Source
 
 PREFIX = "draft."
 VOCAB_IDS = f"{PREFIX}vocab_ids"

@@ -1,138 +1,162 @@
 """The name tables: which Hugging Face tensors make up which Megatron tensor, per family.
 
-A new dense family is one `Family` here (and, where its config.json has new fields, a few lines in
-`megatron_args`). Shapes are written with: V vocab_size, H hidden, Q heads x head_dim,
-KV groups x head_dim, F ffn hidden, D head_dim.
+A new family is one `Family` here (and, where its config.json has new fields, a few lines in
+`megatron_args`). `megatron_eagle.hf.entries` explains a row and the letters of its shapes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
+from megatron_eagle.hf import moe_args
+from megatron_eagle.hf.entries import Entry, one, qkv, rows
 
-Dims = dict[str, int]
-Join = Callable[[Sequence[torch.Tensor], Dims], torch.Tensor]
+LAYER_PREFIX = "model.layers.{}."
+NORM_BEFORE_ATTENTION = one(
+    "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "H"
+)
+EMBEDDING = one("embedding.word_embeddings.weight", "model.embed_tokens.weight", "V", "H")
+OUTPUT = one("output_layer.weight", "lm_head.weight", "V", "H", when="untied")
+MODEL = (EMBEDDING, one("decoder.final_layernorm.weight", "model.norm.weight", "H"), OUTPUT)
+
+ATTENTION = (
+    NORM_BEFORE_ATTENTION,
+    qkv("weight", "H"),
+    qkv("bias", when="any_qkv_bias", given="qkv_bias"),
+    one("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "D", when="qk_layernorm"),
+    one("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "D", when="qk_layernorm"),
+    one("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H", "Q"),
+    rows(
+        "self_attention.linear_proj.bias",
+        [("self_attn.o_proj.bias", "H")],
+        when="add_bias_linear",
+        given="attention_bias",
+    ),
+)
+DENSE = (
+    one("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "H"),
+    rows(
+        "mlp.linear_fc1.weight", [("mlp.gate_proj.weight", "F"), ("mlp.up_proj.weight", "F")], "H"
+    ),
+    one("mlp.linear_fc2.weight", "mlp.down_proj.weight", "H", "F"),
+    rows(
+        "mlp.linear_fc1.bias",
+        [("mlp.gate_proj.bias", "F"), ("mlp.up_proj.bias", "F")],
+        when="add_bias_linear",
+        given="mlp_bias",
+    ),
+    rows(
+        "mlp.linear_fc2.bias",
+        [("mlp.down_proj.bias", "H")],
+        when="add_bias_linear",
+        given="mlp_bias",
+    ),
+)
 
 
-@dataclass(frozen=True)
-class Source:
-    """One Hugging Face tensor: its name (inside its layer, or whole) and its symbolic shape."""
-
-    name: str
-    shape: tuple[str, ...]
-
-    def sizes(self, dims: Dims) -> tuple[int, ...]:
-        """The shape in numbers."""
-        return tuple(dims[symbol] for symbol in self.shape)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One Megatron tensor, made from `sources` by `join`; all sources share the trailing shape."""
-
-    megatron: str
-    sources: tuple[Source, ...]
-    join: Join
-
-    def sizes(self, dims: Dims) -> tuple[int, ...]:
-        """Shape of the Megatron tensor: the sources' rows add up, the trailing shape stays."""
-        shapes = [source.sizes(dims) for source in self.sources]
-        return (sum(shape[0] for shape in shapes), *shapes[0][1:])
+def moe(block: str, router: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
+    """The table of a MoE layer whose block holds one matrix per expert and projection."""
+    expert = f"{block}.experts.{{}}"
+    return (
+        one("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
+        one("mlp.router.weight", f"{block}.{router}.weight", "E", "H"),
+        rows(
+            "mlp.experts.experts.linear_fc1.weight",
+            [(f"{expert}.{gate}.weight", "M"), (f"{expert}.{up}.weight", "M")],
+            "H",
+        ),
+        one("mlp.experts.experts.linear_fc2.weight", f"{expert}.{down}.weight", "H", "M"),
+    )
 
 
 @dataclass(frozen=True)
 class Family:
-    """`layer` entries repeat for every layer below `layer_prefix`; `model` entries occur once."""
+    """A Hugging Face architecture: its name tables, and what its config.json means.
+
+    `attention` repeats in every layer, `dense` and `moe` are the two kinds of MLP, `model` occurs
+    once. `defaults` are the values of its configuration class where they are not everyone's;
+    `fixed` says what the class does without asking config.json; `moe_args` reads its experts.
+    """
 
     name: str
     architecture: str
-    layer: tuple[Entry, ...]
-    model: tuple[Entry, ...]
-    layer_prefix: str = "model.layers.{}."
+    attention: tuple[Entry, ...] = ATTENTION
+    dense: tuple[Entry, ...] = DENSE
+    moe: tuple[Entry, ...] = ()
+    model: tuple[Entry, ...] = MODEL
     ignored_in_layer: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
-    qkv_bias: bool = False
-    qk_norm: bool = False
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    moe_args: Callable[[Mapping[str, Any], str], dict[str, Any]] | None = None
     sliding_window_flag: str | None = None
 
+    def layer(self, facts: Mapping[str, Any], moe: bool) -> list[Entry]:
+        """The rows of one layer."""
+        table = self.attention + (self.moe if moe else self.dense)
+        return [entry for entry in table if entry.exists(facts)]
 
-def join_rows(parts: Sequence[torch.Tensor], dims: Dims) -> torch.Tensor:
-    """The parts below one another: one tensor as it is, or [gate ; up] (its TP split is by halves,
-    which Megatron's sharded state dict describes)."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
-
-
-def join_query_groups(parts: Sequence[torch.Tensor], dims: Dims) -> torch.Tensor:
-    """q [Q, ...], k [KV, ...], v [KV, ...] -> rows per query group [q_1 .. q_r, k, v]."""
-    grouped = [part.reshape(dims["groups"], -1, *part.shape[1:]) for part in parts]
-    return torch.cat(grouped, dim=1).flatten(0, 1)
+    def once(self, facts: Mapping[str, Any]) -> list[Entry]:
+        """The rows outside the layers."""
+        return [entry for entry in self.model if entry.exists(facts)]
 
 
-def _one(megatron: str, name: str, *shape: str) -> Entry:
-    return Entry(megatron, (Source(name, shape),), join_rows)
-
-
-def _qkv(megatron: str, suffix: str, *trailing: str) -> Entry:
-    rows = {"q_proj": "Q", "k_proj": "KV", "v_proj": "KV"}
-    sources = tuple(
-        Source(f"self_attn.{name}.{suffix}", (symbol, *trailing)) for name, symbol in rows.items()
-    )
-    return Entry(megatron, sources, join_query_groups)
-
-
-EMBEDDING = _one("embedding.word_embeddings.weight", "model.embed_tokens.weight", "V", "H")
-FINAL_NORM = _one("decoder.final_layernorm.weight", "model.norm.weight", "H")
-OUTPUT = _one("output_layer.weight", "lm_head.weight", "V", "H")
-
-LLAMA_LAYER = (
-    _one("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "H"),
-    _qkv("self_attention.linear_qkv.weight", "weight", "H"),
-    _one("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H", "Q"),
-    _one("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "H"),
-    Entry(
-        "mlp.linear_fc1.weight",
-        (
-            Source("mlp.gate_proj.weight", ("F", "H")),
-            Source("mlp.up_proj.weight", ("F", "H")),
-        ),
-        join_rows,
-    ),
-    _one("mlp.linear_fc2.weight", "mlp.down_proj.weight", "H", "F"),
-)
-QKV_BIAS = (_qkv("self_attention.linear_qkv.bias", "bias"),)
-QK_NORM = (
-    _one("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "D"),
-    _one("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "D"),
-)
-MODEL = (EMBEDDING, FINAL_NORM, OUTPUT)
-
+NO_BIAS = {"attention_bias": False, "mlp_bias": False, "qkv_bias": False}
 FAMILIES = {
     family.architecture: family
     for family in (
-        Family("llama", "LlamaForCausalLM", LLAMA_LAYER, MODEL),
+        Family("llama", "LlamaForCausalLM"),
         Family(
             "mistral",
             "MistralForCausalLM",
-            LLAMA_LAYER,
-            MODEL,
+            fixed=NO_BIAS,
+            defaults={"num_key_value_heads": 8, "sliding_window": 4096},
             sliding_window_flag="sliding_window",
         ),
         Family(
             "qwen2",
             "Qwen2ForCausalLM",
-            LLAMA_LAYER + QKV_BIAS,
-            MODEL,
-            qkv_bias=True,
+            fixed=NO_BIAS | {"qkv_bias": True},
+            defaults={"num_key_value_heads": 32, "sliding_window": 4096},
             sliding_window_flag="use_sliding_window",
         ),
         Family(
             "qwen3",
             "Qwen3ForCausalLM",
-            LLAMA_LAYER + QK_NORM,
-            MODEL,
-            qk_norm=True,
+            fixed={"mlp_bias": False, "qk_norm": True},
+            defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
+            sliding_window_flag="use_sliding_window",
+        ),
+        Family(
+            "mixtral",
+            "MixtralForCausalLM",
+            moe=moe("block_sparse_moe", "gate", "w1", "w3", "w2"),
+            moe_args=moe_args.softmax_after_topk,
+            fixed=NO_BIAS,
+            defaults={
+                "num_key_value_heads": 8,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 1e6,
+                "num_local_experts": 8,
+                "num_experts_per_tok": 2,
+            },
+            sliding_window_flag="sliding_window",
+        ),
+        Family(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            moe=moe("mlp", "gate", "gate_proj", "up_proj", "down_proj"),
+            moe_args=moe_args.qwen3_moe,
+            fixed={"mlp_bias": False, "qk_norm": True},
+            defaults={
+                "num_key_value_heads": 4,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+                "moe_intermediate_size": 768,
+                "norm_topk_prob": False,
+                "sliding_window": 4096,
+            },
             sliding_window_flag="use_sliding_window",
         ),
     )

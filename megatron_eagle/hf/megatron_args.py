@@ -1,4 +1,4 @@
-"""config.json of a Llama-type model -> the Megatron arguments that build the same network.
+"""config.json of a supported model -> the Megatron arguments that build the same network.
 
 Whatever Megatron 0.19 would compute differently is refused, never approximated. A missing key means
 the default of the family's Hugging Face configuration class.
@@ -6,9 +6,12 @@ the default of the family's Hugging Face configuration class.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from megatron_eagle.hf.families import Dims, Family
+from megatron_eagle.hf.config_fields import number, require, size, switch
+from megatron_eagle.hf.entries import Dims
+from megatron_eagle.hf.families import Family
 
 # What Megatron's RotaryEmbedding hard-codes; only the factor is a flag.
 MEGATRON_LLAMA3_ROPE = {
@@ -19,58 +22,81 @@ MEGATRON_LLAMA3_ROPE = {
 # Fields that would change the network in a way no table here maps, and the one value accepted.
 REQUIRED_VALUES = {
     "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
     "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
-DEFAULT_SLIDING_WINDOW = 4096
-QWEN3_HEAD_DIM = 128
 
 
 def megatron_args(config: dict[str, Any], family: Family, source: str) -> dict[str, Any]:
     """Megatron argparse names -> values. ValueError, naming `source`, for what is not supported."""
-    for key, value in REQUIRED_VALUES.items():
-        if config.get(key, value) != value:
-            raise ValueError(
-                f"{source}: {key} = {_shown(config[key])} is not supported, only {value!r}"
-            )
-    heads = _size(config, "num_attention_heads", source)
-    hidden = _size(config, "hidden_size", source)
-    groups = _size(config, "num_key_value_heads", source, heads)
+    config = {**family.defaults, **config}
+    require(config, REQUIRED_VALUES, source)
+    heads = size(config, "num_attention_heads", source)
+    hidden = size(config, "hidden_size", source)
+    groups = size(config, "num_key_value_heads", source, heads)
     if heads % groups:
         raise ValueError(
             f"{source}: num_attention_heads {heads} is not a multiple of "
             f"num_key_value_heads {groups}"
         )
+    bias = biases(config, family, source)
     return {
-        "num_layers": _size(config, "num_hidden_layers", source),
+        "num_layers": size(config, "num_hidden_layers", source),
         "hidden_size": hidden,
-        "ffn_hidden_size": _size(config, "intermediate_size", source),
+        "ffn_hidden_size": size(config, "intermediate_size", source),
         "num_attention_heads": heads,
         "group_query_attention": groups != heads,
         "num_query_groups": groups,
-        "kv_channels": _head_dim(config, family, hidden, heads, source),
+        "kv_channels": _head_dim(config, hidden, heads, source),
         "max_position_embeddings": _positions(config, family, source),
         "normalization": "RMSNorm",
-        "norm_epsilon": _number(config, "rms_norm_eps", 1e-6, source),
+        "norm_epsilon": number(config, "rms_norm_eps", 1e-6, source),
         "swiglu": True,
         "position_embedding_type": "rope",
         **_rope_args(config, source),
-        "add_bias_linear": False,
-        "add_qkv_bias": family.qkv_bias,
-        "qk_layernorm": family.qk_norm,
+        # Megatron has one switch for all biases: where only some exist, the others are zeros.
+        "add_bias_linear": bias["attention_bias"] or bias["mlp_bias"],
+        "add_qkv_bias": bias["qkv_bias"],
+        "qk_layernorm": family.fixed.get("qk_norm", False),
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
-        "vocab_size": _size(config, "vocab_size", source),
+        "vocab_size": size(config, "vocab_size", source),
         "make_vocab_size_divisible_by": 128,
+        **(family.moe_args(config, source) if family.moe_args is not None else {}),
     }
 
 
-def dims_of(args: dict[str, Any]) -> Dims:
-    """The symbols of the name tables (and `groups`), from `megatron_args`."""
+def biases(config: Mapping[str, Any], family: Family, source: str) -> dict[str, bool]:
+    """Which linear layers have a bias: attention_bias (the output projection), qkv_bias, mlp_bias.
+
+    A configuration class that has no such field says so in the family's `fixed`.
+    """
+    config = {**family.defaults, **config}
+    given = {
+        key: family.fixed.get(key, switch(config, key, False, source))
+        for key in ("attention_bias", "mlp_bias")
+    }
+    for key, value in given.items():
+        if config.get(key) not in (None, value):
+            raise ValueError(f"{source}: {key} = {config[key]} is not supported, only {value}")
+    return given | {"qkv_bias": family.fixed.get("qkv_bias", given["attention_bias"])}
+
+
+def facts_of(config: dict[str, Any], family: Family, source: str) -> dict[str, Any]:
+    """`megatron_args` and what the name tables also ask for."""
+    args = megatron_args(config, family, source)
     return {
+        **args,
+        **biases(config, family, source),
+        "any_qkv_bias": args["add_qkv_bias"] or args["add_bias_linear"],
+        "untied": args["untie_embeddings_and_output_weights"],
+    }
+
+
+def dims_of(args: Mapping[str, Any]) -> Dims:
+    """The symbols of the name tables (and `groups`), from `megatron_args`."""
+    dims = {
         "V": args["vocab_size"],
         "H": args["hidden_size"],
         "Q": args["num_attention_heads"] * args["kv_channels"],
@@ -79,9 +105,13 @@ def dims_of(args: dict[str, Any]) -> Dims:
         "D": args["kv_channels"],
         "groups": args["num_query_groups"],
     }
+    if args.get("num_experts") is not None:
+        expert = args["moe_ffn_hidden_size"]
+        dims |= {"E": args["num_experts"], "M": expert, "G": 2 * expert}
+    return dims
 
 
-def flags(args: dict[str, Any]) -> list[str]:
+def flags(args: Mapping[str, Any]) -> list[str]:
     """The command line of `args`, for Megatron's parser; values that are off need no flag."""
     words: list[str] = []
     for name, value in args.items():
@@ -89,6 +119,8 @@ def flags(args: dict[str, Any]) -> list[str]:
             words += [] if value else ["--disable-bias-linear"]
         elif isinstance(value, bool):
             words += [_flag(name)] if value else []
+        elif isinstance(value, list):
+            words += [_flag(name), "[" + ",".join(map(str, value)) + "]"]
         else:
             words += [_flag(name), str(value)]
     return words
@@ -103,7 +135,7 @@ def _rope_args(config: dict[str, Any], source: str) -> dict[str, Any]:
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"{source}: rope parameters per layer type are not supported: {rope}")
-    base = _number({**config, **rope}, "rope_theta", 10000.0, source)
+    base = number({**config, **rope}, "rope_theta", 10000.0, source)
     if base != int(base):
         raise ValueError(f"{source}: rope_theta = {base}, but --rotary-base is an integer")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
@@ -124,47 +156,25 @@ def _rope_args(config: dict[str, Any], source: str) -> dict[str, Any]:
                 f"{source}: llama3 rope with {key} = {found!r} is not supported: "
                 f"Megatron's --use-rope-scaling fixes it at {value}"
             )
-    factor = _number(rope, "factor", None, source)
+    factor = number(rope, "factor", None, source)
     return {**args, "use_rope_scaling": True, "rope_scaling_factor": float(factor)}
 
 
 def _positions(config: dict[str, Any], family: Family, source: str) -> int:
     """The longest sequence on which full causal attention IS this model's attention."""
-    positions = _size(config, "max_position_embeddings", source)
+    positions = size(config, "max_position_embeddings", source)
     kinds = set(config.get("layer_types") or []) - {"full_attention", "sliding_attention"}
     if kinds:
         raise ValueError(f"{source}: layer_types {sorted(kinds)} are not supported")
     flag = family.sliding_window_flag
-    if flag is None or not config.get(flag, flag == "sliding_window"):
+    if flag is None or not config.get(flag, False):
         return positions
-    return min(positions, _size(config, "sliding_window", source, DEFAULT_SLIDING_WINDOW))
+    return min(positions, size(config, "sliding_window", source))
 
 
-def _head_dim(config: dict[str, Any], family: Family, hidden: int, heads: int, source: str) -> int:
-    if family.name == "qwen3":
-        return _size(config, "head_dim", source, QWEN3_HEAD_DIM)
+def _head_dim(config: dict[str, Any], hidden: int, heads: int, source: str) -> int:
     if config.get("head_dim") is None and hidden % heads:
         raise ValueError(
             f"{source}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
         )
-    return _size(config, "head_dim", source, hidden // heads)
-
-
-def _size(config: dict[str, Any], key: str, source: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{source}: {key} must be a positive integer, found {value!r}")
-    return value
-
-
-def _number(config: dict[str, Any], key: str, default: float | None, source: str) -> float:
-    value = config.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"{source}: {key} must be a positive number, found {value!r}")
-    return value
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return size(config, "head_dim", source, hidden // heads)

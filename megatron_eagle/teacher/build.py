@@ -2,48 +2,63 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_eagle.attention.backend import LayerBackend
 from megatron_eagle.checkpoint_dir import BaseInfo, resolve_checkpoint
 from megatron_eagle.compat import GPTModel, StrictHandling, TransformerConfig, dist_checkpointing
 
+_FIELDS = {
+    "norm_epsilon": "layernorm_epsilon",
+    "swiglu": "gated_linear_unit",
+    "num_experts": "num_moe_experts",
+}
+"""Megatron's flags that TransformerConfig calls otherwise."""
 
-def base_config(info: BaseInfo, tensor_parallel: int) -> Any:
-    """The base's fp32 TransformerConfig outside the trainer, which makes its own from flags."""
-    import torch
 
-    args = info.megatron_args
-    same = (
-        "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups",
-        "kv_channels", "normalization", "add_bias_linear", "add_qkv_bias", "qk_layernorm",
-    )  # fmt: skip
+def base_config(info: BaseInfo, tensor_parallel: int, **parallelism: Any) -> Any:
+    """The base's fp32 TransformerConfig outside the trainer, which makes its own from flags.
+
+    ``parallelism``: further fields of it, such as ``pipeline_model_parallel_size``.
+    """
+    known = {item.name for item in fields(TransformerConfig)}
+    given = {_FIELDS.get(name, name): value for name, value in info.megatron_args.items()}
     return TransformerConfig(
-        **{name: args[name] for name in same},
-        layernorm_epsilon=args["norm_epsilon"],
-        gated_linear_unit=args["swiglu"],
+        **{name: value for name, value in given.items() if name in known},
         activation_func=torch.nn.functional.silu,
-        attention_dropout=0.0,
-        hidden_dropout=0.0,
         tensor_model_parallel_size=tensor_parallel,
         apply_rope_fusion=False,
         masked_softmax_fusion=False,
         bias_activation_fusion=False,
         gradient_accumulation_fusion=False,
         persist_layer_norm=False,
+        **parallelism,
     )
 
 
-def build_base(config: Any, info: BaseInfo, backend: LayerBackend, pg_collection: Any) -> Any:
-    """The base's GPTModel, without weights; the vocabulary padded as Megatron pads it."""
+def build_base(
+    config: Any,
+    info: BaseInfo,
+    backend: LayerBackend,
+    pg_collection: Any,
+    pre_process: bool = True,
+    post_process: bool = True,
+) -> Any:
+    """The base's GPTModel, without weights; the vocabulary padded as Megatron pads it.
+
+    A pipeline stage without the embedding or the output layer says so by ``pre_process`` and
+    ``post_process``.
+    """
     args = info.megatron_args
     multiple = args["make_vocab_size_divisible_by"] * pg_collection.tp.size()
     return GPTModel(
         config=config,
-        transformer_layer_spec=backend.base_layer_spec(config),
+        transformer_layer_spec=backend.base_spec(config, pg_collection.pp.rank()),
         vocab_size=-(-info.vocab_size // multiple) * multiple,
         max_sequence_length=args["max_position_embeddings"],
         share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
@@ -52,6 +67,8 @@ def build_base(config: Any, info: BaseInfo, backend: LayerBackend, pg_collection
         rotary_base=args["rotary_base"],
         rope_scaling=args.get("use_rope_scaling", False),
         rope_scaling_factor=args.get("rope_scaling_factor", 8.0),
+        pre_process=pre_process,
+        post_process=post_process,
         pg_collection=pg_collection,
     )
 

@@ -40,7 +40,6 @@ _UNSUPPORTED: dict[str, int | bool | None] = {
     "pipeline_model_parallel_size": 1,
     "expert_model_parallel_size": 1,
     "num_layers_per_virtual_pipeline_stage": None,
-    "num_experts": None,
     "multi_latent_attention": False,
     "use_torch_fsdp2": False,
     "use_megatron_fsdp": False,

@@ -1,7 +1,8 @@
-"""An imported base computes the Hugging Face model's logits in every TP and PP layout."""
+"""An imported base computes the Hugging Face model's logits in every layout."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,33 +17,68 @@ from tests.tiny_hf import SIZES, logits_of, make_base
 
 RELATIVE = 1e-4
 LENGTH, BATCH = 16, 2
-LAYOUTS = [(1, 1), (2, 1), (1, 2)]
+LAYOUTS = [{}, {"tp": 2}, {"pp": 2}]
+DENSE = ("llama", "mistral", "qwen2", "qwen3")
+MOE = ("mixtral", "qwen3_moe")
 CASES = [
-    (family, *layout) for family in ("llama", "mistral", "qwen2", "qwen3") for layout in LAYOUTS
+    *[(family, layout) for family in DENSE + MOE for layout in LAYOUTS],
+    *[(family, {"ep": 2}) for family in MOE],
+    ("llama", {"tp": 4}),
+    ("qwen2", {"tp": 2, "pp": 2}),
+    ("qwen3_moe", {"tp": 2, "ep": 2}),
 ]
 
 
-@pytest.mark.parametrize(("family", "tp", "pp"), [*CASES, ("llama", 4, 1), ("qwen2", 2, 2)])
-def test_logits_equal_hugging_face(family: str, tp: int, pp: int, tmp_path: Path) -> None:
-    model = make_base(tmp_path / "hf", family)
-    import_base(tmp_path / "hf", tmp_path / "base")
+def _name(value: Any) -> str:
+    if isinstance(value, dict):
+        return "-".join(f"{key}{size}" for key, size in value.items()) or "one"
+    return str(value)
+
+
+@pytest.mark.parametrize(("family", "layout"), CASES, ids=_name)
+def test_logits_equal_hugging_face(family: str, layout: dict[str, int], tmp_path: Path) -> None:
+    check_logits(tmp_path, family, layout)
+
+
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [
+        ("llama", {"attention_bias": True}),
+        ("llama", {"mlp_bias": True}),
+        ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": []}),
+    ],
+)
+def test_variants_equal_hugging_face(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    check_logits(tmp_path, family, {"tp": 2}, **fields)
+
+
+def check_logits(folder: Path, family: str, layout: dict[str, int], **fields: Any) -> None:
+    """Import a tiny base and compare its logits on the layout's ranks with transformers'."""
+    model = make_base(folder / "hf", family, **fields)
+    import_base(folder / "hf", folder / "base")
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(SIZES["vocab_size"], (BATCH, LENGTH), generator=generator)
     expected = logits_of(model, tokens)
-    padded = run_distributed(_logits, tp * pp, tp, pp, str(tmp_path / "base"), tokens)[-1]
+    tp = layout.get("tp", 1)
+    padded = run_distributed(
+        _logits, math.prod(layout.values()), layout, str(folder / "base"), tokens
+    )[-1]
     found = padded[..., : SIZES["vocab_size"]]
     assert padded.shape[-1] == 128 * tp
     assert not padded[..., SIZES["vocab_size"] :].any(), "rows of padding are zero"
     assert (found - expected).abs().max() < RELATIVE * expected.abs().max()
 
 
-def _logits(rank: int, world_size: int, tp: int, pp: int, directory: str, tokens: Tensor) -> Any:
+def _logits(
+    rank: int, world_size: int, layout: dict[str, int], directory: str, tokens: Tensor
+) -> Any:
     """Logits [B, S, V] over all TP ranks, on the last pipeline stage."""
-    groups = megatron_parallel(tp=tp, pp=pp)
-    model = _gpt(load_base_json(directory).megatron_args, tp, pp, groups)
+    groups = megatron_parallel(**layout)
+    tp, pp = layout.get("tp", 1), layout.get("pp", 1)
+    first, last = groups.pp.rank() == 0, groups.pp.rank() == pp - 1
+    model = _gpt(directory, layout, groups, first, last)
     _load(model, directory)
     positions = torch.arange(LENGTH).expand(BATCH, LENGTH)
-    first, last = groups.pp.rank() == 0, groups.pp.rank() == pp - 1
     if not first:
         hidden = torch.empty(LENGTH, BATCH, SIZES["hidden_size"])
         torch.distributed.recv(hidden, rank - tp)
@@ -57,38 +93,19 @@ def _logits(rank: int, world_size: int, tp: int, pp: int, directory: str, tokens
     return torch.cat(shards, dim=-1)
 
 
-def _gpt(args: dict[str, Any], tp: int, pp: int, groups: Any) -> Any:
-    from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-    from megatron.core.transformer import TransformerConfig
+def _gpt(directory: str, layout: dict[str, int], groups: Any, first: bool, last: bool) -> Any:
+    from megatron_eagle.attention.backend import local_backend
+    from megatron_eagle.teacher.build import base_config, build_base
 
-    same = "num_layers hidden_size ffn_hidden_size num_attention_heads num_query_groups kv_channels"
-    same += " normalization add_bias_linear add_qkv_bias attention_dropout hidden_dropout"
-    config = TransformerConfig(
-        **{name: args[name] for name in (*same.split(), "qk_layernorm")},
-        layernorm_epsilon=args["norm_epsilon"],
-        gated_linear_unit=args["swiglu"],
-        activation_func=torch.nn.functional.silu,
-        tensor_model_parallel_size=tp,
-        pipeline_model_parallel_size=pp,
+    info = load_base_json(directory)
+    config = base_config(
+        info,
+        layout.get("tp", 1),
+        pipeline_model_parallel_size=layout.get("pp", 1),
+        expert_model_parallel_size=layout.get("ep", 1),
         pipeline_dtype=torch.float32,
-        apply_rope_fusion=False,
-        masked_softmax_fusion=False,
     )
-    divisor = args["make_vocab_size_divisible_by"] * tp
-    model = GPTModel(
-        config,
-        get_gpt_layer_local_spec(qk_layernorm=args["qk_layernorm"], normalization="RMSNorm"),
-        -(-args["vocab_size"] // divisor) * divisor,
-        args["max_position_embeddings"],
-        pre_process=groups.pp.rank() == 0,
-        post_process=groups.pp.rank() == pp - 1,
-        share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
-        position_embedding_type=args["position_embedding_type"],
-        rotary_base=args["rotary_base"],
-        pg_collection=groups,
-    )
-    return model.eval()
+    return build_base(config, info, local_backend(), groups, first, last).eval()
 
 
 def _load(model: Any, directory: str) -> None:

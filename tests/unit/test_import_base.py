@@ -112,7 +112,7 @@ def test_sharded_directory_and_row_blocks_give_the_same_tensors(
 ) -> None:
     import_base(hf, hf.parent / "whole")
     shard(hf)
-    monkeypatch.setattr("megatron_eagle.hf.import_base.CHUNK_BYTES", 7 * 48 * 4)
+    monkeypatch.setattr("megatron_eagle.hf.base_chunks.CHUNK_BYTES", 7 * 48 * 4)
     import_base(hf, hf.parent / "blocks")
     whole, blocks = stored_tensors(hf.parent / "whole"), stored_tensors(hf.parent / "blocks")
     assert whole.keys() == blocks.keys()
@@ -174,8 +174,11 @@ def test_llama3_rope_equals_hugging_face() -> None:
         ),
         ({"rope_theta": 10000.5}, "rope_theta = 10000.5"),
         ({"rope_parameters": {"full_attention": {}}}, "per layer type"),
-        ({"attention_bias": True}, "attention_bias = True"),
-        ({"mlp_bias": True}, "mlp_bias = True"),
+        ({"attention_bias": 1}, "attention_bias must be true or false"),
+        (
+            {"architectures": ["MistralForCausalLM"], "attention_bias": True},
+            "attention_bias = True is not supported",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
         ({"hidden_size": "48"}, "hidden_size must be a positive integer"),

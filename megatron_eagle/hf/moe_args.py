@@ -1,0 +1,60 @@
+"""The experts and routers of a config.json as Megatron arguments, one function per kind of router.
+
+A router that Megatron 0.19 would compute differently is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from megatron_eagle.hf.config_fields import size, switch
+
+
+def softmax_after_topk(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Mixtral: the softmax over the chosen experts' logits, every layer, experts as wide as
+    intermediate_size."""
+    return {
+        "num_experts": size(config, "num_local_experts", source),
+        "moe_ffn_hidden_size": size(config, "intermediate_size", source),
+        **_softmax(config, True, source),
+    }
+
+
+def qwen3_moe(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Qwen3-MoE: softmax over all experts, renormalised or not, in some or all layers."""
+    experts = "num_experts" if config.get("num_local_experts") is None else "num_local_experts"
+    dense = config.get("mlp_only_layers") or []
+    step = size(config, "decoder_sparse_step", source, 1)
+    layers = range(size(config, "num_hidden_layers", source))
+    return {
+        "num_experts": size(config, experts, source),
+        "moe_ffn_hidden_size": size(config, "moe_intermediate_size", source),
+        **_softmax(config, switch(config, "norm_topk_prob", False, source), source),
+        **_layers([layer not in dense and (layer + 1) % step == 0 for layer in layers]),
+    }
+
+
+def moe_layers(args: Mapping[str, Any]) -> list[bool]:
+    """Whether each layer's MLP is a MoE."""
+    if args.get("num_experts") is None:
+        return [False] * args["num_layers"]
+    pattern = args.get("moe_layer_freq", [1] * args["num_layers"])
+    return [bool(layer) for layer in pattern]
+
+
+def _softmax(config: Mapping[str, Any], renormalised: bool, source: str) -> dict[str, Any]:
+    topk = size(config, "num_experts_per_tok", source)
+    if renormalised and topk == 1:
+        raise ValueError(f"{source}: a renormalised top-1 router is not supported by Megatron")
+    return {
+        "moe_router_topk": topk,
+        "moe_router_score_function": "softmax",
+        # A softmax over all, renormalised over the chosen, is the softmax over the chosen.
+        "moe_router_pre_softmax": not renormalised,
+    }
+
+
+def _layers(moe: Sequence[bool]) -> dict[str, Any]:
+    """The pattern, which gives every layer checkpoint keys of its own, only where it is needed."""
+    return {} if all(moe) else {"moe_layer_freq": [int(layer) for layer in moe]}
