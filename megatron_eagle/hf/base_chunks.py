@@ -82,7 +82,7 @@ class BaseTensors:
 
     def extra_states(self) -> dict[str, None]:
         """Megatron's linear layers ask for an (empty) extra state when loaded strictly."""
-        states = {}
+        states: dict[str, None] = {}
         for layer, entries in enumerate(self.layers):
             for entry in entries:
                 module, _, parameter = entry.megatron.rpartition(".")

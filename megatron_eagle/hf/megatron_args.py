@@ -26,6 +26,20 @@ REQUIRED_VALUES = {
     "quantization_config": None,
 }
 
+# What Megatron's parser gives where `megatron_args` has no entry: a dense GQA network.
+ABSENT = {
+    "num_experts": None,
+    "moe_layer_freq": 1,
+    "moe_shared_expert_intermediate_size": None,
+    "multi_latent_attention": False,
+    "softmax_type": "vanilla",
+    "window_size": None,
+    "window_attn_skip_freq": None,
+    "use_rope_scaling": False,
+    "qk_l2_norm": False,
+    "mtp_num_layers": None,
+}
+
 
 def megatron_args(config: dict[str, Any], family: Family, source: str) -> dict[str, Any]:
     """Megatron argparse names -> values. ValueError, naming `source`, for what is not supported."""

@@ -16,6 +16,7 @@ from megatron.training.arguments import parse_and_validate_args
 
 from megatron_eagle.checkpoint_dir import BaseInfo, load_base_json
 from megatron_eagle.config import EagleConfig, add_eagle_flags
+from megatron_eagle.hf.megatron_args import ABSENT
 from megatron_eagle.hf.megatron_args import flags as megatron_flags
 from megatron_eagle.platform import is_enabled
 from megatron_eagle.training.layout import check_layout
@@ -132,7 +133,7 @@ def _check_recompute(args: argparse.Namespace) -> None:
 
 
 def _check_dimensions(args: argparse.Namespace, base: BaseInfo) -> None:
-    for name, value in base.megatron_args.items():
+    for name, value in {**ABSENT, **base.megatron_args}.items():
         if name in ("vocab_size", "max_position_embeddings", "make_vocab_size_divisible_by"):
             continue
         given = getattr(args, _ALIASES.get(name, name), None)
