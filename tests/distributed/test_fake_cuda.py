@@ -1,0 +1,90 @@
+"""Base, draft, loss and attention on CUDA's devices and dtypes, by fake tensors: no GPU needed."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from unittest import mock
+
+import pytest
+import torch
+
+from tests.distributed.harness import run_distributed
+from tests.fake_cuda import DEVICE, RecordedFunctions, fake_cuda
+
+VOCAB, HIDDEN = 61, 64
+BASE_ARGS = {
+    "make_vocab_size_divisible_by": 4,
+    "max_position_embeddings": 64,
+    "untie_embeddings_and_output_weights": True,
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "rotary_base": 10000,
+    "ffn_hidden_size": 96,
+}
+
+
+def _config(world: int, sequence_parallel: bool, dtype: torch.dtype):
+    from megatron.core.transformer import TransformerConfig
+
+    return TransformerConfig(
+        num_layers=7, hidden_size=HIDDEN, ffn_hidden_size=96, num_attention_heads=8,
+        num_query_groups=4, kv_channels=8, normalization="RMSNorm", gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu, add_bias_linear=False, hidden_dropout=0.0,
+        attention_dropout=0.0, tensor_model_parallel_size=world, params_dtype=dtype,
+        sequence_parallel=sequence_parallel, bf16=dtype == torch.bfloat16,
+        gradient_accumulation_fusion=False, bias_activation_fusion=False,
+        calculate_per_token_loss=True,
+    )  # fmt: skip
+
+
+def _train_forward(rank: int, _: int, world: int, sequence_parallel: bool, dtype: str) -> tuple:
+    """What the trainer does up to the loss, and the backward of our own autograd functions;
+    returns the devices and dtypes it ended with."""
+    fake = fake_cuda(world)
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+    from megatron_eagle.checkpoint_dir import BaseInfo
+    from megatron_eagle.config import EagleConfig
+    from megatron_eagle.objective.batch import EagleBatch
+    from megatron_eagle.platform import enable
+    from megatron_eagle.training import builder
+
+    assert not enable()
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=world, create_gloo_process_groups=False
+    )
+    model_parallel_cuda_manual_seed(1)
+    groups = ProcessGroupCollection.use_mpu_process_groups()
+    options = EagleConfig(base_checkpoint="base", aux_layers=(1, 2, 3), mask_out_of_vocab=True)
+    info = BaseInfo("llama", "fake", "", VOCAB, {}, BASE_ARGS)
+    flags = Namespace(transformer_impl="local")
+    batch = EagleBatch.build(torch.zeros(2, 16, dtype=torch.int64), torch.ones(2, 16), 3)
+    kind = getattr(torch, dtype)
+    with (
+        mock.patch.object(builder, "get_args", return_value=flags),
+        mock.patch.object(builder, "load_base"),
+        fake,
+    ):
+        build = builder.ModelBuilder(options, info, torch.arange(0, VOCAB, 2))
+        model = build(config=_config(world, sequence_parallel, kind), pg_collection=groups)
+        model.cuda(0)
+        if kind == torch.bfloat16:
+            model.bfloat16()
+        with RecordedFunctions("megatron_eagle.") as functions:
+            loss, sums = model(batch.to(0))
+        assert functions.check_gradients() >= {"_TrunkBranch", "_SoftCrossEntropy"}
+    assert {p.device for p in model.parameters()} == {DEVICE}
+    return str(loss.device), loss.dtype, str(sums.device), sums.dtype
+
+
+@pytest.mark.parametrize(
+    ("world", "sequence_parallel", "dtype"),
+    [(1, False, "float32"), (1, False, "bfloat16"), (2, False, "bfloat16"), (2, True, "bfloat16")],
+)
+def test_a_forward_stays_on_the_device_and_never_asks_the_host(
+    world: int, sequence_parallel: bool, dtype: str
+) -> None:
+    (found,) = run_distributed(_train_forward, 1, world, sequence_parallel, dtype)
+    assert found == ("cuda:0", torch.float32, "cuda:0", torch.float32)
