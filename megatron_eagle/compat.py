@@ -17,6 +17,7 @@ TESTED_MEGATRON = "0.19.2"
 _PATHS = {
     "ColumnParallelLinear": "megatron.core.tensor_parallel:ColumnParallelLinear",
     "GPTModel": "megatron.core.models.gpt:GPTModel",
+    "IdentityOp": "megatron.core.transformer.identity_op:IdentityOp",
     "LocalSpecProvider": "megatron.core.models.backends:LocalSpecProvider",
     "MegatronModule": "megatron.core.transformer.module:MegatronModule",
     "StrictHandling": "megatron.core.dist_checkpointing.validation:StrictHandling",

@@ -12,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+ALGORITHMS = ("eagle1", "eagle3", "eagle3.1")
+REGRESSION_WEIGHT = 10.0
+
 
 def _option(default: Any, help_text: str, **flag: Any) -> Any:
     """A dataclass field whose ``flag`` entries go to ``ArgumentParser.add_argument``."""
@@ -20,7 +23,7 @@ def _option(default: Any, help_text: str, **flag: Any) -> Any:
 
 @dataclass(frozen=True)
 class EagleConfig:
-    """Options of an EAGLE-3 draft and of its training.
+    """Options of an EAGLE draft and of its training.
 
     Raises ``ValueError`` on construction, naming the flag and its value, when an option makes no
     sense by itself; :meth:`check_against_base` does so for what depends on the base.
@@ -28,6 +31,25 @@ class EagleConfig:
 
     base_checkpoint: str | None = _option(
         None, "Megatron checkpoint of the frozen base (from tools/import_base.py)", metavar="DIR"
+    )
+    algorithm: str = _option(
+        "eagle3",
+        "eagle1 (also EAGLE-2: reads the base's last hidden, shares its output layer, regresses "
+        "the hidden), eagle3, or eagle3.1 (a norm per captured layer, and the normed output is "
+        "fed back)",
+        choices=ALGORITHMS,
+    )
+    norm_before_fc: bool = _option(
+        False, "EAGLE-3: one RMSNorm over the concatenated captured layers, in front of fc"
+    )
+    norm_before_residual: bool = _option(
+        False, "EAGLE-3: the first layer's residual is the normed hidden, not the plain one"
+    )
+    regression_weight: float | None = _option(
+        None,
+        "EAGLE-1: weight of the smooth-L1 loss on the hidden beside the cross-entropy (default: "
+        f"{REGRESSION_WEIGHT:g}, as EAGLE's own 1 : 0.1)",
+        type=float,
     )
     ttt_steps: int = _option(3, "K: test-time-training steps the draft is unrolled for", type=int)
     aux_layers: tuple[int, ...] | None = _option(
@@ -98,9 +120,49 @@ class EagleConfig:
             raise ValueError(f"--eagle-step-decay must be in (0, 1], not {self.step_decay}")
         if self.aux_layers is not None:
             _check_aux_layers(self.aux_layers)
+        self._check_algorithm()
+
+    def _check_algorithm(self) -> None:
+        """What one algorithm has and another has not: an option without effect is a mistake."""
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(
+                f"--eagle-algorithm must be one of {', '.join(ALGORITHMS)}, not {self.algorithm}"
+            )
+        if self.algorithm == "eagle1":
+            for name in _NOT_EAGLE1:
+                value = getattr(self, name)
+                if value not in (None, False):
+                    raise ValueError(
+                        f"{_shown(name, value)}: --eagle-algorithm eagle1 reads the base's last "
+                        "hidden alone and shares its whole output layer"
+                    )
+        elif self.regression_weight is not None:
+            raise ValueError(
+                f"--eagle-regression-weight {self.regression_weight}: only --eagle-algorithm "
+                "eagle1 regresses the hidden"
+            )
+        if self.regression_weight is not None and self.regression_weight < 0:
+            raise ValueError(
+                f"--eagle-regression-weight must not be negative: {self.regression_weight}"
+            )
+        if self.algorithm == "eagle3.1" and self.norm_before_fc:
+            raise ValueError(
+                "--eagle-norm-before-fc: --eagle-algorithm eagle3.1 has a norm per captured layer "
+                "there already"
+            )
+
+    @property
+    def hidden_loss_weight(self) -> float:
+        """The weight of the smooth-L1 loss on the hidden: 0 for all but EAGLE-1."""
+        if self.algorithm != "eagle1":
+            return 0.0
+        return REGRESSION_WEIGHT if self.regression_weight is None else self.regression_weight
 
     def captured_layers(self, base_layers: int) -> tuple[int, ...]:
-        """The captured layers of a base of ``base_layers`` layers: 0-based, outputs, ascending."""
+        """The captured layers of a base of ``base_layers`` layers: 0-based, outputs, ascending;
+        none for EAGLE-1, which reads the final hidden."""
+        if self.algorithm == "eagle1":
+            return ()
         if self.aux_layers is not None:
             return self.aux_layers
         if base_layers < 7:
@@ -145,6 +207,22 @@ class EagleConfig:
     def to_mapping(self) -> dict[str, Any]:
         """The options as JSON-serialisable values."""
         return dataclasses.asdict(self)
+
+
+_NOT_EAGLE1 = (
+    "aux_layers",
+    "norm_before_fc",
+    "norm_before_residual",
+    "draft_vocab_size",
+    "vocab_map",
+    "mask_out_of_vocab",
+)
+
+
+def _shown(name: str, value: Any) -> str:
+    """The flag as a user would have typed it."""
+    words = value if isinstance(value, tuple) else () if value is True else (value,)
+    return " ".join([flag_name(name), *map(str, words)])
 
 
 def flag_name(field_name: str) -> str:

@@ -78,16 +78,29 @@ def build_model(case: Case) -> Any:
         mask_out_of_vocab=reference.mask_out_of_vocab,
         detach_steps=reference.detach_steps,
         logits_budget_mib=case.logits_budget_mib,
+        **algorithm_of(reference),
     )
     shard = draft_vocab_shard(
         case.vocab_ids.numel(), reference.vocab_size, base.output_weight.shape[0], groups.tp
     )
     draft = EagleDraft(
-        config, local_backend(), reference.num_aux, case.vocab_ids, shard,
-        encode_metadata({}), groups,
+        config, local_backend(), options, reference.num_aux, case.vocab_ids, shard,
+        encode_metadata({}), groups, lambda: base.output_weight,
     )  # fmt: skip
     load_reference_weights(draft, case)
     return EagleGPTModel(base, draft, options)
+
+
+def algorithm_of(reference: ReferenceConfig) -> dict[str, Any]:
+    """The options that give the reference's draft."""
+    if reference.eagle1:
+        return {"algorithm": "eagle1", "regression_weight": reference.regression}
+    assert reference.fc_norm == reference.norm_output
+    return {
+        "algorithm": "eagle3.1" if reference.fc_norm else "eagle3",
+        "norm_before_fc": reference.norm_before_fc,
+        "norm_before_residual": reference.norm_before_residual,
+    }
 
 
 class GivenBase(torch.nn.Module):
@@ -148,22 +161,26 @@ def draft_groups() -> Any:
 
 def megatron_names(case: Case) -> dict[str, tuple[list[str], str]]:
     """Package parameter -> (reference parameters, how they are joined and sharded)."""
-    one = case.config.num_layers == 1
-    names = {
-        "fc.weight": (["fc.weight"], "rows" if not case.sequence_parallel else "whole"),
-        "norm.weight": (["norm.weight"], "whole"),
-        "lm_head.weight": (["lm_head.weight"], "vocab"),
-    }
+    one, eagle1 = case.config.num_layers == 1, case.config.eagle1
+    names = {"fc.weight": (["fc.weight"], "rows" if not case.sequence_parallel else "whole")}
+    if not eagle1:
+        names |= {
+            "norm.weight": (["norm.weight"], "whole"),
+            "lm_head.weight": (["lm_head.weight"], "vocab"),
+        }
+    norms = [f"fc_norm.{i}.weight" for i in range(case.config.num_aux) if case.config.fc_norm]
+    norms += ["input_norm.weight"] if case.config.norm_before_fc else []
+    names |= {name: ([name], "whole") for name in norms}
     for i in range(case.config.num_layers):
         ours, theirs = f"layers.{i}.", "midlayer." if one else f"layers.{i}."
-        if i == 0:
+        if i == 0 and not eagle1:
             names |= {
                 f"{ours}input_layernorm.embedding_norm.weight": (
                     [f"{theirs}input_layernorm.weight"], "whole"),
                 f"{ours}input_layernorm.hidden_norm.weight": (
                     [f"{theirs}hidden_norm.weight"], "whole"),
             }  # fmt: skip
-        else:
+        elif i > 0:
             names[f"{ours}input_layernorm.weight"] = ([f"{theirs}input_layernorm.weight"], "whole")
         attention = f"{theirs}self_attn."
         names |= {

@@ -23,13 +23,13 @@ def draft_chain(
     """
     if tokens.dim() != 1 or len(tokens) < 2 or len(aux) != len(tokens) - 1:
         raise ValueError(f"tokens {tuple(tokens.shape)} and aux {tuple(aux.shape)}: want n + 1, n")
-    hidden = model.fc(aux)[None]
+    hidden = model.start(aux)[None]
     consumed = tokens[1:]
     ids, logits = [], []
     for _ in range(num_steps):
         output = model.step(hidden, consumed[None], [[] for _ in model.blocks()])[:, -1:]
         logits.append(model.lm_head(model.norm(output))[0, 0])
         ids.append(model.vocab_ids[logits[-1].argmax()])
-        hidden = torch.cat([hidden, output], dim=1)
+        hidden = torch.cat([hidden, model.fed_back(output)], dim=1)
         consumed = torch.cat([consumed, ids[-1][None]])
     return torch.stack(ids), torch.stack(logits)

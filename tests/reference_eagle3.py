@@ -1,4 +1,4 @@
-"""The EAGLE-3 oracle: plain PyTorch, one process, dense masks, full softmax, ordinary autograd.
+"""The EAGLE oracle: plain PyTorch, one process, dense masks, full softmax, ordinary autograd.
 
 Nothing here comes from the package under test or from Megatron. Parameters carry the names of the
 Hugging Face files, so an exported checkpoint loads with no name table in between.
@@ -53,7 +53,11 @@ def soft_cross_entropy(draft_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 class ReferenceEagle3(nn.Module):
-    """The draft. `embed_weight` [V, H] is the base's, frozen; `vocab_ids` int64 [D] ascending."""
+    """The draft. `embed_weight` [V, H] is the base's, frozen; `vocab_ids` int64 [D] ascending.
+
+    With `eagle1` the caller puts the base's output rows into `lm_head` and freezes it, and `aux` is
+    the base's final hidden (num_aux 1).
+    """
 
     d2t: Tensor
     t2d: Tensor
@@ -65,14 +69,21 @@ class ReferenceEagle3(nn.Module):
         super().__init__()
         self.config = config
         size = config.hidden_size
-        self.fc = nn.Linear(config.num_aux * config.target_hidden_size, size, bias=False)
+        inputs = config.num_aux * config.target_hidden_size + (size if config.eagle1 else 0)
+        self.fc = nn.Linear(inputs, size, bias=False)
+        if config.fc_norm:
+            norms = [nn.RMSNorm(config.target_hidden_size, eps=config.rms_eps)
+                     for _ in range(config.num_aux)]  # fmt: skip
+            self.fc_norm = nn.ModuleList(norms)
+        if config.norm_before_fc:
+            self.input_norm = nn.RMSNorm(inputs, eps=config.rms_eps)
         if config.num_layers == 1:
             self.midlayer = ReferenceLayer(config, first=True)
         else:
             self.layers = nn.ModuleList(
                 ReferenceLayer(config, first=i == 0) for i in range(config.num_layers)
             )
-        self.norm = nn.RMSNorm(size, eps=config.rms_eps)
+        self.norm = nn.Identity() if config.eagle1 else nn.RMSNorm(size, eps=config.rms_eps)
         self.lm_head = nn.Linear(size, config.draft_vocab_size, bias=False)
         d2t, t2d = vocabulary_maps(config, vocab_ids)
         self.register_buffer("d2t", d2t)
@@ -117,9 +128,26 @@ class ReferenceEagle3(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens, self.embed_weight)
 
+    def start(self, aux: Tensor) -> Tensor:
+        """What step 0 reads of the base, [..., A*Ht] -> [..., H]."""
+        if self.config.eagle1:
+            return aux
+        if self.config.fc_norm:
+            parts = aux.chunk(self.config.num_aux, dim=-1)
+            aux = torch.cat([n(part) for n, part in zip(self.fc_norm, parts, strict=True)], dim=-1)
+        if self.config.norm_before_fc:
+            aux = self.input_norm(aux)
+        return self.fc(aux)
+
+    def fed_back(self, output: Tensor) -> Tensor:
+        """What the next step reads of a step's output."""
+        return self.norm(output) if self.config.norm_output else output
+
     def step(self, hidden: Tensor, tokens: Tensor, past: list[list[KeyValue]]) -> Tensor:
         """One pass: hidden [B, S, H] and the consumed tokens [B, S] -> pre-norm output."""
         embedding = self.embed(tokens)
+        if self.config.eagle1:
+            hidden = self.fc(torch.cat([embedding, hidden], dim=-1))
         for block, layer_past in zip(self.blocks(), past, strict=True):
             hidden = block(hidden, embedding, layer_past)
         return hidden
@@ -129,13 +157,32 @@ class ReferenceEagle3(nn.Module):
     ) -> dict[str, Tensor]:
         """aux [B,S,A*Ht], tokens [B,S], base_logits [B,S,V], loss_mask [B,S] -> see `objective`."""
         past: list[list[KeyValue]] = [[] for _ in range(self.config.num_layers)]
-        hidden, logits = self.fc(aux), []
+        hidden, logits, outputs = self.start(aux), [], []
         for t in range(self.config.ttt_steps):
-            hidden = self.step(hidden, shift_left(tokens, t + 1), past)
-            logits.append(self.lm_head(self.norm(hidden)))
+            output = self.step(hidden, shift_left(tokens, t + 1), past)
+            outputs.append(output)
+            logits.append(self.lm_head(self.norm(output)))
+            hidden = self.fed_back(output)
             if self.config.detach_steps:
                 hidden = hidden.detach()
-        return self.objective(torch.stack(logits), base_logits, loss_mask)
+        result = self.objective(torch.stack(logits), base_logits, loss_mask)
+        return self.regress(result, outputs, aux) if self.config.eagle1 else result
+
+    def regress(
+        self, result: dict[str, Tensor], outputs: list[Tensor], final: Tensor
+    ) -> dict[str, Tensor]:
+        """`result` with EAGLE-1's loss on the hidden: step t of row p against the base's at p+1+t.
+        Adds `regression_sums` [K]."""
+        sums = []
+        for t, output in enumerate(outputs):
+            error = (output - shift_left(final, t + 1)).abs()
+            smooth = torch.where(error < 1, error.square() / 2, error - 0.5).mean(-1)
+            sums.append((smooth * result["valid_rows"][t]).sum())
+        stacked = torch.stack(sums)
+        weights = self.config.step_decay ** torch.arange(len(sums), dtype=stacked.dtype)
+        share = (weights * stacked).sum() / result["counts"][0].clamp(min=1)
+        loss = result["loss"] + self.config.regression * share
+        return {**result, "loss": loss, "regression_sums": stacked}
 
     def objective(
         self, logits: Tensor, base_logits: Tensor, loss_mask: Tensor

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+NORM_FLAGS = ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual")
 KeyValue = tuple[Tensor, Tensor]
 
 
@@ -23,6 +24,8 @@ class ReferenceConfig:
 
     `mask_out_of_vocab` drops the rows whose base argmax the draft cannot say. `detach_steps` cuts
     the fed-back hidden between steps; cached keys and values still reach their projections.
+    `fc_norm` and `norm_output` together are EAGLE-3.1. `eagle1` reads [embedding ; hidden] through
+    fc at every step, has no norms around its layers, and regresses the hidden with `regression`.
     """
 
     hidden_size: int
@@ -41,13 +44,18 @@ class ReferenceConfig:
     step_decay: float = 0.8
     mask_out_of_vocab: bool = False
     detach_steps: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+    norm_before_fc: bool = False
+    norm_before_residual: bool = False
+    eagle1: bool = False
+    regression: float = 10.0
 
     @classmethod
     def from_hf(cls, path: Path, **objective: Any) -> ReferenceConfig:
         """Read config.json; `objective` sets what it does not hold (ttt_steps, step_decay, ...)."""
         hf = json.loads(path.read_text(encoding="utf-8"))
-        for flag in ("norm_output", "fc_norm", "norm_before_fc", "norm_before_residual",
-                     "attention_bias", "mlp_bias"):  # fmt: skip
+        for flag in ("attention_bias", "mlp_bias"):
             if hf.get(flag):
                 raise ValueError(f"{path}: the oracle does not implement {flag}={hf[flag]}")
         if hf.get("hidden_act", "silu") != "silu":
@@ -71,6 +79,7 @@ class ReferenceConfig:
             num_aux=hf.get("num_aux_hidden_states") or (len(layer_ids) if layer_ids else 3),
             rope_theta=rope.get("rope_theta") or hf["rope_theta"],
             rms_eps=hf["rms_norm_eps"],
+            **{flag: bool(hf.get(flag)) for flag in NORM_FLAGS},
             **objective,
         )
 
@@ -134,12 +143,17 @@ class ReferenceMLP(nn.Module):
 
 
 class ReferenceLayer(nn.Module):
-    """Layer 0 reads [embedding ; hidden] (2H); later layers read the hidden alone."""
+    """EAGLE-3's layer 0 reads [embedding ; hidden] (2H), EAGLE-1's the hidden without a norm; later
+    layers read the normed hidden."""
 
     def __init__(self, config: ReferenceConfig, first: bool) -> None:
         super().__init__()
         size = config.hidden_size
-        self.input_layernorm = nn.RMSNorm(size, eps=config.rms_eps)
+        self.config = config
+        self.plain = first and config.eagle1
+        first = first and not config.eagle1
+        if not self.plain:
+            self.input_layernorm = nn.RMSNorm(size, eps=config.rms_eps)
         if first:
             self.hidden_norm = nn.RMSNorm(size, eps=config.rms_eps)
         self.self_attn = ReferenceAttention(config, 2 * size if first else size)
@@ -148,8 +162,12 @@ class ReferenceLayer(nn.Module):
         self.first = first
 
     def forward(self, hidden: Tensor, embedding: Tensor, past: list[KeyValue]) -> Tensor:
-        if self.first:
-            x = torch.cat([self.input_layernorm(embedding), self.hidden_norm(hidden)], dim=-1)
+        if self.plain:
+            x = hidden
+        elif self.first:
+            normed = self.hidden_norm(hidden)
+            x = torch.cat([self.input_layernorm(embedding), normed], dim=-1)
+            hidden = normed if self.config.norm_before_residual else hidden
         else:
             x = self.input_layernorm(hidden)
         hidden = hidden + self.self_attn(x, past)

@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_eagle.decode.cache import KeyValueCache
 from megatron_eagle.decode.vocab_argmax import vocab_argmax
 from megatron_eagle.parallel.vocab import VocabShard
+from megatron_eagle.teacher.base import output_rows
 
 
 class CachedBase:
@@ -27,11 +28,7 @@ class CachedBase:
             raise ValueError("--sequence-parallel: decoding works without it only")
         self.gpt, self.captured = gpt, tuple(captured)
         self.tp_group = gpt.pg_collection.tp
-        weight = (
-            gpt.embedding.word_embeddings.weight
-            if gpt.share_embeddings_and_output_weights
-            else gpt.output_layer.weight
-        )
+        weight = output_rows(gpt)
         self.device = weight.device
         shard = VocabShard.of(vocab_size, self.tp_group, weight.shape[0])
         self._head = weight.detach()[: shard.rows]
@@ -45,11 +42,10 @@ class CachedBase:
         """RoPE angles [n, B, 1, d] of ``positions`` [B, n], all below ``capacity``."""
         return self.gpt.rotary_pos_emb(capacity)[:, 0][positions.t()]
 
-    def run(
-        self, tokens: Tensor, positions: Tensor, cache: KeyValueCache
-    ) -> tuple[Tensor | None, Tensor]:
-        """tokens and positions [B, n] -> captured layers [n, B, A * H] (None if none are) and the
-        final hidden [n, B, H]. Collectives: those of one forward."""
+    def run(self, tokens: Tensor, positions: Tensor, cache: KeyValueCache) -> tuple[Tensor, Tensor]:
+        """tokens and positions [B, n] -> what a draft reads and the final hidden [n, B, H]. A draft
+        reads the captured layers [n, B, A * H], or if none are, the final hidden (EAGLE-1).
+        Collectives: those of one forward."""
         cache.place(positions)
         output = self.gpt.decoder(
             hidden_states=self.embed(tokens, positions),
@@ -58,7 +54,7 @@ class CachedBase:
             extract_layer_indices=set(self.captured),
         )
         if not self.captured:
-            return None, output
+            return output, output
         final, layers = output
         return torch.cat(layers, dim=-1), final
 

@@ -24,7 +24,8 @@ from megatron_eagle.draft.model import EagleDraft
 class Verified:
     """What the base has just verified of B sequences; only rows 0 .. ``last`` [B] count.
 
-    features [n, B, A * H]: captured layers of the positions ``start`` [B] onwards.
+    features [n, B, A * H]: captured layers of the positions ``start`` [B] onwards, or what else
+    the draft starts from (see :meth:`CachedBase.run`).
     next_tokens [B, n]: the token that follows each of them.
     """
 
@@ -62,21 +63,22 @@ class DraftChain:
         argmax.
         """
         rows = torch.arange(verified.next_tokens.shape[1], device=verified.start.device)
-        hidden = self._step(
-            self.draft.fc(verified.features),
+        output, hidden = self._step(
+            self.draft.start(verified.features),
             verified.next_tokens,
             verified.start.unsqueeze(1) + rows,
         )
         newest = select_rows(hidden, verified.last).unsqueeze(0)
         position = (verified.start + verified.last).unsqueeze(1)
-        drafted = [self._choose(newest)]
+        drafted = [self._choose(select_rows(output, verified.last).unsqueeze(0))]
         for step in range(1, self.length):
-            newest = self._step(newest, drafted[-1], position + step)
-            drafted.append(self._choose(newest))
+            output, newest = self._step(newest, drafted[-1], position + step)
+            drafted.append(self._choose(output))
         return torch.cat(drafted, dim=1)
 
-    def _step(self, hidden: Tensor, tokens: Tensor, positions: Tensor) -> Tensor:
-        """hidden [n, B, H] with tokens [B, n] at positions [B, n] -> [n, B, H], pre-norm."""
+    def _step(self, hidden: Tensor, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [n, B, H] with tokens [B, n] at positions [B, n] -> what the head and what the
+        next step reads, [n, B, H] each."""
         self.cache.place(positions)
         return self.draft.step(
             self.base.embed(tokens, positions),
@@ -85,8 +87,7 @@ class DraftChain:
             self.cache,
         )
 
-    def _choose(self, hidden: Tensor) -> Tensor:
-        """hidden [1, B, H] -> base ids [B, 1]."""
+    def _choose(self, output: Tensor) -> Tensor:
+        """output [1, B, H] -> base ids [B, 1]."""
         draft = self.draft
-        normed = draft.norm(hidden)
-        return vocab_argmax(normed, draft.lm_head(), draft.shard_ids, draft.tp_group).t()
+        return vocab_argmax(output, draft.lm_head(), draft.shard_ids, draft.tp_group).t()

@@ -34,11 +34,9 @@ def greedy_decode(
         final = base.run(sequences.tokens.gather(1, positions), positions, cache)[1][0]
 
 
-def prefill(
-    base: CachedBase, sequences: Sequences, cache: KeyValueCache
-) -> tuple[Tensor | None, Tensor]:
-    """Run the prompts: captured layers [S, B, A * H] and the final hidden of each last token
-    [B, H]."""
+def prefill(base: CachedBase, sequences: Sequences, cache: KeyValueCache) -> tuple[Tensor, Tensor]:
+    """Run the prompts: what a draft reads of them (see :meth:`CachedBase.run`) and the final hidden
+    of each last token [B, H]."""
     tokens, positions = sequences.padded_prompts()
     features, final = base.run(tokens, positions, cache)
     return features, select_rows(final, sequences.lengths - 1)

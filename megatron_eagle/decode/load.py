@@ -20,7 +20,7 @@ from megatron_eagle.draft.model import EagleDraft, draft_config
 from megatron_eagle.draft.vocab import check_vocab_ids
 from megatron_eagle.hf.dcp_reader import DraftCheckpoint
 from megatron_eagle.hf.draft_info import BASE_SIZES, DraftInfo, parse_draft_info
-from megatron_eagle.teacher.base import FrozenBase
+from megatron_eagle.teacher.base import FrozenBase, output_rows
 from megatron_eagle.teacher.build import base_config, build_base, reason_of
 from megatron_eagle.teacher.build import load_base as load_base_weights
 from megatron_eagle.teacher.targets import draft_vocab_shard
@@ -80,7 +80,7 @@ def fresh_draft(about: DraftCheckpointInfo, gpt: Any) -> EagleDraft:
     this process's generators, captured layers scaled to one size."""
     draft = _build(about, gpt, initialize=True)
     base = FrozenBase(gpt, about.info.aux_layers, about.info.base.vocab_size)
-    draft.fc.scale_blocks(base.layer_sizes().reciprocal())
+    draft.start_evenly(base.layer_sizes)
     return draft
 
 
@@ -113,10 +113,12 @@ def _build(about: DraftCheckpointInfo, gpt: Any, initialize: bool) -> EagleDraft
     draft = EagleDraft(
         config,
         local_backend(),
+        about.info.options,
         len(about.info.aux_layers),
         about.vocab_ids.to(embedding.device),
         shard,
         about.metadata.to(embedding.device),
         groups,
+        lambda: output_rows(gpt),
     )
     return draft.cuda(torch.cuda.current_device()).requires_grad_(False).eval()

@@ -84,7 +84,6 @@ def speculative_decode(
 def _start(base: CachedBase, sequences: Sequences, cache: KeyValueCache) -> Verified:
     lengths = sequences.lengths.clone()
     features, final = prefill(base, sequences, cache)
-    assert features is not None
     sequences.append(base.argmax(final).unsqueeze(1), torch.ones_like(lengths))
     following = sequences.tokens[:, 1 : features.shape[0] + 1]
     return Verified(features, following, torch.zeros_like(lengths), lengths - 1)
@@ -102,7 +101,6 @@ def _verify(
     newest = sequences.tokens.gather(1, start.unsqueeze(1))
     rows = torch.arange(drafts.shape[1] + 1, device=drafts.device)
     features, final = base.run(torch.cat([newest, drafts], dim=1), start.unsqueeze(1) + rows, cache)
-    assert features is not None
     said = base.argmax(final).t()  # [B, k + 1]: the base's own token after each row
     hits = said[:, :-1] == drafts
     accepted = hits.long().cumprod(1).sum(1)

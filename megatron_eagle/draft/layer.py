@@ -1,61 +1,73 @@
 """Draft layer specs: any self-attention TransformerLayer spec, its first layer widened to 2H.
 
-The first layer reads [embedding ; hidden]. Two facts make Megatron's own TransformerLayer do it,
-with no layer class of ours: an ``input_layernorm`` may return (output, residual), and a linear's
-builder decides its input width.
+EAGLE-3's first layer reads [embedding ; hidden]. Two facts make Megatron's own TransformerLayer do
+it, with no layer class of ours: an ``input_layernorm`` may return (output, residual), and a
+linear's builder decides its input width. EAGLE-1 joins both by fc instead; its first layer has no
+``input_layernorm``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_eagle.attention.backend import LayerBackend
+from megatron_eagle.compat import IdentityOp
+from megatron_eagle.config import EagleConfig
 
 
 class EmbeddingHiddenNorm(torch.nn.Module):
-    """Norm of the embedding beside norm of the hidden; the residual stays the un-normed hidden.
+    """Norm of the embedding beside norm of the hidden; the residual stays the un-normed hidden, or
+    with ``normed_residual`` is the normed one.
 
     [S, B, 2H] holding [embedding ; hidden] -> ([S, B, 2H], [S, B, H]). Under sequence parallelism
     S is this rank's part, and the weights are marked so that their gradients are summed over TP.
     """
 
     def __init__(
-        self, norm: Callable[..., torch.nn.Module], config: Any, hidden_size: int, eps: float
+        self,
+        norm: Callable[..., torch.nn.Module],
+        normed_residual: bool,
+        config: Any,
+        hidden_size: int,
+        eps: float,
     ) -> None:
         super().__init__()
+        self.normed_residual = normed_residual
         self.embedding_norm = norm(config=config, hidden_size=hidden_size, eps=eps)
         self.hidden_norm = norm(config=config, hidden_size=hidden_size, eps=eps)
 
     def forward(self, embedding_and_hidden: Tensor) -> tuple[Tensor, Tensor]:
         embedding, hidden = embedding_and_hidden.chunk(2, dim=-1)
-        normed = torch.cat([self.embedding_norm(embedding), self.hidden_norm(hidden)], dim=-1)
-        return normed, hidden
+        normed_hidden = self.hidden_norm(hidden)
+        normed = torch.cat([self.embedding_norm(embedding), normed_hidden], dim=-1)
+        return normed, normed_hidden if self.normed_residual else hidden
 
 
-def draft_layer_specs(backend: LayerBackend, config: Any) -> list[Any]:
+def draft_layer_specs(backend: LayerBackend, config: Any, options: EagleConfig) -> list[Any]:
     """TransformerLayer specs of the draft's ``config.num_layers`` layers.
 
     All of them attend through :class:`~megatron_eagle.attention.core.EagleCoreAttention`; the first
-    one takes [S, B, 2H].
+    one takes [S, B, 2H], or for EAGLE-1 [S, B, H] without a norm.
     """
     specs = [backend.layer_spec(config) for _ in range(config.num_layers)]
-    _widen_input(specs[0], backend)
+    if options.algorithm == "eagle1":
+        _replace_input(specs[0], backend.column_linear, IdentityOp)
+    else:
+        norm = partial(EmbeddingHiddenNorm, backend.norm, options.norm_before_residual)
+        _replace_input(specs[0], _doubled_input(backend.column_linear), norm)
     return specs
 
 
-def _widen_input(layer_spec: Any, backend: LayerBackend) -> None:
+def _replace_input(layer_spec: Any, linear_qkv: Callable, input_layernorm: Callable) -> None:
     submodules = layer_spec.submodules
-
-    def embedding_hidden_norm(config: Any, hidden_size: int, eps: float) -> torch.nn.Module:
-        return EmbeddingHiddenNorm(backend.norm, config, hidden_size, eps)
-
-    submodules.input_layernorm = embedding_hidden_norm
-    # The two norms cannot be fused into linear_qkv, so they keep their own checkpoint names.
-    submodules.self_attention.submodules.linear_qkv = _doubled_input(backend.column_linear)
+    submodules.input_layernorm = input_layernorm
+    # Its norm, if it has one, is not fused into linear_qkv and keeps a checkpoint name of its own.
+    submodules.self_attention.submodules.linear_qkv = linear_qkv
     submodules.sharded_state_dict_keys_map = {
         key: value
         for key, value in submodules.sharded_state_dict_keys_map.items()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.checkpoint_dir import BaseInfo
-from megatron_eagle.config import EagleConfig
+from megatron_eagle.config import EagleConfig, flag_name
 
 FORMAT = "megatron_eagle.draft"
 VERSION = 1
@@ -64,6 +64,14 @@ def check_same_draft(saved: dict[str, Any], now: dict[str, Any], source: str) ->
 
     The number of TTT steps and other training options may change on resume.
     """
+    for option in ("algorithm", "norm_before_fc", "norm_before_residual"):
+        then, is_now = (
+            getattr(EagleConfig.from_mapping(content["config"]), option) for content in (saved, now)
+        )
+        if then != is_now:
+            raise ValueError(
+                f"{flag_name(option)}: this run has {is_now}, the draft in {source} {then}"
+            )
     for flag, key in (("--eagle-aux-layers", "aux_layers"), ("--eagle-num-layers", "num_layers")):
         if saved[key] != now[key]:
             raise ValueError(f"{flag}: this run has {now[key]}, the draft in {source} {saved[key]}")

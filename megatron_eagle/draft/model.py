@@ -1,9 +1,14 @@
-"""EagleDraft: fc over the captured layers, transformer layers, final norm, vocab-parallel head."""
+"""EagleDraft: fc, transformer layers, final norm, vocab-parallel head, of any EAGLE generation.
+
+EAGLE-3: hidden = fc(captured layers), then layers on [embedding ; hidden] at every step.
+EAGLE-1: hidden = the base's last, then layers on fc([embedding ; hidden]) at every step; no norms
+around the layers, and the base's own output layer.
+"""
 
 from __future__ import annotations
 
 import copy
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,13 +21,10 @@ from megatron_eagle.compat import (
     MegatronModule,
     build_module,
     copy_to_tensor_model_parallel_region,
-    ensure_metadata_has_dp_cp_group,
     gather_from_sequence_parallel_region,
-    gather_from_tensor_model_parallel_region,
-    get_cuda_rng_tracker,
-    make_sharded_tensors_for_checkpoint,
-    set_tensor_model_parallel_attributes,
 )
+from megatron_eagle.config import EagleConfig
+from megatron_eagle.draft.features import FeatureProjection, NormWeight, norm_features
 from megatron_eagle.draft.layer import draft_layer_specs
 from megatron_eagle.parallel.vocab import VocabShard
 
@@ -46,16 +48,18 @@ def draft_config(base_config: Any, num_layers: int) -> Any:
 
 
 class EagleDraft(MegatronModule):
-    """An EAGLE-3 draft over one pipeline stage's tensor-parallel group.
+    """A draft over one pipeline stage's tensor-parallel group.
 
     Args:
         config: TransformerConfig of the draft's layers.
         backend: what the layers are made of.
-        num_aux: A, the number of captured base layers.
+        options: the algorithm and its norms; nothing else of it is read.
+        num_aux: A, the number of captured base layers (EAGLE-3).
         vocab_ids: [D] int64, the base ids the draft predicts, ascending; ``shard`` is this rank's
             part of them.
         metadata: what a checkpoint says of the draft, see :mod:`megatron_eagle.draft.metadata`.
         pg_collection: process groups; ``tp`` shards the layers and the head, ``cp`` the sequence.
+        base_head: gives the base's output rows [Vp, H] on this rank, which EAGLE-1 shares.
 
     The embedding is the base's and not part of the draft. Replicated over every other group.
     """
@@ -64,17 +68,28 @@ class EagleDraft(MegatronModule):
         self,
         config: Any,
         backend: LayerBackend,
+        options: EagleConfig,
         num_aux: int,
         vocab_ids: Tensor,
         shard: VocabShard,
         metadata: Tensor,
         pg_collection: Any,
+        base_head: Callable[[], Tensor],
     ) -> None:
         super().__init__(config=config)
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.shard = shard
         self.num_aux = num_aux
-        self.fc = FeatureProjection(config, num_aux * config.hidden_size, self.tp_group)
+        self.is_eagle1 = options.algorithm == "eagle1"
+        self.feeds_normed = options.algorithm == "eagle3.1"
+        inputs = 2 if self.is_eagle1 else num_aux
+        self.fc = FeatureProjection(config, inputs * config.hidden_size, self.tp_group)
+        self.fc_norm = torch.nn.ModuleList()
+        self.input_norm: NormWeight | None = None
+        if options.algorithm == "eagle3.1":
+            self.fc_norm.extend(NormWeight(config, config.hidden_size) for _ in range(num_aux))
+        elif options.norm_before_fc:
+            self.input_norm = NormWeight(config, num_aux * config.hidden_size)
         self.layers = torch.nn.ModuleList(
             build_module(
                 spec,
@@ -83,12 +98,20 @@ class EagleDraft(MegatronModule):
                 pg_collection=pg_collection,
                 add_layer_offset=False,
             )
-            for number, spec in enumerate(draft_layer_specs(backend, config), start=1)
+            for number, spec in enumerate(draft_layer_specs(backend, config, options), start=1)
         )
-        self.norm = backend.norm(
-            config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+        self.norm = (
+            torch.nn.Identity()
+            if self.is_eagle1
+            else backend.norm(
+                config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
+            )
         )
-        self.lm_head = VocabParallelHead(config, self.shard, self.tp_group)
+        self.lm_head = (
+            SharedHead(config, base_head, shard)
+            if self.is_eagle1
+            else VocabParallelHead(config, shard, self.tp_group)
+        )
         self.register_buffer("vocab_ids", vocab_ids, persistent=True)
         self.register_buffer("metadata", metadata, persistent=True)
 
@@ -97,15 +120,41 @@ class EagleDraft(MegatronModule):
         """[Dp] int64: the base ids of this rank's rows of the head."""
         return self.vocab_ids[self.shard.start : self.shard.start + self.shard.rows]
 
+    def start(self, features: Tensor) -> Tensor:
+        """What step 0 reads, [S', B, H]: of the captured layers [S', B, A * H], or for EAGLE-1 of
+        the base's final hidden [S', B, H]. Collectives: those of fc."""
+        if self.is_eagle1:
+            return features
+        modules = self.fc_norm if self.input_norm is None else [self.input_norm]
+        if len(modules):
+            weights = [module() for module in modules]
+            features = norm_features(features, weights, self.config.layernorm_epsilon, self.fc)
+        return self.fc(features)
+
     def step(
         self, embedding: Tensor, hidden: Tensor, rotary: Tensor, state: AttentionState
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """One TTT or decoding step: embedding and hidden [S, B, H] (this rank's part of S under
-        sequence parallelism), rotary [S, 1 or B, 1, d] -> [S, B, H], before the final norm."""
+        sequence parallelism), rotary [S, 1 or B, 1, d] -> what the head reads and what the next
+        step reads, [S, B, H] each."""
         hidden = torch.cat([embedding, hidden], dim=-1)
+        if self.is_eagle1:
+            hidden = self.fc(self.fc.summing_gradient(hidden))
         for layer in self.layers:
             hidden, _ = layer(hidden, attention_mask=state, rotary_pos_emb=rotary)
-        return hidden
+        normed = self.norm(hidden)
+        return normed, normed if self.feeds_normed else hidden
+
+    def start_evenly(self, layer_sizes: Callable[[], Tensor]) -> None:
+        """Give all captured layers an equal say in a fresh ``fc``: late ones are ten times larger
+        than early ones. ``layer_sizes()`` is the typical RMS of each, [A]; not called where there
+        is nothing to do (EAGLE-1, a norm per layer)."""
+        if self.is_eagle1 or len(self.fc_norm):
+            return
+        sizes = layer_sizes()
+        if self.input_norm is not None:  # norms the layers together already
+            sizes = sizes / sizes.square().mean().sqrt()
+        self.fc.scale_blocks(sizes.reciprocal())
 
     def gather_rows(self, hidden: Tensor) -> Tensor:
         """[S', ...] to all rows [S, ...] on every TP rank, ready for the vocab-parallel head.
@@ -130,7 +179,8 @@ class EagleDraft(MegatronModule):
             own = f"{prefix}layers.{index}."
             sharded = {key: value for key, value in sharded.items() if not key.startswith(own)}
             sharded |= layer.sharded_state_dict(own, sharded_offsets, metadata)
-        sharded[f"{prefix}lm_head.weight"].allow_shape_mismatch = True
+        if not self.is_eagle1:
+            sharded[f"{prefix}lm_head.weight"].allow_shape_mismatch = True
         return sharded
 
 
@@ -158,49 +208,13 @@ class VocabParallelHead(ColumnParallelLinear):
         return self.weight[: self.rows]
 
 
-class FeatureProjection(MegatronModule):
-    """``fc``: the captured layers [S, B, A * H] to the draft's hidden [S, B, H], no bias.
+class SharedHead(MegatronModule):
+    """EAGLE-1's head: the base's frozen output layer. It has no parameter of its own."""
 
-    Without sequence parallelism its rows are sharded over TP and the output is gathered (one
-    all-gather, none in backward). With it, tokens are already sharded, so the weight is replicated,
-    nothing is sent, and its gradient is summed over TP with the other sequence-parallel weights.
-    The features must not need a gradient.
-    """
-
-    def __init__(self, config: Any, input_size: int, tp_group: Any) -> None:
+    def __init__(self, config: Any, base_head: Callable[[], Tensor], shard: VocabShard) -> None:
         super().__init__(config=config)
-        self.tp_group = tp_group
-        self.sharded = tp_group.size() > 1 and not config.sequence_parallel
-        rows = config.hidden_size // tp_group.size() if self.sharded else config.hidden_size
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = torch.nn.Parameter(
-            torch.empty(rows, input_size, dtype=config.params_dtype, device=device)
-        )
-        set_tensor_model_parallel_attributes(self.weight, self.sharded, 0, 1)
-        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
-        with get_cuda_rng_tracker().fork() if self.sharded else nullcontext():
-            config.init_method(self.weight)
+        self.base_head, self.rows = base_head, shard.rows
 
-    def forward(self, features: Tensor) -> Tensor:
-        assert not features.requires_grad
-        hidden = torch.nn.functional.linear(features, self.weight)
-        if self.sharded:
-            return gather_from_tensor_model_parallel_region(hidden, group=self.tp_group)
-        return hidden
-
-    def scale_blocks(self, scales: Tensor) -> None:
-        """Multiply the columns of captured layer a by ``scales[a]``, in place."""
-        with torch.no_grad():
-            self.weight.view(self.weight.shape[0], scales.numel(), -1).mul_(scales.view(1, -1, 1))
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict[str, Any]:
-        return make_sharded_tensors_for_checkpoint(
-            {"weight": self.weight},
-            prefix,
-            {"weight": 0} if self.sharded else {},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
-        )
+    def forward(self) -> Tensor:
+        """[Vp, H]: this rank's rows that are real, padding sliced off; no gradient."""
+        return self.base_head().detach()[: self.rows]

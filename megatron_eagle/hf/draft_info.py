@@ -25,7 +25,7 @@ BASE_SIZES = (
 
 @dataclass(frozen=True)
 class DraftInfo:
-    """`aux_layers`: 0-based base layers whose OUTPUTS are captured, ascending."""
+    """`aux_layers`: 0-based base layers whose OUTPUTS are captured, ascending; none for EAGLE-1."""
 
     num_layers: int
     aux_layers: tuple[int, ...]
@@ -65,7 +65,7 @@ def parse_draft_info(tensor: Tensor, source: str) -> DraftInfo:
     options = _options(content, source)
     info = DraftInfo(
         num_layers=_positive(content, "num_layers", source),
-        aux_layers=_aux_layers(content, base.megatron_args["num_layers"], source),
+        aux_layers=_aux_layers(content, options, base.megatron_args["num_layers"], source),
         ttt_steps=_positive(content, "ttt_steps", source),
         draft_vocab_size=_positive(content, "draft_vocab_size", source),
         base=base,
@@ -106,8 +106,12 @@ def _positive(values: dict[str, Any], key: str, source: str) -> int:
     return value
 
 
-def _aux_layers(content: dict[str, Any], base_layers: int, source: str) -> tuple[int, ...]:
+def _aux_layers(
+    content: dict[str, Any], options: EagleConfig, base_layers: int, source: str
+) -> tuple[int, ...]:
     ids = content.get("aux_layers")
+    if options.algorithm == "eagle1" and ids == []:
+        return ()
     if not isinstance(ids, list) or not ids or any(type(i) is not int for i in ids):
         raise ValueError(f"{source}: aux_layers must be a list of layer numbers, found {ids!r}")
     if ids != sorted(set(ids)) or min(ids) < 0 or max(ids) >= base_layers:

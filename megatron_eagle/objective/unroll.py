@@ -25,10 +25,11 @@ class DraftInputs:
     """What one micro-batch gives the draft; S' is this rank's rows (S, cut over CP, and over TP
     under sequence parallelism).
 
-    features [S', B, A * H]: the captured layers. embeddings [R, S' / R + K - 1, B, H]: tokens after
-    each of the R runs of positions that this rank holds. rotary [S + K - 1, 1, 1, d]: angles of
-    positions 0 .. S + K - 2. spans: the positions (start, stop) that attention sees as queries,
-    those of this rank's context-parallel part.
+    features [S', B, A * H]: the captured layers (EAGLE-1: [S', B, H], the final hidden).
+    embeddings [R, S' / R + K - 1, B, H]: tokens after each of the R runs of positions that this
+    rank holds. rotary [S + K - 1, 1, 1, d]: angles of positions 0 .. S + K - 2. spans: the
+    positions (start, stop) that attention sees as queries, those of this rank's context-parallel
+    part.
     """
 
     features: Tensor
@@ -50,7 +51,7 @@ class DraftInputs:
 def unroll(
     draft: EagleDraft, inputs: DraftInputs, steps: int, detach_steps: bool = False
 ) -> list[Tensor]:
-    """The draft's hidden of each of ``steps`` TTT steps, [S', B, H] each, before the final norm.
+    """What the head reads of each of ``steps`` TTT steps, [S', B, H] each.
 
     With ``detach_steps`` no gradient flows through the hidden fed from one step to the next (it
     still flows through keys and values). Collectives: those of K passes of the draft's layers.
@@ -58,27 +59,26 @@ def unroll(
     state = TrunkBranchState(draft.cp_group)
     outputs: list[Tensor] = []
     with nvtx_range("unroll"):
-        hidden = draft.fc(inputs.features)
+        hidden = draft.start(inputs.features)
         for step in range(steps):
-            hidden = draft.step(
+            output, hidden = draft.step(
                 inputs.embedding(step),
                 hidden.detach() if detach_steps and step else hidden,
                 inputs.angles(step),
                 state,
             )
-            outputs.append(hidden)
+            outputs.append(output)
     return outputs
 
 
 def target_hidden(draft: EagleDraft, outputs: list[Tensor], step_rows: Tensor) -> Tensor:
-    """The normed hidden of every step at its target rows, [K, M, H], the same on every TP rank.
+    """What the head reads of every step at its target rows, [K, M, H], the same on every TP rank.
 
     step_rows [K, M] flat rows of [S, B], or of this rank's [S / CP, B]. Collectives over TP, once
     for all steps: under sequence parallelism one all-gather (backward: one reduce-scatter), else
     none (backward: one all-reduce).
     """
-    normed = torch.stack([draft.norm(hidden) for hidden in outputs], dim=1)  # [S', K, B, H]
-    full = draft.gather_rows(normed)
+    full = draft.gather_rows(torch.stack(outputs, dim=1))  # [S, K, B, H]
     flat = full.transpose(0, 1).flatten(1, 2)  # [K, S * B, H]
     index = step_rows.unsqueeze(-1).expand(-1, -1, flat.shape[-1])
     return flat.gather(1, index)

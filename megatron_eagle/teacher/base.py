@@ -14,6 +14,13 @@ from megatron_eagle.platform.nvtx import nvtx_range
 from megatron_eagle.teacher.taps import Taps
 
 
+def output_rows(gpt: Any) -> Tensor:
+    """[Vp, H]: this rank's rows of a GPTModel's output layer (the embedding's, when tied)."""
+    if gpt.share_embeddings_and_output_weights:
+        return gpt.embedding.word_embeddings.weight
+    return gpt.output_layer.weight
+
+
 class FrozenBase(MegatronModule):
     """A GPTModel that only looks: always in eval mode, no gradients, hidden states for logits.
 
@@ -39,24 +46,23 @@ class FrozenBase(MegatronModule):
 
     @property
     def output_weight(self) -> Tensor:
-        """[Vp, H]: this rank's rows of the output layer (the embedding's, when tied)."""
-        if self.gpt.share_embeddings_and_output_weights:
-            return self.embedding_weight
-        return self.gpt.output_layer.weight
+        """[Vp, H]: this rank's rows of the output layer."""
+        return output_rows(self.gpt)
 
     def train(self, mode: bool = True) -> FrozenBase:
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [B, S] -> captured layers [S', B, A * H] and final hidden [S', B, H] (after the
-        final norm). S' are this rank's rows: S, cut over CP in Megatron's zigzag order, and over
-        TP under sequence parallelism."""
+        """tokens [B, S] -> what the draft reads and the final hidden [S', B, H] (after the final
+        norm). S' are this rank's rows: S, cut over CP in Megatron's zigzag order, and over TP under
+        sequence parallelism. The draft reads the captured layers [S', B, A * H], or if none are,
+        the final hidden (EAGLE-1)."""
         shard = ContextShard.of(tokens.shape[1], self.cp_group)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         with nvtx_range("base"):
             final = self.gpt(shard.take(tokens, 1), shard.take(positions, 1), attention_mask=None)
-        return self.taps.take(), final
+        return self.taps.take() if self.taps.layers else final, final
 
     @torch.no_grad()
     def gather_final(self, final: Tensor, halo: int) -> Tensor:

@@ -55,11 +55,10 @@ class ModelBuilder:
         base = FrozenBase(gpt, captured, self.base.vocab_size)
         draft = self._build_draft(config, backend, base, pg_collection)
         draft.cuda(torch.cuda.current_device())
-        # All captured layers start with an equal say; late ones are ten times larger than early.
-        draft.fc.scale_blocks(base.layer_sizes().reciprocal())
+        draft.start_evenly(base.layer_sizes)
         print_rank_0(
             f"> draft: {sum(p.numel() for p in draft.parameters()):,} parameters per rank, "
-            f"layers {' '.join(map(str, captured))} captured, "
+            f"{self.options.algorithm}, layers {' '.join(map(str, captured)) or 'none'} captured, "
             f"{self.vocab_ids.numel():,} of {self.base.vocab_size:,} token ids"
         )
         return EagleGPTModel(base, draft, self.options)
@@ -77,9 +76,11 @@ class ModelBuilder:
         return EagleDraft(
             draft_config(config, self.options.num_layers),
             backend,
+            self.options,
             len(base.taps.layers),
             self.vocab_ids.to(base.output_weight.device),
             shard,
             encode_metadata(metadata).to(base.output_weight.device),
             pg_collection,
+            lambda: base.output_weight,
         )

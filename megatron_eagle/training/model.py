@@ -11,6 +11,8 @@ from megatron_eagle.compat import MegatronModule
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.objective.batch import EagleBatch
+from megatron_eagle.objective.metrics import with_regression
+from megatron_eagle.objective.regression import hidden_regression
 from megatron_eagle.objective.unroll import DraftInputs, target_hidden, unroll
 from megatron_eagle.parallel.context import ContextShard
 from megatron_eagle.parallel.soft_cross_entropy import LossRows, soft_cross_entropy
@@ -67,8 +69,9 @@ class EagleGPTModel(MegatronModule):
         )
 
     @torch.no_grad()
-    def targets(self, final_hidden: Tensor, target_rows: Tensor) -> TeacherTargets:
-        """Teacher targets from the base's ``final_hidden`` [S', B, H]; ``target_rows`` [M] as in
+    def targets(self, final_hidden: Tensor, target_rows: Tensor) -> tuple[TeacherTargets, Tensor]:
+        """Teacher targets from the base's ``final_hidden`` [S', B, H], and the rows [M, H] of it
+        that gave them; ``target_rows`` [M] as in
         :class:`~megatron_eagle.objective.batch.EagleBatch`."""
         if self.teacher is None:
             self.teacher = TeacherHead(
@@ -78,19 +81,21 @@ class EagleGPTModel(MegatronModule):
                 self.base.tp_group,
             )
         final_hidden = self.base.gather_final(final_hidden, self.options.ttt_steps)
+        rows = final_hidden.flatten(0, 1)[target_rows]
         with nvtx_range("teacher"):
-            return self.teacher.targets(final_hidden.flatten(0, 1)[target_rows])
+            return self.teacher.targets(rows), rows
 
     def forward(self, batch: EagleBatch) -> tuple[Tensor, Tensor]:
         """The micro-batch's loss (a sum over rows and weighted steps) and its metric sums, see
-        :func:`~megatron_eagle.parallel.soft_cross_entropy.soft_cross_entropy`."""
+        :func:`~megatron_eagle.objective.metrics.reduce_metrics`."""
         features, final_hidden = self.base(batch.tokens)
-        targets = self.targets(final_hidden, batch.target_rows)
+        targets, wanted = self.targets(final_hidden, batch.target_rows)
         inputs = self.draft_inputs(batch.tokens, features)
         outputs = unroll(self.draft, inputs, self.options.ttt_steps, self.options.detach_steps)
         with nvtx_range("loss"):
-            return soft_cross_entropy(
-                target_hidden(self.draft, outputs, batch.step_rows),
+            hidden = target_hidden(self.draft, outputs, batch.step_rows)
+            loss, sums = soft_cross_entropy(
+                hidden,
                 self.draft.lm_head(),
                 targets.exp_logits,
                 targets.statistics,
@@ -98,6 +103,13 @@ class EagleGPTModel(MegatronModule):
                 self.draft.tp_group,
                 self.options.logits_budget_mib << 20,
             )
+            if self.options.algorithm != "eagle1":
+                return loss, sums
+            per_step, values = hidden_regression(
+                hidden, wanted, batch.step_mask, self.draft.tp_group
+            )
+        regression = self.options.hidden_loss_weight * (per_step * self.step_weights).sum()
+        return loss + regression, with_regression(sums, values)
 
     def _loss_rows(self, batch: EagleBatch) -> LossRows:
         return LossRows(

@@ -59,6 +59,7 @@ def reduce_metrics_once_per_step(options: EagleConfig) -> None:
                     [report[_SUMS] for report in reports],
                     options.ttt_steps,
                     options.step_decay,
+                    options.hidden_loss_weight,
                     group,
                 )
             ]

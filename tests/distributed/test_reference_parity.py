@@ -44,11 +44,17 @@ def make_case(seed: int = 0, **changes: Any) -> tuple[Case, ReferenceEagle3]:
     vocab = config.vocab_size
     ids = torch.randperm(vocab)[: config.draft_vocab_size].sort().values
     embedding = torch.randn(vocab, HIDDEN)
+    output_weight = torch.randn(vocab, HIDDEN) / 3
+    final_hidden = torch.randn(BATCH, LENGTH, HIDDEN)
     reference = ReferenceEagle3(config, embedding, ids)
     with torch.no_grad():
-        for name, parameter in reference.named_parameters():
-            offset = 1.0 if name.endswith("norm.weight") else 0.0
-            parameter.copy_(offset + 0.2 * torch.randn_like(parameter))
+        for parameter in reference.parameters():
+            offset = 1.0 if parameter.dim() == 1 else 0.0
+            # EAGLE-1's layers have no norm in front: larger weights are ill-conditioned in fp32.
+            spread = 0.1 if config.eagle1 else 0.2
+            parameter.copy_(offset + spread * torch.randn_like(parameter))
+        if config.eagle1:
+            reference.lm_head.requires_grad_(False).weight.copy_(output_weight)
     mask = torch.rand(BATCH, LENGTH) < 0.6
     mask[0, :5] = False
     case = Case(
@@ -56,9 +62,9 @@ def make_case(seed: int = 0, **changes: Any) -> tuple[Case, ReferenceEagle3]:
         weights={name: p.detach().clone() for name, p in reference.named_parameters()},
         vocab_ids=ids,
         embedding=embedding,
-        output_weight=torch.randn(vocab, HIDDEN) / 3,
-        aux=torch.randn(BATCH, LENGTH, config.num_aux * HIDDEN),
-        final_hidden=torch.randn(BATCH, LENGTH, HIDDEN),
+        output_weight=output_weight,
+        aux=final_hidden if config.eagle1 else torch.randn(BATCH, LENGTH, config.num_aux * HIDDEN),
+        final_hidden=final_hidden,
         tokens=torch.randint(vocab, (BATCH, LENGTH)),
         loss_mask=mask.float(),
         **{k: v for k, v in changes.items() if k not in fields},
@@ -112,7 +118,10 @@ def compare(case: Case, reference: ReferenceEagle3, results: list[dict[str, Any]
     steps = case.config.ttt_steps
     for rank, result in enumerate(results):
         close(torch.tensor(result["loss"]), expected["loss"].detach(), "loss")
-        loss_sums, counts, hits = result["sums"][:-2].view(3, steps)
+        loss_sums, counts, hits, *regression = result["sums"][:-2].view(-1, steps)
+        assert len(regression) == case.config.eagle1
+        for sums in regression:
+            close(sums, expected["regression_sums"].detach(), "regression per step")
         close(loss_sums, expected["loss_sums"].detach(), "loss per step")
         assert counts.tolist() == expected["counts"].tolist()
         assert hits.tolist() == expected["hits"].tolist()
@@ -129,6 +138,8 @@ def compare(case: Case, reference: ReferenceEagle3, results: list[dict[str, Any]
 
 
 FULL_VOCAB = {"draft_vocab_size": 61}
+EAGLE1 = {"eagle1": True, "num_aux": 1, **FULL_VOCAB}
+EAGLE31 = {"fc_norm": True, "norm_output": True}
 CASES = [
     pytest.param(1, {}, id="tp1"),
     pytest.param(1, {"ttt_steps": 1}, id="tp1-k1"),
@@ -147,6 +158,19 @@ CASES = [
     pytest.param(4, {"cp": 4, "trim": True}, id="cp4-trim"),
     pytest.param(4, {"cp": 2, "sequence_parallel": True, "ttt_steps": 5}, id="tp2-sp-cp2-k5"),
     pytest.param(4, {"cp": 2, "mask_out_of_vocab": True, "trim": True}, id="tp2-cp2-trim"),
+    pytest.param(1, {**EAGLE1, "num_layers": 2}, id="tp1-eagle1-two-layers"),
+    pytest.param(2, EAGLE1, id="tp2-eagle1"),
+    pytest.param(2, {**EAGLE1, "sequence_parallel": True, "trim": True}, id="tp2-sp-eagle1"),
+    pytest.param(2, {**EAGLE1, "cp": 2}, id="cp2-eagle1"),
+    pytest.param(1, {**EAGLE31, "num_aux": 2}, id="tp1-eagle31"),
+    pytest.param(2, {**EAGLE31, "norm_before_residual": True}, id="tp2-eagle31"),
+    pytest.param(2, {**EAGLE31, "sequence_parallel": True}, id="tp2-sp-eagle31"),
+    pytest.param(2, {"norm_before_fc": True}, id="tp2-norm-before-fc"),
+    pytest.param(
+        2,
+        {"norm_before_fc": True, "norm_before_residual": True, "sequence_parallel": True},
+        id="tp2-sp-norms",
+    ),
 ]
 
 

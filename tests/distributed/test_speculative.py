@@ -129,18 +129,18 @@ def decode(rank: int, world: int, directory: str, case: Case, prompts: list[list
     result["greedy"] = greedy_decode(base, prompts, NEW_TOKENS, stops)
     texts = [p + a for p, a in zip(prompts, result["greedy"], strict=True)]
     hidden: list[Tensor] = []
-    hook = draft.norm.register_forward_hook(lambda _m, _i, out: hidden.append(out[0]))
     rng = random.Random(1)
     proposers = []
 
     def ragged(capacity: int) -> Prompted:
         chain = DraftChain(draft, base, DRAFTS, capacity)
+        choose = chain._choose
+        chain._choose = lambda output: (hidden.append(output[0]), choose(output))[1]
         proposers.append(Prompted(texts, prompts, lambda _: rng.randint(0, DRAFTS), chain))
         return proposers[-1]
 
     counts = ChainCounts(DRAFTS)
     result["answers"] = speculative_decode(base, ragged, prompts, NEW_TOKENS, DRAFTS, counts, stops)
-    hook.remove()
     result["counts"] = vars(counts)
     result["chains"] = proposers[0].chains
     result["first logits"] = torch.stack(hidden[:DRAFTS], dim=1) @ draft.lm_head().t()

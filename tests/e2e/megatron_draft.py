@@ -45,7 +45,7 @@ def _logits(
     with torch.no_grad():
         inputs = model.draft_inputs(tokens, features.transpose(0, 1).contiguous())
         outputs = unroll(model.draft, inputs, steps)
-        logits = [model.draft.norm(hidden) @ model.draft.lm_head().t() for hidden in outputs]
+        logits = [hidden @ model.draft.lm_head().t() for hidden in outputs]
     return torch.stack(logits).transpose(1, 2)
 
 

@@ -41,6 +41,13 @@ def test_default_captured_layers() -> None:
         ({"aux_layers": (5, 2)}, "--eagle-aux-layers must ascend: 5 2"),
         ({"aux_layers": (-1, 2)}, "--eagle-aux-layers must not be negative"),
         ({"aux_layers": ()}, "--eagle-aux-layers needs at least one layer"),
+        ({"algorithm": "eagle4"}, "--eagle-algorithm must be one of eagle1, eagle3, eagle3.1"),
+        ({"algorithm": "eagle1", "aux_layers": (1, 2)}, "--eagle-aux-layers 1 2: --eagle-algor"),
+        ({"algorithm": "eagle1", "draft_vocab_size": 9}, "--eagle-draft-vocab-size 9: .* eagle1"),
+        ({"algorithm": "eagle1", "norm_before_fc": True}, "--eagle-norm-before-fc: .* eagle1"),
+        ({"algorithm": "eagle1", "regression_weight": -1.0}, "weight must not be negative: -1.0"),
+        ({"regression_weight": 1.0}, "--eagle-regression-weight 1.0: only .* eagle1"),
+        ({"algorithm": "eagle3.1", "norm_before_fc": True}, "--eagle-norm-before-fc: .*eagle3.1"),
     ],
 )
 def test_impossible_options(changes: dict, message: str) -> None:

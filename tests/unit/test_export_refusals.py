@@ -47,6 +47,21 @@ def test_unexpected_tensor(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ({"algorithm": "eagle3.1"}, "eagle3.1"),
+        ({"norm_before_fc": True}, "norm_before_fc"),
+        ({"norm_before_residual": True}, "norm_before_residual"),
+    ],
+)
+def test_what_a_reader_would_not_notice(tmp_path: Path, option: dict[str, Any], named: str) -> None:
+    draft = TrainedDraft.make()
+    draft.metadata["config"] |= option
+    error = export_error(tmp_path, draft)
+    assert named in error and error.endswith("cannot be converted yet")
+
+
+@pytest.mark.parametrize(
     ("key", "shape"),
     [
         ("draft.fc.weight", (24, 48)),

@@ -73,14 +73,29 @@ def loop_logits(model: ReferenceEagle3, aux: Tensor, tokens: Tensor, row: int, s
         block: Any = blocks[layer]
         if layer > 0:
             return rms(output(layer - 1, p, t), block.input_layernorm)
-        embedding = model.embed_weight[tokens[p + 1 + t]]
         hidden = entering(0, p, t)
+        if model.config.eagle1:
+            return hidden
+        embedding = model.embed_weight[tokens[p + 1 + t]]
         return torch.cat([rms(embedding, block.input_layernorm), rms(hidden, block.hidden_norm)])
 
     def entering(layer: int, p: int, t: int) -> Tensor:
         if layer > 0:
             return output(layer - 1, p, t)
-        return output(len(blocks) - 1, p, t - 1) if t else model.fc.weight @ aux[p]
+        if model.config.eagle1:
+            hidden = output(len(blocks) - 1, p, t - 1) if t else aux[p]
+            return model.fc.weight @ torch.cat([model.embed_weight[tokens[p + 1 + t]], hidden])
+        if t == 0:
+            return model.fc.weight @ features(p)
+        before = output(len(blocks) - 1, p, t - 1)
+        return rms(before, model.norm) if model.config.norm_output else before
+
+    def features(p: int) -> Tensor:
+        parts = list(aux[p].split(CONFIG.target_hidden_size))
+        if model.config.fc_norm:
+            parts = [rms(x, norm) for x, norm in zip(parts, model.fc_norm, strict=True)]
+        joined = torch.cat(parts)
+        return rms(joined, model.input_norm) if model.config.norm_before_fc else joined
 
     @cache
     def output(layer: int, p: int, t: int) -> Tensor:
@@ -98,21 +113,38 @@ def loop_logits(model: ReferenceEagle3, aux: Tensor, tokens: Tensor, row: int, s
                 weight = math.exp(float(q @ key) / math.sqrt(size))
                 total, mixed = total + weight, mixed + weight * (attn.v_proj.weight @ x)[group]
             heads.append(mixed / total)
-        middle = entering(layer, p, t) + attn.o_proj.weight @ torch.cat(heads)
+        residual = entering(layer, p, t)
+        if layer == 0 and model.config.norm_before_residual:
+            residual = rms(residual, block.hidden_norm)
+        middle = residual + attn.o_proj.weight @ torch.cat(heads)
         x = rms(middle, block.post_attention_layernorm)
         gate = block.mlp.gate_proj.weight @ x
         return middle + block.mlp.down_proj.weight @ (
             gate / (1 + torch.exp(-gate)) * (block.mlp.up_proj.weight @ x)
         )
 
-    return model.lm_head.weight @ rms(output(len(blocks) - 1, row, step), model.norm)
+    last = output(len(blocks) - 1, row, step)
+    return model.lm_head.weight @ (last if model.config.eagle1 else rms(last, model.norm))
 
 
-@pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("steps", [1, 3])
+EAGLE1 = {"eagle1": True, "num_aux": 1, "target_hidden_size": CONFIG.hidden_size}
+VARIANTS = [
+    {"ttt_steps": 1},
+    {},
+    {"num_layers": 2},
+    {**EAGLE1, "num_layers": 2},
+    {"fc_norm": True, "norm_output": True},
+    {"norm_before_fc": True, "norm_before_residual": True, "num_layers": 2},
+]
+
+
+@pytest.mark.parametrize("changes", VARIANTS, ids=str)
 @torch.no_grad()
-def test_every_row_and_step_equals_the_loop_over_keys(steps: int, layers: int) -> None:
-    model, data = build(ttt_steps=steps, num_layers=layers), batch()
+def test_every_row_and_step_equals_the_loop_over_keys(changes: dict[str, Any]) -> None:
+    model, data = build(**changes), batch()
+    steps = model.config.ttt_steps
+    width = model.config.num_aux * model.config.target_hidden_size
+    data["aux"] = data["aux"][..., :width]
     logits = model.forward_ttt(**data)["logits"]
     for step in range(steps):
         for row in range(LENGTH - 1 - step):
@@ -183,6 +215,23 @@ def test_no_supervised_row_is_a_zero_loss() -> None:
     assert build().forward_ttt(**data)["loss"].item() == 0.0
 
 
+def test_regression_is_the_smooth_l1_to_the_hidden_one_further() -> None:
+    model, data = build(**EAGLE1, ttt_steps=1, regression=3.0), batch()
+    data["aux"] = 2 * data["aux"][..., : CONFIG.hidden_size]
+    data["loss_mask"] = torch.tensor([[0, 1, 0, 0, 0, 0], [0, 0, 0, 1, 0, 0]])
+    with torch.no_grad():
+        out = model.forward_ttt(**data)
+        outputs = model.step(data["aux"], data["tokens"].roll(-1, 1), [[]])
+    total = 0.0
+    for b, p in ((0, 1), (1, 3)):
+        for ours, wanted in zip(outputs[b, p], data["aux"][b, p + 1], strict=True):
+            error = abs(float(ours - wanted))
+            total += (0.5 * error**2 if error < 1 else error - 0.5) / CONFIG.hidden_size
+    assert float(out["regression_sums"]) == pytest.approx(total, rel=1e-9)
+    expected = (float(out["loss_sums"]) + 3 * total) / 2
+    assert float(out["loss"]) == pytest.approx(expected, rel=1e-9)
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_hits_and_rows_outside_the_draft_vocabulary(masked: bool) -> None:
     model = build(mask_out_of_vocab=masked, ttt_steps=1)
@@ -234,11 +283,12 @@ def test_detached_steps_change_the_gradient_and_nothing_else() -> None:
     assert float((grad - cut_grad).norm() / grad.norm()) > 0.01
 
 
-@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("changes", VARIANTS[1:], ids=str)
 @torch.no_grad()
-def test_chain_equals_the_training_row_that_consumes_its_drafts(layers: int) -> None:
-    model, data, n, steps = build(num_layers=layers), batch(), 3, 3
-    tokens, aux = data["tokens"][0, : n + 1], data["aux"][0, :n]
+def test_chain_equals_the_training_row_that_consumes_its_drafts(changes: dict[str, Any]) -> None:
+    model, data, n, steps = build(**changes), batch(), 3, 3
+    width = model.config.num_aux * model.config.target_hidden_size
+    tokens, aux = data["tokens"][0, : n + 1], data["aux"][0, :n, :width]
     ids, logits = draft_chain(model, tokens, aux, steps)
     assert ids.equal(VOCAB_IDS[logits.argmax(-1)])
     row = torch.cat([tokens, ids])[None]
@@ -247,4 +297,4 @@ def test_chain_equals_the_training_row_that_consumes_its_drafts(layers: int) -> 
     rows = model.forward_ttt(torch.cat([aux[None], padding], dim=1), row, base, row * 0)["logits"]
     torch.testing.assert_close(logits, rows[:, 0, n - 1], rtol=1e-10, atol=1e-10)
     with pytest.raises(ValueError, match="want n \\+ 1, n"):
-        draft_chain(model, tokens, data["aux"][0], steps)
+        draft_chain(model, tokens, aux[1:], steps)

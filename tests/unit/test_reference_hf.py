@@ -29,6 +29,7 @@ HF = {
     "rope_theta": 500.0,
     "rms_norm_eps": 1e-6,
     "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2]},
+    "norm_before_residual": True,
 }
 
 
@@ -52,7 +53,7 @@ def test_config_fields_and_objective(tmp_path: Path) -> None:
     assert config == ReferenceConfig(
         hidden_size=8, target_hidden_size=6, intermediate_size=12, num_heads=4, num_kv_heads=2,
         head_dim=4, vocab_size=7, draft_vocab_size=3, num_layers=1, num_aux=2, rope_theta=500.0,
-        rms_eps=1e-6, ttt_steps=7,
+        rms_eps=1e-6, ttt_steps=7, norm_before_residual=True,
     )  # fmt: skip
 
 
@@ -129,8 +130,8 @@ def test_wrong_files_do_not_load(
 @pytest.mark.parametrize(
     "change",
     [
-        {"norm_output": True},
-        {"norm_before_residual": True},
+        {"attention_bias": True},
+        {"mlp_bias": True},
         {"rope_scaling": {"rope_type": "llama3"}},
         {"hidden_act": "gelu"},
     ],

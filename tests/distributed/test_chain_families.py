@@ -1,0 +1,116 @@
+"""What a draft of each EAGLE generation proposes after a prefill is the reference's chain."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_eagle.checkpoint_dir import load_base_json
+from megatron_eagle.hf.import_base import import_base
+from tests.distributed.harness import megatron_parallel, run_distributed
+from tests.draft_fixture import Case, algorithm_of, load_reference_weights
+from tests.reference_decode import draft_chain
+from tests.reference_eagle3 import ReferenceConfig, ReferenceEagle3
+from tests.tiny_hf import SIZES, make_base
+
+AUX_LAYERS, DRAFTS, VOCAB = (0, 2), 3, SIZES["vocab_size"]
+PROMPTS = [[5, 9, 2, 40, 11], [7], [3, 3, 8]]
+VARIANTS: dict[str, dict[str, Any]] = {
+    "eagle1": {"eagle1": True, "num_aux": 1, "draft_vocab_size": VOCAB, "num_layers": 2},
+    "eagle3.1": {"fc_norm": True, "norm_output": True},
+    "norms": {"norm_before_fc": True, "norm_before_residual": True},
+}
+
+
+def make_reference(embedding: Tensor, output: Tensor, changes: dict[str, Any]) -> ReferenceEagle3:
+    size = SIZES["hidden_size"]
+    config = ReferenceConfig(
+        hidden_size=size, target_hidden_size=size, num_aux=len(AUX_LAYERS),
+        intermediate_size=SIZES["intermediate_size"], num_heads=8, num_kv_heads=4, head_dim=8,
+        vocab_size=VOCAB, draft_vocab_size=23, rms_eps=1e-5,
+    )  # fmt: skip
+    config = dataclasses.replace(config, **changes)
+    torch.manual_seed(3)
+    ids = torch.randperm(VOCAB)[: config.draft_vocab_size].sort().values
+    reference = ReferenceEagle3(config, embedding, ids)
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.normal_(0.0, 0.2).add_(1.0 if parameter.dim() == 1 else 0.0)
+        if config.eagle1:
+            reference.lm_head.weight.copy_(output)
+    return reference
+
+
+def propose(rank: int, world: int, directory: str, cases: dict[str, Case]) -> dict[str, Any]:
+    """The first chain after prefilling the prompts: the base's tokens and each draft's."""
+    groups = megatron_parallel(tp=world)
+    from megatron_eagle.config import EagleConfig
+    from megatron_eagle.decode.base import CachedBase
+    from megatron_eagle.decode.chain import DraftChain
+    from megatron_eagle.decode.load import DraftCheckpointInfo, fresh_draft, load_base
+    from megatron_eagle.decode.speculative import ChainCounts, speculative_decode
+    from megatron_eagle.draft.metadata import encode_metadata
+    from megatron_eagle.hf.draft_info import DraftInfo
+
+    base = load_base_json(directory)
+    gpt = load_base(directory, base, groups)
+    result = {}
+    for name, case in cases.items():
+        options = EagleConfig(**algorithm_of(case.config))
+        captured = () if case.config.eagle1 else AUX_LAYERS
+        size = case.vocab_ids.numel()
+        info = DraftInfo(case.config.num_layers, captured, DRAFTS, size, base, options)
+        about = DraftCheckpointInfo(info, case.vocab_ids, encode_metadata({}))
+        draft = fresh_draft(about, gpt)
+        load_reference_weights(draft, case)
+        gpt.post_process = True  # fresh_draft measured the base's layers without its head
+        cached = CachedBase(gpt, VOCAB, captured)
+        chains: list[Tensor] = []
+
+        class Spy(DraftChain):
+            def propose(self, verified: Any, chains: list[Tensor] = chains) -> Tensor:
+                chains.append(torch.cat([verified.next_tokens, super().propose(verified)], dim=1))
+                return chains[-1][:, -DRAFTS:]
+
+        def proposer(capacity: int, draft: Any = draft, cached: Any = cached) -> Spy:
+            return Spy(draft, cached, DRAFTS, capacity)
+
+        speculative_decode(cached, proposer, PROMPTS, 2, DRAFTS, ChainCounts(DRAFTS))
+        result[name] = chains[0]
+    return result
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_chains_are_the_reference_s(world: int, tmp_path: Path) -> None:
+    model = make_base(tmp_path / "hf", "llama", num_hidden_layers=4)
+    import_base(tmp_path / "hf", tmp_path / "base")
+    embedding = model.get_input_embeddings().weight.detach()
+    output = model.get_output_embeddings().weight.detach()
+    references = {name: make_reference(embedding, output, x) for name, x in VARIANTS.items()}
+    cases = {}
+    for name, reference in references.items():
+        none = torch.empty(0)
+        weights = {key: p.detach().clone() for key, p in reference.named_parameters()}
+        ids = reference.vocab_ids
+        cases[name] = Case(
+            reference.config, weights, ids, embedding, output, none, none, none, none
+        )
+    found = run_distributed(propose, world, str(tmp_path / "base"), cases)[0]
+    for name, reference in references.items():
+        for row, prompt in enumerate(PROMPTS):
+            with torch.no_grad():
+                out = model(torch.tensor([prompt]), output_hidden_states=True)
+            prefix = torch.tensor([*prompt, int(out.logits[0, -1].argmax())])
+            states = out.hidden_states
+            aux = (
+                states[-1][0]  # after the final norm
+                if reference.config.eagle1
+                else torch.cat([states[layer + 1][0] for layer in AUX_LAYERS], dim=-1)
+            )
+            ids, _ = draft_chain(reference, prefix, aux, DRAFTS)
+            assert found[name][row, -DRAFTS:].tolist() == ids.tolist(), (name, row)
