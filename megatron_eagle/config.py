@@ -89,9 +89,16 @@ class EagleConfig:
     )
     logits_budget_mib: int = _option(
         256,
-        "draft logits of a micro-batch are kept for backward up to this many MiB per rank, above "
-        "it they are recomputed chunk by chunk",
+        "with tensor parallelism, draft softmaxes of a micro-batch are kept for backward up to "
+        "this many MiB per rank; above it each chunk of rows is reduced by a collective of its own",
         type=int,
+    )
+    teacher_memory: int = _option(
+        1024,
+        "with tensor parallelism, the base's softmaxes of a micro-batch are kept for backward up "
+        "to this many MiB per rank; above it as with --eagle-logits-budget-mib",
+        type=int,
+        metavar="MIB",
     )
     log_file: str | None = _option(
         None,
@@ -107,7 +114,12 @@ class EagleConfig:
     def __post_init__(self) -> None:
         if self.aux_layers is not None:
             object.__setattr__(self, "aux_layers", tuple(int(i) for i in self.aux_layers))
-        for name, least in (("ttt_steps", 1), ("num_layers", 1), ("logits_budget_mib", 0)):
+        for name, least in (
+            ("ttt_steps", 1),
+            ("num_layers", 1),
+            ("logits_budget_mib", 0),
+            ("teacher_memory", 0),
+        ):
             if getattr(self, name) < least:
                 raise ValueError(
                     f"{flag_name(name)} must be at least {least}, not {getattr(self, name)}"

@@ -205,7 +205,8 @@ class VocabParallelHead(ColumnParallelLinear):
 
     def forward(self) -> Tensor:
         """[Dp, H]: this rank's rows that are real, padding sliced off. No collective."""
-        return self.weight[: self.rows]
+        whole = self.rows == self.weight.shape[0]  # a slice's backward would copy the gradient
+        return self.weight if whole else self.weight[: self.rows]
 
 
 class SharedHead(MegatronModule):

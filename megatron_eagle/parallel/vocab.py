@@ -1,4 +1,4 @@
-"""How a vocabulary is cut over the tensor-parallel group, and row statistics of a shard.
+"""How a vocabulary is cut over the tensor-parallel group, and how its shards' statistics join.
 
 Padding never enters a softmax: rows beyond the true vocabulary are sliced off, not masked, so a
 shard is a matrix of its real rows only (possibly none on the last ranks).
@@ -7,6 +7,7 @@ shard is a matrix of its real rows only (possibly none on the last ranks).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -46,29 +47,6 @@ class VocabShard:
         return max(0, min(self.padded_rows, self.size - self.start))
 
 
-@dataclass(frozen=True)
-class RowStatistics:
-    """Per-row statistics of one shard of logits, fp32 [N]: ``max``, ``sum_exp`` of exp(z - max),
-    and the shard-local ``argmax`` (int64)."""
-
-    max: Tensor
-    sum_exp: Tensor
-    argmax: Tensor
-
-
-def row_statistics(logits: Tensor) -> RowStatistics:
-    """Statistics of ``logits`` [N, Dp] over this rank's shard; no collective.
-
-    An empty shard gives ``EMPTY_SHARD_MAX``, 0 and 0, which vanish in any combination.
-    """
-    if logits.shape[-1] == 0:
-        zero = logits.new_zeros(logits.shape[0], dtype=torch.float32)
-        return RowStatistics(zero + EMPTY_SHARD_MAX, zero, zero.long())
-    top, index = logits.max(dim=-1)
-    top = top.float()
-    return RowStatistics(top, (logits.float() - top.unsqueeze(-1)).exp_().sum(-1), index)
-
-
 def combine_log_sum_exp(maxima: Tensor, sums: Tensor) -> Tensor:
     """logsumexp over all shards from their [T, N] maxima and sums; [N], no collective."""
     top = maxima.max(dim=0).values
@@ -82,7 +60,15 @@ def combine_argmax(maxima: Tensor, ids: Tensor) -> Tensor:
     return ids.masked_fill(~is_top, torch.iinfo(torch.int64).max).min(dim=0).values
 
 
-def row_chunks(rows: int, columns: int, budget_bytes: int = 32 << 20) -> list[slice]:
+def row_chunks(rows: int, columns: int, budget_bytes: int) -> list[slice]:
     """Slices of ``rows`` such that a chunk of fp32 [chunk, columns] stays within the budget."""
     step = max(1, budget_bytes // (4 * max(1, columns)))
     return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+
+
+def even_chunks(rows: int, largest: int) -> list[slice]:
+    """The fewest slices of ``rows`` of at most ``largest`` (at least 1) rows each, all of nearly
+    the same size; one empty slice of no rows."""
+    number = max(1, -(-rows // max(1, largest)))
+    bounds = [rows * i // number for i in range(number + 1)]
+    return [slice(a, b) for a, b in pairwise(bounds)]

@@ -24,6 +24,11 @@ def compile_regions(enabled: bool = True) -> None:
     _state["enabled"] = enabled
 
 
+def is_compiling() -> bool:
+    """Whether regions are compiled: then one pass does what eager operators need several for."""
+    return _state["enabled"]
+
+
 def compilable[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     """Mark ``function`` (tensors in, tensors out, no collective) as a region worth compiling."""
     compiled: dict[str, Callable[P, R]] = {}

@@ -1,8 +1,9 @@
 """Teacher targets: what the base predicts at the supervised positions, made once per micro-batch.
 
-Each rank computes its shard only: exponentials over its part of the draft vocabulary, and
-streamed statistics over its part of the full vocabulary. What the ranks must tell each other
-(five numbers a row) travels with the loss's own statistics, so nothing is sent here.
+Each rank computes its shard only: a softmax over its part of the draft vocabulary, and statistics
+over its part of the full vocabulary. What the ranks must tell each other (five numbers a row)
+travels with the loss's own statistics, so nothing is sent here. The loss asks for a chunk of rows
+when it needs them, and all its steps use them at once.
 """
 
 from __future__ import annotations
@@ -13,20 +14,46 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_eagle.parallel.vocab import VocabShard, row_chunks, row_statistics
+from megatron_eagle.parallel.shard_softmax import shard_softmax_
+from megatron_eagle.parallel.vocab import VocabShard
+from megatron_eagle.platform.products import linear
 
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """M target rows on this rank, fp32.
+    """The base's predictions at M target rows, computed a chunk of rows at a time.
 
-    ``exp_logits`` [M, Dp]: exp(z - max) over this rank's draft ids, max being the shard's own.
-    ``statistics`` [M, 5]: over the draft shard max and sum of exp; over the full-vocabulary shard
-    max, its id (exact in fp32 below 2**24) and sum of exp.
+    ``final_hidden`` [M, H]: after the base's final norm, full rows on every TP rank.
     """
 
-    exp_logits: Tensor
-    statistics: Tensor
+    head: TeacherHead
+    final_hidden: Tensor
+
+    @property
+    def full_columns(self) -> int:
+        return self.head.full_shard.padded_rows
+
+    @property
+    def draft_columns(self) -> int:
+        return self.head.draft_shard.padded_rows
+
+    @torch.no_grad()
+    def rows(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        """Softmax over this rank's draft shard, fp32 [c, Dp], and statistics fp32 [c, 5]: max and
+        sum of exp over the draft shard; max, its id (exact in fp32 below 2**24) and sum of exp
+        over the full vocabulary's shard. No collective."""
+        head, hidden = self.head, self.final_hidden[chunk]
+        full = linear(hidden, head.full_weight).float()
+        if head.draft_weight is head.full_weight:
+            draft = full
+            draft_stats = full_stats = shard_softmax_(full)
+        else:
+            draft = linear(hidden, head.draft_weight).float()
+            draft_stats, full_stats = shard_softmax_(draft), shard_softmax_(full)
+        ids = full_stats[:, 2:] + head.full_shard.start
+        return draft, torch.cat(
+            [draft_stats[:, :2], full_stats[:, :1], ids, full_stats[:, 1:2]], dim=1
+        )
 
 
 class TeacherHead:
@@ -63,29 +90,9 @@ class TeacherHead:
                 mine = rows
         return mine.view(-1, weight.shape[1])
 
-    @torch.no_grad()
     def targets(self, final_hidden: Tensor) -> TeacherTargets:
-        """Targets of ``final_hidden`` [M, H] (after the base's final norm, full rows on every TP
-        rank). Logits exist one chunk of rows at a time; ``exp_logits`` is kept, the whole shard
-        when the draft keeps the whole vocabulary. No collective."""
-        rows = final_hidden.shape[0]
-        exp_logits = final_hidden.new_empty(rows, self.draft_weight.shape[0], dtype=torch.float32)
-        statistics = final_hidden.new_empty(rows, 5, dtype=torch.float32)
-        for chunk in row_chunks(rows, self.full_weight.shape[0]):
-            hidden = final_hidden[chunk]
-            full_logits = hidden @ self.full_weight.t()
-            full = row_statistics(full_logits)
-            if self.draft_weight is self.full_weight:
-                logits, draft = full_logits, full
-            else:
-                logits = hidden @ self.draft_weight.t()
-                draft = row_statistics(logits)
-            torch.exp(logits.float() - draft.max.unsqueeze(-1), out=exp_logits[chunk])
-            ids = (full.argmax + self.full_shard.start).float()
-            torch.stack(
-                [draft.max, draft.sum_exp, full.max, ids, full.sum_exp], -1, out=statistics[chunk]
-            )
-        return TeacherTargets(exp_logits, statistics)
+        """Targets of ``final_hidden`` [M, H]; nothing is computed yet."""
+        return TeacherTargets(self, final_hidden)
 
 
 def draft_vocab_shard(

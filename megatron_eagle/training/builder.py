@@ -19,6 +19,7 @@ from megatron_eagle.checkpoint_dir import BaseInfo
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.metadata import draft_metadata, encode_metadata
 from megatron_eagle.draft.model import EagleDraft, draft_config
+from megatron_eagle.parallel.soft_cross_entropy import teacher_bytes
 from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.build import build_base, load_base
 from megatron_eagle.teacher.targets import draft_vocab_shard
@@ -61,7 +62,19 @@ class ModelBuilder:
             f"{self.options.algorithm}, layers {' '.join(map(str, captured)) or 'none'} captured, "
             f"{self.vocab_ids.numel():,} of {self.base.vocab_size:,} token ids"
         )
+        if draft.tp_group.size() > 1:
+            print_rank_0(self._teacher_size(args, draft.shard.padded_rows))
         return EagleGPTModel(base, draft, self.options)
+
+    def _teacher_size(self, args: Any, columns: int) -> str:
+        """What the targets of a micro-batch would take if every token were supervised."""
+        tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
+        size, limit = teacher_bytes(tokens, columns) >> 20, self.options.teacher_memory
+        kept = "kept" if size <= limit else "made and used one chunk of rows at a time"
+        return (
+            f"> teacher targets: at most {size:,} MiB per rank and micro-batch, {kept} "
+            f"(--eagle-teacher-memory {limit})"
+        )
 
     def _build_draft(
         self, config: Any, backend: LayerBackend, base: FrozenBase, pg_collection: Any

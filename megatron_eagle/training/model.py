@@ -15,7 +15,7 @@ from megatron_eagle.objective.metrics import with_regression
 from megatron_eagle.objective.regression import hidden_regression
 from megatron_eagle.objective.unroll import DraftInputs, target_hidden, unroll
 from megatron_eagle.parallel.context import ContextShard
-from megatron_eagle.parallel.soft_cross_entropy import LossRows, soft_cross_entropy
+from megatron_eagle.parallel.soft_cross_entropy import Budgets, LossRows, soft_cross_entropy
 from megatron_eagle.platform.nvtx import nvtx_range
 from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.embedding import step_embeddings
@@ -38,6 +38,7 @@ class EagleGPTModel(MegatronModule):
         self.share_embeddings_and_output_weights = False
         self.pre_process = self.post_process = True
         self.teacher: TeacherHead | None = None
+        self.budgets = Budgets(options.logits_budget_mib << 20, options.teacher_memory << 20)
         # No buffer: a bf16 model would round it.
         weights = [options.step_decay**t for t in range(options.ttt_steps)]
         self.step_weights = torch.tensor(weights, device=base.output_weight.device)
@@ -97,11 +98,10 @@ class EagleGPTModel(MegatronModule):
             loss, sums = soft_cross_entropy(
                 hidden,
                 self.draft.lm_head(),
-                targets.exp_logits,
-                targets.statistics,
+                targets,
                 self._loss_rows(batch),
                 self.draft.tp_group,
-                self.options.logits_budget_mib << 20,
+                self.budgets,
             )
             if self.options.algorithm != "eagle1":
                 return loss, sums

@@ -84,22 +84,54 @@ def test_context_parallel_collectives() -> None:
         assert found["backward"] == {"reduce_scatter_base": 1}
 
 
-def count_loss_only(rank: int, world: int) -> dict[str, Any]:
-    from megatron_eagle.parallel.soft_cross_entropy import LossRows, soft_cross_entropy
+class GivenTeacher:
+    """Fixed softmaxes and statistics of 7 rows."""
 
+    full_columns = draft_columns = 5
+
+    def __init__(self) -> None:
+        self.softmax, self.statistics = torch.rand(7, 5).softmax(-1), torch.rand(7, 5) + 1
+
+    def rows(self, chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.softmax[chunk].clone(), self.statistics[chunk]
+
+
+def count_loss_only(rank: int, world: int, chunk_rows: int, budget: int) -> dict[str, Any]:
+    from megatron_eagle.parallel import soft_cross_entropy as module
+
+    module.CHUNK_BYTES["cpu"] = 4 * chunk_rows * (3 * 5 + GivenTeacher.full_columns)
     torch.manual_seed(rank)
     hidden, weight = torch.randn(3, 7, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
-    statistics = torch.rand(7, 5) + 1
-    rows = LossRows(torch.ones(3, 7, dtype=torch.bool), torch.ones(3), torch.arange(5), None)
+    mask, steps = torch.ones(3, 7, dtype=torch.bool), torch.ones(3)
+    rows = module.LossRows(mask, steps, torch.arange(5), None)
+    group = torch.distributed.group.WORLD
+    assert group is not None
     with CollectiveCounter() as forward:
-        loss, _ = soft_cross_entropy(
-            hidden, weight, torch.rand(7, 5), statistics, rows, torch.distributed.group.WORLD, 0
+        loss, _ = module.soft_cross_entropy(
+            hidden, weight, GivenTeacher(), rows, group, module.Budgets(1 << 20, budget)
         )
     with CollectiveCounter() as backward:
         loss.backward()
-    return {"forward": dict(forward.calls), "backward": dict(backward.calls)}
+    return {
+        "forward": dict(forward.calls),
+        "backward": dict(backward.calls),
+        "sent": forward.gathered,
+        "gradients": (hidden.grad, weight.grad),
+    }
 
 
 def test_the_loss_is_one_collective_and_its_backward_none() -> None:
-    for found in run_distributed(count_loss_only, 2):
-        assert found == {"forward": {"allgather_base": 1}, "backward": {}}
+    """However many chunks there are, as long as they may be kept."""
+    for found in run_distributed(count_loss_only, 2, 2, 1 << 20):
+        assert found["forward"] == {"allgather_base": 1} and found["backward"] == {}
+        assert found["sent"] == [3 * 7 * 4 + 7 * 5], "16 bytes a row and step"
+
+
+def test_beyond_the_budget_each_chunk_is_one_collective_and_nothing_else_changes() -> None:
+    kept = run_distributed(count_loss_only, 2, 2, 4 * 7 * 5)
+    at_once = run_distributed(count_loss_only, 2, 2, 4 * 7 * 5 - 1)
+    for one, other in zip(kept, at_once, strict=True):
+        assert one["forward"] == {"allgather_base": 1}
+        assert other["forward"] == {"allgather_base": 4} and other["backward"] == {}
+        assert sum(other["sent"]) == one["sent"][0], "the same bytes in all"
+        torch.testing.assert_close(other["gradients"], one["gradients"], rtol=1e-5, atol=1e-6)

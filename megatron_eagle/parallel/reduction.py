@@ -1,0 +1,75 @@
+"""From the statistics of vocabulary shards to losses, accuracies and log Z: one all-gather.
+
+A shard's own statistics, fp32: of the draft ``local`` [K, N, 4] max, sum of exp(z - max), Σ p z
+(p the teacher's softmax over the shard) and the base id of the max; of the teacher [N, 5] max and
+sum of exp over the draft shard, and max, its id and sum of exp over the full vocabulary's shard.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from megatron_eagle.parallel.vocab import combine_argmax, combine_log_sum_exp
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """Over all shards: [K, N] each, the teacher's [N]."""
+
+    cross_entropy: Tensor
+    log_z: Tensor
+    hit: Tensor
+    teacher_log_z: Tensor
+    teacher_argmax: Tensor
+    teacher_coverage: Tensor
+
+    def sums(self, mask: Tensor, first_rows: Tensor) -> Tensor:
+        """The metrics [3 * K + 2] of the rows of ``mask`` [K, N]: cross-entropy, rows and hits of
+        each step; then the base's probability inside the draft vocabulary, and its rows, those of
+        ``first_rows`` [N], the targets of step 0 (the others may be another rank's)."""
+        per_step = torch.stack(
+            [(self.cross_entropy * mask).sum(-1), mask.sum(-1), (self.hit & mask).sum(-1)]
+        )
+        coverage = [(self.teacher_coverage * first_rows).sum(), first_rows.sum()]
+        return torch.cat([per_step.flatten(), torch.stack(coverage)])
+
+
+def reduce_shards(local: Tensor, teacher: Tensor, group: ProcessGroup) -> Reduced:
+    """Join all shards: one all-gather over ``group``, none for a single rank."""
+    locals_, teachers = _gather(local, teacher, group)
+    maxima, sums, dots, ids = locals_.unbind(-1)
+    draft_max, draft_sum, full_max, full_id, full_sum = teachers.unbind(-1)
+    log_z = combine_log_sum_exp(maxima, sums)
+    teacher_log_z = combine_log_sum_exp(draft_max, draft_sum)
+    share = draft_sum * (draft_max - teacher_log_z).exp()
+    teacher_argmax = combine_argmax(full_max, full_id)
+    return Reduced(
+        cross_entropy=log_z - (dots * share.unsqueeze(1)).sum(0),
+        log_z=log_z,
+        hit=combine_argmax(maxima, ids) == teacher_argmax,
+        teacher_log_z=teacher_log_z,
+        teacher_argmax=teacher_argmax,
+        teacher_coverage=(teacher_log_z - combine_log_sum_exp(full_max, full_sum)).exp(),
+    )
+
+
+def shard_shares(local: Tensor, teacher: Tensor, reduced: Reduced) -> tuple[Tensor, Tensor]:
+    """What this shard's softmaxes are multiplied with to be parts of the whole: [K, N] and [N]."""
+    draft = local[..., 1] * (local[..., 0] - reduced.log_z).exp()
+    return draft, teacher[:, 1] * (teacher[:, 0] - reduced.teacher_log_z).exp()
+
+
+def _gather(local: Tensor, teacher: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+    """[K, N, 4] and [N, 5] of every rank as [T, K, N, 4] and [T, N, 5]."""
+    if group.size() == 1:
+        return local.unsqueeze(0), teacher.unsqueeze(0)
+    payload = torch.cat([local.flatten(), teacher.flatten()])
+    received = payload.new_empty(group.size() * payload.numel())
+    torch.distributed.all_gather_into_tensor(received, payload, group=group)
+    received = received.view(group.size(), -1)
+    mine, theirs = received.split([local.numel(), teacher.numel()], dim=1)
+    return mine.unflatten(1, local.shape), theirs.unflatten(1, teacher.shape)

@@ -1,0 +1,114 @@
+"""The fused loss of one rank equals plain autograd, in whatever chunks it runs."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_eagle.parallel import soft_cross_entropy as module
+from megatron_eagle.parallel.shard_softmax import row_max, shard_softmax_
+from megatron_eagle.parallel.vocab import even_chunks
+
+STEPS, TARGETS, SIZE, VOCAB = 3, 11, 16, 700
+
+
+class OneRank:
+    def size(self) -> int:
+        return 1
+
+
+class Teacher:
+    full_columns = draft_columns = VOCAB
+
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+
+    def rows(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        softmax = self.logits[chunk].clone()
+        found = shard_softmax_(softmax)
+        return softmax, torch.cat([found[:, :2], found[:, :1], found[:, 2:], found[:, 1:2]], 1)
+
+
+def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, module.LossRows]:
+    torch.manual_seed(0)
+    hidden = torch.randn(STEPS, TARGETS, SIZE).to(dtype).requires_grad_()
+    weight = torch.randn(VOCAB, SIZE).to(dtype).requires_grad_()
+    mask = torch.rand(STEPS, TARGETS) < 0.7
+    rows = module.LossRows(mask, torch.tensor([1.0, 0.8, 0.64]), torch.arange(VOCAB), None)
+    return hidden, weight, 2 * torch.randn(TARGETS, VOCAB), rows
+
+
+def run(dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    hidden, weight, logits, rows = problem(dtype)
+    group, budgets = cast(Any, OneRank()), module.Budgets(0, 0)
+    loss, sums = module.soft_cross_entropy(hidden, weight, Teacher(logits), rows, group, budgets)
+    return loss.detach(), sums, torch.autograd.grad(2.5 * loss, [hidden, weight])
+
+
+def expected(dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    hidden, weight, logits, rows = problem(dtype)
+    draft = (hidden @ weight.t()).float()
+    losses = -(logits.softmax(-1) * draft.log_softmax(-1)).sum(-1)
+    loss = (losses * rows.mask * rows.step_weights.unsqueeze(-1)).sum()
+    hits = (draft.argmax(-1) == logits.argmax(-1)) & rows.mask
+    return loss.detach(), torch.autograd.grad(2.5 * loss, [hidden, weight]), hits.sum(-1)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 100])
+def test_equals_autograd(chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 4 * chunk_rows * (STEPS + 1) * VOCAB)
+    loss, sums, gradients = run(torch.float32)
+    wanted, wanted_gradients, hits = expected(torch.float32)
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradients, wanted_gradients, rtol=1e-4, atol=1e-5)
+    assert sums[2 * STEPS : 3 * STEPS].tolist() == hits.tolist()
+
+
+def test_bf16_keeps_fp32_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 4 * 4 * (STEPS + 1) * VOCAB)
+    loss, _, gradients = run(torch.bfloat16)
+    wanted, wanted_gradients, _ = expected(torch.bfloat16)
+    torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
+    for found, other in zip(gradients, wanted_gradients, strict=True):
+        difference = (found.float() - other.float()).norm() / other.float().norm()
+        assert difference < 0.01
+
+
+def test_a_second_backward_is_refused() -> None:
+    hidden, weight, logits, rows = problem(torch.float32)
+    loss, _ = module.soft_cross_entropy(
+        hidden, weight, Teacher(logits), rows, cast(Any, OneRank()), module.Budgets(0, 0)
+    )
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="inplace operation"):
+        loss.backward()
+
+
+def test_no_gradient_is_made_where_none_is_wanted() -> None:
+    hidden, weight, logits, rows = problem(torch.float32)
+    group, budgets = cast(Any, OneRank()), module.Budgets(0, 0)
+    with torch.no_grad():
+        loss, _ = module.soft_cross_entropy(hidden, weight, Teacher(logits), rows, group, budgets)
+    assert not loss.requires_grad
+    torch.testing.assert_close(loss, expected(torch.float32)[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("columns", [1, 127, 256, 300, 640, 1001])
+def test_row_max_is_the_first_of_equals(columns: int) -> None:
+    torch.manual_seed(columns)
+    logits = torch.randint(-4, 4, (50, columns)).float()  # full of ties
+    top, index = row_max(logits)
+    assert top.equal(logits.amax(-1))
+    first = (logits == top.unsqueeze(-1)).int().argmax(-1)
+    assert index.equal(first)
+
+
+@pytest.mark.parametrize(("rows", "largest"), [(0, 4), (1, 4), (9, 4), (8, 4), (3, 0)])
+def test_chunks_cover_all_rows_evenly(rows: int, largest: int) -> None:
+    chunks = even_chunks(rows, largest)
+    assert [i for chunk in chunks for i in range(chunk.start, chunk.stop)] == list(range(rows))
+    sizes = [chunk.stop - chunk.start for chunk in chunks]
+    assert max(sizes) <= max(1, largest) and max(sizes) - min(sizes) <= 1
