@@ -20,6 +20,9 @@ _PATHS = {
     "IdentityOp": "megatron.core.transformer.identity_op:IdentityOp",
     "LocalSpecProvider": "megatron.core.models.backends:LocalSpecProvider",
     "MegatronModule": "megatron.core.transformer.module:MegatronModule",
+    "RotaryEmbedding": (
+        "megatron.core.models.common.embeddings.rotary_pos_embedding:RotaryEmbedding"
+    ),
     "StrictHandling": "megatron.core.dist_checkpointing.validation:StrictHandling",
     "TransformerConfig": "megatron.core.transformer:TransformerConfig",
     "build_module": "megatron.core.transformer.spec_utils:build_module",

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-ALGORITHMS = ("eagle1", "eagle3", "eagle3.1")
+from megatron_eagle.config_checks import ALGORITHMS, LAYER_WIDTHS, check_options, flag_name
+
 REGRESSION_WEIGHT = 10.0
 
 
@@ -61,6 +62,18 @@ class EagleConfig:
         metavar="LAYER",
     )
     num_layers: int = _option(1, "transformer layers of the draft", type=int)
+    ffn_hidden_size: int | None = _option(
+        None, "ffn width of the draft's layers (default: the base's)", type=int
+    )
+    num_attention_heads: int | None = _option(
+        None, "attention heads of the draft's layers (default: the base's)", type=int
+    )
+    num_query_groups: int | None = _option(
+        None, "key/value heads of the draft's layers (default: the base's)", type=int
+    )
+    kv_channels: int | None = _option(
+        None, "size of an attention head of the draft's layers (default: the base's)", type=int
+    )
     draft_vocab_size: int | None = _option(
         None,
         "D: size of the draft's vocabulary, its ids chosen by how often training supervises them "
@@ -114,54 +127,7 @@ class EagleConfig:
     def __post_init__(self) -> None:
         if self.aux_layers is not None:
             object.__setattr__(self, "aux_layers", tuple(int(i) for i in self.aux_layers))
-        for name, least in (
-            ("ttt_steps", 1),
-            ("num_layers", 1),
-            ("logits_budget_mib", 0),
-            ("teacher_memory", 0),
-        ):
-            if getattr(self, name) < least:
-                raise ValueError(
-                    f"{flag_name(name)} must be at least {least}, not {getattr(self, name)}"
-                )
-        if self.draft_vocab_size is not None and self.draft_vocab_size < 1:
-            raise ValueError(
-                f"--eagle-draft-vocab-size must be at least 1, not {self.draft_vocab_size}"
-            )
-        if not 0.0 < self.step_decay <= 1.0:
-            raise ValueError(f"--eagle-step-decay must be in (0, 1], not {self.step_decay}")
-        if self.aux_layers is not None:
-            _check_aux_layers(self.aux_layers)
-        self._check_algorithm()
-
-    def _check_algorithm(self) -> None:
-        """What one algorithm has and another has not: an option without effect is a mistake."""
-        if self.algorithm not in ALGORITHMS:
-            raise ValueError(
-                f"--eagle-algorithm must be one of {', '.join(ALGORITHMS)}, not {self.algorithm}"
-            )
-        if self.algorithm == "eagle1":
-            for name in _NOT_EAGLE1:
-                value = getattr(self, name)
-                if value not in (None, False):
-                    raise ValueError(
-                        f"{_shown(name, value)}: --eagle-algorithm eagle1 reads the base's last "
-                        "hidden alone and shares its whole output layer"
-                    )
-        elif self.regression_weight is not None:
-            raise ValueError(
-                f"--eagle-regression-weight {self.regression_weight}: only --eagle-algorithm "
-                "eagle1 regresses the hidden"
-            )
-        if self.regression_weight is not None and self.regression_weight < 0:
-            raise ValueError(
-                f"--eagle-regression-weight must not be negative: {self.regression_weight}"
-            )
-        if self.algorithm == "eagle3.1" and self.norm_before_fc:
-            raise ValueError(
-                "--eagle-norm-before-fc: --eagle-algorithm eagle3.1 has a norm per captured layer "
-                "there already"
-            )
+        check_options(self)
 
     @property
     def hidden_loss_weight(self) -> float:
@@ -183,6 +149,21 @@ class EagleConfig:
                 "the defaults 1, n//2 - 1 and n - 4 need at least 7"
             )
         return (1, base_layers // 2 - 1, base_layers - 4)
+
+    def layer_widths(self, base_args: Mapping[str, Any]) -> dict[str, int]:
+        """The widths of the draft's layers beside a base with these Megatron arguments, under
+        Megatron's names. Raises ``ValueError`` if they do not go together."""
+        widths = {name: base_args[name] for name in LAYER_WIDTHS}
+        if widths["num_query_groups"] == widths["num_attention_heads"] and self.num_attention_heads:
+            widths["num_query_groups"] = self.num_attention_heads  # every head its own, as the base
+        given = {name: getattr(self, name) for name in LAYER_WIDTHS}
+        widths |= {name: value for name, value in given.items() if value is not None}
+        if widths["num_attention_heads"] % widths["num_query_groups"]:
+            raise ValueError(
+                f"--eagle-num-query-groups: {widths['num_query_groups']} key/value heads do not "
+                f"divide the draft's {widths['num_attention_heads']} attention heads"
+            )
+        return widths
 
     def check_against_base(self, base_layers: int, vocab_size: int, seq_length: int) -> None:
         """Raise ``ValueError`` for options that a base of these dimensions cannot honour."""
@@ -221,27 +202,6 @@ class EagleConfig:
         return dataclasses.asdict(self)
 
 
-_NOT_EAGLE1 = (
-    "aux_layers",
-    "norm_before_fc",
-    "norm_before_residual",
-    "draft_vocab_size",
-    "vocab_map",
-    "mask_out_of_vocab",
-)
-
-
-def _shown(name: str, value: Any) -> str:
-    """The flag as a user would have typed it."""
-    words = value if isinstance(value, tuple) else () if value is True else (value,)
-    return " ".join([flag_name(name), *map(str, words)])
-
-
-def flag_name(field_name: str) -> str:
-    """``ttt_steps`` -> ``--eagle-ttt-steps``."""
-    return "--eagle-" + field_name.replace("_", "-")
-
-
 def add_eagle_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Declare one ``--eagle-*`` flag per field of :class:`EagleConfig` and return ``parser``."""
     group = parser.add_argument_group("eagle", "the draft and its training")
@@ -265,15 +225,3 @@ def parse_eagle_flags(argv: Sequence[str]) -> EagleConfig:
     if options.base_checkpoint is None:
         raise ValueError("--eagle-base-checkpoint is required: the base to train a draft for")
     return options
-
-
-def _check_aux_layers(layers: tuple[int, ...]) -> None:
-    shown = " ".join(map(str, layers))
-    if not layers:
-        raise ValueError("--eagle-aux-layers needs at least one layer")
-    if min(layers) < 0:
-        raise ValueError(f"--eagle-aux-layers must not be negative: {shown}")
-    if len(set(layers)) != len(layers):
-        raise ValueError(f"--eagle-aux-layers names a layer twice: {shown}")
-    if list(layers) != sorted(layers):
-        raise ValueError(f"--eagle-aux-layers must ascend: {shown}")

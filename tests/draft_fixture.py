@@ -78,25 +78,33 @@ def build_model(case: Case) -> Any:
         mask_out_of_vocab=reference.mask_out_of_vocab,
         detach_steps=reference.detach_steps,
         logits_budget_mib=case.logits_budget_mib,
-        **algorithm_of(reference),
+        **draft_options(reference),
     )
     shard = draft_vocab_shard(
         case.vocab_ids.numel(), reference.vocab_size, base.output_weight.shape[0], groups.tp
     )
     draft = EagleDraft(
         config, local_backend(), options, reference.num_aux, case.vocab_ids, shard,
-        encode_metadata({}), groups, lambda: base.output_weight,
+        encode_metadata({}), groups, lambda: base.output_weight, base.rotary,
     )  # fmt: skip
     load_reference_weights(draft, case)
     return EagleGPTModel(base, draft, options)
 
 
-def algorithm_of(reference: ReferenceConfig) -> dict[str, Any]:
+def draft_options(reference: ReferenceConfig) -> dict[str, Any]:
     """The options that give the reference's draft."""
+    widths = {
+        "num_layers": reference.num_layers,
+        "ffn_hidden_size": reference.intermediate_size,
+        "num_attention_heads": reference.num_heads,
+        "num_query_groups": reference.num_kv_heads,
+        "kv_channels": reference.head_dim,
+    }
     if reference.eagle1:
-        return {"algorithm": "eagle1", "regression_weight": reference.regression}
+        return {**widths, "algorithm": "eagle1", "regression_weight": reference.regression}
     assert reference.fc_norm == reference.norm_output
     return {
+        **widths,
         "algorithm": "eagle3.1" if reference.fc_norm else "eagle3",
         "norm_before_fc": reference.norm_before_fc,
         "norm_before_residual": reference.norm_before_residual,

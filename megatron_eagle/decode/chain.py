@@ -83,7 +83,7 @@ class DraftChain:
         return self.draft.step(
             self.base.embed(tokens, positions),
             hidden,
-            self.base.rotary(positions, self.cache.capacity),
+            self.draft.rotary(self.cache.capacity)[:, 0][positions.t()],
             self.cache,
         )
 

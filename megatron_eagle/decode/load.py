@@ -16,7 +16,8 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_eagle.attention.backend import local_backend
 from megatron_eagle.checkpoint_dir import BaseInfo, resolve_checkpoint
 from megatron_eagle.compat import dist_checkpointing
-from megatron_eagle.draft.model import EagleDraft, draft_config
+from megatron_eagle.draft.layer_config import draft_config, draft_rotary
+from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.draft.vocab import check_vocab_ids
 from megatron_eagle.hf.dcp_reader import DraftCheckpoint
 from megatron_eagle.hf.draft_info import BASE_SIZES, DraftInfo, parse_draft_info
@@ -104,7 +105,8 @@ def load_draft(about: DraftCheckpointInfo, gpt: Any, directory: str | Path) -> E
 
 
 def _build(about: DraftCheckpointInfo, gpt: Any, initialize: bool) -> EagleDraft:
-    config = draft_config(gpt.config, about.info.num_layers)
+    options, base_args = about.info.options, about.info.base.megatron_args
+    config = draft_config(gpt.config, options)
     config.perform_initialization = initialize
     embedding, groups = gpt.embedding.word_embeddings.weight, gpt.pg_collection
     shard = draft_vocab_shard(
@@ -113,12 +115,13 @@ def _build(about: DraftCheckpointInfo, gpt: Any, initialize: bool) -> EagleDraft
     draft = EagleDraft(
         config,
         local_backend(),
-        about.info.options,
+        options,
         len(about.info.aux_layers),
         about.vocab_ids.to(embedding.device),
         shard,
         about.metadata.to(embedding.device),
         groups,
         lambda: output_rows(gpt),
+        draft_rotary(gpt.rotary_pos_emb, base_args, options, embedding.device),
     )
     return draft.cuda(torch.cuda.current_device()).requires_grad_(False).eval()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.checkpoint_dir import BaseInfo
-from megatron_eagle.config import EagleConfig, flag_name
+from megatron_eagle.config import EagleConfig
+from megatron_eagle.config_checks import flag_name
 
 FORMAT = "megatron_eagle.draft"
 VERSION = 1
@@ -81,3 +82,12 @@ def check_same_draft(saved: dict[str, Any], now: dict[str, Any], source: str) ->
             f"--eagle-base-checkpoint: the draft in {source} was trained on another base, "
             f"{saved['base']['name']}"
         )
+    widths = [
+        EagleConfig.from_mapping(content["config"]).layer_widths(content["base"]["megatron_args"])
+        for content in (saved, now)
+    ]
+    for name, then in widths[0].items():
+        if then != widths[1][name]:
+            raise ValueError(
+                f"{flag_name(name)}: this run has {widths[1][name]}, the draft in {source} {then}"
+            )

@@ -7,7 +7,6 @@ around the layers, and the base's own output layer.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -26,25 +25,8 @@ from megatron_eagle.compat import (
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.features import FeatureProjection, NormWeight, norm_features
 from megatron_eagle.draft.layer import draft_layer_specs
+from megatron_eagle.draft.layer_config import Rotary
 from megatron_eagle.parallel.vocab import VocabShard
-
-
-def draft_config(base_config: Any, num_layers: int) -> Any:
-    """The base's TransformerConfig with the draft's depth: same hidden size, heads and (dense) ffn,
-    and no experts, query/key norms or biases, which EAGLE-3 readers do not know.
-
-    Of ``recompute_modules`` "core_attn" is done already: the kernels keep no scores for backward,
-    and Megatron's own checkpointing cannot carry an attention state."""
-    config = copy.copy(base_config)
-    if config.recompute_granularity == "selective":
-        config.recompute_modules = [m for m in config.recompute_modules if m != "core_attn"]
-    config.num_layers = num_layers
-    config.qk_layernorm = False
-    config.add_qkv_bias = False
-    config.add_bias_linear = False
-    config.num_moe_experts = None
-    config.moe_layer_freq = 1
-    return config
 
 
 class EagleDraft(MegatronModule):
@@ -60,6 +42,7 @@ class EagleDraft(MegatronModule):
         metadata: what a checkpoint says of the draft, see :mod:`megatron_eagle.draft.metadata`.
         pg_collection: process groups; ``tp`` shards the layers and the head, ``cp`` the sequence.
         base_head: gives the base's output rows [Vp, H] on this rank, which EAGLE-1 shares.
+        rotary: gives RoPE angles, see :mod:`megatron_eagle.draft.layer_config`.
 
     The embedding is the base's and not part of the draft. Replicated over every other group.
     """
@@ -75,8 +58,10 @@ class EagleDraft(MegatronModule):
         metadata: Tensor,
         pg_collection: Any,
         base_head: Callable[[], Tensor],
+        rotary: Rotary,
     ) -> None:
         super().__init__(config=config)
+        self.rotary = rotary
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.shard = shard
         self.num_aux = num_aux

@@ -72,7 +72,7 @@ def _speculators_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
 
 def _llama_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
     """The draft's layers as a Llama configuration."""
-    args, base = info.base.megatron_args, info.base.hf_config
+    args, base = info.layer_args, info.base.hf_config
     config = {
         "model_type": "llama",
         "hidden_size": args["hidden_size"],

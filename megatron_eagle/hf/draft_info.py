@@ -40,9 +40,15 @@ class DraftInfo:
         return self.draft_vocab_size < self.base.vocab_size
 
     @property
+    def layer_args(self) -> dict[str, Any]:
+        """The base's Megatron arguments with the widths of the draft's layers."""
+        args = self.base.megatron_args
+        return {**args, **self.options.layer_widths(args)}
+
+    @property
     def dims(self) -> Dims:
         """The symbols of `draft_names`."""
-        dims = dims_of(self.base.megatron_args)
+        dims = dims_of(self.layer_args)
         return {
             **dims,
             "D": self.draft_vocab_size,

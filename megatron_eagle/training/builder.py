@@ -17,8 +17,9 @@ from megatron_eagle.attention.backend import (
 )
 from megatron_eagle.checkpoint_dir import BaseInfo
 from megatron_eagle.config import EagleConfig
+from megatron_eagle.draft.layer_config import draft_config, draft_rotary
 from megatron_eagle.draft.metadata import draft_metadata, encode_metadata
-from megatron_eagle.draft.model import EagleDraft, draft_config
+from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.parallel.soft_cross_entropy import teacher_bytes
 from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.build import build_base, load_base
@@ -87,7 +88,7 @@ class ModelBuilder:
         )
         metadata = draft_metadata(self.options, self.base, base.taps.layers, self.vocab_ids.numel())
         return EagleDraft(
-            draft_config(config, self.options.num_layers),
+            draft_config(config, self.options),
             backend,
             self.options,
             len(base.taps.layers),
@@ -96,4 +97,7 @@ class ModelBuilder:
             encode_metadata(metadata).to(base.output_weight.device),
             pg_collection,
             lambda: base.output_weight,
+            draft_rotary(
+                base.rotary, self.base.megatron_args, self.options, base.output_weight.device
+            ),
         )

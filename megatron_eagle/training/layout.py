@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from megatron_eagle.checkpoint_dir import BaseInfo
 from megatron_eagle.config import EagleConfig
+from megatron_eagle.config_checks import flag_name
 
 
 def check_layout(user: Sequence[str], base: BaseInfo, options: EagleConfig) -> None:
@@ -19,6 +20,12 @@ def check_layout(user: Sequence[str], base: BaseInfo, options: EagleConfig) -> N
     given = _layout(user)
     tensor, context = given.tensor_model_parallel_size, given.context_parallel_size
     _check_processes({"tensor-model-parallel": tensor, "context-parallel": context})
+    for name, width in options.layer_widths(base.megatron_args).items():
+        if name != "kv_channels" and width % tensor:
+            raise ValueError(
+                f"--tensor-model-parallel-size {tensor} does not divide the draft's "
+                f"{name} = {width} ({flag_name(name)})"
+            )
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "hidden_size"):
         if base.megatron_args[name] % tensor:
             raise ValueError(

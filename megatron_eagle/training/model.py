@@ -65,7 +65,7 @@ class EagleGPTModel(MegatronModule):
                 self.config.sequence_parallel,
                 spans,
             ),
-            rotary=self.base.rotary(tokens.shape[1] + steps - 1),
+            rotary=self.draft.rotary(tokens.shape[1] + steps - 1),
             spans=spans,
         )
 

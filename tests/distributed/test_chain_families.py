@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_eagle.checkpoint_dir import load_base_json
 from megatron_eagle.hf.import_base import import_base
 from tests.distributed.harness import megatron_parallel, run_distributed
-from tests.draft_fixture import Case, algorithm_of, load_reference_weights
+from tests.draft_fixture import Case, draft_options, load_reference_weights
 from tests.reference_decode import draft_chain
 from tests.reference_eagle3 import ReferenceConfig, ReferenceEagle3
 from tests.tiny_hf import SIZES, make_base
@@ -23,6 +23,7 @@ PROMPTS = [[5, 9, 2, 40, 11], [7], [3, 3, 8]]
 VARIANTS: dict[str, dict[str, Any]] = {
     "eagle1": {"eagle1": True, "num_aux": 1, "draft_vocab_size": VOCAB, "num_layers": 2},
     "eagle3.1": {"fc_norm": True, "norm_output": True},
+    "widths": {"num_heads": 6, "num_kv_heads": 2, "head_dim": 12, "intermediate_size": 20},
     "norms": {"norm_before_fc": True, "norm_before_residual": True},
 }
 
@@ -61,7 +62,7 @@ def propose(rank: int, world: int, directory: str, cases: dict[str, Case]) -> di
     gpt = load_base(directory, base, groups)
     result = {}
     for name, case in cases.items():
-        options = EagleConfig(**algorithm_of(case.config))
+        options = EagleConfig(**draft_options(case.config))
         captured = () if case.config.eagle1 else AUX_LAYERS
         size = case.vocab_ids.numel()
         info = DraftInfo(case.config.num_layers, captured, DRAFTS, size, base, options)

@@ -7,7 +7,8 @@ import dataclasses
 
 import pytest
 
-from megatron_eagle.config import EagleConfig, add_eagle_flags, flag_name, parse_eagle_flags
+from megatron_eagle.config import EagleConfig, add_eagle_flags, parse_eagle_flags
+from megatron_eagle.config_checks import flag_name
 
 
 def test_every_option_is_a_flag_and_comes_back() -> None:
@@ -41,6 +42,8 @@ def test_default_captured_layers() -> None:
         ({"aux_layers": (5, 2)}, "--eagle-aux-layers must ascend: 5 2"),
         ({"aux_layers": (-1, 2)}, "--eagle-aux-layers must not be negative"),
         ({"aux_layers": ()}, "--eagle-aux-layers needs at least one layer"),
+        ({"kv_channels": 0}, "--eagle-kv-channels must be at least 1, not 0"),
+        ({"kv_channels": 7}, "--eagle-kv-channels 7 is odd"),
         ({"algorithm": "eagle4"}, "--eagle-algorithm must be one of eagle1, eagle3, eagle3.1"),
         ({"algorithm": "eagle1", "aux_layers": (1, 2)}, "--eagle-aux-layers 1 2: --eagle-algor"),
         ({"algorithm": "eagle1", "draft_vocab_size": 9}, "--eagle-draft-vocab-size 9: .* eagle1"),
@@ -66,6 +69,18 @@ def test_impossible_options(changes: dict, message: str) -> None:
 def test_options_that_the_base_cannot_honour(options: EagleConfig, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         options.check_against_base(base_layers=8, vocab_size=100, seq_length=8)
+
+
+def test_widths_are_the_base_s_unless_given() -> None:
+    base = {"ffn_hidden_size": 96, "num_attention_heads": 8, "num_query_groups": 2}
+    base["kv_channels"] = 16
+    assert EagleConfig().layer_widths(base) == base
+    given = EagleConfig(num_attention_heads=4, ffn_hidden_size=50).layer_widths(base)
+    assert given == base | {"num_attention_heads": 4, "ffn_hidden_size": 50}
+    mha = base | {"num_query_groups": 8}
+    assert EagleConfig(num_attention_heads=6).layer_widths(mha)["num_query_groups"] == 6
+    with pytest.raises(ValueError, match=r"--eagle-num-query-groups: 3 .* draft's 8 attention"):
+        EagleConfig(num_query_groups=3).layer_widths(base)
 
 
 def test_a_base_is_required() -> None:

@@ -15,13 +15,14 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "megatron_eagle"
 OUTSIDE = {"examples", "tools", "tests", "benchmarks"}
 
-BASICS = {"config", "compat", "platform", "checkpoint_dir"}
+BASICS = {"config", "config_checks", "compat", "platform", "checkpoint_dir"}
 BELOW_DRAFT = BASICS | {"parallel", "attention"}
 BELOW_TRAINING = BELOW_DRAFT | {"teacher", "draft", "objective"}
 BESIDE_TRAINING = {"hf", "data", "decode"}
 
 MAY_IMPORT: dict[str, set[str]] = {
-    "config": set(),
+    "config": {"config_checks"},
+    "config_checks": {"config"},  # for type hints
     "compat": set(),
     "platform": {"config", "compat"},
     "checkpoint_dir": {"config", "compat", "platform"},

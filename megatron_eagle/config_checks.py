@@ -1,0 +1,95 @@
+"""What makes options impossible by themselves: ``ValueError`` with the flag and its value."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_eagle.config import EagleConfig
+
+ALGORITHMS = ("eagle1", "eagle3", "eagle3.1")
+LAYER_WIDTHS = ("ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
+_NOT_EAGLE1 = (
+    "aux_layers",
+    "norm_before_fc",
+    "norm_before_residual",
+    "draft_vocab_size",
+    "vocab_map",
+    "mask_out_of_vocab",
+)
+
+
+def check_options(options: EagleConfig) -> None:
+    """Raise ``ValueError`` for the first impossible option or combination."""
+    least = {"ttt_steps": 1, "num_layers": 1, "logits_budget_mib": 0, "teacher_memory": 0}
+    for name, least_value in least.items():
+        if getattr(options, name) < least_value:
+            raise ValueError(
+                f"{flag_name(name)} must be at least {least_value}, not {getattr(options, name)}"
+            )
+    for name in ("draft_vocab_size", *LAYER_WIDTHS):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise ValueError(f"{flag_name(name)} must be at least 1, not {value}")
+    if options.kv_channels is not None and options.kv_channels % 2:
+        raise ValueError(
+            f"--eagle-kv-channels {options.kv_channels} is odd: rotary positions turn pairs"
+        )
+    if not 0.0 < options.step_decay <= 1.0:
+        raise ValueError(f"--eagle-step-decay must be in (0, 1], not {options.step_decay}")
+    if options.aux_layers is not None:
+        _check_aux_layers(options.aux_layers)
+    _check_algorithm(options)
+
+
+def flag_name(field_name: str) -> str:
+    """``ttt_steps`` -> ``--eagle-ttt-steps``."""
+    return "--eagle-" + field_name.replace("_", "-")
+
+
+def _check_algorithm(options: EagleConfig) -> None:
+    """What one algorithm has and another has not: an option without effect is a mistake."""
+    if options.algorithm not in ALGORITHMS:
+        raise ValueError(
+            f"--eagle-algorithm must be one of {', '.join(ALGORITHMS)}, not {options.algorithm}"
+        )
+    if options.algorithm == "eagle1":
+        for name in _NOT_EAGLE1:
+            value = getattr(options, name)
+            if value not in (None, False):
+                raise ValueError(
+                    f"{_shown(name, value)}: --eagle-algorithm eagle1 reads the base's last "
+                    "hidden alone and shares its whole output layer"
+                )
+    elif options.regression_weight is not None:
+        raise ValueError(
+            f"--eagle-regression-weight {options.regression_weight}: only --eagle-algorithm "
+            "eagle1 regresses the hidden"
+        )
+    if options.regression_weight is not None and options.regression_weight < 0:
+        raise ValueError(
+            f"--eagle-regression-weight must not be negative: {options.regression_weight}"
+        )
+    if options.algorithm == "eagle3.1" and options.norm_before_fc:
+        raise ValueError(
+            "--eagle-norm-before-fc: --eagle-algorithm eagle3.1 has a norm per captured layer "
+            "there already"
+        )
+
+
+def _shown(name: str, value: Any) -> str:
+    """The flag as a user would have typed it."""
+    words = value if isinstance(value, tuple) else () if value is True else (value,)
+    return " ".join([flag_name(name), *map(str, words)])
+
+
+def _check_aux_layers(layers: tuple[int, ...]) -> None:
+    shown = " ".join(map(str, layers))
+    if not layers:
+        raise ValueError("--eagle-aux-layers needs at least one layer")
+    if min(layers) < 0:
+        raise ValueError(f"--eagle-aux-layers must not be negative: {shown}")
+    if len(set(layers)) != len(layers):
+        raise ValueError(f"--eagle-aux-layers names a layer twice: {shown}")
+    if list(layers) != sorted(layers):
+        raise ValueError(f"--eagle-aux-layers must ascend: {shown}")
