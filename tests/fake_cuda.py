@@ -98,7 +98,7 @@ class RecordedFunctions:
 
     @torch.no_grad()
     def check_gradients(self) -> set[str]:
-        """Run every recorded backward: gradients are like their inputs. The functions' names."""
+        """Run every recorded backward: gradients are like their inputs. The functions' modules."""
         for cls, context, args, output in reversed(self._calls):
             outputs = output if isinstance(output, tuple) else (output,)
             gradients = cls.backward(context, *outputs)
@@ -106,7 +106,7 @@ class RecordedFunctions:
                 if gradient is not None:
                     assert gradient.shape == value.shape and gradient.dtype == value.dtype, cls
                     assert gradient.device == DEVICE, cls
-        return {cls.__name__ for cls, *_ in self._calls}
+        return {cls.__module__ for cls, *_ in self._calls}
 
 
 class _Context:
