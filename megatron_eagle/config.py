@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_eagle.config_checks import ALGORITHMS, LAYER_WIDTHS, check_options, flag_name
+from megatron_eagle.config_checks import ALGORITHMS, LAYER_WIDTHS, LOSSES, check_options, flag_name
 
 REGRESSION_WEIGHT = 10.0
+LK_DECAY = 3.0
 
 
 def _option(default: Any, help_text: str, **flag: Any) -> Any:
@@ -86,6 +87,18 @@ class EagleConfig:
         "or whose 'd2t' holds them as offsets; used instead of counting",
         metavar="FILE",
     )
+    loss: str = _option(
+        "kl",
+        "kl (its cross-entropy is reported), ce (of the base's best draft token), reverse-kl, tv "
+        "(1 - acceptance), lk-alpha (-log acceptance) or lk-lambda (kl and tv mixed by acceptance)",
+        choices=LOSSES,
+    )
+    lk_decay: float | None = _option(
+        None,
+        "lk-lambda: kl weighs exp(-lk_decay * acceptance) in a row, tv the rest (default: "
+        f"{LK_DECAY:g})",
+        type=float,
+    )
     step_decay: float = _option(0.8, "step t of the unroll weighs step_decay**t", type=float)
     detach_steps: bool = _option(
         False, "do not back-propagate through the hidden state fed from step to step"
@@ -135,6 +148,11 @@ class EagleConfig:
         if self.algorithm != "eagle1":
             return 0.0
         return REGRESSION_WEIGHT if self.regression_weight is None else self.regression_weight
+
+    @property
+    def acceptance_decay(self) -> float:
+        """How fast the weight of kl falls with the acceptance, for ``lk-lambda``."""
+        return LK_DECAY if self.lk_decay is None else self.lk_decay
 
     def captured_layers(self, base_layers: int) -> tuple[int, ...]:
         """The captured layers of a base of ``base_layers`` layers: 0-based, outputs, ascending;

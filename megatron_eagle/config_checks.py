@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from megatron_eagle.config import EagleConfig
 
 ALGORITHMS = ("eagle1", "eagle3", "eagle3.1")
+LOSSES = ("kl", "ce", "reverse-kl", "tv", "lk-alpha", "lk-lambda")
 LAYER_WIDTHS = ("ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
 _NOT_EAGLE1 = (
     "aux_layers",
@@ -40,11 +41,21 @@ def check_options(options: EagleConfig) -> None:
     if options.aux_layers is not None:
         _check_aux_layers(options.aux_layers)
     _check_algorithm(options)
+    _check_loss(options)
 
 
 def flag_name(field_name: str) -> str:
     """``ttt_steps`` -> ``--eagle-ttt-steps``."""
     return "--eagle-" + field_name.replace("_", "-")
+
+
+def _check_loss(options: EagleConfig) -> None:
+    if options.loss not in LOSSES:
+        raise ValueError(f"--eagle-loss must be one of {', '.join(LOSSES)}, not {options.loss}")
+    if options.lk_decay is not None and options.loss != "lk-lambda":
+        raise ValueError(f"--eagle-lk-decay {options.lk_decay}: only --eagle-loss lk-lambda has it")
+    if options.lk_decay is not None and options.lk_decay < 0:
+        raise ValueError(f"--eagle-lk-decay must not be negative: {options.lk_decay}")
 
 
 def _check_algorithm(options: EagleConfig) -> None:

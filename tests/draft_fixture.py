@@ -100,6 +100,9 @@ def draft_options(reference: ReferenceConfig) -> dict[str, Any]:
         "num_query_groups": reference.num_kv_heads,
         "kv_channels": reference.head_dim,
     }
+    widths |= {"loss": reference.loss}
+    if reference.loss == "lk-lambda":
+        widths |= {"lk_decay": reference.lk_decay}
     if reference.eagle1:
         return {**widths, "algorithm": "eagle1", "regression_weight": reference.regression}
     assert reference.fc_norm == reference.norm_output

@@ -18,8 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.reference_layers import KeyValue, ReferenceConfig, ReferenceLayer
+from tests.reference_losses import row_loss
 
-__all__ = ["ReferenceConfig", "ReferenceEagle3", "soft_cross_entropy"]
+__all__ = ["ReferenceConfig", "ReferenceEagle3"]
 
 
 def vocabulary_maps(config: ReferenceConfig, vocab_ids: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -42,14 +43,6 @@ def vocabulary_maps(config: ReferenceConfig, vocab_ids: Tensor | None) -> tuple[
 def shift_left(x: Tensor, by: int) -> Tensor:
     """x[:, p + by] at row p [B, S, ...]; zeros past the end, where every row is invalid."""
     return torch.cat([x[:, by:], torch.zeros_like(x[:, :by])], dim=1)
-
-
-def soft_cross_entropy(draft_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-    """-sum p log q over the last axis, in fp32 or, for fp64 inputs, in fp64."""
-    if draft_logits.dtype != torch.float64:
-        draft_logits, teacher_logits = draft_logits.float(), teacher_logits.float()
-    teacher = torch.softmax(teacher_logits, dim=-1)
-    return -(teacher * torch.log_softmax(draft_logits, dim=-1)).sum(-1)
 
 
 class ReferenceEagle3(nn.Module):
@@ -189,9 +182,10 @@ class ReferenceEagle3(nn.Module):
     ) -> dict[str, Tensor]:
         """Score draft logits [K, B, S, D] against the base.
 
-        Returns `loss` [], `loss_sums`, `counts`, `hits` [K], the masks `valid_rows` and `hit_rows`
-        bool [K, B, S], and `logits` as given. Row p of step t consumes x[p+1+t]: it is valid iff
-        that token exists and is supervised, i.e. p+1+t < S and loss_mask[p+t] == 1.
+        Returns `loss` [], `loss_sums`, `counts`, `hits`, `prefixes` [K] (start rows that hit at
+        steps 0..t), the masks `valid_rows` and `hit_rows` bool [K, B, S], and `logits` as given.
+        Row p of step t consumes x[p+1+t]: it is valid iff that token exists and is supervised, i.e.
+        p+1+t < S and loss_mask[p+t] == 1.
         """
         losses, valid_rows, hit_rows = [], [], []
         length = loss_mask.shape[1]
@@ -202,7 +196,8 @@ class ReferenceEagle3(nn.Module):
             valid = (shift_left(loss_mask, t) == 1) & inside
             if self.config.mask_out_of_vocab:
                 valid = valid & self.t2d[best]
-            losses.append(soft_cross_entropy(draft, base[..., self.vocab_ids]))
+            name, decay = self.config.loss, self.config.lk_decay
+            losses.append(row_loss(name, draft, base, self.vocab_ids, decay))
             valid_rows.append(valid)
             hit_rows.append(valid & (self.vocab_ids[draft.argmax(-1)] == best))
         loss, valid, hit = torch.stack(losses), torch.stack(valid_rows), torch.stack(hit_rows)
@@ -213,6 +208,7 @@ class ReferenceEagle3(nn.Module):
             "loss_sums": loss_sums,
             "counts": counts,
             "hits": hit.sum((1, 2)),
+            "prefixes": hit.long().cumprod(0).sum((1, 2)),
             "valid_rows": valid,
             "hit_rows": hit,
             "logits": logits,

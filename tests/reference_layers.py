@@ -50,6 +50,8 @@ class ReferenceConfig:
     norm_before_residual: bool = False
     eagle1: bool = False
     regression: float = 10.0
+    loss: str = "kl"
+    lk_decay: float = 3.0
 
     @classmethod
     def from_hf(cls, path: Path, **objective: Any) -> ReferenceConfig:

@@ -1,10 +1,12 @@
-"""The loss of all K TTT steps: head, vocab-parallel soft cross-entropy and their gradient, fused.
+"""The loss of all K TTT steps: head, vocab-parallel loss of the rows and their gradient, fused.
 
 Logits live one chunk of target rows at a time, for all steps together, and turn in place into
 softmax and then gradient. A step's loss feeds nothing in the next, so what the ranks must tell
 each other meets in one all-gather: per row and step a shard's max, sum of exp, Σ p z and argmax
 (16 bytes), per target row the teacher's five statistics. Log Z and CE = log Z - Σ p z follow
 everywhere, and so does this rank's gradient, w (q - p): backward sends nothing.
+Other losses than the soft cross-entropy are in :mod:`megatron_eagle.parallel.row_losses`; those of
+the acceptance alpha = Σ min(p, q) need log Z first and reduce a second time.
 
 Two schedules give the same result:
 
@@ -13,12 +15,6 @@ Two schedules give the same result:
   all-gather per chunk.
 * *kept*: one all-gather per micro-batch; softmax and teacher of all chunks are kept for backward,
   as long as they fit the budgets.
-
-Another loss of q and p needs: statistics of a chunk that add up over shards, beside
-:func:`draft_softmax_`; its value, beside :class:`Reduced`; its gradient, in
-:meth:`_Chunk.gradient_`. One whose statistics need log Z first (Σ min(p, q)) scales softmax
-and teacher by :func:`shard_shares` and reduces a second time: per chunk *at once*, once for all
-chunks when *kept*.
 """
 
 from __future__ import annotations
@@ -31,7 +27,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_eagle.parallel.reduction import Reduced, reduce_shards, shard_shares
-from megatron_eagle.parallel.shard_softmax import draft_softmax_, rescale_
+from megatron_eagle.parallel.row_losses import Shares, SoftCrossEntropy, overlap_statistics
+from megatron_eagle.parallel.shard_softmax import draft_softmax_
 from megatron_eagle.parallel.vocab import even_chunks
 from megatron_eagle.platform.products import add_outer_, linear
 
@@ -99,22 +96,25 @@ def soft_cross_entropy(
     rows: LossRows,
     group: ProcessGroup,
     budgets: Budgets,
-) -> tuple[Tensor, Tensor]:
-    """Soft cross-entropy of ``hidden @ weightᵀ`` against the teacher, summed over rows and steps.
+    loss: SoftCrossEntropy | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``loss`` of ``hidden @ weightᵀ`` against the teacher, by default the soft cross-entropy,
+    summed over rows and steps.
 
     hidden [K, M, H], the normed draft hidden of every step at its target rows, full on every rank
     (its gradient is this rank's partial sum: let it pass through
     ``copy_to_tensor_model_parallel_region`` or a sequence-parallel gather). weight [Dp, H], this
     rank's head rows, without padding.
 
-    Returns the scalar Σ_t w_t Σ_rows CE (differentiable in hidden and weight, once) and the sums
-    [3, K] + 2 flattened, fp32: per step CE, rows and hits (draft argmax = base argmax over the
-    full vocabulary); then the base's probability inside the draft vocabulary and its rows.
-    All-gathers over ``group`` in forward: none for one rank, one within ``budgets``, else one per
-    chunk. None in backward.
+    Returns the scalar Σ_t w_t Σ_rows loss (differentiable in hidden and weight, once); the sums
+    [3, K] + 2 flattened, fp32: per step loss, rows and hits, then the base's probability inside the
+    draft vocabulary and its rows; and the hits [K, M] bool themselves: supervised rows whose draft
+    argmax is the base's over the full vocabulary. All-gathers over ``group`` in forward: none for
+    one rank, one within ``budgets``, else one per chunk; for a loss that ``overlaps`` as many
+    all-reduces more. None in backward.
     """
     gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    work = _Work(teacher, rows, group, gradient)
+    work = _Work(teacher, rows, group, loss or SoftCrossEntropy(), gradient)
     keep = gradient and not work.alone and budgets.allow(hidden, teacher.draft_columns)
     return (_Kept if keep else _AtOnce).apply(hidden, weight, work)
 
@@ -124,6 +124,7 @@ class _Work:
     teacher: TeacherRows
     rows: LossRows
     group: ProcessGroup
+    loss: SoftCrossEntropy
     gradient: bool
 
     @property
@@ -158,92 +159,135 @@ class _Chunk:
     @classmethod
     def evaluate(cls, hidden: Tensor, weight: Tensor, work: _Work, rows: slice) -> _Chunk:
         teacher, teacher_local = work.teacher.rows(rows)
-        ids = work.rows.shard_ids
+        ids, loss = work.rows.shard_ids, work.loss
         logits = linear(hidden[:, rows].flatten(0, 1), weight)
         draft = logits.unflatten(0, (hidden.shape[0], -1))
+        extra = [loss.from_logits(draft, teacher)]
         # A whole vocabulary's softmax needs no other rank: its gradient is in reach at once.
-        subtract = work.alone and work.gradient
+        subtract = work.alone and work.gradient and type(loss) is SoftCrossEntropy
         local = draft_softmax_(draft, teacher, subtract)
         if ids.numel():
             local[..., 3] = ids[local[..., 3].long()].float()
-        return cls(draft, teacher, local, teacher_local, subtract)
+        extra.append(loss.from_softmax(draft, teacher))
+        added = [statistic.unsqueeze(-1) for statistic in extra if statistic is not None]
+        assert len(added) == loss.adds
+        return cls(draft, teacher, torch.cat([local, *added], -1), teacher_local, subtract)
 
-    def gradient_(self, reduced: Reduced) -> Tensor:
-        """``draft`` becomes q - p, the gradient on this shard's logits of a row of weight 1."""
-        if not self.subtracted:
-            ratio, scale = shard_shares(self.local, self.teacher_local, reduced)
-            rescale_(self.draft, ratio, self.teacher, scale)
-        return self.draft
+
+@dataclass(frozen=True)
+class _Rows:
+    """What all shards make of some target rows: the loss ``value`` [K, N] and its gradient's
+    per-row terms."""
+
+    reduced: Reduced
+    value: Tensor
+    shares: Shares
+    terms: list[Tensor]
+
+    @classmethod
+    def reduce(cls, parts: list[_Chunk], work: _Work) -> _Rows:
+        """Of the rows of ``parts`` together: one all-gather, and one all-reduce if the loss
+        overlaps."""
+        local = torch.cat([part.local for part in parts], dim=1)
+        teacher_local = torch.cat([part.teacher_local for part in parts])
+        reduced = reduce_shards(local, teacher_local, work.group)
+        ratio, scale = shard_shares(local, teacher_local, reduced)
+        shares, overlap = Shares(ratio, scale, reduced.teacher_coverage), None
+        if work.loss.overlaps:
+            sizes = [part.teacher.shape[0] for part in parts]
+            ends = torch.tensor(sizes).cumsum(0).tolist()
+            found = [
+                overlap_statistics(part.draft, part.teacher, shares.of(slice(end - size, end)))
+                for part, size, end in zip(parts, sizes, ends, strict=True)
+            ]
+            overlap = torch.cat(found, dim=1)
+            if not work.alone:
+                torch.distributed.all_reduce(overlap, group=work.group)
+        rank = 0 if work.alone else work.group.rank()
+        value = work.loss.value(reduced, overlap)
+        return cls(reduced, value, shares, work.loss.terms(reduced, overlap, rank))
 
 
 class _Gradients:
-    """Sums of hidden [K, M, H] and weight, from chunks; the weight's in fp32."""
+    """Sums of hidden [K, M, H] and weight, from chunks; the weight's in fp32, if it needs one."""
 
     def __init__(self, hidden: Tensor, weight: Tensor) -> None:
         self.source, self.weight = hidden, weight
         self.hidden = torch.empty_like(hidden)
-        self.total = torch.zeros_like(weight, dtype=torch.float32)
+        self.total = torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
 
     def add(self, rows: slice, grad_logits: Tensor, row_weight: Tensor) -> None:
         grad, scale = grad_logits.flatten(0, 1), row_weight.to(self.source.dtype).unsqueeze(-1)
         part = linear(grad, self.weight.t()).view_as(self.hidden[:, rows])
         torch.mul(part, scale, out=self.hidden[:, rows])
-        weighted = (self.source[:, rows] * scale).flatten(0, 1)
-        add_outer_(self.total, grad, weighted)
+        if self.total is not None:
+            weighted = (self.source[:, rows] * scale).flatten(0, 1)
+            add_outer_(self.total, grad, weighted)
 
-    def finish(self) -> tuple[Tensor, Tensor]:
-        return self.hidden, self.total.to(self.weight.dtype)
+    def finish(self) -> tuple[Tensor, Tensor | None]:
+        return self.hidden, None if self.total is None else self.total.to(self.weight.dtype)
 
 
 class _AtOnce(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, work: _Work) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, work: _Work) -> tuple[Tensor, ...]:
         gradients = _Gradients(hidden, weight) if work.gradient else None
         loss = hidden.new_zeros((), dtype=torch.float32)
         sums = hidden.new_zeros(3 * hidden.shape[0] + 2, dtype=torch.float32)
+        hits = torch.zeros_like(work.rows.mask)
         for rows in work.chunks(hidden):
             part = _Chunk.evaluate(hidden, weight, work, rows)
-            reduced = reduce_shards(part.local, part.teacher_local, work.group)
-            mask, row_weight = work.row_weight(reduced, rows)
-            loss += (reduced.cross_entropy * row_weight).sum()
-            sums += reduced.sums(mask, work.rows.mask[0, rows])
+            whole = _Rows.reduce([part], work)
+            mask, row_weight = work.row_weight(whole.reduced, rows)
+            loss += (whole.value * row_weight).sum()
+            sums += whole.reduced.sums(whole.value, mask, work.rows.mask[0, rows])
+            hits[:, rows] = whole.reduced.hit & mask
             if gradients is not None:
-                gradients.add(rows, part.gradient_(reduced), row_weight)
+                if not part.subtracted:
+                    work.loss.gradient_(part.draft, part.teacher, whole.shares, whole.terms)
+                gradients.add(rows, part.draft, row_weight)
             del part  # its memory is the next chunk's
         if gradients is not None:
             ctx.save_for_backward(*gradients.finish())
-        ctx.mark_non_differentiable(sums)
-        return loss, sums
+        ctx.mark_non_differentiable(sums, hits)
+        return loss, sums, hits
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # In place: a second backward through the same graph is refused by autograd.
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden.mul_(grads[0]), grad_weight.mul_(grads[0]), None
+        if grad_weight is not None:
+            grad_weight.mul_(grads[0])
+        return grad_hidden.mul_(grads[0]), grad_weight, None
 
 
 class _Kept(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, work: _Work) -> tuple[Tensor, Tensor]:
-        ctx.chunks = work.chunks(hidden)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, work: _Work) -> tuple[Tensor, ...]:
+        ctx.chunks, ctx.loss = work.chunks(hidden), work.loss
         parts = [_Chunk.evaluate(hidden, weight, work, rows) for rows in ctx.chunks]
-        local = torch.cat([part.local for part in parts], dim=1)
-        teacher_local = torch.cat([part.teacher_local for part in parts])
-        reduced = reduce_shards(local, teacher_local, work.group)
-        mask, row_weight = work.row_weight(reduced, slice(None))
-        ratio, scale = shard_shares(local, teacher_local, reduced)
+        whole = _Rows.reduce(parts, work)
+        mask, row_weight = work.row_weight(whole.reduced, slice(None))
+        ctx.terms, shares = len(whole.terms), whole.shares
         kept = [tensor for part in parts for tensor in (part.draft, part.teacher)]
-        ctx.save_for_backward(hidden, weight, row_weight, ratio, scale, *kept)
-        sums = reduced.sums(mask, work.rows.mask[0])
-        ctx.mark_non_differentiable(sums)
-        return (reduced.cross_entropy * row_weight).sum(), sums
+        ctx.save_for_backward(
+            hidden, weight, row_weight, shares.ratio, shares.scale, shares.coverage,
+            *whole.terms, *kept,
+        )  # fmt: skip
+        sums = whole.reduced.sums(whole.value, mask, work.rows.mask[0])
+        hits = whole.reduced.hit & mask
+        ctx.mark_non_differentiable(sums, hits)
+        return (whole.value * row_weight).sum(), sums, hits
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, row_weight, ratio, scale, *kept = ctx.saved_tensors
+        hidden, weight, row_weight, ratio, scale, coverage, *others = ctx.saved_tensors
+        terms, kept = others[: ctx.terms], others[ctx.terms :]
+        shares = Shares(ratio, scale, coverage)
         row_weight = row_weight * grads[0]
         gradients = _Gradients(hidden, weight)
         for rows, draft, teacher in zip(ctx.chunks, kept[::2], kept[1::2], strict=True):
-            rescale_(draft, ratio[:, rows], teacher, scale[rows])
+            here = [term[..., rows] for term in terms]
+            ctx.loss.gradient_(draft, teacher, shares.of(rows), here)
             gradients.add(rows, draft, row_weight[:, rows])
         return *gradients.finish(), None

@@ -11,10 +11,11 @@ from megatron_eagle.compat import MegatronModule
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.objective.batch import EagleBatch
-from megatron_eagle.objective.metrics import with_regression
+from megatron_eagle.objective.metrics import metric_sums, prefix_hits
 from megatron_eagle.objective.regression import hidden_regression
 from megatron_eagle.objective.unroll import DraftInputs, target_hidden, unroll
 from megatron_eagle.parallel.context import ContextShard
+from megatron_eagle.parallel.row_losses import row_loss
 from megatron_eagle.parallel.soft_cross_entropy import Budgets, LossRows, soft_cross_entropy
 from megatron_eagle.platform.nvtx import nvtx_range
 from megatron_eagle.teacher.base import FrozenBase
@@ -39,6 +40,7 @@ class EagleGPTModel(MegatronModule):
         self.pre_process = self.post_process = True
         self.teacher: TeacherHead | None = None
         self.budgets = Budgets(options.logits_budget_mib << 20, options.teacher_memory << 20)
+        self.row_loss = row_loss(options.loss, options.acceptance_decay)
         # No buffer: a bf16 model would round it.
         weights = [options.step_decay**t for t in range(options.ttt_steps)]
         self.step_weights = torch.tensor(weights, device=base.output_weight.device)
@@ -95,21 +97,23 @@ class EagleGPTModel(MegatronModule):
         outputs = unroll(self.draft, inputs, self.options.ttt_steps, self.options.detach_steps)
         with nvtx_range("loss"):
             hidden = target_hidden(self.draft, outputs, batch.step_rows)
-            loss, sums = soft_cross_entropy(
+            loss, sums, hits = soft_cross_entropy(
                 hidden,
                 self.draft.lm_head(),
                 targets,
                 self._loss_rows(batch),
                 self.draft.tp_group,
                 self.budgets,
+                self.row_loss,
             )
+            prefixes = prefix_hits(hits, batch.step_rows, batch.tokens.numel())
             if self.options.algorithm != "eagle1":
-                return loss, sums
+                return loss, metric_sums(sums, prefixes)
             per_step, values = hidden_regression(
                 hidden, wanted, batch.step_mask, self.draft.tp_group
             )
         regression = self.options.hidden_loss_weight * (per_step * self.step_weights).sum()
-        return loss + regression, with_regression(sums, values)
+        return loss + regression, metric_sums(sums, prefixes, values)
 
     def _loss_rows(self, batch: EagleBatch) -> LossRows:
         return LossRows(

@@ -96,8 +96,27 @@ class GivenTeacher:
         return self.softmax[chunk].clone(), self.statistics[chunk]
 
 
-def count_loss_only(rank: int, world: int, chunk_rows: int, budget: int) -> dict[str, Any]:
+def count_losses(rank: int, world: int) -> dict[str, Any]:
+    """Collectives of every loss, forward and backward, all chunks kept."""
+    return {
+        name: count_loss_only(rank, world, 2, 1 << 20, name)
+        for name in ("kl", "ce", "reverse-kl", "tv", "lk-alpha", "lk-lambda")
+    }
+
+
+def test_losses_of_the_acceptance_are_one_collective_more() -> None:
+    for found in run_distributed(count_losses, 2):
+        for name, counts in found.items():
+            more = {} if name in ("kl", "ce", "reverse-kl") else {"allreduce": 1}
+            assert counts["forward"] == {"allgather_base": 1, **more}, name
+            assert counts["backward"] == {}, name
+
+
+def count_loss_only(
+    rank: int, world: int, chunk_rows: int, budget: int, name: str = "kl"
+) -> dict[str, Any]:
     from megatron_eagle.parallel import soft_cross_entropy as module
+    from megatron_eagle.parallel.row_losses import row_loss
 
     module.CHUNK_BYTES["cpu"] = 4 * chunk_rows * (3 * 5 + GivenTeacher.full_columns)
     torch.manual_seed(rank)
@@ -107,9 +126,10 @@ def count_loss_only(rank: int, world: int, chunk_rows: int, budget: int) -> dict
     group = torch.distributed.group.WORLD
     assert group is not None
     with CollectiveCounter() as forward:
-        loss, _ = module.soft_cross_entropy(
-            hidden, weight, GivenTeacher(), rows, group, module.Budgets(1 << 20, budget)
-        )
+        loss, *_ = module.soft_cross_entropy(
+            hidden, weight, GivenTeacher(), rows, group, module.Budgets(1 << 20, budget),
+            row_loss(name, 3.0),
+        )  # fmt: skip
     with CollectiveCounter() as backward:
         loss.backward()
     return {

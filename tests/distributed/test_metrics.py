@@ -14,8 +14,12 @@ STEPS = 2
 
 
 def sums(losses: list[float], rows: list[int], hits: list[int], coverage: float) -> torch.Tensor:
-    """A micro-batch's vector as the loss makes it; coverage is summed over the rows of step 0."""
-    return torch.tensor([*losses, *rows, *hits, coverage, rows[0]], dtype=torch.float32)
+    """A micro-batch's vector; all hits of step 1 are those of start rows that hit before, and the
+    smooth-L1 is half the loss. Coverage is summed over the rows of step 0."""
+    from megatron_eagle.objective.metrics import metric_sums
+
+    made = torch.tensor([*losses, *rows, *hits, coverage, rows[0]], dtype=torch.float32)
+    return metric_sums(made, torch.tensor(hits).float(), torch.tensor(losses) / 2)
 
 
 def reduce_on_rank(rank: int, world: int) -> dict[str, Any]:
@@ -26,7 +30,7 @@ def reduce_on_rank(rank: int, world: int) -> dict[str, Any]:
         [sums([0.0, 0.0], [0, 0], [0, 0], 0.0), sums([11.0, 7.0], [5, 3], [1, 1], 4.5)],
     ]
     with CollectiveCounter() as counter:
-        found = reduce_metrics(micro_batches[rank], STEPS, 0.5, 0.0, torch.distributed.group.WORLD)
+        found = reduce_metrics(micro_batches[rank], STEPS, 0.5, 3.0, torch.distributed.group.WORLD)
     return {"calls": dict(counter.calls), **{key: float(value) for key, value in found.items()}}
 
 
@@ -37,9 +41,12 @@ def test_one_all_reduce_and_exact_means() -> None:
             {
                 "loss_0": 20 / 10,
                 "loss_1": 14 / 7,
-                "loss": 2.0 + 0.5 * 2.0,
+                "loss": (2.0 + 3 * 1.0) + 0.5 * (2.0 + 3 * 1.0),
+                "regression_0": 1.0,
+                "regression_1": 1.0,
                 "accuracy_0": 4 / 10,
                 "accuracy_1": 2 / 7,
+                "accepted_length": 1 + (4 + 2) / 10,
                 "vocab_coverage": 8.0 / 10,
                 "supervised_rows": 10,
             }

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from tests.reference_decode import draft_chain
-from tests.reference_eagle3 import ReferenceConfig, ReferenceEagle3, soft_cross_entropy
+from tests.reference_eagle3 import ReferenceConfig, ReferenceEagle3
 from tests.reference_layers import query_aligned_mask
+from tests.reference_losses import row_loss, soft_cross_entropy
 
 BATCH, LENGTH = 2, 6
 CONFIG = ReferenceConfig(
@@ -209,10 +210,44 @@ def test_loss_is_the_textbook_sum_over_one_normaliser() -> None:
     assert float(out["loss"]) == pytest.approx((sums[0] + sums[1] / 2 + sums[2] / 4) / 7, rel=1e-9)
 
 
+def test_row_losses_by_hand() -> None:
+    """Draft vocabulary {0, 2} of a base of three tokens; q = (.7, .3), the base (.5, .3, .2)."""
+    q = torch.tensor([[0.7, 0.3]], dtype=torch.float64).log() + 5
+    base = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log() - 2
+    ids = torch.tensor([0, 2])
+    alpha, p = 0.5 + 0.2, (5 / 7, 2 / 7)
+    kl = -(p[0] * math.log(0.7) + p[1] * math.log(0.3))
+    expected = {
+        "kl": kl,
+        "ce": -math.log(0.7),
+        "reverse-kl": 0.7 * math.log(0.7 / p[0]) + 0.3 * math.log(0.3 / p[1]),
+        "tv": 1 - alpha,
+        "lk-alpha": -math.log(alpha),
+        "lk-lambda": math.exp(-2 * alpha) * kl + (1 - math.exp(-2 * alpha)) * (1 - alpha),
+    }
+    for name, value in expected.items():
+        assert float(row_loss(name, q, base, ids, 2.0)) == pytest.approx(value, rel=1e-9), name
+
+
 def test_no_supervised_row_is_a_zero_loss() -> None:
     data = batch()
     data["loss_mask"].zero_()
     assert build().forward_ttt(**data)["loss"].item() == 0.0
+
+
+def test_prefixes_end_at_the_first_miss_of_a_start_row() -> None:
+    model = build(ttt_steps=2)
+    base = torch.zeros(1, 5, CONFIG.vocab_size).double()
+    base[0, :, 5] = 1.0  # draft token 2 everywhere
+    draft = torch.zeros(2, 1, 5, 5).double()
+    draft[0, 0, :, 2] = torch.tensor([1.0, 0.0, 1.0, 0.0, 0.0])  # rows 0 and 2 hit
+    draft[1, 0, :, 2] = 1.0  # all hit
+    draft[:, 0, :, 0] = 0.5
+    out = model.objective(draft, base, torch.ones(1, 5))
+    assert out["counts"].tolist() == [4, 3] and out["hits"].tolist() == [2, 3]
+    assert out["prefixes"].tolist() == [2, 2]  # row 1 had missed before
+    masked = model.objective(draft, base, torch.tensor([[1, 0, 1, 1, 1]]))
+    assert masked["prefixes"].tolist() == [2, 1]  # row 0's second step is not supervised
 
 
 def test_regression_is_the_smooth_l1_to_the_hidden_one_further() -> None:
@@ -248,6 +283,7 @@ def test_hits_and_rows_outside_the_draft_vocabulary(masked: bool) -> None:
     out = model.objective(draft, base, torch.ones(1, 5))
     assert out["counts"].tolist() == [3 if masked else 4]
     assert out["hits"].tolist() == [2]
+    assert out["prefixes"].tolist() == [2]
     assert out["hit_rows"][0, 0].tolist() == [True, False, True, False, False]
     outside = soft_cross_entropy(draft[0, 0, 1], base[0, 2, VOCAB_IDS])
     without = model.objective(draft, base, torch.tensor([[1, 0, 1, 1, 1]]))["loss_sums"]

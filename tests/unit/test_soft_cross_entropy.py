@@ -8,7 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_eagle.config_checks import LOSSES
 from megatron_eagle.parallel import soft_cross_entropy as module
+from megatron_eagle.parallel.row_losses import row_loss
 from megatron_eagle.parallel.shard_softmax import row_max, shard_softmax_
 from megatron_eagle.parallel.vocab import even_chunks
 
@@ -23,13 +25,15 @@ class OneRank:
 class Teacher:
     full_columns = draft_columns = VOCAB
 
-    def __init__(self, logits: Tensor) -> None:
-        self.logits = logits
+    def __init__(self, logits: Tensor, outside: int = 0) -> None:
+        self.logits, self.outside = logits, outside
 
     def rows(self, chunk: slice) -> tuple[Tensor, Tensor]:
         softmax = self.logits[chunk].clone()
         found = shard_softmax_(softmax)
-        return softmax, torch.cat([found[:, :2], found[:, :1], found[:, 2:], found[:, 1:2]], 1)
+        # The tokens outside the draft's vocabulary repeat the first ones.
+        full_sum = found[:, 1:2] * (1 + softmax[:, : self.outside].sum(-1, keepdim=True))
+        return softmax, torch.cat([found[:, :2], found[:, :1], found[:, 2:], full_sum], 1)
 
 
 def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, module.LossRows]:
@@ -44,7 +48,10 @@ def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, module.LossRows
 def run(dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     hidden, weight, logits, rows = problem(dtype)
     group, budgets = cast(Any, OneRank()), module.Budgets(0, 0)
-    loss, sums = module.soft_cross_entropy(hidden, weight, Teacher(logits), rows, group, budgets)
+    loss, sums, found_hits = module.soft_cross_entropy(
+        hidden, weight, Teacher(logits), rows, group, budgets
+    )
+    assert found_hits.sum(-1).tolist() == sums[2 * STEPS : 3 * STEPS].tolist()
     return loss.detach(), sums, torch.autograd.grad(2.5 * loss, [hidden, weight])
 
 
@@ -77,9 +84,32 @@ def test_bf16_keeps_fp32_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
         assert difference < 0.01
 
 
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "lk-lambda"])
+def test_gradients_equal_finite_differences(name: str) -> None:
+    """Along a random direction of hidden and weight; a quarter of the base's vocabulary is outside
+    the draft's, so that what it likes there lowers the acceptance. (lk-lambda does not
+    differentiate its weight; the reference does the same.)"""
+    hidden, weight, logits, rows = problem(torch.float32)
+
+    def value(at: float, directions: tuple[Tensor, ...]) -> Tensor:
+        moved = [x + at * d for x, d in zip((hidden, weight), directions, strict=True)]
+        return module.soft_cross_entropy(
+            moved[0], moved[1], Teacher(logits, outside=VOCAB // 4), rows,
+            cast(Any, OneRank()), module.Budgets(0, 0), row_loss(name, 3.0),
+        )[0]  # fmt: skip
+
+    directions = (torch.randn_like(hidden), torch.randn_like(weight) / 4)
+    gradients = torch.autograd.grad(value(0.0, directions), [hidden, weight])
+    slope = sum(float((g * d).sum()) for g, d in zip(gradients, directions, strict=True))
+    with torch.no_grad():
+        measured = float(value(2e-3, directions) - value(-2e-3, directions)) / 4e-3
+    assert slope == pytest.approx(measured, rel=2e-2, abs=2e-2)
+    assert abs(slope) > 0.05, "the direction must say something"
+
+
 def test_a_second_backward_is_refused() -> None:
     hidden, weight, logits, rows = problem(torch.float32)
-    loss, _ = module.soft_cross_entropy(
+    loss, *_ = module.soft_cross_entropy(
         hidden, weight, Teacher(logits), rows, cast(Any, OneRank()), module.Budgets(0, 0)
     )
     loss.backward(retain_graph=True)
@@ -91,7 +121,7 @@ def test_no_gradient_is_made_where_none_is_wanted() -> None:
     hidden, weight, logits, rows = problem(torch.float32)
     group, budgets = cast(Any, OneRank()), module.Budgets(0, 0)
     with torch.no_grad():
-        loss, _ = module.soft_cross_entropy(hidden, weight, Teacher(logits), rows, group, budgets)
+        loss, *_ = module.soft_cross_entropy(hidden, weight, Teacher(logits), rows, group, budgets)
     assert not loss.requires_grad
     torch.testing.assert_close(loss, expected(torch.float32)[0], rtol=1e-5, atol=1e-5)
 
