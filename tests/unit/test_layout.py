@@ -20,6 +20,7 @@ BASE = BaseInfo(
         "num_layers": 7,
         "num_attention_heads": 8,
         "num_query_groups": 4,
+        "kv_channels": 6,
         "ffn_hidden_size": 80,
         "hidden_size": 48,
     },
