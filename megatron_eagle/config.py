@@ -113,6 +113,11 @@ class EagleConfig:
         "--data-path is used and every token is supervised",
         metavar="FILE_OR_PREFIX",
     )
+    pack: bool = _option(
+        False,
+        "fill every sequence with as many whole documents of --eagle-train-data as fit; attention, "
+        "positions and TTT steps stay inside a document",
+    )
     logits_budget_mib: int = _option(
         256,
         "with tensor parallelism, draft softmaxes of a micro-batch are kept for backward up to "

@@ -38,6 +38,8 @@ def check_options(options: EagleConfig) -> None:
         )
     if not 0.0 < options.step_decay <= 1.0:
         raise ValueError(f"--eagle-step-decay must be in (0, 1], not {options.step_decay}")
+    if options.pack and options.train_data is None:
+        raise ValueError("--eagle-pack needs --eagle-train-data: --data-path has no documents")
     if options.aux_layers is not None:
         _check_aux_layers(options.aux_layers)
     _check_algorithm(options)

@@ -32,6 +32,7 @@ class Case:
     trim: bool = False
     compile: bool = False
     cp: int = 1
+    positions: Tensor | None = None
     counted: list[str] = field(default_factory=list)
 
 
@@ -144,7 +145,7 @@ class GivenBase(torch.nn.Module):
     def rotary(self, length: int) -> Tensor:
         return self.rope(length, packed_seq=True)
 
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, packing: Any = None) -> tuple[Tensor, Tensor]:
         return self._part(self.case.aux, tokens), self._part(self.case.final_hidden, tokens)
 
     def gather_final(self, final: Tensor, halo: int) -> Tensor:

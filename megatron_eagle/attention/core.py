@@ -33,11 +33,12 @@ class TrunkBranchState:
     call adds one branch key per row. Use one instance per micro-batch.
 
     Under context parallelism the trunk is gathered over ``group`` once per layer, however many
-    steps attend to it; branch keys belong to their row and stay where they are.
+    steps attend to it; branch keys belong to their row and stay where they are. ``plan`` says what
+    each row sees of the trunk, if it is not simply what lies before it (packed documents).
     """
 
-    def __init__(self, group: ProcessGroup) -> None:
-        self._group = group
+    def __init__(self, group: ProcessGroup, plan: Plan | None = None) -> None:
+        self._group, self._plan = group, plan
         self._keys: dict[int, list[Tensor]] = {}
         self._values: dict[int, list[Tensor]] = {}
 
@@ -48,7 +49,7 @@ class TrunkBranchState:
             key, value = gather_key_value(key, value, self._group)
         keys.append(key)
         values.append(value)
-        plan = context_plan(keys[0].shape[2], self._group)
+        plan = self._plan or context_plan(keys[0].shape[2], self._group)
         return trunk_branch_attention(query, keys[0], values[0], keys[1:], values[1:], scale, plan)
 
 

@@ -3,7 +3,8 @@
 Row p of step t consumes x_{p+1+t} and is judged by the base's distribution at u = p + 1 + t. So
 the supervised rows of every step share one set of target positions u, and step t's row for u is
 u - 1 - t: the teacher is evaluated once per u, never per step. Positions that are not supervised
-reach neither the teacher nor the draft's head.
+reach neither the teacher nor the draft's head. In packed sequences u and its rows lie in the same
+document: the first token of a document is no target, and no step looks across its start.
 
 Under context parallelism a rank owns the rows p of its two pieces of the sequence. Their targets
 may lie up to K positions further on, so the pieces of the final hidden have K rows more: a halo.
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_eagle.attention.packing import Packing
 from megatron_eagle.parallel.context import ContextShard
 
 
@@ -26,14 +28,15 @@ class EagleBatch:
     tokens [B, S], the whole sequences. ``target_rows`` [M]: flat rows of the targets in the final
     hidden [S, B]; under context parallelism in this rank's [S / CP + 2 * K, B], its pieces with
     their halos. ``step_rows`` [K, M]: flat rows of [S / CP, B] judged at each step. ``step_mask``
-    [K, M] bool: False where that row would lie before the sequence or on another rank (its entry
-    in ``step_rows`` is then any row, and unused).
+    [K, M] bool: False where that row would lie before the document or on another rank (its entry
+    in ``step_rows`` is then any row, and unused). ``packing``: the documents of packed sequences.
     """
 
     tokens: Tensor
     target_rows: Tensor
     step_rows: Tensor
     step_mask: Tensor
+    packing: Packing | None = None
 
     @classmethod
     def build(
@@ -44,43 +47,53 @@ class EagleBatch:
         multiple: int = 1,
         trim: bool = False,
         context: tuple[int, int] = (0, 1),
+        positions: Tensor | None = None,
     ) -> EagleBatch:
         """From host tensors: tokens [B, S]; loss_mask [B, S], whose entry i says whether the next
         token x_{i+1} is supervised (Megatron's label-aligned mask).
 
         ``trim`` cuts what follows the last target off all sequences, to a ``multiple`` (of TP for
         sequence parallelism, of 2 * CP for context parallelism): causal layers never look there.
-        ``context``: this rank and the size of its context-parallel group.
+        ``context``: this rank and the size of its context-parallel group. ``positions`` [B, S] of
+        the tokens within their documents, if the sequences are packed.
         """
         batch, length = tokens.shape
         rank, world = context
-        target, sequence = (loss_mask[:, : length - 1].t() > 0).nonzero(as_tuple=True)
+        supervised = loss_mask[:, : length - 1] > 0
+        if positions is not None:
+            supervised = supervised & (positions[:, 1:] > 0)
+        target, sequence = supervised.t().nonzero(as_tuple=True)
         target = target + 1  # u = p + 1 for the mask entry of p
         if trim:
             needed = int(target[-1]) + 1 if target.numel() else steps + 2
             needed = max(needed, 2 * world * steps if world > 1 else 0)  # a piece has its halo
             length = min(length, -(-needed // multiple) * multiple)
+        before = target if positions is None else positions[sequence, target]
         shard = ContextShard(length, rank, world)
+        targets, halo = (target, sequence, before), steps if world > 1 else 0
         parts = [
-            _piece_rows(target, sequence, span, index, steps, batch, halo=steps if world > 1 else 0)
+            _piece_rows(*targets, span, index, steps, batch, halo)
             for index, span in enumerate(shard.spans)
         ]
         target_rows, step_rows, step_mask = (torch.cat(x, -1) for x in zip(*parts, strict=True))
-        return cls(tokens[:, :length], target_rows, step_rows, step_mask)
+        packing = None if positions is None else Packing.of(positions[:, :length])
+        return cls(tokens[:, :length], target_rows, step_rows, step_mask, packing)
 
     def to(self, device: torch.device | str | int) -> EagleBatch:
         """The same on ``device``; copies do not block the host."""
-        return EagleBatch(
-            *(
-                x.pin_memory().to(device, non_blocking=True) if _on_gpu(device) else x
-                for x in (self.tokens, self.target_rows, self.step_rows, self.step_mask)
-            )
-        )
+
+        def move(x: Tensor) -> Tensor:
+            return x.pin_memory().to(device, non_blocking=True) if _on_gpu(device) else x
+
+        tensors = (self.tokens, self.target_rows, self.step_rows, self.step_mask)
+        packing = self.packing and self.packing.to(move(self.packing.positions))
+        return EagleBatch(*map(move, tensors), packing)
 
 
 def _piece_rows(
     target: Tensor,
     sequence: Tensor,
+    before: Tensor,
     span: tuple[int, int],
     index: int,
     steps: int,
@@ -88,12 +101,14 @@ def _piece_rows(
     halo: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The targets that a row of the piece ``span`` is judged by, as the fields of EagleBatch;
-    ``index`` counts the rank's pieces."""
+    ``index`` counts the rank's pieces, ``before`` the tokens that precede each target in its
+    document."""
     start, stop = span
     near = (target > start) & (target < stop + steps)
-    target, sequence = target[near], sequence[near]
-    row = target.unsqueeze(0) - 1 - torch.arange(steps).unsqueeze(-1)
-    inside = (row >= start) & (row < stop)
+    target, sequence, before = target[near], sequence[near], before[near]
+    back = torch.arange(1, steps + 1).unsqueeze(-1)
+    row = target.unsqueeze(0) - back
+    inside = (row >= start) & (row < stop) & (back <= before)
     local = row.clamp(start, stop - 1) - start + index * (stop - start)
     final = target - start + index * (stop - start + halo)
     return final * batch + sequence, local * batch + sequence, inside

@@ -14,8 +14,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_eagle.attention.core import TrunkBranchState
+from megatron_eagle.attention.packing import Packing
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.platform.nvtx import nvtx_range
 
@@ -29,21 +31,24 @@ class DraftInputs:
     embeddings [R, S' / R + K - 1, B, H]: tokens after each of the R runs of positions that this
     rank holds. rotary [S + K - 1, 1, 1, d]: angles of positions 0 .. S + K - 2. spans: the
     positions (start, stop) that attention sees as queries, those of this rank's context-parallel
-    part.
+    part. packing: the documents of packed sequences.
     """
 
     features: Tensor
     embeddings: Tensor
     rotary: Tensor
     spans: Sequence[tuple[int, int]]
+    packing: Packing | None = None
 
     def embedding(self, step: int) -> Tensor:
         """[S', B, H]: of the tokens that ``step`` consumes."""
         size = self.features.shape[0] // self.embeddings.shape[0]
         return self.embeddings[:, step : step + size].flatten(0, 1)
 
-    def angles(self, step: int) -> Tensor:
-        """RoPE angles of every query's position at ``step``."""
+    def angles(self, step: int, group: ProcessGroup) -> Tensor:
+        """RoPE angles of every query's position at ``step``; ``group`` is context-parallel."""
+        if self.packing is not None:
+            return self.packing.angles(self.rotary, group, step)
         parts = [self.rotary[start + step : stop + step] for start, stop in self.spans]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
@@ -56,7 +61,8 @@ def unroll(
     With ``detach_steps`` no gradient flows through the hidden fed from one step to the next (it
     still flows through keys and values). Collectives: those of K passes of the draft's layers.
     """
-    state = TrunkBranchState(draft.cp_group)
+    plan = inputs.packing and inputs.packing.plan(draft.cp_group)
+    state = TrunkBranchState(draft.cp_group, plan)
     outputs: list[Tensor] = []
     with nvtx_range("unroll"):
         hidden = draft.start(inputs.features)
@@ -64,7 +70,7 @@ def unroll(
             output, hidden = draft.step(
                 inputs.embedding(step),
                 hidden.detach() if detach_steps and step else hidden,
-                inputs.angles(step),
+                inputs.angles(step, draft.cp_group),
                 state,
             )
             outputs.append(output)

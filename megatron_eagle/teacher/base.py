@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_eagle.attention.packing import DocumentAttention, Packing
 from megatron_eagle.compat import MegatronModule, gather_from_sequence_parallel_region
 from megatron_eagle.parallel.context import ContextShard, append_halo
 from megatron_eagle.platform.nvtx import nvtx_range
@@ -35,6 +37,12 @@ class FrozenBase(MegatronModule):
         self.vocab_size = vocab_size
         self.taps = Taps(gpt.decoder, captured)
         self.tp_group, self.cp_group = gpt.pg_collection.tp, gpt.pg_collection.cp
+        self._angles: Tensor | None = None
+        # GPTModel counts positions from the sequence's start; packed documents have their own.
+        if not gpt.config.multi_latent_attention:  # which has its own inside its layers
+            gpt.rotary_pos_emb.register_forward_hook(
+                lambda _module, _inputs, angles: angles if self._angles is None else self._angles
+            )
         # GPTModel returns the decoder's output when it is not to post-process it; the decoder's
         # own final norm is not affected.
         gpt.post_process = False
@@ -53,16 +61,31 @@ class FrozenBase(MegatronModule):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens [B, S] -> what the draft reads and the final hidden [S', B, H] (after the final
-        norm). S' are this rank's rows: S, cut over CP in Megatron's zigzag order, and over TP under
-        sequence parallelism. The draft reads the captured layers [S', B, A * H], or if none are,
-        the final hidden (EAGLE-1)."""
+    def forward(self, tokens: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
+        """tokens [B, S], packed of documents or not -> what the draft reads and the final hidden
+        [S', B, H] (after the final norm). S' are this rank's rows: S, cut over CP in Megatron's
+        zigzag order, and over TP under sequence parallelism. The draft reads the captured layers
+        [S', B, A * H], or if none are, the final hidden (EAGLE-1)."""
         shard = ContextShard.of(tokens.shape[1], self.cp_group)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        with nvtx_range("base"):
-            final = self.gpt(shard.take(tokens, 1), shard.take(positions, 1), attention_mask=None)
+        with nvtx_range("base"), self._inside_documents(packing) as attention:
+            final = self.gpt(
+                shard.take(tokens, 1), shard.take(positions, 1), attention_mask=attention
+            )
         return self.taps.take() if self.taps.layers else final, final
+
+    @contextmanager
+    def _inside_documents(self, packing: Packing | None) -> Iterator[DocumentAttention | None]:
+        """What the base's layers attend by; inside, its RoPE angles restart at every document."""
+        if packing is None:
+            yield None
+            return
+        rotary = self.rotary(packing.positions.shape[1])
+        self._angles = packing.angles(rotary, self.cp_group)
+        try:
+            yield DocumentAttention(packing, self.cp_group)
+        finally:
+            self._angles = None
 
     @torch.no_grad()
     def gather_final(self, final: Tensor, halo: int) -> Tensor:

@@ -30,8 +30,8 @@ class DatasetProvider:
 
     is_distributed = True
 
-    def __init__(self, train_data: str | None, vocab_size: int) -> None:
-        self.train_data, self.vocab_size = train_data, vocab_size
+    def __init__(self, train_data: str | None, vocab_size: int, packed: bool = False) -> None:
+        self.train_data, self.vocab_size, self.packed = train_data, vocab_size, packed
 
     def __call__(self, num_samples: Sequence[int], vp_stage: int | None = None) -> tuple:
         args = get_args()
@@ -39,7 +39,14 @@ class DatasetProvider:
             documents = open_documents(self.train_data, self.vocab_size)
             fitted = FittedDocuments(documents, args.seq_length)
             _tell_what_is_cut(fitted, len(documents.lengths))
-            return DocumentDataset(fitted, num_samples[0], args.seed), None, None
+            train = DocumentDataset(fitted, num_samples[0], args.seed, self.packed)
+            if self.packed:
+                filled = fitted.lengths.sum() / (train.samples_per_epoch * args.seq_length)
+                print_rank_0(
+                    f"> {len(fitted):,} documents packed into {train.samples_per_epoch:,} "
+                    f"sequences, {filled:.1%} full"
+                )
+            return train, None, None
         _refuse_masks_that_would_be_ignored(args)
         kind = MockGPTDataset if args.mock_data else GPTDataset
         config = gpt_dataset_config(args)
@@ -103,9 +110,8 @@ def next_batch(iterator: Any, steps: int, vocab_size: int) -> EagleBatch:
     context = (mpu.get_context_parallel_rank(), args.context_parallel_size)
     if args.context_parallel_size > 1:
         multiple *= 2 * args.context_parallel_size
-    batch = EagleBatch.build(
-        tokens, sample["loss_mask"], steps, multiple, trim=True, context=context
-    )
+    positions = sample["positions"] if args.eagle_pack else None
+    batch = EagleBatch.build(tokens, sample["loss_mask"], steps, multiple, True, context, positions)
     return batch.to(torch.cuda.current_device())
 
 

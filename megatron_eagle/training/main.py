@@ -60,7 +60,7 @@ def _train() -> None:
     vocab_ids = draft_vocab_ids(args, options, base)
     pretrain(
         pretrain_cfg_container_from_args(args),
-        DatasetProvider(options.train_data, base.vocab_size),
+        DatasetProvider(options.train_data, base.vocab_size, options.pack),
         ModelType.encoder_or_decoder,
         ForwardStep(options, base.vocab_size),
         model_provider=ModelBuilder(options, base, vocab_ids),

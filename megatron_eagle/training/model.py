@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_eagle.attention.packing import Packing
 from megatron_eagle.compat import MegatronModule
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.model import EagleDraft
@@ -51,9 +52,11 @@ class EagleGPTModel(MegatronModule):
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Megatron's schedules call this on every stage; one stage holds the whole base here."""
 
-    def draft_inputs(self, tokens: Tensor, features: Tensor) -> DraftInputs:
-        """What the unroll reads, for whole sequences of tokens [B, S] and this rank's
-        captured layers [S', B, A * H]."""
+    def draft_inputs(
+        self, tokens: Tensor, features: Tensor, packing: Packing | None = None
+    ) -> DraftInputs:
+        """What the unroll reads, for whole sequences of tokens [B, S], packed or not, and this
+        rank's captured layers [S', B, A * H]."""
         steps = self.options.ttt_steps
         spans = ContextShard.of(tokens.shape[1], self.base.cp_group).spans
         return DraftInputs(
@@ -69,6 +72,7 @@ class EagleGPTModel(MegatronModule):
             ),
             rotary=self.draft.rotary(tokens.shape[1] + steps - 1),
             spans=spans,
+            packing=packing,
         )
 
     @torch.no_grad()
@@ -91,9 +95,9 @@ class EagleGPTModel(MegatronModule):
     def forward(self, batch: EagleBatch) -> tuple[Tensor, Tensor]:
         """The micro-batch's loss (a sum over rows and weighted steps) and its metric sums, see
         :func:`~megatron_eagle.objective.metrics.reduce_metrics`."""
-        features, final_hidden = self.base(batch.tokens)
+        features, final_hidden = self.base(batch.tokens, batch.packing)
         targets, wanted = self.targets(final_hidden, batch.target_rows)
-        inputs = self.draft_inputs(batch.tokens, features)
+        inputs = self.draft_inputs(batch.tokens, features, batch.packing)
         outputs = unroll(self.draft, inputs, self.options.ttt_steps, self.options.detach_steps)
         with nvtx_range("loss"):
             hidden = target_hidden(self.draft, outputs, batch.step_rows)

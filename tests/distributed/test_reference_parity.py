@@ -81,7 +81,7 @@ def run_case(rank: int, world: int, case: Case) -> dict[str, Any]:
     context = (groups.cp.rank(), case.cp)
     batch = EagleBatch.build(
         case.tokens, case.loss_mask, case.config.ttt_steps, world * (1 + (case.cp > 1)),
-        trim=case.trim, context=context,
+        trim=case.trim, context=context, positions=case.positions,
     )  # fmt: skip
     loss, sums = model(batch)
     total = loss.detach().clone()
@@ -113,6 +113,15 @@ def close(found: Tensor, expected: Tensor, what: str) -> None:
 def compare(case: Case, reference: ReferenceEagle3, results: list[dict[str, Any]]) -> None:
     base_logits = case.final_hidden @ case.output_weight.t()
     expected = reference.forward_ttt(case.aux, case.tokens, base_logits, case.loss_mask)
+    compare_with(expected, case, reference, results)
+
+
+def compare_with(
+    expected: dict[str, Tensor],
+    case: Case,
+    reference: ReferenceEagle3,
+    results: list[dict[str, Any]],
+) -> None:
     expected["loss"].backward()
     grads = {name: p.grad for name, p in reference.named_parameters()}
     steps = case.config.ttt_steps
