@@ -85,9 +85,14 @@ class EagleBatch:
         def move(x: Tensor) -> Tensor:
             return x.pin_memory().to(device, non_blocking=True) if _on_gpu(device) else x
 
-        tensors = (self.tokens, self.target_rows, self.step_rows, self.step_mask)
-        packing = self.packing and self.packing.to(move(self.packing.positions))
-        return EagleBatch(*map(move, tensors), packing)
+        packing = self.packing
+        return EagleBatch(
+            tokens=move(self.tokens),
+            target_rows=move(self.target_rows),
+            step_rows=move(self.step_rows),
+            step_mask=move(self.step_mask),
+            packing=None if packing is None else packing.to(move(packing.positions)),
+        )
 
 
 def _piece_rows(

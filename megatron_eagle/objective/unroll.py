@@ -61,7 +61,7 @@ def unroll(
     With ``detach_steps`` no gradient flows through the hidden fed from one step to the next (it
     still flows through keys and values). Collectives: those of K passes of the draft's layers.
     """
-    plan = inputs.packing and inputs.packing.plan(draft.cp_group)
+    plan = None if inputs.packing is None else inputs.packing.plan(draft.cp_group)
     state = TrunkBranchState(draft.cp_group, plan)
     outputs: list[Tensor] = []
     with nvtx_range("unroll"):

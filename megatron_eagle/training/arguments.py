@@ -70,6 +70,8 @@ def parse_eagle_args(options: EagleConfig) -> tuple[argparse.Namespace, BaseInfo
     _check_recompute(args)
     if options.train_data is not None and args.eval_iters:
         raise ValueError(f"--eval-iters {args.eval_iters}: --eagle-train-data has no validation")
+    if options.pack:
+        _check_packing(args)
     options.check_against_base(args.num_layers, base.vocab_size, args.seq_length)
     return args, base
 
@@ -116,6 +118,20 @@ def _uses_local_layers(user: Sequence[str]) -> bool:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--transformer-impl")
     return parser.parse_known_args(user)[0].transformer_impl == "local"
+
+
+def _check_packing(args: argparse.Namespace) -> None:
+    """Documents are known to our core attention, and to the RoPE angles that GPTModel looks up."""
+    if args.transformer_impl != "local":
+        raise ValueError(
+            f"--eagle-pack needs --transformer-impl local, not {args.transformer_impl}"
+        )
+    if args.multi_latent_attention:
+        raise ValueError("--eagle-pack is not supported for bases with --multi-latent-attention")
+    for name in ("window_size", "softmax_type"):
+        if getattr(args, name) not in (None, "vanilla"):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(f"--eagle-pack is not supported for bases with {flag}")
 
 
 def _check_recompute(args: argparse.Namespace) -> None:

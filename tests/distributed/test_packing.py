@@ -102,10 +102,16 @@ def packed_and_alone(rank: int, world: int, layout: dict[str, Any]) -> tuple[Any
 def losses_and_gradients(model: Any, batches: list[Any]) -> dict[str, Any]:
     model.zero_grad()
     total: Any = 0
+    groups = model.pg_collection
     for batch in batches:
         loss, sums = model(batch)
         loss.backward()
         total = total + sums.detach()
+    torch.distributed.all_reduce(total, group=groups.cp)
+    for parameter in model.draft.parameters():
+        torch.distributed.all_reduce(parameter.grad, group=groups.cp)
+        if getattr(parameter, "sequence_parallel", False):
+            torch.distributed.all_reduce(parameter.grad, group=groups.tp)
     return {
         "sums": total,
         "grads": {name: p.grad.clone() for name, p in model.draft.named_parameters()},
@@ -137,12 +143,15 @@ def real_model(groups: Any, layout: dict[str, Any]) -> Any:
     )  # fmt: skip
     backend = local_backend()
     gpt = GPTModel(
-        config, backend.base_layer_spec(config), 64, 64, position_embedding_type="rope",
+        config, backend.base_spec(config, 0), 64, 64, position_embedding_type="rope",
         pg_collection=groups,
     )  # fmt: skip
     base = FrozenBase(gpt, (0, 1, 2), 61)
     options = EagleConfig(ttt_steps=3, aux_layers=(0, 1, 2))
     ids = torch.arange(0, 61, 2)
     shard = draft_vocab_shard(ids.numel(), 61, base.output_weight.shape[0], groups.tp)
-    draft = EagleDraft(draft_config(config, 1), backend, 3, ids, shard, encode_metadata({}), groups)
+    draft = EagleDraft(
+        draft_config(config, 1), backend, options, 3, ids, shard, encode_metadata({}), groups,
+        lambda: base.output_weight,
+    )  # fmt: skip
     return EagleGPTModel(base, draft, options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -104,3 +105,14 @@ def test_what_cannot_be_opened_is_named(sources: tuple[str, str], tmp_path: Path
     for source in sources:
         with pytest.raises(ValueError, match=r"outside the base's 0 to 19"):
             open_documents(source, 20)
+
+
+def test_data_path_refuses_a_mask_it_would_ignore(
+    sources: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from megatron_eagle.training import data
+
+    blend = SimpleNamespace(prefixes=[sources[1]])
+    monkeypatch.setattr(data.TrainingBlend, "of", lambda args: blend)
+    with pytest.raises(ValueError, match=r"--data-path .*set: .*; use --eagle-train-data .*set"):
+        data._refuse_masks_that_would_be_ignored(SimpleNamespace(mock_data=False))
