@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from itertools import pairwise
 from typing import Any
 
@@ -126,7 +127,7 @@ def real_model(groups: Any, layout: dict[str, Any]) -> Any:
     from megatron_eagle.attention.backend import local_backend
     from megatron_eagle.config import EagleConfig
     from megatron_eagle.draft.metadata import encode_metadata
-    from megatron_eagle.draft.model import EagleDraft, draft_config
+    from megatron_eagle.draft.model import EagleDraft
     from megatron_eagle.teacher.base import FrozenBase
     from megatron_eagle.teacher.targets import draft_vocab_shard
     from megatron_eagle.training.model import EagleGPTModel
@@ -150,8 +151,10 @@ def real_model(groups: Any, layout: dict[str, Any]) -> Any:
     options = EagleConfig(ttt_steps=3, aux_layers=(0, 1, 2))
     ids = torch.arange(0, 61, 2)
     shard = draft_vocab_shard(ids.numel(), 61, base.output_weight.shape[0], groups.tp)
+    one_layer = copy.copy(config)
+    one_layer.num_layers = 1
     draft = EagleDraft(
-        draft_config(config, 1), backend, options, 3, ids, shard, encode_metadata({}), groups,
-        lambda: base.output_weight,
+        one_layer, backend, options, 3, ids, shard, encode_metadata({}), groups,
+        lambda: base.output_weight, base.rotary,
     )  # fmt: skip
     return EagleGPTModel(base, draft, options)
