@@ -33,7 +33,8 @@ def reference_of_documents(case: Case, reference: ReferenceEagle3) -> dict[str, 
         for row, starts in enumerate(STARTS)
         for a, b in pairwise(starts)
     ]
-    total = {key: sum(part[key] for part in parts) for key in ("loss_sums", "counts", "hits")}
+    summed = ("loss_sums", "counts", "hits", "prefixes")
+    total = {key: sum(part[key] for part in parts) for key in summed}
     weights = case.config.step_decay ** torch.arange(case.config.ttt_steps)
     total["loss"] = (weights * total["loss_sums"]).sum() / total["counts"][0]
     return total
