@@ -25,6 +25,7 @@ _PATHS = {
     ),
     "StrictHandling": "megatron.core.dist_checkpointing.validation:StrictHandling",
     "TransformerConfig": "megatron.core.transformer:TransformerConfig",
+    "backward_step": "megatron.core.pipeline_parallel.schedules:backward_step",
     "build_module": "megatron.core.transformer.spec_utils:build_module",
     "copy_to_tensor_model_parallel_region": (
         "megatron.core.tensor_parallel.mappings:copy_to_tensor_model_parallel_region"
@@ -34,6 +35,7 @@ _PATHS = {
         "megatron.core.transformer.utils:ensure_metadata_has_dp_cp_group"
     ),
     "finalize_model_grads": "megatron.core.distributed:finalize_model_grads",
+    "forward_step": "megatron.core.pipeline_parallel.schedules:forward_step",
     "gather_from_sequence_parallel_region": (
         "megatron.core.tensor_parallel.mappings:gather_from_sequence_parallel_region"
     ),
@@ -50,8 +52,12 @@ _PATHS = {
     "get_gpt_layer_with_transformer_engine_spec": (
         "megatron.core.models.gpt.gpt_layer_specs:get_gpt_layer_with_transformer_engine_spec"
     ),
+    "get_model_config": "megatron.core.utils:get_model_config",
     "make_sharded_tensors_for_checkpoint": (
         "megatron.core.transformer.utils:make_sharded_tensors_for_checkpoint"
+    ),
+    "make_tp_sharded_tensor_for_checkpoint": (
+        "megatron.core.utils:make_tp_sharded_tensor_for_checkpoint"
     ),
     "reduce_from_tensor_model_parallel_region": (
         "megatron.core.tensor_parallel.mappings:reduce_from_tensor_model_parallel_region"
@@ -62,6 +68,7 @@ _PATHS = {
     "set_tensor_model_parallel_attributes": (
         "megatron.core.tensor_parallel.layers:set_tensor_model_parallel_attributes"
     ),
+    "unwrap_model": "megatron.core.utils:unwrap_model",
 }
 
 

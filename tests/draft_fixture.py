@@ -6,6 +6,7 @@ Runs inside a rank of ``run_distributed``; the reference itself never enters a r
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -126,6 +127,7 @@ class GivenBase(torch.nn.Module):
         self.config, self.case, self.tp_group = config, case, group
         self.cp_group = draft_groups().cp
         self.vocab_size = case.config.vocab_size
+        self.taps = SimpleNamespace(layers_here=())
         self.gpt = torch.nn.Module()
         self.gpt.pg_collection = draft_groups()
         self.rope = RotaryEmbedding(
@@ -145,8 +147,12 @@ class GivenBase(torch.nn.Module):
     def rotary(self, length: int) -> Tensor:
         return self.rope(length, packed_seq=True)
 
-    def forward(self, tokens: Tensor, packing: Any = None) -> tuple[Tensor, Tensor]:
-        return self._part(self.case.aux, tokens), self._part(self.case.final_hidden, tokens)
+    def forward(self, tokens: Tensor, packing: Any = None) -> Any:
+        from megatron_eagle.teacher.routing import BaseOutputs
+
+        return BaseOutputs(
+            self._part(self.case.aux, tokens), self._part(self.case.final_hidden, tokens)
+        )
 
     def gather_final(self, final: Tensor, halo: int) -> Tensor:
         from megatron_eagle.teacher.base import FrozenBase

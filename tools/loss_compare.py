@@ -109,7 +109,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--base", type=Path, help="a base from tools/import_base.py, not a random one"
     )
     for name, default in (
-        ("num-layers", 8), ("hidden-size", 64), ("ffn-hidden-size", 128), ("seed", 7),
+        ("num-layers", 12), ("hidden-size", 64), ("ffn-hidden-size", 128), ("seed", 7),
         ("num-attention-heads", 8), ("num-query-groups", 4), ("vocab-size", 509),
         ("seq-length", 64), ("micro-batch-size", 1), ("global-batch-size", 8), ("train-iters", 20),
     ):  # fmt: skip

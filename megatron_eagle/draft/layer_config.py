@@ -24,6 +24,7 @@ def draft_config(base_config: Any, options: EagleConfig) -> Any:
     if config.recompute_granularity == "selective":
         config.recompute_modules = [m for m in config.recompute_modules if m != "core_attn"]
     config.num_layers = options.num_layers
+    config.pipeline_model_parallel_size = 1  # every stage has all of it
     config.qk_layernorm = False
     config.add_qkv_bias = False
     config.add_bias_linear = False

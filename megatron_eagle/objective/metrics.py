@@ -6,6 +6,8 @@ other ranks in one all-reduce per optimizer step, and reach the host when Megatr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -39,7 +41,11 @@ def metric_sums(sums: Tensor, prefixes: Tensor, regression: Tensor | None = None
 
 
 def reduce_metrics(
-    sums: list[Tensor], steps: int, step_decay: float, regression_weight: float, group: ProcessGroup
+    sums: list[Tensor],
+    steps: int,
+    step_decay: float,
+    regression_weight: float,
+    groups: Sequence[ProcessGroup],
 ) -> dict[str, Tensor]:
     """One optimizer step's metrics from its micro-batches' sums; scalars on the device.
 
@@ -47,11 +53,13 @@ def reduce_metrics(
     row of that step, ``loss_t``, ``accuracy_t`` and, with a ``regression_weight``,
     ``regression_t``; ``accepted_length``: 1 + the steps that hit before the first miss, per start
     row; ``vocab_coverage``: the base's probability inside the draft vocabulary;
-    ``supervised_rows`` of step 0. One all-reduce over ``group`` (data and context parallel).
+    ``supervised_rows`` of step 0. One all-reduce over each of ``groups`` that has more than one
+    rank (data and context parallel; pipeline).
     """
     total = torch.stack(sums).sum(0)
-    if group.size() > 1:
-        torch.distributed.all_reduce(total, group=group)
+    for group in groups:
+        if group.size() > 1:
+            torch.distributed.all_reduce(total, group=group)
     per_step, coverage = total[:-2].view(ROWS_PER_STEP, steps), total[-2:]
     rows = per_step[1].clamp(min=1)
     losses, accuracies, regression = (per_step[i] / rows for i in (0, 2, 4))

@@ -12,8 +12,11 @@ from torch import Tensor
 from megatron_eagle.attention.packing import DocumentAttention, Packing
 from megatron_eagle.compat import MegatronModule, gather_from_sequence_parallel_region
 from megatron_eagle.parallel.context import ContextShard, append_halo
+from megatron_eagle.parallel.stage_links import StageLinks
 from megatron_eagle.platform.nvtx import nvtx_range
+from megatron_eagle.teacher.routing import BaseOutputs
 from megatron_eagle.teacher.taps import Taps
+from megatron_eagle.teacher.vocab_shards import VocabShards
 
 
 def output_rows(gpt: Any) -> Tensor:
@@ -31,9 +34,12 @@ class FrozenBase(MegatronModule):
     as they are.
     """
 
-    def __init__(self, gpt: Any, captured: Sequence[int], vocab_size: int) -> None:
+    def __init__(
+        self, gpt: Any, captured: Sequence[int], vocab_size: int, shards: VocabShards | None = None
+    ) -> None:
         super().__init__(config=gpt.config)
         self.gpt = gpt.requires_grad_(False).eval()
+        self.shards = shards or VocabShards(gpt)
         self.vocab_size = vocab_size
         self.taps = Taps(gpt.decoder, captured)
         self.tp_group, self.cp_group = gpt.pg_collection.tp, gpt.pg_collection.cp
@@ -50,29 +56,43 @@ class FrozenBase(MegatronModule):
     @property
     def embedding_weight(self) -> Tensor:
         """[Vp, H]: this rank's rows of the word embedding."""
-        return self.gpt.embedding.word_embeddings.weight
+        return self.shards.embedding_weight
 
     @property
     def output_weight(self) -> Tensor:
-        """[Vp, H]: this rank's rows of the output layer."""
-        return output_rows(self.gpt)
+        """[Vp, H]: this rank's rows of the output layer (the embedding's, when tied)."""
+        return self.shards.output_weight
 
     def train(self, mode: bool = True) -> FrozenBase:
         return super().train(False)
 
+    def forward(self, tokens: Tensor, packing: Packing | None = None) -> BaseOutputs:
+        """The base's outputs for whole sequences of tokens [B, S], packed of documents or not, all
+        layers being here. S' are this rank's rows: S, cut over CP in Megatron's zigzag order, and
+        over TP under sequence parallelism."""
+        taps, final = self.run_stage(tokens, None, packing)
+        return BaseOutputs.of([taps[i] for i in self.taps.layers], final)
+
     @torch.no_grad()
-    def forward(self, tokens: Tensor, packing: Packing | None = None) -> tuple[Tensor, Tensor]:
-        """tokens [B, S], packed of documents or not -> what the draft reads and the final hidden
-        [S', B, H] (after the final norm). S' are this rank's rows: S, cut over CP in Megatron's
-        zigzag order, and over TP under sequence parallelism. The draft reads the captured layers
-        [S', B, A * H], or if none are, the final hidden (EAGLE-1)."""
+    def run_stage(
+        self, tokens: Tensor, hidden: Tensor | None, packing: Packing | None = None
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        """This pipeline stage's layers: tokens [B, S], read by the first stage only, and ``hidden``
+        [S', B, H] of the stage before -> captured layers by id and the output, [S', B, H] each
+        (on the last stage after the final norm)."""
         shard = ContextShard.of(tokens.shape[1], self.cp_group)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        self.gpt.set_input_tensor(hidden)
         with nvtx_range("base"), self._inside_documents(packing) as attention:
-            final = self.gpt(
+            out = self.gpt(
                 shard.take(tokens, 1), shard.take(positions, 1), attention_mask=attention
             )
-        return self.taps.take() if self.taps.layers else final, final
+        return self.taps.take(), out
+
+    def rows(self, tokens: Tensor) -> int:
+        """S' of whole sequences of tokens [B, S]."""
+        parts = self.tp_group.size() if self.config.sequence_parallel else 1
+        return tokens.shape[1] // (self.cp_group.size() * parts)
 
     @contextmanager
     def _inside_documents(self, packing: Packing | None) -> Iterator[DocumentAttention | None]:
@@ -103,23 +123,39 @@ class FrozenBase(MegatronModule):
         return self.gpt.rotary_pos_emb(length, packed_seq=True)
 
     @torch.no_grad()
-    def layer_sizes(self, length: int = 128) -> Tensor:
-        """[A] fp32: the typical RMS of each captured layer, the same on every TP and CP rank.
+    def layer_sizes(self, links: StageLinks | None = None, length: int = 128) -> Tensor:
+        """[A] fp32: the typical RMS of each captured layer, the same on every rank.
 
         Measured on random tokens, which need no data; medians over tokens, since first tokens carry
-        massive activations. One all-reduce over each group that cuts the sequence, beside the
-        base's own.
+        massive activations. One all-reduce over each group that cuts sequence or layers, beside the
+        base's own communication; ``links`` lead to the other pipeline stages.
         """
         multiple = 2 * self.cp_group.size() * self.tp_group.size()
         length = -(-length // multiple) * multiple
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.vocab_size, (1, length), generator=generator)
-        features, _ = self(tokens.to(self.embedding_weight.device))
-        blocks = features.float().unflatten(-1, (len(self.taps.layers), -1))
-        sizes = blocks.square().mean(-1).sqrt().flatten(0, 1).median(0).values
+        taps = self._pass_through(tokens.to(self.embedding_weight.device), links)
+        sizes = torch.zeros(len(self.taps.layers), device=self.embedding_weight.device)
+        for layer, hidden in taps.items():
+            rms = hidden.float().square().mean(-1).sqrt()
+            sizes[self.taps.layers.index(layer)] = rms.median()
         groups = [self.cp_group, *([self.tp_group] if self.config.sequence_parallel else [])]
         for group in groups:
             if group.size() > 1:
                 torch.distributed.all_reduce(sizes, group=group)
                 sizes /= group.size()
+        if links is not None:
+            torch.distributed.all_reduce(sizes, group=links.group)
         return sizes
+
+    def _pass_through(self, tokens: Tensor, links: StageLinks | None) -> dict[int, Tensor]:
+        """This stage's taps of one forward through all stages."""
+        hidden = None
+        if links is not None and not links.is_first:
+            shape = (self.rows(tokens), tokens.shape[0], self.config.hidden_size)
+            buffer = self.embedding_weight.new_empty(shape)
+            hidden = links.receive_hidden(buffer).wait()
+        taps, out = self.run_stage(tokens, hidden)
+        if links is not None and not links.is_last:
+            links.send_hidden(out).wait()
+        return taps

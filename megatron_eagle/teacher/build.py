@@ -12,6 +12,7 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_eagle.attention.backend import LayerBackend
 from megatron_eagle.checkpoint_dir import BaseInfo, resolve_checkpoint
 from megatron_eagle.compat import GPTModel, StrictHandling, TransformerConfig, dist_checkpointing
+from megatron_eagle.teacher.vocab_shards import VocabShards
 
 _FIELDS = {
     "norm_epsilon": "layernorm_epsilon",
@@ -61,28 +62,30 @@ def build_base(
         transformer_layer_spec=backend.base_spec(config, pg_collection.pp.rank()),
         vocab_size=-(-info.vocab_size // multiple) * multiple,
         max_sequence_length=args["max_position_embeddings"],
+        pre_process=pre_process,
+        post_process=post_process,
         share_embeddings_and_output_weights=not args["untie_embeddings_and_output_weights"],
         position_embedding_type=args["position_embedding_type"],
         rotary_percent=args["rotary_percent"],
         rotary_base=args["rotary_base"],
         rope_scaling=args.get("use_rope_scaling", False),
         rope_scaling_factor=args.get("rope_scaling_factor", 8.0),
-        pre_process=pre_process,
-        post_process=post_process,
         pg_collection=pg_collection,
     )
 
 
-def load_base(gpt: Any, directory: str | Path) -> None:
-    """Load the base's weights, strictly, at whatever layout ``gpt`` has. A collective of all ranks.
+def load_base(gpt: Any, directory: str | Path, shards: VocabShards | None = None) -> None:
+    """Load the base's weights, strictly, at whatever layout ``gpt`` has, and the vocabulary
+    matrices that this stage has besides. A collective of all ranks.
 
     Raises ``ValueError`` naming the directory when a weight is missing or of another shape.
     """
     where = f"--eagle-base-checkpoint {directory}"
+    own = {} if shards is None else shards.sharded_state_dict("vocab_shards.")
     try:
         # Megatron calls "unexpected" what the model asks for and the checkpoint does not have.
         state, _, lacking = dist_checkpointing.load(
-            gpt.sharded_state_dict(),
+            gpt.sharded_state_dict() | own,
             str(resolve_checkpoint(directory)),
             strict=StrictHandling.RETURN_ALL,
         )
@@ -91,6 +94,8 @@ def load_base(gpt: Any, directory: str | Path) -> None:
     weights = sorted(key for key in lacking if not key.endswith("_extra_state"))
     if weights:
         raise ValueError(f"{where}: lacks {weights[0]}")
+    if shards is not None:
+        shards.load_state_dict({key.split(".")[-1]: state.pop(key) for key in own})
     gpt.load_state_dict(state, strict=False)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 
@@ -20,6 +19,8 @@ class Taps:
     def __init__(self, decoder: Any, layers: Sequence[int]) -> None:
         self._captured: dict[int, Tensor] = {}
         self.layers = tuple(layers)
+        here = {layer.layer_number - 1 for layer in decoder.layers}
+        self.layers_here = tuple(i for i in self.layers if i in here)
         for layer in decoder.layers:
             index = layer.layer_number - 1
             if index in self.layers:
@@ -32,10 +33,10 @@ class Taps:
 
         return capture
 
-    def take(self) -> Tensor:
-        """The last forward's captures as [S, B, A * H], ascending layers, and forget them."""
-        missing = [i for i in self.layers if i not in self._captured]
-        assert not missing, f"layers {missing} were not run on this stage"
-        features = torch.cat([self._captured[i] for i in self.layers], dim=-1)
-        self._captured.clear()
-        return features
+    def take(self) -> dict[int, Tensor]:
+        """The last forward's captures of the layers that this stage holds, [S', B, H] each, and
+        forget them."""
+        captured, self._captured = self._captured, {}
+        missing = [i for i in self.layers_here if i not in captured]
+        assert not missing, f"layers {missing} were not run"
+        return captured

@@ -19,7 +19,7 @@ from megatron_eagle.config import EagleConfig, add_eagle_flags
 from megatron_eagle.hf.megatron_args import ABSENT
 from megatron_eagle.hf.megatron_args import flags as megatron_flags
 from megatron_eagle.platform import is_enabled
-from megatron_eagle.training.layout import check_layout
+from megatron_eagle.training.layout import check_layout, check_micro_batches, pipeline_flags
 
 CPU_FLAGS = [
     *("--distributed-backend", "gloo", "--transformer-impl", "local"),
@@ -38,9 +38,7 @@ _ALIASES = {"norm_epsilon": "layernorm_epsilon"}
 """Flags that Megatron's parser stores under another name."""
 
 _UNSUPPORTED: dict[str, int | bool | None] = {
-    "pipeline_model_parallel_size": 1,
     "expert_model_parallel_size": 1,
-    "num_layers_per_virtual_pipeline_stage": None,
     "multi_latent_attention": False,
     "use_torch_fsdp2": False,
     "use_megatron_fsdp": False,
@@ -70,6 +68,7 @@ def parse_eagle_args(options: EagleConfig) -> tuple[argparse.Namespace, BaseInfo
     _check_recompute(args)
     if options.train_data is not None and args.eval_iters:
         raise ValueError(f"--eval-iters {args.eval_iters}: --eagle-train-data has no validation")
+    check_micro_batches(args)
     if options.pack:
         _check_packing(args)
     options.check_against_base(args.num_layers, base.vocab_size, args.seq_length)
@@ -107,6 +106,7 @@ def _implied_flags(base: BaseInfo, options: EagleConfig, user: Sequence[str]) ->
         words += LOCAL_FLAGS
         if find_spec("fused_weight_gradient_mlp_cuda") is None:  # Apex's
             words += ["--no-gradient-accumulation-fusion"]
+    words += pipeline_flags(user)
     if options.train_data is not None:
         # The file holds ids, and no validation split.
         words += ["--tokenizer-type", "NullTokenizer", "--eval-iters", "0"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -21,9 +22,12 @@ from megatron_eagle.draft.layer_config import draft_config, draft_rotary
 from megatron_eagle.draft.metadata import draft_metadata, encode_metadata
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.parallel.soft_cross_entropy import teacher_bytes
+from megatron_eagle.parallel.stage_links import StageLinks
+from megatron_eagle.parallel.stage_replicas import FinalizeReplicas, equal_start
 from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.build import build_base, load_base
 from megatron_eagle.teacher.targets import draft_vocab_shard
+from megatron_eagle.teacher.vocab_shards import VocabShards
 from megatron_eagle.training.model import EagleGPTModel
 
 
@@ -41,7 +45,7 @@ class ModelBuilder:
         config: Any = None,
         pg_collection: Any = None,
     ) -> EagleGPTModel:
-        assert pre_process and post_process and vp_stage is None, "one pipeline stage"
+        assert vp_stage is None
         args = get_args()
         config = config or core_transformer_config_from_args(args)
         base_config = copy.copy(config)
@@ -49,15 +53,21 @@ class ModelBuilder:
         captured = self.options.captured_layers(config.num_layers)
         use_te = args.transformer_impl == "transformer_engine"
         backend = transformer_engine_backend() if use_te else local_backend()
-        gpt = build_base(base_config, self.base, backend, pg_collection)
+        links = _stage_links(pg_collection.pp, args.distributed_timeout_minutes)
+        if links is not None:
+            base_config.finalize_model_grads_func = FinalizeReplicas(links.group)
+        gpt = build_base(base_config, self.base, backend, pg_collection, pre_process, post_process)
+        shards = VocabShards(gpt)
         assert self.options.base_checkpoint is not None
         print_rank_0(f"> loading the base from {self.options.base_checkpoint}")
-        load_base(gpt, self.options.base_checkpoint)
+        load_base(gpt, self.options.base_checkpoint, shards)
         gpt.cuda(torch.cuda.current_device())  # it runs here, before Megatron moves the model
-        base = FrozenBase(gpt, captured, self.base.vocab_size)
+        base = FrozenBase(gpt, captured, self.base.vocab_size, shards)
         draft = self._build_draft(config, backend, base, pg_collection)
         draft.cuda(torch.cuda.current_device())
-        draft.start_evenly(base.layer_sizes)
+        draft.start_evenly(lambda: base.layer_sizes(links))
+        if links is not None:
+            equal_start(draft, links.group)
         print_rank_0(
             f"> draft: {sum(p.numel() for p in draft.parameters()):,} parameters per rank, "
             f"{self.options.algorithm}, layers {' '.join(map(str, captured)) or 'none'} captured, "
@@ -65,7 +75,7 @@ class ModelBuilder:
         )
         if draft.tp_group.size() > 1:
             print_rank_0(self._teacher_size(args, draft.shard.padded_rows))
-        return EagleGPTModel(base, draft, self.options)
+        return EagleGPTModel(base, draft, self.options, links)
 
     def _teacher_size(self, args: Any, columns: int) -> str:
         """What the targets of a micro-batch would take if every token were supervised."""
@@ -101,3 +111,9 @@ class ModelBuilder:
                 base.rotary, self.base.megatron_args, self.options, base.output_weight.device
             ),
         )
+
+
+def _stage_links(group: Any, timeout_minutes: float) -> StageLinks | None:
+    if group.size() == 1:
+        return None
+    return StageLinks(group, timedelta(minutes=timeout_minutes))

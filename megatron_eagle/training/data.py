@@ -93,7 +93,7 @@ def gpt_dataset_config(args: Any) -> GPTDatasetConfig:
 
 
 def next_batch(iterator: Any, steps: int, vocab_size: int) -> EagleBatch:
-    """The iterator's next micro-batch, on this rank's device.
+    """The iterator's next micro-batch, on the host.
 
     Raises ``ValueError`` for ids that the base does not have: a vocabulary-parallel embedding would
     look them up in another rank's rows without a word."""
@@ -111,8 +111,7 @@ def next_batch(iterator: Any, steps: int, vocab_size: int) -> EagleBatch:
     if args.context_parallel_size > 1:
         multiple *= 2 * args.context_parallel_size
     positions = sample["positions"] if args.eagle_pack else None
-    batch = EagleBatch.build(tokens, sample["loss_mask"], steps, multiple, True, context, positions)
-    return batch.to(torch.cuda.current_device())
+    return EagleBatch.build(tokens, sample["loss_mask"], steps, multiple, True, context, positions)
 
 
 def count_supervised(args: Any, train_data: str | None, vocab_size: int) -> Tensor:

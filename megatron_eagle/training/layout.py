@@ -13,13 +13,26 @@ from megatron_eagle.checkpoint_dir import BaseInfo
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.config_checks import flag_name
 
+_VIRTUAL_FLAGS = (
+    "--num-layers-per-virtual-pipeline-stage",
+    "--num-virtual-stages-per-pipeline-rank",
+)
+_UNEVEN_FLAGS = ("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers")
+
 
 def check_layout(user: Sequence[str], base: BaseInfo, options: EagleConfig) -> None:
     """Raise ``ValueError`` naming the flag if the layout in ``user`` does not fit the number of
     processes, the base or the sequence length."""
     given = _layout(user)
-    tensor, context = given.tensor_model_parallel_size, given.context_parallel_size
-    _check_processes({"tensor-model-parallel": tensor, "context-parallel": context})
+    _check_pipeline(given)
+    tensor = given.tensor_model_parallel_size
+    _check_processes(
+        {
+            "tensor-model-parallel": tensor,
+            "context-parallel": given.context_parallel_size,
+            "pipeline-model-parallel": given.pipeline_model_parallel_size,
+        }
+    )
     for name, width in options.layer_widths(base.megatron_args).items():
         if name != "kv_channels" and width % tensor:
             raise ValueError(
@@ -32,15 +45,38 @@ def check_layout(user: Sequence[str], base: BaseInfo, options: EagleConfig) -> N
                 f"--tensor-model-parallel-size {tensor} does not divide "
                 f"the base's {name} = {base.megatron_args[name]}"
             )
+    _check_layers(given, base.megatron_args["num_layers"])
     if given.seq_length is not None:
         _check_sequence(given, options.ttt_steps)
 
 
+def check_micro_batches(args: argparse.Namespace) -> None:
+    """Every pipeline stage trains on micro-batches of its own, so each needs one."""
+    stages = args.pipeline_model_parallel_size
+    smallest = args.rampup_batch_size[0] if args.rampup_batch_size else args.global_batch_size
+    found = int(smallest) // (args.micro_batch_size * args.data_parallel_size)
+    if found < stages:
+        raise ValueError(
+            f"--pipeline-model-parallel-size {stages} needs as many micro-batches, there are "
+            f"{found}: --global-batch-size {smallest} / (--micro-batch-size "
+            f"{args.micro_batch_size} times data parallelism {args.data_parallel_size})"
+        )
+
+
+def pipeline_flags(user: Sequence[str]) -> list[str]:
+    """What a pipeline of stages that all train implies: gradient buckets that are the same on every
+    stage. Megatron makes several on the first stage and one on all others."""
+    several = _layout(user).pipeline_model_parallel_size > 1
+    return ["--ddp-bucket-size", str(2**62)] if several else []
+
+
 def _layout(user: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    for name in ("tensor-model-parallel", "context-parallel"):
+    for name in ("tensor-model-parallel", "context-parallel", "pipeline-model-parallel"):
         parser.add_argument(f"--{name}-size", type=int, default=1)
-    parser.add_argument("--seq-length", type=int)
+    for flag in ("--seq-length", *_VIRTUAL_FLAGS, *_UNEVEN_FLAGS, "--ddp-bucket-size"):
+        parser.add_argument(flag, type=int)
+    parser.add_argument("--pipeline-model-parallel-layout")
     parser.add_argument("--sequence-parallel", action="store_true")
     return parser.parse_known_args(user)[0]
 
@@ -54,6 +90,39 @@ def _check_processes(sizes: dict[str, int]) -> None:
             raise ValueError(f"{' times '.join(shown)} does not divide the {world} processes")
         if size == 1:
             shown.pop()
+
+
+def _check_pipeline(given: argparse.Namespace) -> None:
+    for flag in _VIRTUAL_FLAGS:
+        value = _value(given, flag)
+        if value is not None:
+            raise ValueError(
+                f"{flag} {value}: the base only runs forward, so its pipeline has no bubbles that "
+                "virtual stages could fill; leave the flag out, checkpoints load without it"
+            )
+    if given.pipeline_model_parallel_size > 1 and given.ddp_bucket_size is not None:
+        raise ValueError(
+            f"--ddp-bucket-size {given.ddp_bucket_size}: with --pipeline-model-parallel-size "
+            f"{given.pipeline_model_parallel_size} the draft's gradients are one bucket"
+        )
+
+
+def _check_layers(given: argparse.Namespace, layers: int) -> None:
+    """Megatron divides the layers evenly, after those that flags give to the first and the last."""
+    stages = given.pipeline_model_parallel_size
+    if stages == 1 or given.pipeline_model_parallel_layout is not None:
+        return
+    fixed = [value for flag in _UNEVEN_FLAGS if (value := _value(given, flag)) is not None]
+    rest, over = layers - sum(fixed), stages - len(fixed)
+    if rest < over or (over and rest % over) or (not over and rest):
+        raise ValueError(
+            f"--pipeline-model-parallel-size {stages} does not divide the base's {layers} layers; "
+            f"give {' and '.join(_UNEVEN_FLAGS)}, or --pipeline-model-parallel-layout"
+        )
+
+
+def _value(given: argparse.Namespace, flag: str) -> int | None:
+    return getattr(given, flag.removeprefix("--").replace("-", "_"))
 
 
 def _check_sequence(given: argparse.Namespace, steps: int) -> None:

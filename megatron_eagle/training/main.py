@@ -45,7 +45,7 @@ def _train() -> None:
     from megatron_eagle.training.builder import ModelBuilder
     from megatron_eagle.training.data import DatasetProvider
     from megatron_eagle.training.metrics_log import MetricsLog
-    from megatron_eagle.training.step import ForwardStep, reduce_metrics_once_per_step
+    from megatron_eagle.training.step import ForwardStep, replace_schedule
     from megatron_eagle.training.vocab import draft_vocab_ids
 
     set_startup_timestamps(program_start=_STARTED, main_entry=time.time())
@@ -54,7 +54,7 @@ def _train() -> None:
     args, base = parse_eagle_args(options)
     compile_regions(options.compile)
     mark_ranges(options.nvtx)
-    reduce_metrics_once_per_step(options)
+    replace_schedule(options)
     if options.log_file is not None:
         MetricsLog(options.log_file).attach()
     vocab_ids = draft_vocab_ids(args, options, base)

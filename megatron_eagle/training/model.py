@@ -18,9 +18,12 @@ from megatron_eagle.objective.unroll import DraftInputs, target_hidden, unroll
 from megatron_eagle.parallel.context import ContextShard
 from megatron_eagle.parallel.row_losses import row_loss
 from megatron_eagle.parallel.soft_cross_entropy import Budgets, LossRows, soft_cross_entropy
+from megatron_eagle.parallel.stage_links import StageLinks
+from megatron_eagle.parallel.stage_replicas import as_replica
 from megatron_eagle.platform.nvtx import nvtx_range
 from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.embedding import step_embeddings
+from megatron_eagle.teacher.routing import BaseOutputs
 from megatron_eagle.teacher.targets import TeacherHead, TeacherTargets
 
 
@@ -28,14 +31,21 @@ class EagleGPTModel(MegatronModule):
     """A draft trained beside the frozen base that teaches it.
 
     Args:
-        base: the frozen base, whole on this pipeline stage.
-        draft: the trainable draft on the same tensor-parallel group.
+        base: the frozen base, or this pipeline stage's layers of it.
+        draft: the trainable draft on the same tensor-parallel group, whole on every stage.
         options: the run's options.
+        links: to the other pipeline stages, if there are any.
     """
 
-    def __init__(self, base: FrozenBase, draft: EagleDraft, options: EagleConfig) -> None:
+    def __init__(
+        self,
+        base: FrozenBase,
+        draft: EagleDraft,
+        options: EagleConfig,
+        links: StageLinks | None = None,
+    ) -> None:
         super().__init__(config=base.config)
-        self.base, self.draft, self.options = base, draft, options
+        self.base, self.draft, self.options, self.links = base, draft, options, links
         self.pg_collection = base.gpt.pg_collection
         self.share_embeddings_and_output_weights = False
         self.pre_process = self.post_process = True
@@ -48,9 +58,19 @@ class EagleGPTModel(MegatronModule):
         in_vocab = torch.zeros(base.vocab_size, dtype=torch.bool)
         in_vocab[draft.vocab_ids.cpu()] = True
         self.register_buffer("in_draft_vocab", in_vocab, persistent=False)
+        self.layers_by_stage = self._layers_by_stage()
+
+    def _layers_by_stage(self) -> list[tuple[int, ...]]:
+        """The captured layers that each pipeline stage holds. A collective of the stages."""
+        here = self.base.taps.layers_here
+        if self.links is None:
+            return [here]
+        found: list[Any] = [None] * self.links.stages
+        torch.distributed.all_gather_object(found, here, group=self.links.group)
+        return found
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Megatron's schedules call this on every stage; one stage holds the whole base here."""
+        """Megatron's schedules call this; what comes from other stages comes by the links."""
 
     def draft_inputs(
         self, tokens: Tensor, features: Tensor, packing: Packing | None = None
@@ -92,12 +112,15 @@ class EagleGPTModel(MegatronModule):
         with nvtx_range("teacher"):
             return self.teacher.targets(rows), rows
 
-    def forward(self, batch: EagleBatch) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, batch: EagleBatch, outputs_of_base: BaseOutputs | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The micro-batch's loss (a sum over rows and weighted steps) and its metric sums, see
-        :func:`~megatron_eagle.objective.metrics.reduce_metrics`."""
-        features, final_hidden = self.base(batch.tokens, batch.packing)
-        targets, wanted = self.targets(final_hidden, batch.target_rows)
-        inputs = self.draft_inputs(batch.tokens, features, batch.packing)
+        :func:`~megatron_eagle.objective.metrics.reduce_metrics`. The base runs here unless its
+        outputs are given."""
+        base = outputs_of_base or self.base(batch.tokens, batch.packing)
+        targets, wanted = self.targets(base.final_hidden, batch.target_rows)
+        inputs = self.draft_inputs(batch.tokens, base.features, batch.packing)
         outputs = unroll(self.draft, inputs, self.options.ttt_steps, self.options.detach_steps)
         with nvtx_range("loss"):
             hidden = target_hidden(self.draft, outputs, batch.step_rows)
@@ -131,7 +154,8 @@ class EagleGPTModel(MegatronModule):
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
         """The draft alone: the base has a checkpoint of its own and never changes."""
-        return self.draft.sharded_state_dict(f"{prefix}draft.", sharded_offsets, metadata)
+        sharded = self.draft.sharded_state_dict(f"{prefix}draft.", sharded_offsets, metadata)
+        return sharded if self.links is None else as_replica(sharded, self.links.stage)
 
     def load_state_dict(  # type: ignore[override]
         self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from megatron_eagle.compat import replace, require
 from megatron_eagle.config import EagleConfig
-from megatron_eagle.objective.metrics import reduce_metrics
+from megatron_eagle.objective.batch import EagleBatch
+from megatron_eagle.objective.metrics import ROWS_PER_STEP, reduce_metrics
 from megatron_eagle.platform.nvtx import nvtx_range
 from megatron_eagle.training.data import next_batch
+from megatron_eagle.training.pipeline import PipelineSchedule
 
 _SCHEDULE = "megatron.training.training:get_forward_backward_func"
 _SUMS = "eagle_sums"
@@ -26,10 +28,13 @@ class ForwardStep:
         self.options, self.vocab_size = options, vocab_size
 
     def __call__(self, iterator: Any, model: Any) -> tuple[Any, Callable[..., Any]]:
-        batch = next_batch(iterator, self.options.ttt_steps, self.vocab_size)
-        return model(batch), self._loss
+        return model(self.read(iterator).to(torch.cuda.current_device())), self.loss
 
-    def _loss(self, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def read(self, iterator: Any) -> EagleBatch:
+        """The next micro-batch, on the host."""
+        return next_batch(iterator, self.options.ttt_steps, self.vocab_size)
+
+    def loss(self, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(sum of losses, rows supervised at step 0, metric sums). Megatron divides the summed
         gradients by the rows of the whole global batch."""
         loss, sums = output
@@ -37,8 +42,8 @@ class ForwardStep:
         return loss, rows, {_SUMS: sums}
 
 
-def reduce_metrics_once_per_step(options: EagleConfig) -> None:
-    """Make Megatron's schedule hand over one dict of finished metrics per step.
+def replace_schedule(options: EagleConfig) -> None:
+    """Make Megatron's schedule, or ours for pipeline stages, give one dict of finished metrics.
 
     Megatron would reduce every logged value by a collective of its own; here the micro-batches'
     sums meet the other ranks in a single all-reduce. Must run before ``pretrain()``.
@@ -46,21 +51,27 @@ def reduce_metrics_once_per_step(options: EagleConfig) -> None:
     get_schedule = require(_SCHEDULE)
 
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable[..., Any]:
-        schedule = get_schedule(*args, **kwargs)
+        stages = mpu.get_pipeline_model_parallel_world_size()
+        schedule = PipelineSchedule() if stages > 1 else get_schedule(*args, **kwargs)
 
         def forward_backward(**call: Any) -> list[dict[str, Tensor]]:
             with nvtx_range("forward_backward"):
                 reports = schedule(**call)
-            if not reports:
-                return reports
-            group = mpu.get_data_parallel_group(with_context_parallel=True)
+            sums = [report[_SUMS] for report in reports]
+            if not sums:  # an evaluation of fewer micro-batches than stages
+                width = ROWS_PER_STEP * options.ttt_steps + 2
+                sums = [torch.zeros(width, device=torch.cuda.current_device())]
+            groups = (
+                mpu.get_data_parallel_group(with_context_parallel=True),
+                mpu.get_pipeline_model_parallel_group(),
+            )
             return [
                 reduce_metrics(
-                    [report[_SUMS] for report in reports],
+                    sums,
                     options.ttt_steps,
                     options.step_decay,
                     options.hidden_loss_weight,
-                    group,
+                    groups,
                 )
             ]
 

@@ -30,7 +30,8 @@ def reduce_on_rank(rank: int, world: int) -> dict[str, Any]:
         [sums([0.0, 0.0], [0, 0], [0, 0], 0.0), sums([11.0, 7.0], [5, 3], [1, 1], 4.5)],
     ]
     with CollectiveCounter() as counter:
-        found = reduce_metrics(micro_batches[rank], STEPS, 0.5, 3.0, torch.distributed.group.WORLD)
+        groups = [torch.distributed.group.WORLD]
+        found = reduce_metrics(micro_batches[rank], STEPS, 0.5, 3.0, groups)
     return {"calls": dict(counter.calls), **{key: float(value) for key, value in found.items()}}
 
 

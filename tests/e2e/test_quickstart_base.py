@@ -26,7 +26,7 @@ def final_logits(rank: int, world: int, directory: str, tokens: Tensor) -> Tenso
     gpt = build_base(base_config(info, world), info, local_backend(), groups)
     load_base(gpt, directory)
     base = FrozenBase(gpt, (1,), info.vocab_size)
-    _, final = base(tokens)
+    final = base(tokens).final_hidden
     return (final @ base.output_weight.t()).detach().transpose(0, 1).contiguous()
 
 

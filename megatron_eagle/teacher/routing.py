@@ -1,0 +1,123 @@
+"""Taps to their owner: what the base's stages know of a micro-batch, brought to one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_eagle.parallel.stage_links import Message, StageLinks
+from megatron_eagle.parallel.stage_plan import owner_of
+
+
+@dataclass(frozen=True)
+class BaseOutputs:
+    """What the draft needs of the base for one micro-batch: features, the captured layers
+    [S', B, A * H] or, if none are (EAGLE-1), the final hidden; and the final hidden [S', B, H]."""
+
+    features: Tensor
+    final_hidden: Tensor
+
+    @classmethod
+    def of(cls, captured: Sequence[Tensor], final_hidden: Tensor) -> BaseOutputs:
+        """From the captured layers, ascending."""
+        features = torch.cat(list(captured), dim=-1) if captured else final_hidden
+        return cls(features, final_hidden)
+
+
+@dataclass
+class _Parts:
+    """One owned micro-batch: per stage its captured layers, side by side, and the final hidden;
+    posted receives, or tensors of this stage's own."""
+
+    taps: dict[int, Message | Tensor] = field(default_factory=dict)
+    final: Message | Tensor | None = None
+
+
+class TapRouter:
+    """Sends this stage's taps to the owners, and collects those of this stage's micro-batches.
+
+    Bounded: a stage holds the taps of the micro-batch it trains on and of the next one it owns
+    (``expect`` is called one ahead), and what it sends stays alive until it has left. A stage that
+    has not been fetched two rounds in a row waits here, instead of piling up.
+
+    Args:
+        links: this stage's links.
+        captured: the captured layers, ascending.
+        layers_by_stage: per stage, those it holds.
+        new_buffer: makes an uninitialised [S', B, width] for a micro-batch.
+    """
+
+    def __init__(
+        self,
+        links: StageLinks,
+        captured: Sequence[int],
+        layers_by_stage: Sequence[Sequence[int]],
+        hidden_size: int,
+        new_buffer: Callable[[int, int], Tensor],
+    ) -> None:
+        self.links, self.captured = links, tuple(captured)
+        self.layers_by_stage, self.hidden_size = layers_by_stage, hidden_size
+        self.new_buffer = new_buffer
+        self._owned: dict[int, _Parts] = {}
+        self._leaving: dict[int, list[Message]] = {}
+
+    @property
+    def held(self) -> int:
+        """Owned micro-batches whose taps are here or expected."""
+        return len(self._owned)
+
+    def expect(self, micro_batch: int) -> None:
+        """Post the receives of a micro-batch that this stage owns."""
+        parts = self._owned.setdefault(micro_batch, _Parts())
+        for stage, layers in enumerate(self.layers_by_stage):
+            if stage != self.links.stage and layers:
+                width = len(layers) * self.hidden_size
+                buffer = self.new_buffer(micro_batch, width)
+                parts.taps[stage] = self.links.receive_tap(buffer, stage)
+        if not self.links.is_last:
+            buffer = self.new_buffer(micro_batch, self.hidden_size)
+            parts.final = self.links.receive_tap(buffer, self.links.stages - 1)
+
+    def deliver(self, micro_batch: int, taps: dict[int, Tensor], output: Tensor) -> None:
+        """Hand on what this stage's base made of ``micro_batch``: its captured layers, and on the
+        last stage the final hidden."""
+        owner = owner_of(micro_batch, self.links.stages)
+        tensors = [torch.cat([taps[i] for i in sorted(taps)], dim=-1)] if taps else []
+        if owner == self.links.stage:
+            parts = self._owned.setdefault(micro_batch, _Parts())
+            if tensors:
+                parts.taps[owner] = tensors[0]
+            if self.links.is_last:
+                parts.final = output
+            return
+        if self.links.is_last:
+            tensors.append(output)
+        for message in self._leaving.pop(owner, []):
+            message.wait()
+        self._leaving[owner] = [self.links.send_tap(tensor, owner) for tensor in tensors]
+
+    def collect(self, micro_batch: int) -> BaseOutputs:
+        """The whole of an owned micro-batch, which is then forgotten; waits for what is missing."""
+        parts = self._owned.pop(micro_batch)
+        by_layer: dict[int, Tensor] = {}
+        for stage, part in parts.taps.items():
+            layers = self.layers_by_stage[stage]
+            by_layer |= zip(layers, _arrived(part).chunk(len(layers), dim=-1), strict=True)
+        assert parts.final is not None
+        return BaseOutputs.of([by_layer[i] for i in self.captured], _arrived(parts.final))
+
+    def finish(self) -> None:
+        """Until everything sent has left."""
+        for messages in self._leaving.values():
+            for message in messages:
+                message.wait()
+        self._leaving.clear()
+        assert not self._owned
+
+
+def _arrived(part: Any) -> Tensor:
+    return part.wait() if isinstance(part, Message) else part
