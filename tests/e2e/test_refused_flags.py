@@ -17,7 +17,10 @@ REFUSED = [
     (["--eagle-draft-vocab-size", 62], "--eagle-draft-vocab-size 62 exceeds"),
     (["--seq-length", 4], "--seq-length 4 is too short"),
     (["--hidden-size", 64], "--hidden-size 64 contradicts the base checkpoint"),
-    (["--pipeline-model-parallel-size", 2], "--pipeline-model-parallel-size 2 is not supported"),
+    (
+        ["--num-layers-per-virtual-pipeline-stage", 1],
+        "--num-layers-per-virtual-pipeline-stage 1: the base only runs forward",
+    ),
     (["--multi-latent-attention"], "--multi-latent-attention is not supported"),
     (["--reset-attention-mask"], "--reset-attention-mask is not supported"),
     (["--init-model-with-meta-device"], "--init-model-with-meta-device is not supported"),

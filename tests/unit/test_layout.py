@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 
 import pytest
 
 from megatron_eagle.checkpoint_dir import BaseInfo
 from megatron_eagle.config import EagleConfig
-from megatron_eagle.training.layout import check_layout
+from megatron_eagle.training.layout import check_layout, check_micro_batches, pipeline_flags
 
 BASE = BaseInfo(
     family="llama",
@@ -25,12 +26,29 @@ BASE = BaseInfo(
         "hidden_size": 48,
     },
 )
+PP3 = ["--pipeline-model-parallel-size", 3]
 LAYOUTS = [
     (["--context-parallel-size", 2], "--context-parallel-size 2 does not divide the 3 processes"),
     (["--context-parallel-size", 3], "--seq-length 32 is not a multiple of 6"),
     (
         ["--context-parallel-size", 3, "--seq-length", 12],
         "pieces of 2 tokens, fewer than --eagle-ttt-steps 3",
+    ),
+    (["--pipeline-model-parallel-size", 2], "2 does not divide the 3 processes"),
+    (
+        ["--pipeline-model-parallel-size", 3],
+        "--pipeline-model-parallel-size 3 does not divide the base's 7 layers; give "
+        "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers, or",
+    ),
+    (
+        ["--num-layers-per-virtual-pipeline-stage", 1],
+        "--num-layers-per-virtual-pipeline-stage 1: the base only runs forward, so its pipeline "
+        "has no bubbles that virtual stages could fill; leave the flag out, checkpoints load "
+        "without it",
+    ),
+    (
+        [*PP3, "--decoder-first-pipeline-num-layers", 3, "--ddp-bucket-size", 7],
+        "--ddp-bucket-size 7: with --pipeline-model-parallel-size 3 the draft's gradients are one",
     ),
 ]
 
@@ -40,3 +58,20 @@ def test_bad_layouts(words: list, message: str, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match=re.escape(message)):
         check_layout(["--seq-length", "32", *map(str, words)], BASE, EagleConfig())
+
+
+def test_uneven_layers_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    words = ["--pipeline-model-parallel-size", "3", "--decoder-first-pipeline-num-layers", "3"]
+    check_layout(words, BASE, EagleConfig())
+    assert pipeline_flags(words) == ["--ddp-bucket-size", str(2**62)]
+    assert pipeline_flags([]) == []
+
+
+def test_a_stage_without_a_micro_batch() -> None:
+    args = argparse.Namespace(
+        pipeline_model_parallel_size=4, rampup_batch_size=None, global_batch_size=12,
+        micro_batch_size=2, data_parallel_size=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="-size 4 needs as many micro-batches, there are 3"):
+        check_micro_batches(args)

@@ -1,0 +1,28 @@
+"""The order of a pipeline stage's work."""
+
+from __future__ import annotations
+
+import pytest
+
+from megatron_eagle.parallel.stage_plan import Action, owner_of, stage_actions
+
+
+@pytest.mark.parametrize("slack", [0, 1, 3])
+@pytest.mark.parametrize(("stages", "micro_batches"), [(1, 4), (2, 2), (2, 5), (3, 7), (4, 16)])
+def test_every_micro_batch_once(stages: int, micro_batches: int, slack: int) -> None:
+    trained = []
+    for stage in range(stages):
+        actions = stage_actions(stage, stages, micro_batches, slack)
+        base = [a.micro_batch for a in actions if a.kind == "base"]
+        own = [a.micro_batch for a in actions if a.kind == "draft"]
+        assert base == list(range(micro_batches)), "messages between two stages keep their order"
+        assert own == sorted(own) and all(owner_of(m, stages) == stage for m in own)
+        for m in own:
+            assert actions.index(Action("base", m)) < actions.index(Action("draft", m))
+        trained += own
+    assert sorted(trained) == list(range(micro_batches))
+
+
+def test_one_draft_step_per_round_at_the_same_point_on_every_stage() -> None:
+    kinds = ["".join(a.kind[0] for a in stage_actions(stage, 4, 12)) for stage in range(4)]
+    assert kinds == ["bbbbbdbbbbdbbbd"] * 4
