@@ -9,6 +9,7 @@ device. What it changes is listed in its body; each function there says why it i
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
@@ -43,6 +44,9 @@ def enable() -> bool:
         MovedSymbolError: this Megatron release lacks a name to be patched; the message names it.
     """
     global _enabled, _on_any_device
+    if not torch.cuda.is_available():
+        # Megatron imports it, and it tells every process that there is no CUDA runtime.
+        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if not _on_any_device:
         skip_helper_build_without_makefile()
         allow_sequence_parallel_torch_norm()
