@@ -53,7 +53,7 @@ class ModelBuilder:
         captured = self.options.captured_layers(config.num_layers)
         use_te = args.transformer_impl == "transformer_engine"
         backend = transformer_engine_backend() if use_te else local_backend()
-        links = _stage_links(pg_collection.pp, args.distributed_timeout_minutes)
+        links = _stage_links(pg_collection.pp)
         if links is not None:
             base_config.finalize_model_grads_func = FinalizeReplicas(links.group)
         gpt = build_base(base_config, self.base, backend, pg_collection, pre_process, post_process)
@@ -113,7 +113,7 @@ class ModelBuilder:
         )
 
 
-def _stage_links(group: Any, timeout_minutes: float) -> StageLinks | None:
+def _stage_links(group: Any) -> StageLinks | None:
     if group.size() == 1:
         return None
-    return StageLinks(group, timedelta(minutes=timeout_minutes))
+    return StageLinks(group, timedelta(minutes=get_args().distributed_timeout_minutes))
