@@ -126,7 +126,10 @@ def run_rank(rank: int, args: argparse.Namespace, store: str) -> None:
 
     compile_regions(args.compile)
     problem = problem_from(args)
-    options: dict[str, Any] = {"sequence_parallel": args.sequence_parallel}
+    options: dict[str, Any] = {
+        "sequence_parallel": args.sequence_parallel,
+        "recompute_modules": tuple(args.recompute),
+    }
     if args.logits_budget_mib is not None:
         options["logits_budget_mib"] = args.logits_budget_mib
     forward, resting = build(problem, args.device, options)
@@ -155,6 +158,9 @@ def main(run: Callable[..., None] = run_rank) -> None:
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--logits-budget-mib", type=int, help="as --eagle-logits-budget-mib")
+    parser.add_argument(
+        "--recompute", nargs="*", default=[], help="as --recompute-modules, such as mlp"
+    )
     parser.add_argument("--compile", action="store_true", help="as --eagle-compile")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--iters", type=int, default=5)

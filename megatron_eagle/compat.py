@@ -18,6 +18,7 @@ _PATHS = {
     "ColumnParallelLinear": "megatron.core.tensor_parallel:ColumnParallelLinear",
     "GPTModel": "megatron.core.models.gpt:GPTModel",
     "IdentityOp": "megatron.core.transformer.identity_op:IdentityOp",
+    "MLP": "megatron.core.transformer.mlp:MLP",
     "LocalSpecProvider": "megatron.core.models.backends:LocalSpecProvider",
     "MegatronModule": "megatron.core.transformer.module:MegatronModule",
     "RotaryEmbedding": (

@@ -30,6 +30,7 @@ class Case:
     loss_mask: Tensor
     sequence_parallel: bool = False
     logits_budget_mib: int = 256
+    recompute_modules: tuple[str, ...] = ()
     trim: bool = False
     compile: bool = False
     cp: int = 1
@@ -72,6 +73,8 @@ def build_model(case: Case) -> Any:
         gradient_accumulation_fusion=False,
         use_cpu_initialization=True,
         calculate_per_token_loss=True,
+        recompute_granularity="selective" if case.recompute_modules else None,
+        recompute_modules=list(case.recompute_modules) or None,
     )
     base = GivenBase(config, case, groups.tp)
     options = EagleConfig(

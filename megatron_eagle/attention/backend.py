@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron_eagle.attention.base_spec import local_base_spec
 from megatron_eagle.attention.core import with_eagle_attention
+from megatron_eagle.attention.lean_layers import GatedMLP, RMSNorm
 from megatron_eagle.compat import (
+    MLP,
     LocalSpecProvider,
     get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
@@ -38,12 +41,12 @@ def local_backend() -> LayerBackend:
 
     def layer_spec(config: Any) -> Any:
         spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
-        return with_eagle_attention(spec)
+        return with_eagle_attention(_lean(spec))
 
     return LayerBackend(
         base_spec=local_base_spec,
         layer_spec=layer_spec,
-        norm=provider.layer_norm(rms_norm=True, for_qk=False),
+        norm=RMSNorm,
         column_linear=provider.column_parallel_linear(),
     )
 
@@ -69,3 +72,13 @@ def transformer_engine_backend() -> LayerBackend:
         norm=provider.layer_norm(),
         column_linear=provider.column_parallel_linear(),
     )
+
+
+def _lean(layer_spec: Any) -> Any:
+    """``layer_spec`` (changed in place) with the modules of
+    :mod:`~megatron_eagle.attention.lean_layers`; parameters and checkpoint keys stay the same."""
+    layer = layer_spec.submodules
+    layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if layer.mlp.func == MLP.as_mlp_submodule:
+        layer.mlp = partial(GatedMLP.as_mlp_submodule, **layer.mlp.keywords)
+    return layer_spec

@@ -48,7 +48,7 @@ class TrunkBranchState:
         if not keys:
             key, value = gather_key_value(key, value, self._group)
         keys.append(key)
-        values.append(value)
+        values.append(value.contiguous())  # a view would keep the whole of q, k and v
         plan = self._plan or context_plan(keys[0].shape[2], self._group)
         return trunk_branch_attention(query, keys[0], values[0], keys[1:], values[1:], scale, plan)
 

@@ -79,7 +79,7 @@ class _TrunkBranch(torch.autograd.Function):
 
 def _scores(q: Tensor, key: Tensor, scale: float) -> Tensor:
     """Row-wise dot products [B, g, r, S] of grouped queries with one key per row, in fp32."""
-    return torch.einsum("bgrsd,bgsd->bgrs", q, key).float() * scale
+    return torch.einsum("bgrsd,bgsd->bgrs", q.float(), key.float()) * scale
 
 
 def _merge(
@@ -113,7 +113,7 @@ def _branch_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     groups = keys[0].shape[1]
     q5, do5, lse5 = _grouped(q, groups), _grouped(grad_out, groups), lse.unflatten(1, (groups, -1))
-    delta = (grad_out * out).float().sum(-1).unflatten(1, (groups, -1))
+    delta = torch.linalg.vecdot(grad_out.float(), out.float()).unflatten(1, (groups, -1))
     dq5, branch_dk, branch_dv = _grouped(dq, groups), [], []
     for key, value in zip(keys, values, strict=True):
         p = (_scores(q5, key, scale) - lse5).exp()

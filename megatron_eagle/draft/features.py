@@ -18,6 +18,7 @@ from megatron_eagle.compat import (
     make_sharded_tensors_for_checkpoint,
     set_tensor_model_parallel_attributes,
 )
+from megatron_eagle.platform.products import linear
 
 
 class FeatureProjection(MegatronModule):
@@ -40,7 +41,7 @@ class FeatureProjection(MegatronModule):
             config.init_method(self.weight)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        hidden = torch.nn.functional.linear(inputs, self.weight)
+        hidden = linear(inputs, self.weight)
         if self.sharded:
             return gather_from_tensor_model_parallel_region(hidden, group=self.tp_group)
         return hidden

@@ -30,9 +30,9 @@ from megatron_eagle.parallel.reduction import Reduced, reduce_shards, shard_shar
 from megatron_eagle.parallel.row_losses import Shares, SoftCrossEntropy, overlap_statistics
 from megatron_eagle.parallel.shard_softmax import draft_softmax_
 from megatron_eagle.parallel.vocab import even_chunks
-from megatron_eagle.platform.products import add_outer_, linear
+from megatron_eagle.platform.products import add_outer_, product
 
-CHUNK_BYTES = {"cpu": 96 << 20, "cuda": 512 << 20}
+CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
 """Logits of teacher and draft that exist at a time, unless they are kept."""
 
 
@@ -160,7 +160,7 @@ class _Chunk:
     def evaluate(cls, hidden: Tensor, weight: Tensor, work: _Work, rows: slice) -> _Chunk:
         teacher, teacher_local = work.teacher.rows(rows)
         ids, loss = work.rows.shard_ids, work.loss
-        logits = linear(hidden[:, rows].flatten(0, 1), weight)
+        logits = product(hidden[:, rows].flatten(0, 1), weight)
         draft = logits.unflatten(0, (hidden.shape[0], -1))
         extra = [loss.from_logits(draft, teacher)]
         # A whole vocabulary's softmax needs no other rank: its gradient is in reach at once.
@@ -218,7 +218,7 @@ class _Gradients:
 
     def add(self, rows: slice, grad_logits: Tensor, row_weight: Tensor) -> None:
         grad, scale = grad_logits.flatten(0, 1), row_weight.to(self.source.dtype).unsqueeze(-1)
-        part = linear(grad, self.weight.t()).view_as(self.hidden[:, rows])
+        part = product(grad, self.weight.t()).view_as(self.hidden[:, rows])
         torch.mul(part, scale, out=self.hidden[:, rows])
         if self.total is not None:
             weighted = (self.source[:, rows] * scale).flatten(0, 1)

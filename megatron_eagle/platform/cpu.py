@@ -15,6 +15,7 @@ import os
 import torch
 
 from megatron_eagle.platform.adam import use_checkpointable_adam
+from megatron_eagle.platform.cpu_linear import speed_up_linears
 from megatron_eagle.platform.cuda_surface import provide_idle_device, share_the_cpu_generator
 from megatron_eagle.platform.devices import redirect_devices_to_cpu
 from megatron_eagle.platform.megatron_patches import (
@@ -61,6 +62,7 @@ def enable() -> bool:
     provide_idle_device()
     share_the_cpu_generator()
     use_checkpointable_adam()
+    speed_up_linears()
     load_optimizer_state_without_grad()
     pass_alltoall_splits_as_numpy()
     allow_trainer_without_cuda()

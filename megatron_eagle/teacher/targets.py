@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_eagle.parallel.shard_softmax import shard_softmax_
 from megatron_eagle.parallel.vocab import VocabShard
-from megatron_eagle.platform.products import linear
+from megatron_eagle.platform.products import product
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class TeacherTargets:
         sum of exp over the draft shard; max, its id (exact in fp32 below 2**24) and sum of exp
         over the full vocabulary's shard. No collective."""
         head, hidden = self.head, self.final_hidden[chunk]
-        full = linear(hidden, head.full_weight).float()
+        full = product(hidden, head.full_weight).float()
         if head.draft_weight is head.full_weight:
             draft = full
             draft_stats = full_stats = shard_softmax_(full)
         else:
-            draft = linear(hidden, head.draft_weight).float()
+            draft = product(hidden, head.draft_weight).float()
             draft_stats, full_stats = shard_softmax_(draft), shard_softmax_(full)
         ids = full_stats[:, 2:] + head.full_shard.start
         return draft, torch.cat(

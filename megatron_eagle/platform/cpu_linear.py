@@ -1,0 +1,63 @@
+"""Megatron's linear layers through the fastest products that the processor has.
+
+megatron/core/tensor_parallel/layers.py multiplies with ``torch.matmul``; see
+:mod:`megatron_eagle.platform.products` for why that is slow on some processors.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_eagle.compat import replace, require
+from megatron_eagle.platform.products import linear, onednn_is_faster
+
+_LAYERS = "megatron.core.tensor_parallel.layers"
+
+
+def speed_up_linears() -> None:
+    """Replace the products of column- and row-parallel linears where another kernel is faster.
+
+    Only the plain cases: fp32, and what a rank does without sequence parallelism. The gradient of
+    the input meets the other ranks exactly where Megatron's does.
+    """
+    if not onednn_is_faster():
+        return
+    for name in ("linear_with_grad_accumulation_and_async_allreduce", "linear_with_frozen_weight"):
+        path = f"{_LAYERS}:{name}"
+        replace(path, _fast_linear(require(path)))
+
+
+def _fast_linear(original: Any) -> Any:
+    copy_to_region = require(
+        "megatron.core.tensor_parallel.mappings:copy_to_tensor_model_parallel_region"
+    )
+
+    def run(
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        gradient_accumulation_fusion: bool,
+        allreduce_dgrad: bool,
+        sequence_parallel: bool,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        plain = input.dtype == torch.float32 and not (
+            gradient_accumulation_fusion or sequence_parallel or kwargs.get("grad_output_buffer")
+        )
+        group = kwargs.get("tp_group")
+        if not plain or args or (allreduce_dgrad and group is None):
+            return original(
+                input, weight, bias, gradient_accumulation_fusion, allreduce_dgrad,
+                sequence_parallel, *args, **kwargs,
+            )  # fmt: skip
+        if allreduce_dgrad:
+            input = copy_to_region(input, group=group)
+        output = linear(input, weight)
+        return output if bias is None else output + bias
+
+    run.warned = True  # type: ignore[attr-defined]  # the original keeps this flag on itself
+    return run
