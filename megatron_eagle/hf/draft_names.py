@@ -7,24 +7,26 @@ Linear weights are [out, in] on both sides.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from megatron_eagle.hf.draft_formats import Format
-from megatron_eagle.hf.entries import Dims, Source
+from megatron_eagle.hf.entries import Dims, Source, join_query_groups, join_rows
 
 PREFIX = "draft."
 VOCAB_IDS = f"{PREFIX}vocab_ids"
 METADATA = f"{PREFIX}metadata"
 
 Split = Callable[[Tensor, "DraftEntry", Dims], list[Tensor]]
+Join = Callable[[Sequence[Tensor], Dims], Tensor]
 
 
 @dataclass(frozen=True)
 class DraftEntry:
-    """One Megatron tensor of `shape`; `split` takes it apart into `sources`, in their order.
+    """One Megatron tensor of `shape`; `split` takes it apart into `sources`, in their order, and
+    `join` makes it of them.
 
     With `padded`, the stored tensor may have more rows than `shape` says; they are padding.
     """
@@ -33,6 +35,7 @@ class DraftEntry:
     shape: tuple[str, ...]
     sources: tuple[Source, ...]
     split: Split
+    join: Join
     padded: bool = False
 
     def sizes(self, dims: Dims) -> tuple[int, ...]:
@@ -69,8 +72,13 @@ def copies(tensor: Tensor, entry: DraftEntry, dims: Dims) -> list[Tensor]:
     return [tensor] * len(entry.sources)
 
 
+def first(parts: Sequence[Tensor], dims: Dims) -> Tensor:
+    """One of equal tensors."""
+    return parts[0]
+
+
 def _one(megatron: str, name: str, *shape: str, padded: bool = False) -> DraftEntry:
-    return DraftEntry(megatron, shape, (Source(name, shape),), split_rows, padded)
+    return DraftEntry(megatron, shape, (Source(name, shape),), split_rows, join_rows, padded)
 
 
 def _qkv(columns: str) -> DraftEntry:
@@ -80,6 +88,7 @@ def _qkv(columns: str) -> DraftEntry:
         ("QKV", columns),
         tuple(Source(f"self_attn.{name}.weight", (row, columns)) for name, row in rows.items()),
         split_query_groups,
+        join_query_groups,
     )
 
 
@@ -99,6 +108,7 @@ EVERY_LAYER = (
             Source("mlp.up_proj.weight", ("F", "H")),
         ),
         split_rows,
+        join_rows,
     ),
     _one("mlp.linear_fc2.weight", "mlp.down_proj.weight", "H", "F"),
 )
@@ -117,6 +127,7 @@ def _later_layer(norms: tuple[str, ...]) -> tuple[DraftEntry, ...]:
         ("H",),
         tuple(Source(f"{name}.weight", ("H",)) for name in norms),
         copies,
+        first,
     )
     return (norm, _qkv("H"), *EVERY_LAYER)
 

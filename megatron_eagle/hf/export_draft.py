@@ -104,8 +104,7 @@ def convert(
     Raises ValueError unless the checkpoint holds exactly the draft's tensors, of the expected
     shapes, of one floating dtype (or `dtype` is given), finite also in the dtype written.
     """
-    where, dims, entries = checkpoint.directory, info.dims, draft_entries(info.num_layers, layout)
-    _check_inventory(checkpoint, info, entries)
+    where, dims, entries = checkpoint.directory, info.dims, read_entries(checkpoint, info, layout)
     stored = checkpoint.load([*(entry.megatron for entry in entries), VOCAB_IDS])
     vocab_ids = stored.pop(VOCAB_IDS)
     dtype = dtype or _common_dtype(stored, where)
@@ -131,11 +130,13 @@ def vocabulary_maps(vocab_ids: Tensor, info: DraftInfo, source: str) -> dict[str
     return {"d2t": vocab_ids - torch.arange(vocab_ids.numel()), "t2d": t2d}
 
 
-def _check_inventory(
-    checkpoint: DraftCheckpoint, info: DraftInfo, entries: list[DraftEntry]
-) -> None:
-    """Servers do not fail on missing tensors, so this must."""
+def read_entries(
+    checkpoint: DraftCheckpoint, info: DraftInfo, layout: Format = FORMATS["hf"]
+) -> list[DraftEntry]:
+    """The name table of the draft in `checkpoint`, which holds exactly its tensors: servers do not
+    fail on missing ones, so this must. Raises ValueError naming what is wrong."""
     where, dims, keys = checkpoint.directory, info.dims, checkpoint.keys()
+    entries = draft_entries(info.num_layers, layout)
     found = {key for key in keys if key.startswith(PREFIX)}
     expected = {entry.megatron for entry in entries} | {METADATA, VOCAB_IDS}
     if missing := sorted(expected - found):
@@ -151,6 +152,7 @@ def _check_inventory(
     ids = checkpoint.shape(VOCAB_IDS)
     if ids != (info.draft_vocab_size,):
         raise ValueError(f"{where}: {VOCAB_IDS} has shape {ids}, expected {info.draft_vocab_size}")
+    return entries
 
 
 def _listed(names: list[str]) -> str:

@@ -1,0 +1,187 @@
+"""Importing drafts: what was exported comes back bit by bit, others' layouts are understood."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from megatron_eagle.checkpoint_dir import BASE_JSON_NAME, BaseInfo, parse_base
+from megatron_eagle.hf.dcp_reader import DraftCheckpoint
+from megatron_eagle.hf.draft_checkpoint import open_checkpoint_draft, write_draft_checkpoint
+from megatron_eagle.hf.draft_formats import FORMATS
+from megatron_eagle.hf.export_draft import export_draft, read_info
+from megatron_eagle.hf.import_draft import StoredDraft, open_hf_draft
+from tests.trained_draft import TrainedDraft
+
+ROOT = Path(__file__).parents[2]
+Files = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+def base_of(draft: TrainedDraft) -> BaseInfo:
+    return parse_base(draft.metadata["base"], "the test's base")
+
+
+def exported(folder: Path, layout: str = "hf", **changes: Any) -> tuple[TrainedDraft, Path]:
+    draft = TrainedDraft.make(**changes)
+    draft.save(folder / "ckpt")
+    export_draft(folder / "ckpt", folder / "hf", layout=FORMATS[layout])
+    return draft, folder / "hf"
+
+
+def imported(directory: Path, draft: TrainedDraft, **options: Any) -> StoredDraft:
+    given = {"aux_layers": None, "adapt": False, **options}
+    return open_hf_draft(directory, base_of(draft), **given)
+
+
+def expected_tensors(draft: TrainedDraft) -> dict[str, Tensor]:
+    rows = draft.shape.draft_vocab
+    return {
+        key: tensor[:rows] if key == "draft.lm_head.weight" else tensor
+        for key, tensor in draft.stored.items()
+    }
+
+
+LAYOUTS = [
+    pytest.param({}, id="one-layer"),
+    pytest.param({"layers": 3}, id="three-layers"),
+    pytest.param({"groups": 6}, id="multi-head"),
+    pytest.param({"draft_vocab": 53, "padded_vocab": 64}, id="whole-vocabulary"),
+    pytest.param({"dtype": torch.bfloat16, "aux_layers": (3, 7)}, id="bf16-two-captures"),
+]
+
+
+@pytest.mark.parametrize("layout", list(FORMATS))
+@pytest.mark.parametrize("changes", LAYOUTS)
+def test_import_of_an_export_is_bit_equal(
+    tmp_path: Path, changes: dict[str, Any], layout: str
+) -> None:
+    draft, directory = exported(tmp_path, layout, **changes)
+    stored = imported(directory, draft)
+    write_draft_checkpoint(stored, tmp_path / "back")
+    checkpoint = DraftCheckpoint.open(tmp_path / "back")
+    expected = expected_tensors(draft)
+    assert set(checkpoint.keys()) == {*expected, "draft.metadata"}
+    found = checkpoint.load(expected)
+    for key, tensor in expected.items():
+        assert found[key].dtype == tensor.dtype and found[key].equal(tensor), key
+    info = read_info(checkpoint)
+    assert info.aux_layers == draft.shape.aux_layers and info.num_layers == draft.shape.layers
+    assert info.base == base_of(draft) and info.draft_vocab_size == draft.shape.draft_vocab
+    again = open_checkpoint_draft(tmp_path / "back")
+    assert all(again.tensors[key]().equal(found[key]) for key in again.tensors)
+    export_draft(tmp_path / "back", tmp_path / "twice", layout=FORMATS[layout])
+    first, second = (load_file(tmp_path / n / "model.safetensors") for n in ("hf", "twice"))
+    assert set(first) == set(second) and all(first[k].equal(second[k]) for k in first)
+
+
+def safeailab(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Its own embedding, no captured layers, the base's architecture name."""
+    for name in ("eagle_config", "eagle_aux_hidden_state_layer_ids", "num_aux_hidden_states",
+                 "target_hidden_size", "rope_parameters"):  # fmt: skip
+        del config[name]
+    config["architectures"] = ["LlamaForCausalLM"]
+    tensors["embed_tokens.weight"] = torch.zeros(53, 24)
+
+
+def specforge(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Captured layers inside eagle_config alone, t2d and d2t as buffers."""
+    del config["eagle_aux_hidden_state_layer_ids"], config["num_aux_hidden_states"]
+    config["architectures"] = ["LlamaForCausalLMEagle3"]
+
+
+def modelopt(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """layers.0, d2t of 32 bits, no t2d, and its own bookkeeping in eagle_config."""
+    del config["eagle_aux_hidden_state_layer_ids"]
+    config["eagle_config"] |= {"next_layer_regular": True, "eh_proj_before_attn": False}
+    for name in [name for name in tensors if name.startswith("midlayer.")]:
+        tensors[name.replace("midlayer.", "layers.0.")] = tensors.pop(name)
+    tensors["d2t"] = tensors["d2t"].int()
+    del tensors["t2d"]
+
+
+def vllm(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Captured layers at the top level alone: states after so many layers."""
+    del config["eagle_config"]
+    config["architectures"] = ["Eagle3LlamaForCausalLM"]
+
+
+def unsorted(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """The vocabulary by frequency instead of by id."""
+    order = torch.randperm(19)
+    rows = torch.arange(19)
+    tensors["d2t"] = (tensors["d2t"] + rows)[order] - rows
+    tensors["lm_head.weight"] = tensors["lm_head.weight"][order]
+
+
+WRITERS = [safeailab, specforge, modelopt, vllm, unsorted]
+
+
+def rewrite(directory: Path, change: Any) -> Files:
+    """`change(config, tensors)` the files in `directory`, in place."""
+    config = json.loads((directory / "config.json").read_text())
+    tensors = load_file(directory / "model.safetensors")
+    change(config, tensors)
+    (directory / "config.json").write_text(json.dumps(config))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, directory / "model.safetensors")
+    return config, tensors
+
+
+@pytest.mark.parametrize("pickled", [False, True])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_other_writers(tmp_path: Path, writer: Any, pickled: bool) -> None:
+    draft, directory = exported(tmp_path)
+    _, tensors = rewrite(directory, writer)
+    if pickled:
+        torch.save(tensors, directory / "pytorch_model.bin")
+        (directory / "model.safetensors").unlink()
+    needs = draft.shape.aux_layers if writer is safeailab else None
+    stored = imported(directory, draft, aux_layers=needs)
+    assert stored.info.aux_layers == draft.shape.aux_layers
+    found = {key: load() for key, load in stored.tensors.items()}
+    found["draft.vocab_ids"] = stored.vocab_ids
+    for key, tensor in expected_tensors(draft).items():
+        assert found[key].equal(tensor), key
+
+
+def test_captured_layers_default_to_those_of_training(tmp_path: Path) -> None:
+    draft, directory = exported(tmp_path)
+    rewrite(directory, safeailab)
+    assert imported(directory, draft).info.aux_layers == (1, 3, 4)
+
+
+def test_a_rope_of_its_own_is_adapted_on_demand(tmp_path: Path) -> None:
+    draft, directory = exported(tmp_path)
+
+    def other_rope(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        config["rope_theta"] = config["rope_parameters"]["rope_theta"] = 10000.0
+        config["rms_norm_eps"] = 1e-6
+
+    rewrite(directory, other_rope)
+    with pytest.raises(ValueError, match=r"rotary embedding .* is not the base's .*--adapt"):
+        imported(directory, draft)
+    assert imported(directory, draft, adapt=True).info.base == base_of(draft)
+
+
+def test_command_line(tmp_path: Path) -> None:
+    draft, directory = exported(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / BASE_JSON_NAME).write_text(json.dumps(draft.metadata["base"]))
+    command = [sys.executable, "tools/import_draft.py", "--hf", str(directory)]
+    command += ["--base", str(tmp_path / "base"), "--save", str(tmp_path / "back")]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"}
+    runs = [
+        subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        for _ in range(2)
+    ]
+    assert (runs[0].returncode, runs[0].stderr) == (0, "")
+    assert "reading layers 1 4 7 of 'tiny-base', 19 of 53 token ids" in runs[0].stdout
+    assert runs[1].returncode == 2 and runs[1].stderr.startswith("error: --save ")
+    assert runs[1].stderr.count("\n") == 1
