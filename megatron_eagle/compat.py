@@ -24,8 +24,10 @@ _PATHS = {
     "RotaryEmbedding": (
         "megatron.core.models.common.embeddings.rotary_pos_embedding:RotaryEmbedding"
     ),
+    "ShardedTensor": "megatron.core.dist_checkpointing.mapping:ShardedTensor",
     "StrictHandling": "megatron.core.dist_checkpointing.validation:StrictHandling",
     "TransformerConfig": "megatron.core.transformer:TransformerConfig",
+    "apply_factories": "megatron.core.dist_checkpointing.mapping:apply_factories",
     "backward_step": "megatron.core.pipeline_parallel.schedules:backward_step",
     "build_module": "megatron.core.transformer.spec_utils:build_module",
     "copy_to_tensor_model_parallel_region": (
@@ -60,6 +62,7 @@ _PATHS = {
     "make_tp_sharded_tensor_for_checkpoint": (
         "megatron.core.utils:make_tp_sharded_tensor_for_checkpoint"
     ),
+    "nested_values": "megatron.core.dist_checkpointing.dict_utils:nested_values",
     "reduce_from_tensor_model_parallel_region": (
         "megatron.core.tensor_parallel.mappings:reduce_from_tensor_model_parallel_region"
     ),

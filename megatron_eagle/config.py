@@ -87,6 +87,13 @@ class EagleConfig:
         "or whose 'd2t' holds them as offsets; used instead of counting",
         metavar="FILE",
     )
+    warm_start: str | None = _option(
+        None,
+        "start from this draft's weights and vocabulary: a Hugging Face directory (EAGLE-3 of "
+        "SafeAILab, SpecForge, ModelOpt, speculators, vLLM layouts) or a draft checkpoint; the "
+        "optimizer starts afresh",
+        metavar="DIR",
+    )
     loss: str = _option(
         "kl",
         "kl (its cross-entropy is reported), ce (of the base's best draft token), reverse-kl, tv "
@@ -239,6 +246,16 @@ def add_eagle_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
             text += f" (default: {option.default})"
         group.add_argument(flag_name(option.name), help=text.replace("%", "%%"), **flag)
     return parser
+
+
+def given_options(argv: Sequence[str]) -> set[str]:
+    """The fields of :class:`EagleConfig` whose flags are in ``argv``."""
+    parser = add_eagle_flags(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
+    names = [option.name for option in dataclasses.fields(EagleConfig)]
+    unset = object()  # argparse.SUPPRESS is a string, which a flag's type would convert
+    parser.set_defaults(**{f"eagle_{name}": unset for name in names})
+    given = parser.parse_known_args(argv)[0]
+    return {name for name in names if getattr(given, f"eagle_{name}") is not unset}
 
 
 def parse_eagle_flags(argv: Sequence[str]) -> EagleConfig:

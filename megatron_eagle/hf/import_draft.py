@@ -93,7 +93,7 @@ def _check_base(draft: HfDraft, base: BaseInfo, source: str, adapt: bool) -> Non
         if own != expected and not adapt:
             raise ValueError(
                 f"{source}: the draft's {what} {own} is not the base's {expected}, with which "
-                "training would run it (accept that with --adapt)"
+                "training would run it (tools/import_draft.py --adapt accepts that)"
             )
 
 

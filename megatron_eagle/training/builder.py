@@ -21,6 +21,7 @@ from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.layer_config import draft_config, draft_rotary
 from megatron_eagle.draft.metadata import draft_metadata, encode_metadata
 from megatron_eagle.draft.model import EagleDraft
+from megatron_eagle.hf.import_draft import StoredDraft
 from megatron_eagle.parallel.soft_cross_entropy import teacher_bytes
 from megatron_eagle.parallel.stage_links import StageLinks
 from megatron_eagle.parallel.stage_replicas import FinalizeReplicas, equal_start
@@ -29,13 +30,21 @@ from megatron_eagle.teacher.build import build_base, load_base
 from megatron_eagle.teacher.targets import draft_vocab_shard
 from megatron_eagle.teacher.vocab_shards import VocabShards
 from megatron_eagle.training.model import EagleGPTModel
+from megatron_eagle.training.warm_start import load_warm_start
 
 
 class ModelBuilder:
     """A Megatron ``model_provider``: builds :class:`EagleGPTModel` on this rank when called."""
 
-    def __init__(self, options: EagleConfig, base: BaseInfo, vocab_ids: Tensor) -> None:
+    def __init__(
+        self,
+        options: EagleConfig,
+        base: BaseInfo,
+        vocab_ids: Tensor,
+        warm_start: StoredDraft | None = None,
+    ) -> None:
         self.options, self.base, self.vocab_ids = options, base, vocab_ids
+        self.warm_start = warm_start
 
     def __call__(
         self,
@@ -65,7 +74,11 @@ class ModelBuilder:
         base = FrozenBase(gpt, captured, self.base.vocab_size, shards)
         draft = self._build_draft(config, backend, base, pg_collection)
         draft.cuda(torch.cuda.current_device())
-        draft.start_evenly(lambda: base.layer_sizes(links))
+        if self.warm_start is not None:
+            print_rank_0(f"> starting from the draft in {self.warm_start.source}")
+            load_warm_start(draft, self.warm_start)
+        else:
+            draft.start_evenly(lambda: base.layer_sizes(links))
         if links is not None:
             equal_start(draft, links.group)
         print_rank_0(

@@ -47,22 +47,24 @@ def _train() -> None:
     from megatron_eagle.training.metrics_log import MetricsLog
     from megatron_eagle.training.step import ForwardStep, replace_schedule
     from megatron_eagle.training.vocab import draft_vocab_ids
+    from megatron_eagle.training.warm_start import adopt_warm_start
 
     set_startup_timestamps(program_start=_STARTED, main_entry=time.time())
     if options is None:
         return show_help()
+    options, stored = adopt_warm_start(options, sys.argv[1:])
     args, base = parse_eagle_args(options)
     compile_regions(options.compile)
     mark_ranges(options.nvtx)
     replace_schedule(options)
     if options.log_file is not None:
         MetricsLog(options.log_file).attach()
-    vocab_ids = draft_vocab_ids(args, options, base)
+    vocab_ids = draft_vocab_ids(args, options, base, stored)
     pretrain(
         pretrain_cfg_container_from_args(args),
         DatasetProvider(options.train_data, base.vocab_size, options.pack),
         ModelType.encoder_or_decoder,
         ForwardStep(options, base.vocab_size),
-        model_provider=ModelBuilder(options, base, vocab_ids),
+        model_provider=ModelBuilder(options, base, vocab_ids, stored),
     )
     torch.distributed.destroy_process_group()

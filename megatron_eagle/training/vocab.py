@@ -13,14 +13,17 @@ from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.metadata import check_same_draft, decode_metadata, draft_metadata
 from megatron_eagle.draft.vocab import check_vocab_ids, choose_vocab_ids, load_vocab_ids
 from megatron_eagle.hf.dcp_reader import DraftCheckpoint
+from megatron_eagle.hf.import_draft import StoredDraft
 from megatron_eagle.training.data import count_supervised, protected_ids
 
 
-def draft_vocab_ids(args: Any, options: EagleConfig, base: BaseInfo) -> Tensor:
+def draft_vocab_ids(
+    args: Any, options: EagleConfig, base: BaseInfo, warm_start: StoredDraft | None
+) -> Tensor:
     """The draft's base ids [D] int64, ascending; the same on every rank.
 
     A checkpoint that ``--load`` will resume decides: its rows mean its ids, and rebuilding them
-    from other data would scramble the head without a trace in the metrics.
+    from other data would scramble the head without a trace in the metrics. So does a warm start.
     """
     captured = options.captured_layers(args.num_layers)
     resumed = _resumed_vocab_ids(args.load, draft_metadata(options, base, captured, 0))
@@ -39,6 +42,8 @@ def draft_vocab_ids(args: Any, options: EagleConfig, base: BaseInfo) -> Tensor:
                     "other ids"
                 )
         return resumed
+    if warm_start is not None:
+        return warm_start.vocab_ids
     if options.vocab_map is not None:
         return load_vocab_ids(options.vocab_map, base.vocab_size, options.draft_vocab_size)
     if options.draft_vocab_size in (None, base.vocab_size):

@@ -41,11 +41,12 @@ def _refusal(rank: int, world: int, words: list[str]) -> str:
     from megatron_eagle.config import parse_eagle_flags
     from megatron_eagle.platform import enable
     from megatron_eagle.training.arguments import parse_eagle_args
+    from megatron_eagle.training.warm_start import adopt_warm_start
 
     sys.argv[1:] = words
     enable()
     try:
-        parse_eagle_args(parse_eagle_flags(words))
+        parse_eagle_args(adopt_warm_start(parse_eagle_flags(words), words)[0])
     except ValueError as error:
         return str(error)
     return "accepted"

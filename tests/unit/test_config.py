@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 
-from megatron_eagle.config import EagleConfig, add_eagle_flags, parse_eagle_flags
+from megatron_eagle.config import EagleConfig, add_eagle_flags, given_options, parse_eagle_flags
 from megatron_eagle.config_checks import flag_name
 
 
@@ -89,3 +89,9 @@ def test_widths_are_the_base_s_unless_given() -> None:
 def test_a_base_is_required() -> None:
     with pytest.raises(ValueError, match="--eagle-base-checkpoint is required"):
         parse_eagle_flags(["--eagle-ttt-steps", "2", "--some-megatron-flag", "3"])
+
+
+def test_given_options_are_those_that_were_typed() -> None:
+    words = ["--lr", "1", "--eagle-num-layers", "1", "--eagle-aux-layers", "1", "2", "--eagle-nvtx"]
+    assert given_options(words) == {"num_layers", "aux_layers", "nvtx"}
+    assert given_options([]) == set()

@@ -1,0 +1,114 @@
+"""--eagle-warm-start: a run's draft begins as another's, from its files or from a checkpoint.
+
+The weights and the vocabulary map come from there; the optimizer starts afresh.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_eagle.checkpoint_dir import BaseInfo, load_base_json
+from megatron_eagle.compat import ShardedTensor, apply_factories, nested_values
+from megatron_eagle.config import EagleConfig, given_options
+from megatron_eagle.config_checks import flag_name
+from megatron_eagle.draft.model import EagleDraft
+from megatron_eagle.hf.draft_checkpoint import open_checkpoint_draft
+from megatron_eagle.hf.import_draft import StoredDraft, open_hf_draft
+
+# What the weights decide; a flag of the user's that says something else is an error.
+DECIDED = ("num_layers", "aux_layers", "draft_vocab_size")
+
+
+def adopt_warm_start(
+    options: EagleConfig, argv: Sequence[str]
+) -> tuple[EagleConfig, StoredDraft | None]:
+    """The options with what the draft of --eagle-warm-start decides filled in, and that draft;
+    None without the flag.
+
+    Raises ValueError for files that are not a draft of this base, and for a flag in ``argv`` that
+    contradicts them.
+    """
+    if options.warm_start is None:
+        return options, None
+    assert options.base_checkpoint is not None
+    stored = _open(options, load_base_json(options.base_checkpoint))
+    if options.vocab_map is not None:
+        raise ValueError(
+            f"--eagle-vocab-map {options.vocab_map}: the draft of --eagle-warm-start "
+            f"{options.warm_start} brings its own"
+        )
+    theirs = {name: getattr(stored.info.options, name) for name in DECIDED}
+    theirs["aux_layers"] = stored.info.aux_layers
+    if stored.info.compressed:
+        theirs["draft_vocab_size"] = stored.info.draft_vocab_size
+    for name in given_options(argv) & set(DECIDED):
+        if getattr(options, name) != theirs[name]:
+            raise ValueError(
+                f"{flag_name(name)} {_words(getattr(options, name))}: the draft of "
+                f"--eagle-warm-start {options.warm_start} has {_words(theirs[name])}"
+            )
+    return dataclasses.replace(options, **theirs), stored
+
+
+@torch.no_grad()
+def load_warm_start(draft: EagleDraft, stored: StoredDraft) -> None:
+    """Copy this rank's shards of ``stored`` into ``draft``, in any layout. No collective; memory:
+    the largest whole tensor. Raises ValueError for a tensor that cannot be read."""
+    sharded = draft.sharded_state_dict(prefix="draft.")
+    apply_factories(sharded)  # [gate ; up] becomes two tensors that share the parameter's memory
+    shards: dict[str, list[Any]] = {}
+    for value in nested_values(sharded):
+        if isinstance(value, ShardedTensor):
+            shards.setdefault(value.key, []).append(value)
+    described = {"draft.vocab_ids", "draft.metadata"}
+    missing = set(shards) - described - set(stored.tensors)
+    assert not missing and set(stored.tensors) <= set(shards), sorted(missing)
+    for key, load in stored.tensors.items():
+        whole = load()
+        for shard in shards[key]:
+            _copy(whole, shard)
+
+
+def _copy(whole: torch.Tensor, shard: Any) -> None:
+    """The part of ``whole`` at the shard's offset; rows past its end are padding and set to 0."""
+    part = whole
+    for dim, (start, size) in enumerate(zip(shard.global_offset, shard.local_shape, strict=True)):
+        rows = max(0, min(start + size, whole.shape[dim]) - start)
+        part = part.narrow(dim, min(start, whole.shape[dim]), rows)
+    shard.data[part.shape[0] :].zero_()
+    shard.data[: part.shape[0]].copy_(part)
+
+
+def _open(options: EagleConfig, base: BaseInfo) -> StoredDraft:
+    assert options.warm_start is not None
+    directory = Path(options.warm_start)
+    try:
+        if (directory / "config.json").is_file():
+            return open_hf_draft(directory, base, options.aux_layers, adapt=False)
+        stored = open_checkpoint_draft(directory)
+        _check_base(stored, base)
+    except ValueError as error:
+        raise ValueError(f"--eagle-warm-start {error}") from error
+    return stored
+
+
+def _check_base(stored: StoredDraft, base: BaseInfo) -> None:
+    """Another base of the same dimensions will do: that is what a warm start is for."""
+    theirs = stored.info.base.megatron_args
+    for name, value in base.megatron_args.items():
+        if theirs.get(name) != value:
+            raise ValueError(
+                f"{stored.source}: trained for a base with {name} = {theirs.get(name)}, "
+                f"--eagle-base-checkpoint has {value}"
+            )
+
+
+def _words(value: Any) -> str:
+    if value is None:
+        return "the base's whole vocabulary"
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
