@@ -19,9 +19,16 @@ from megatron_eagle.hf.dcp_reader import DraftCheckpoint
 from megatron_eagle.hf.draft_info import DraftInfo
 from megatron_eagle.hf.draft_names import METADATA, VOCAB_IDS
 from megatron_eagle.hf.export_draft import read_entries, read_info
-from megatron_eagle.hf.import_base import COMMON_STATE, LINEAR_LAYERS, RELEASE
+from megatron_eagle.hf.import_base import COMMON_STATE, RELEASE
 from megatron_eagle.hf.import_draft import StoredDraft
 from megatron_eagle.hf.torch_dist_writer import Chunk, write_torch_dist
+
+LINEAR_LAYERS = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
 
 
 def open_checkpoint_draft(directory: str | Path) -> StoredDraft:
