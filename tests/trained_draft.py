@@ -37,6 +37,9 @@ class Shape:
     aux_layers: tuple[int, ...] = (1, 4, 7)
     base_layers: int = 8
     rope: dict[str, Any] = field(default_factory=lambda: dict(ROPE))
+    algorithm: str = "eagle3"
+    norm_before_fc: bool = False
+    norm_before_residual: bool = False
 
 
 def hf_tensors(
@@ -46,17 +49,30 @@ def hf_tensors(
     torch.manual_seed(seed)
     q, kv = shape.heads * shape.head_dim, shape.groups * shape.head_dim
     hidden = shape.hidden
-    sizes: dict[str, tuple[int, ...]] = {
-        "fc.weight": (hidden, len(shape.aux_layers) * hidden),
-        "norm.weight": (hidden,),
-        "lm_head.weight": (shape.draft_vocab, hidden),
-    }
+    eagle1 = shape.algorithm == "eagle1"
+    captured = len(shape.aux_layers)
+    sizes: dict[str, tuple[int, ...]] = {"fc.weight": (hidden, 2 * hidden)}
+    if not eagle1:
+        sizes = {
+            "fc.weight": (hidden, captured * hidden),
+            "norm.weight": (hidden,),
+            "lm_head.weight": (shape.draft_vocab, hidden),
+        }
+    if shape.algorithm == "eagle3.1":
+        sizes |= {f"fc_norm.{i}.weight": (hidden,) for i in range(captured)}
+    if shape.norm_before_fc:
+        sizes["input_norm.weight"] = (captured * hidden,)
     for i in range(shape.layers):
-        prefix = "midlayer." if shape.layers == 1 else f"layers.{i}."
-        width = 2 * hidden if i == 0 else hidden
+        prefix = prefix_of(shape, i)
+        width = 2 * hidden if i == 0 and not eagle1 else hidden
+        if not eagle1:
+            sizes |= {
+                f"{prefix}input_layernorm.weight": (hidden,),
+                f"{prefix}hidden_norm.weight": (hidden,),
+            }
+        elif i > 0:
+            sizes[f"{prefix}input_layernorm.weight"] = (hidden,)
         sizes |= {
-            f"{prefix}input_layernorm.weight": (hidden,),
-            f"{prefix}hidden_norm.weight": (hidden,),
             f"{prefix}self_attn.q_proj.weight": (q, width),
             f"{prefix}self_attn.k_proj.weight": (kv, width),
             f"{prefix}self_attn.v_proj.weight": (kv, width),
@@ -67,7 +83,7 @@ def hf_tensors(
             f"{prefix}mlp.down_proj.weight": (hidden, shape.ffn),
         }
     tensors = {name: torch.randn(size).to(dtype) for name, size in sizes.items()}
-    for i in range(1, shape.layers):
+    for i in range(1, 1 if eagle1 else shape.layers):
         tensors[f"layers.{i}.hidden_norm.weight"] = tensors[f"layers.{i}.input_layernorm.weight"]
     if shape.draft_vocab < shape.vocab:
         ids = sorted(torch.randperm(shape.vocab)[: shape.draft_vocab].tolist())
@@ -76,22 +92,30 @@ def hf_tensors(
     return tensors
 
 
+def prefix_of(shape: Shape, layer: int) -> str:
+    one = shape.layers == 1 and shape.algorithm != "eagle1"
+    return "midlayer." if one else f"layers.{layer}."
+
+
 def megatron_tensors(shape: Shape, hf: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same draft under the checkpoint's keys, with vocab_ids and without metadata."""
-    padding = torch.full((shape.padded_vocab - shape.draft_vocab, shape.hidden), 77.0)
-    head = hf["lm_head.weight"]
     offsets = hf.get("d2t", torch.zeros(shape.draft_vocab, dtype=torch.int64))
-    result = {
-        "draft.fc.weight": hf["fc.weight"],
-        "draft.norm.weight": hf["norm.weight"],
-        "draft.lm_head.weight": torch.cat([head, padding.to(head)]),
-        "draft.vocab_ids": torch.tensor([i + int(offset) for i, offset in enumerate(offsets)]),
-    }
+    ids = torch.tensor([i + int(offset) for i, offset in enumerate(offsets)])
+    result = {"draft.vocab_ids": ids}
+    for name in hf:
+        if name in ("fc.weight", "norm.weight") or name.startswith(("fc_norm.", "input_norm.")):
+            result[f"draft.{name}"] = hf[name]
+    if shape.algorithm != "eagle1":
+        head = hf["lm_head.weight"]
+        padding = torch.full((shape.padded_vocab - shape.draft_vocab, shape.hidden), 77.0)
+        result["draft.lm_head.weight"] = torch.cat([head, padding.to(head)])
     for i in range(shape.layers):
         layer = f"draft.layers.{i}."
-        prefix = "midlayer." if shape.layers == 1 else f"layers.{i}."
+        prefix = prefix_of(shape, i)
         own = {k.removeprefix(prefix): v for k, v in hf.items() if k.startswith(prefix)}
-        if i == 0:
+        if i == 0 and shape.algorithm == "eagle1":
+            pass
+        elif i == 0:
             result |= {
                 f"{layer}input_layernorm.embedding_norm.weight": own["input_layernorm.weight"],
                 f"{layer}input_layernorm.hidden_norm.weight": own["hidden_norm.weight"],
@@ -125,11 +149,18 @@ def _interleaved(shape: Shape, own: dict[str, Tensor]) -> Tensor:
 
 def metadata_json(shape: Shape) -> dict[str, Any]:
     """The content of draft.metadata."""
+    layers = [] if shape.algorithm == "eagle1" else list(shape.aux_layers)
     return {
         "format": "megatron_eagle.draft",
         "version": 1,
-        "config": {"ttt_steps": 4, "aux_layers": list(shape.aux_layers)},
-        "aux_layers": list(shape.aux_layers),
+        "config": {
+            "ttt_steps": 4,
+            "aux_layers": layers or None,
+            "algorithm": shape.algorithm,
+            "norm_before_fc": shape.norm_before_fc,
+            "norm_before_residual": shape.norm_before_residual,
+        },
+        "aux_layers": layers,
         "ttt_steps": 4,
         "num_layers": shape.layers,
         "draft_vocab_size": shape.draft_vocab,

@@ -51,10 +51,10 @@ def model_card(info: DraftInfo, facts: CardFacts, layout: Format, dtype: torch.d
     rows = "\n".join(f"| {name} | {value} |" for name, value in _rows(info, facts, dtype))
     return f"""---
 tags:
-- eagle3
+- {info.options.algorithm}
 - speculative-decoding
 ---
-# EAGLE-3 draft for {info.base.name}
+# {_algorithm(info)} draft for {info.base.name}
 
 | | |
 |---|---|
@@ -79,7 +79,7 @@ def _rows(info: DraftInfo, facts: CardFacts, dtype: torch.dtype) -> list[tuple[s
     )
     rows = [
         ("base", f"{info.base.name} ({info.base.family})"),
-        ("captured layers (outputs, 0-based)", ", ".join(map(str, info.aux_layers))),
+        ("captured layers (outputs, 0-based)", ", ".join(map(str, info.aux_layers)) or "none"),
         ("draft layers", str(info.num_layers)),
         ("trained for", f"{info.ttt_steps} draft steps"),
         ("training data", _data(info, facts)),
@@ -88,6 +88,11 @@ def _rows(info: DraftInfo, facts: CardFacts, dtype: torch.dtype) -> list[tuple[s
         ("converted from", f"`{facts.checkpoint}`"),
     ]
     return rows + _figures(facts.evaluation)
+
+
+def _algorithm(info: DraftInfo) -> str:
+    """EAGLE-1, EAGLE-3, EAGLE-3.1."""
+    return info.options.algorithm.replace("eagle", "EAGLE-")
 
 
 def _data(info: DraftInfo, facts: CardFacts) -> str:
@@ -112,12 +117,13 @@ def _figures(evaluation: dict[str, Any] | None) -> list[tuple[str, str]]:
 
 def _command(server: str, info: DraftInfo) -> str:
     steps = info.ttt_steps
+    method = "eagle" if info.options.algorithm == "eagle1" else "eagle3"
     text = {
         "vllm": f"""    vllm serve BASE --speculative-config \\
-      '{{"method": "eagle3", "model": "DRAFT", "num_speculative_tokens": {steps}}}'
+      '{{"method": "{method}", "model": "DRAFT", "num_speculative_tokens": {steps}}}'
 """,
         "sglang": f"""    python -m sglang.launch_server --model-path BASE \\
-      --speculative-algorithm EAGLE3 --speculative-draft-model-path DRAFT \\
+      --speculative-algorithm {method.upper()} --speculative-draft-model-path DRAFT \\
       --speculative-num-steps {steps} --speculative-eagle-topk 1 \\
       --speculative-num-draft-tokens {steps + 1}
 """,

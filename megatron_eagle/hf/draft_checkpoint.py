@@ -103,4 +103,5 @@ def _extra_states(info: DraftInfo) -> list[str]:
         for i in range(info.num_layers)
         for module in LINEAR_LAYERS
     ]
-    return ["draft.lm_head._extra_state", *layers]
+    head = [] if info.options.algorithm == "eagle1" else ["draft.lm_head._extra_state"]
+    return [*head, *layers]

@@ -10,12 +10,15 @@ from megatron_eagle.hf.draft_formats import Format
 from megatron_eagle.hf.draft_info import DraftInfo
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+EAGLE1 = {"vllm": "EagleLlamaForCausalLM", "sglang": "LlamaForCausalLMEagle"}
 SPECULATOR = "Eagle3DraftModel"
 SPECULATORS_VERSION = "0.9.0"
 
 
 def draft_config_json(info: DraftInfo, layout: Format, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of a draft in `layout`."""
+    if info.options.algorithm == "eagle1":
+        return {"architectures": [EAGLE1[layout.name]], **_llama_config(info, dtype)}
     if layout.name == "speculators":
         return _speculators_config(info, dtype)
     return _eagle3_config(info, dtype)
@@ -23,7 +26,9 @@ def draft_config_json(info: DraftInfo, layout: Format, dtype: torch.dtype) -> di
 
 def is_exported_draft(config: dict[str, Any]) -> bool:
     """Whether config.json is one that this module writes."""
-    return config.get("architectures") in ([ARCHITECTURE], [SPECULATOR])
+    return config.get("architectures") in [
+        [n] for n in (ARCHITECTURE, SPECULATOR, *EAGLE1.values())
+    ]
 
 
 def _eagle3_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
@@ -33,6 +38,7 @@ def _eagle3_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
     eagle_config id i is the output of layer i, at the top level it is the state after i layers.
     """
     outputs = list(info.aux_layers)
+    norms = _norm_flags(info)
     return {
         "architectures": [ARCHITECTURE],
         **_llama_config(info, dtype),
@@ -43,8 +49,24 @@ def _eagle3_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
         "eagle_config": {
             "eagle_aux_hidden_state_layer_ids": outputs,
             "use_aux_hidden_state": True,
+            # Where the servers look; the speculators library looks at the top level.
+            **{name: True for name in norms if name == "norm_before_fc"},
         },
+        **norms,
     }
+
+
+def _norm_flags(info: DraftInfo) -> dict[str, bool]:
+    """Flags that are set. `norm_output` must never be written as false: SpecForge would drop the
+    norm in front of the head."""
+    is_31 = info.options.algorithm == "eagle3.1"
+    flags = {
+        "fc_norm": is_31,
+        "norm_output": is_31,
+        "norm_before_fc": info.options.norm_before_fc,
+        "norm_before_residual": info.options.norm_before_residual,
+    }
+    return {name: True for name, value in flags.items() if value}
 
 
 def _speculators_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
@@ -57,6 +79,7 @@ def _speculators_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
         "draft_vocab_size": info.draft_vocab_size,
         "eagle_aux_hidden_state_layer_ids": [i + 1 for i in info.aux_layers],
         "norm_before_residual": False,  # vLLM's default in this form is True
+        **_norm_flags(info),
         "transformer_layer_config": _llama_config(info, dtype),
         "speculators_config": {
             "algorithm": "eagle3",

@@ -22,9 +22,9 @@ class Format:
     single_layer: str = "midlayer."
     later_norms: tuple[str, ...] = ("input_layernorm", "hidden_norm")
 
-    def layer_prefix(self, index: int, num_layers: int) -> str:
+    def layer_prefix(self, index: int, num_layers: int, eagle1: bool) -> str:
         """What the tensors of layer ``index`` begin with."""
-        return self.single_layer if num_layers == 1 else f"layers.{index}."
+        return self.single_layer if num_layers == 1 and not eagle1 else f"layers.{index}."
 
 
 FORMATS = {
@@ -46,20 +46,34 @@ SERVER_NAMES = {"vllm": "vLLM", "sglang": "SGLang", "trtllm": "TensorRT-LLM"}
 
 
 def check_servers(layout: Format, info: DraftInfo) -> None:
-    """Raise ``ValueError`` with the reason when a server of ``layout`` cannot run this draft."""
+    """Raise ``ValueError`` with the reason when a reader of ``layout`` cannot run this draft."""
+    if reason := _refusal(layout, info):
+        others = [item.name for item in FORMATS.values() if not _refusal(item, info)]
+        hint = f"; use --format {' or '.join(others)}" if others else ""
+        raise ValueError(f"--format {layout.name}: {reason}{hint}")
+
+
+def _refusal(layout: Format, info: DraftInfo) -> str | None:
+    """Why a reader of ``layout`` would draft wrongly, or None."""
+    if info.options.algorithm == "eagle1" and layout.name in ("hf", "speculators"):
+        return (
+            "vLLM refuses the fc.bias that SGLang needs of an EAGLE-1 draft"
+            if layout.name == "hf"
+            else "the speculators library has no EAGLE-1 of this form"
+        )
     for server in layout.servers:
-        if reason := _refusal(server, info):
-            others = [
-                item.name
-                for item in FORMATS.values()
-                if not any(_refusal(name, info) for name in item.servers)
-            ]
-            hint = f"; use --format {' or '.join(others)}" if others else ""
-            raise ValueError(f"--format {layout.name}: {SERVER_NAMES[server]} {reason}{hint}")
+        if reason := _server_refusal(server, info):
+            return f"{SERVER_NAMES[server]} {reason}"
+    return None
 
 
-def _refusal(server: str, info: DraftInfo) -> str | None:
-    """Why ``server`` would draft wrongly, or None."""
-    if len(info.aux_layers) == 1 and server in ("sglang", "trtllm"):
+def _server_refusal(server: str, info: DraftInfo) -> str | None:
+    if info.options.algorithm == "eagle1":
+        return "does not load EAGLE-1 drafts" if server == "trtllm" else None
+    if server == "vllm":
+        return None
+    if info.options.norm_before_residual:
+        return "does not know --eagle-norm-before-residual"
+    if len(info.aux_layers) == 1:
         return "skips fc when a single layer is captured"
     return None

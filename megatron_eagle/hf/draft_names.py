@@ -1,4 +1,4 @@
-"""The name table of an EAGLE-3 draft: each Megatron tensor, and the Hugging Face tensors in it.
+"""The name table of a draft: each Megatron tensor, and the Hugging Face tensors in it.
 
 Shapes are written with: H draft hidden, H2 = 2H, AH = A captured layers x base hidden,
 Q heads x head_dim, KV groups x head_dim, QKV = Q + 2 KV, F ffn hidden, F2 = 2F, D draft vocabulary.
@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from megatron_eagle.hf.draft_formats import Format
+from megatron_eagle.hf.draft_info import DraftInfo
 from megatron_eagle.hf.entries import Dims, Source, join_query_groups, join_rows
 
 PREFIX = "draft."
@@ -92,8 +93,7 @@ def _qkv(columns: str) -> DraftEntry:
     )
 
 
-MODEL = (
-    _one("fc.weight", "fc.weight", "H", "AH"),
+HEAD = (
     _one("norm.weight", "norm.weight", "H"),
     _one("lm_head.weight", "lm_head.weight", "D", "H", padded=True),
 )
@@ -121,22 +121,36 @@ FIRST_LAYER = (
 )
 
 
-def _later_layer(norms: tuple[str, ...]) -> tuple[DraftEntry, ...]:
-    norm = DraftEntry(
-        "self_attention.linear_qkv.layer_norm_weight",
-        ("H",),
-        tuple(Source(f"{name}.weight", ("H",)) for name in norms),
-        copies,
-        first,
-    )
-    return (norm, _qkv("H"), *EVERY_LAYER)
+# EAGLE-1 joins embedding and hidden by fc, and has no norm in front of its first layer.
+EAGLE1_FIRST_LAYER = (_qkv("H"), *EVERY_LAYER)
+LATER_NORM = "self_attention.linear_qkv.layer_norm_weight"
 
 
-def draft_entries(num_layers: int, layout: Format) -> list[DraftEntry]:
-    """Every tensor of a draft of `num_layers` layers, under full names on both sides."""
-    entries = [entry.named(PREFIX, "") for entry in MODEL]
-    for i in range(num_layers):
-        hf_prefix = layout.layer_prefix(i, num_layers)
-        for entry in FIRST_LAYER if i == 0 else _later_layer(layout.later_norms):
+def draft_entries(info: DraftInfo, layout: Format) -> list[DraftEntry]:
+    """Every tensor of a draft, under full names on both sides."""
+    eagle1 = info.options.algorithm == "eagle1"
+    entries = [entry.named(PREFIX, "") for entry in _outside_layers(info)]
+    first_layer = EAGLE1_FIRST_LAYER if eagle1 else FIRST_LAYER
+    norms = ("input_layernorm",) if eagle1 else layout.later_norms
+    for i in range(info.num_layers):
+        hf_prefix = layout.layer_prefix(i, info.num_layers, eagle1)
+        for entry in first_layer if i == 0 else _later_layer(norms):
             entries.append(entry.named(f"{PREFIX}layers.{i}.", hf_prefix))
     return entries
+
+
+def _outside_layers(info: DraftInfo) -> list[DraftEntry]:
+    if info.options.algorithm == "eagle1":  # head and final norm are the base's
+        return [_one("fc.weight", "fc.weight", "H", "H2")]
+    norms = []
+    if info.options.algorithm == "eagle3.1":
+        names = [f"fc_norm.{i}.weight" for i in range(len(info.aux_layers))]
+        norms = [_one(name, name, "H") for name in names]
+    elif info.options.norm_before_fc:
+        norms = [_one("input_norm.weight", "input_norm.weight", "AH")]
+    return [_one("fc.weight", "fc.weight", "H", "AH"), *norms, *HEAD]
+
+
+def _later_layer(norms: tuple[str, ...]) -> tuple[DraftEntry, ...]:
+    names = tuple(Source(f"{name}.weight", ("H",)) for name in norms)
+    return (DraftEntry(LATER_NORM, ("H",), names, copies, first), _qkv("H"), *EVERY_LAYER)

@@ -54,7 +54,6 @@ def export_draft(
     target = checked_output(Path(output), overwrite, is_exported_draft)
     checkpoint = DraftCheckpoint.open(load)
     info = read_info(checkpoint)
-    _check_convertible(info, f"{checkpoint.directory}: {METADATA}")
     check_servers(layout, info)
     progress(f"reading {checkpoint.directory}")
     tensors = convert(checkpoint, info, dtype, layout)
@@ -85,14 +84,6 @@ def read_info(checkpoint: DraftCheckpoint) -> DraftInfo:
     return parse_draft_info(tensor, f"{checkpoint.directory}: {METADATA}")
 
 
-def _check_convertible(info: DraftInfo, source: str) -> None:
-    options = info.options
-    norms = [name for name in ("norm_before_fc", "norm_before_residual") if getattr(options, name)]
-    if options.algorithm != "eagle3" or norms:
-        what = " with ".join([options.algorithm, *norms])
-        raise ValueError(f"{source}: a draft of {what} cannot be converted yet")
-
-
 def convert(
     checkpoint: DraftCheckpoint,
     info: DraftInfo,
@@ -114,6 +105,8 @@ def convert(
         for source, part in zip(entry.sources, entry.split(whole, entry, dims), strict=True):
             _check_finite(part, dtype, f"{where}: {entry.megatron}")
             tensors[source.name] = part.to(dtype).clone(memory_format=torch.contiguous_format)
+    if info.options.algorithm == "eagle1" and layout.name == "sglang":
+        tensors["fc.bias"] = torch.zeros_like(tensors["fc.weight"][:, 0])
     return tensors | vocabulary_maps(vocab_ids, info, f"{where}: {VOCAB_IDS}")
 
 
@@ -136,13 +129,15 @@ def read_entries(
     """The name table of the draft in `checkpoint`, which holds exactly its tensors: servers do not
     fail on missing ones, so this must. Raises ValueError naming what is wrong."""
     where, dims, keys = checkpoint.directory, info.dims, checkpoint.keys()
-    entries = draft_entries(info.num_layers, layout)
+    entries = draft_entries(info, layout)
     found = {key for key in keys if key.startswith(PREFIX)}
     expected = {entry.megatron for entry in entries} | {METADATA, VOCAB_IDS}
     if missing := sorted(expected - found):
         raise ValueError(f"{where}: incomplete draft, {_listed(missing)} missing")
     if unexpected := sorted(found - expected):
-        raise ValueError(f"{where}: {_listed(unexpected)} unexpected in an EAGLE-3 draft")
+        raise ValueError(
+            f"{where}: {_listed(unexpected)} unexpected in an {info.options.algorithm} draft"
+        )
     for entry in entries:
         shape = checkpoint.shape(entry.megatron)
         if not entry.accepts(shape, dims):

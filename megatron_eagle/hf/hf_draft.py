@@ -1,4 +1,4 @@
-"""What the config.json of an EAGLE-3 draft says, whoever wrote it.
+"""What the config.json of a draft says, whoever wrote it.
 
 Known writers: SafeAILab, SpecForge, NVIDIA ModelOpt, vLLM's own examples (a flat Llama
 configuration) and speculators (a nested one). What this package cannot compute is refused here.
@@ -6,6 +6,7 @@ configuration) and speculators (a nested one). What this package cannot compute 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +14,15 @@ FLAT = (
     "LlamaForCausalLMEagle3",
     "Eagle3LlamaForCausalLM",
     "EAGLE3LlamaForCausalLM",
-    "LlamaForCausalLM",  # SafeAILab's first drafts kept the base's name
 )
+EAGLE1 = ("EagleLlamaForCausalLM", "LlamaForCausalLMEagle")
+BASE_NAME = "LlamaForCausalLM"
+"""What SafeAILab's first drafts, EAGLE-1 and EAGLE-3 alike, call themselves."""
 # Fields that change the network, and the one value that is this package's.
 REQUIRED_VALUES: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
     "mlp_bias": False,
-    "bias": False,
     "quantization_config": None,
     "partial_rotary_factor": 1.0,
     "logit_scale": 1.0,
@@ -54,6 +56,7 @@ class HfDraft:
     """`aux_layers`: captured layers by their outputs, 0-based, or None where the file does not
     say. `rope`: `rope_type`, `rope_theta` and what the type reads; None values left out."""
 
+    eagle1: bool
     hidden_size: int
     target_hidden_size: int
     intermediate_size: int
@@ -72,13 +75,16 @@ class HfDraft:
     norm_before_residual: bool
 
 
-def parse_hf_draft(config: dict[str, Any], source: str) -> HfDraft:
-    """Raises ValueError starting with `source`, the file, for a draft that is not of Llama type or
-    has a field this package does not compute."""
+def parse_hf_draft(config: dict[str, Any], tensors: Iterable[str], source: str) -> HfDraft:
+    """The draft of `config` and of the tensors so named.
+
+    Raises ValueError starting with `source`, the file, for a draft that is not of Llama type or has
+    a field this package does not compute.
+    """
     nested = "speculators_model_type" in config
     layer = _speculators_layer(config, source) if nested else config
-    if not nested:
-        _check_architecture(config, source)
+    architecture = "" if nested else _architecture(config, source)
+    unnamed = architecture == BASE_NAME and not any("hidden_norm" in name for name in tensors)
     for key, value in REQUIRED_VALUES.items():
         if layer.get(key) not in (None, value):
             raise ValueError(f"{source}: {key} = {layer[key]!r} is not supported, only {value!r}")
@@ -88,6 +94,7 @@ def parse_hf_draft(config: dict[str, Any], source: str) -> HfDraft:
     if not isinstance(eagle, dict):
         raise ValueError(f"{source}: eagle_config must be an object, found {eagle!r}")
     return HfDraft(
+        eagle1=architecture in EAGLE1 or unnamed,
         hidden_size=hidden,
         target_hidden_size=_size(config, "target_hidden_size", source, hidden),
         intermediate_size=_size(layer, "intermediate_size", source),
@@ -147,17 +154,19 @@ def _speculators_layer(config: dict[str, Any], source: str) -> dict[str, Any]:
     return LlamaConfig(**layer).to_dict()  # the library leaves out what is a default
 
 
-def _check_architecture(config: dict[str, Any], source: str) -> None:
+def _architecture(config: dict[str, Any], source: str) -> str:
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1:
         raise ValueError(f"{source}: architectures must name exactly one class, found {names!r}")
     if config.get("kv_lora_rank") or "Deepseek" in str(names[0]) or "DeepSeek" in str(names[0]):
         raise ValueError(f"{source}: drafts with latent attention (MLA) cannot be imported")
-    if names[0] not in FLAT:
+    known = (*FLAT, *EAGLE1, BASE_NAME)
+    if names[0] not in known:
         raise ValueError(
-            f"{source}: architecture {names[0]!r} is not an EAGLE-3 draft of Llama type; known: "
-            f"{', '.join(FLAT)}"
+            f"{source}: architecture {names[0]!r} is not an EAGLE draft of Llama type; known: "
+            f"{', '.join(known)}"
         )
+    return names[0]
 
 
 def _aux_layers(

@@ -53,12 +53,12 @@ def open_hf_draft(
     """
     files = DraftFiles.open(directory)
     source = str(files.path / "config.json")
-    draft = parse_hf_draft(files.config, source)
+    draft = parse_hf_draft(files.config, files.shapes, source)
     _check_base(draft, base, source, adapt)
     captured = _captured(draft, base, aux_layers, source)
     info = _info(draft, base, captured, source)
     order, vocab_ids = _vocabulary(files, draft)
-    entries = draft_entries(draft.num_layers, _layout(files, draft.num_layers))
+    entries = draft_entries(info, _layout(files))
     _check_tensors(files, entries, info)
     dtypes = {files.dtypes[part.name] for entry in entries for part in entry.sources}
     return StoredDraft(
@@ -101,6 +101,10 @@ def _captured(
     draft: HfDraft, base: BaseInfo, given: tuple[int, ...] | None, source: str
 ) -> tuple[int, ...]:
     layers = base.megatron_args["num_layers"]
+    if draft.eagle1:
+        if given:
+            raise ValueError(f"{source}: an EAGLE-1 draft captures no layers, not {list(given)}")
+        return ()
     if draft.aux_layers is not None and given not in (None, draft.aux_layers):
         raise ValueError(
             f"{source}: captures layers {list(draft.aux_layers)}, not {list(given or ())}"
@@ -114,18 +118,34 @@ def _captured(
 
 
 def _info(draft: HfDraft, base: BaseInfo, captured: tuple[int, ...], source: str) -> DraftInfo:
-    for name in ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual"):
-        if getattr(draft, name):
-            raise ValueError(f"{source}: drafts with {name} cannot be imported yet")
     compressed = draft.draft_vocab_size < base.vocab_size
-    options = EagleConfig(
-        aux_layers=captured,
-        num_layers=draft.num_layers,
-        draft_vocab_size=draft.draft_vocab_size if compressed else None,
-    )
+    try:
+        options = EagleConfig(
+            algorithm=_algorithm(draft, source),
+            aux_layers=captured or None,
+            num_layers=draft.num_layers,
+            draft_vocab_size=draft.draft_vocab_size if compressed else None,
+            norm_before_fc=draft.norm_before_fc,
+            norm_before_residual=draft.norm_before_residual,
+        )
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
     return DraftInfo(
         draft.num_layers, captured, options.ttt_steps, draft.draft_vocab_size, base, options
     )
+
+
+def _algorithm(draft: HfDraft, source: str) -> str:
+    if draft.eagle1:
+        return "eagle1"
+    if draft.fc_norm and not draft.norm_output:
+        raise ValueError(f"{source}: fc_norm without norm_output (fed back) is not supported")
+    if draft.norm_output and not draft.fc_norm:
+        raise ValueError(
+            f"{source}: norm_output without fc_norm: for SpecForge it is the norm in front of the "
+            "head, for others the state that is fed back; remove it if it is SpecForge's"
+        )
+    return "eagle3.1" if draft.fc_norm else "eagle3"
 
 
 def _vocabulary(files: DraftFiles, draft: HfDraft) -> tuple[Tensor | None, Tensor]:
@@ -157,7 +177,7 @@ def _check_t2d(files: DraftFiles, ids: Tensor, vocab: int) -> None:
         raise ValueError(f"{files.path}: t2d and d2t name different token ids")
 
 
-def _layout(files: DraftFiles, num_layers: int) -> Format:
+def _layout(files: DraftFiles) -> Format:
     """The names in these files, whoever chose them."""
     middle = any(name.startswith("midlayer.") for name in files.shapes)
     present = ("input_layernorm", "hidden_norm")
@@ -175,8 +195,13 @@ def _check_tensors(files: DraftFiles, entries: list[DraftEntry], info: DraftInfo
     if missing := sorted(set(expected) - set(files.shapes)):
         raise ValueError(f"{files.path}: incomplete draft, {', '.join(missing[:3])} missing")
     others = set(files.shapes) - set(expected) - {"d2t", "t2d"}
+    algorithm = info.options.algorithm
+    if algorithm == "eagle1":
+        others -= {"lm_head.weight"}  # the base's
+        _check_bias(files)
+        others -= {"fc.bias"}
     if unknown := sorted(name for name in others if not name.endswith(NOT_READ)):
-        raise ValueError(f"{files.path}: {', '.join(unknown[:3])} unknown in an EAGLE-3 draft")
+        raise ValueError(f"{files.path}: {', '.join(unknown[:3])} unknown in an {algorithm} draft")
     for name, shape in expected.items():
         if files.shapes[name] != shape:
             raise ValueError(
@@ -185,6 +210,12 @@ def _check_tensors(files: DraftFiles, entries: list[DraftEntry], info: DraftInfo
             )
         if files.dtypes[name] not in FLOATS:
             raise ValueError(f"{files.path}: {name} has dtype {files.dtypes[name]}")
+
+
+def _check_bias(files: DraftFiles) -> None:
+    """SGLang wants a bias of fc in EAGLE-1 drafts, and SafeAILab's have one."""
+    if "fc.bias" in files.shapes and files.tensor("fc.bias").any():
+        raise ValueError(f"{files.path}: fc.bias is not zero: drafts here have none")
 
 
 def _join(files: DraftFiles, entry: DraftEntry, info: DraftInfo, order: Tensor | None) -> Tensor:

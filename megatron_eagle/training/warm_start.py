@@ -21,7 +21,14 @@ from megatron_eagle.hf.draft_checkpoint import open_checkpoint_draft
 from megatron_eagle.hf.import_draft import StoredDraft, open_hf_draft
 
 # What the weights decide; a flag of the user's that says something else is an error.
-DECIDED = ("num_layers", "aux_layers", "draft_vocab_size")
+DECIDED = (
+    "algorithm",
+    "norm_before_fc",
+    "norm_before_residual",
+    "num_layers",
+    "aux_layers",
+    "draft_vocab_size",
+)
 
 
 def adopt_warm_start(
@@ -43,14 +50,14 @@ def adopt_warm_start(
             f"{options.warm_start} brings its own"
         )
     theirs = {name: getattr(stored.info.options, name) for name in DECIDED}
-    theirs["aux_layers"] = stored.info.aux_layers
+    theirs["aux_layers"] = stored.info.aux_layers or None
     if stored.info.compressed:
         theirs["draft_vocab_size"] = stored.info.draft_vocab_size
     for name in given_options(argv) & set(DECIDED):
         if getattr(options, name) != theirs[name]:
             raise ValueError(
-                f"{flag_name(name)} {_words(getattr(options, name))}: the draft of "
-                f"--eagle-warm-start {options.warm_start} has {_words(theirs[name])}"
+                f"{flag_name(name)} {_words(name, getattr(options, name))}: the draft of "
+                f"--eagle-warm-start {options.warm_start} has {_words(name, theirs[name])}"
             )
     return dataclasses.replace(options, **theirs), stored
 
@@ -108,7 +115,7 @@ def _check_base(stored: StoredDraft, base: BaseInfo) -> None:
             )
 
 
-def _words(value: Any) -> str:
+def _words(name: str, value: Any) -> str:
     if value is None:
-        return "the base's whole vocabulary"
+        return "none" if name == "aux_layers" else "the base's whole vocabulary"
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_eagle.hf.draft_formats import FORMATS
 from megatron_eagle.hf.export_draft import export_draft
 from tests.distributed.harness import megatron_parallel, run_distributed
 from tests.distributed.test_reference_parity import make_case
@@ -40,18 +41,25 @@ def metadata_of(config: ReferenceConfig) -> dict[str, Any]:
         vocab=config.vocab_size,
         draft_vocab=config.draft_vocab_size,
         rope={"rope_theta": config.rope_theta},
+        algorithm="eagle1" if config.eagle1 else "eagle3.1" if config.fc_norm else "eagle3",
+        norm_before_fc=config.norm_before_fc,
+        norm_before_residual=config.norm_before_residual,
     )
     content = metadata_json(shape)
     content["base"]["megatron_args"]["rotary_base"] = int(config.rope_theta)
     return content
 
 
+EAGLE31 = {"fc_norm": True, "norm_output": True}
 CASES = [
     pytest.param(1, {}, id="tp1"),
     pytest.param(2, {"num_layers": 3}, id="tp2-three-layers"),
     pytest.param(2, {"sequence_parallel": True, "num_layers": 2}, id="tp2-sp-two-layers"),
     pytest.param(2, {"draft_vocab_size": 61}, id="tp2-whole-vocabulary"),
     pytest.param(4, {"draft_vocab_size": 5}, id="tp4-empty-shard"),
+    pytest.param(2, {**EAGLE31, "num_layers": 2}, id="tp2-eagle3.1-two-layers"),
+    pytest.param(2, {**EAGLE31, "sequence_parallel": True}, id="tp2-sp-eagle3.1"),
+    pytest.param(2, {"norm_before_fc": True, "norm_before_residual": True}, id="tp2-norms"),
 ]
 
 
@@ -63,7 +71,8 @@ def test_exported_equals_reference(tmp_path: Path, world: int, changes: dict[str
     (tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").write_text("7")
     metadata = metadata_tensor(metadata_of(case.config))
     run_distributed(save_case, world, case, metadata, str(iteration))
-    export_draft(tmp_path / "ckpt", tmp_path / "hf")
+    layout = "vllm" if case.config.norm_before_residual else "hf"
+    export_draft(tmp_path / "ckpt", tmp_path / "hf", layout=FORMATS[layout])
     exported = ReferenceEagle3.from_hf(tmp_path / "hf", case.embedding)
     assert exported.vocab_ids.equal(case.vocab_ids)
     weights = dict(exported.named_parameters())

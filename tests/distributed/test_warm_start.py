@@ -77,17 +77,28 @@ def write_hf(case: Case, reference: ReferenceEagle3, directory: Path) -> None:
         "rms_norm_eps": c.rms_eps,
         "eagle_config": {"eagle_aux_hidden_state_layer_ids": [1, 4, 7]},
     }
+    for flag in ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual"):
+        if getattr(c, flag):
+            fields[flag] = True
+    if c.eagle1:
+        fields["architectures"] = ["EagleLlamaForCausalLM"]
+        del fields["eagle_config"], tensors["lm_head.weight"]
     directory.mkdir()
     (directory / "config.json").write_text(json.dumps(fields))
     save_file(tensors, directory / "model.safetensors")
 
 
+EAGLE31 = {"fc_norm": True, "norm_output": True}
+EAGLE1 = {"eagle1": True, "num_aux": 1, "draft_vocab_size": 61, "num_layers": 2}
 CASES = [
     pytest.param(1, {}, id="tp1"),
     pytest.param(2, {"num_layers": 3}, id="tp2-three-layers"),
     pytest.param(2, {"sequence_parallel": True, "num_layers": 2}, id="tp2-sp-two-layers"),
     pytest.param(2, {"draft_vocab_size": 61}, id="tp2-whole-vocabulary"),
     pytest.param(4, {"draft_vocab_size": 5}, id="tp4-empty-shard"),
+    pytest.param(2, {**EAGLE31, "sequence_parallel": True}, id="tp2-sp-eagle3.1"),
+    pytest.param(2, {"norm_before_fc": True}, id="tp2-norm-before-fc"),
+    pytest.param(2, EAGLE1, id="tp2-eagle1-two-layers"),
 ]
 
 

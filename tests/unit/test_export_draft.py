@@ -27,6 +27,8 @@ LAYOUTS = [
     pytest.param({"groups": 1}, id="multi-query"),
     pytest.param({"draft_vocab": 53, "padded_vocab": 64}, id="whole-vocabulary"),
     pytest.param({"padded_vocab": 19, "aux_layers": (3, 7)}, id="no-padding-two-captures"),
+    pytest.param({"algorithm": "eagle3.1", "layers": 2}, id="eagle3.1-two-layers"),
+    pytest.param({"norm_before_fc": True}, id="norm-before-fc"),
 ]
 
 

@@ -114,6 +114,64 @@ def test_one_captured_layer_is_refused_where_fc_would_be_skipped(
     assert not (tmp_path / layout).exists()
 
 
+REFUSED = [
+    ("hf", {"algorithm": "eagle1", "draft_vocab": 53}, "fc.bias .*; use --format vllm or sglang"),
+    ("speculators", {"algorithm": "eagle1", "draft_vocab": 53}, "library has no EAGLE-1"),
+    ("trtllm", {"algorithm": "eagle1", "draft_vocab": 53}, "TensorRT-LLM does not load EAGLE-1"),
+    ("hf", {"norm_before_residual": True}, "SGLang does not know .*use --format vllm or specul"),
+    ("trtllm", {"norm_before_residual": True}, "TensorRT-LLM does not know"),
+]
+
+
+@pytest.mark.parametrize(("layout", "changes", "words"), REFUSED)
+def test_drafts_a_reader_would_run_wrongly(
+    tmp_path: Path, layout: str, changes: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError, match=f"^--format {layout}: .*{words}"):
+        exported(tmp_path, layout, **changes)
+    assert not (tmp_path / layout).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "inner", "outer"),
+    [
+        ({}, {}, {}),
+        ({"algorithm": "eagle3.1"}, {}, {"fc_norm": True, "norm_output": True}),
+        ({"norm_before_fc": True}, {"norm_before_fc": True}, {"norm_before_fc": True}),
+        ({"norm_before_residual": True}, {}, {"norm_before_residual": True}),
+    ],
+)
+def test_norm_flags_are_where_readers_look(
+    tmp_path: Path, changes: dict[str, Any], inner: dict[str, bool], outer: dict[str, bool]
+) -> None:
+    """Flags that are off are not written: SpecForge gives `norm_output: false` another meaning."""
+    _, directory = exported(tmp_path, "vllm", **changes)
+    config = json.loads((directory / "config.json").read_text())
+    names = ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual")
+    assert {name: config[name] for name in names if name in config} == outer
+    found = config["eagle_config"]
+    assert {name: found[name] for name in names if name in found} == inner
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("layout", ["vllm", "sglang"])
+def test_eagle1(tmp_path: Path, layout: str, layers: int) -> None:
+    draft, directory = exported(tmp_path, layout, algorithm="eagle1", draft_vocab=53, layers=layers)
+    found = load_file(directory / "model.safetensors")
+    bias = found.pop("fc.bias", None)
+    assert (bias is not None) == (layout == "sglang")
+    assert bias is None or (bias.shape == (24,) and not bias.any())
+    assert set(found) == set(draft.hf)
+    assert all(found[name].equal(tensor) for name, tensor in draft.hf.items())
+    config = json.loads((directory / "config.json").read_text())
+    name = {"vllm": "EagleLlamaForCausalLM", "sglang": "LlamaForCausalLMEagle"}[layout]
+    assert config["architectures"] == [name] and "eagle_config" not in config
+    card = (directory / "README.md").read_text()
+    assert "# EAGLE-1 draft for" in card
+    assert ('"method": "eagle",' in card) == (layout == "vllm")
+    assert ("--speculative-algorithm EAGLE " in card) == (layout == "sglang")
+
+
 @pytest.mark.parametrize("layout", list(FORMATS))
 def test_the_card_gives_the_commands_of_its_servers(tmp_path: Path, layout: str) -> None:
     _, directory = exported(tmp_path, layout)

@@ -55,11 +55,25 @@ LAYOUTS = [
     pytest.param({"groups": 6}, id="multi-head"),
     pytest.param({"draft_vocab": 53, "padded_vocab": 64}, id="whole-vocabulary"),
     pytest.param({"dtype": torch.bfloat16, "aux_layers": (3, 7)}, id="bf16-two-captures"),
+    pytest.param({"algorithm": "eagle3.1", "layers": 2}, id="eagle3.1-two-layers"),
+    pytest.param({"norm_before_fc": True}, id="norm-before-fc"),
 ]
 
 
-@pytest.mark.parametrize("layout", list(FORMATS))
-@pytest.mark.parametrize("changes", LAYOUTS)
+EAGLE1 = {"algorithm": "eagle1", "draft_vocab": 53, "layers": 2}
+RESIDUAL = {"norm_before_residual": True}
+CASES = [
+    *[
+        pytest.param(*case.values, name, id=f"{case.id}-{name}")
+        for case in LAYOUTS
+        for name in FORMATS
+    ],
+    *[pytest.param(EAGLE1, name, id=f"eagle1-{name}") for name in ("vllm", "sglang")],
+    *[pytest.param(RESIDUAL, name, id=f"residual-{name}") for name in ("vllm", "speculators")],
+]
+
+
+@pytest.mark.parametrize(("changes", "layout"), CASES)
 def test_import_of_an_export_is_bit_equal(
     tmp_path: Path, changes: dict[str, Any], layout: str
 ) -> None:
@@ -73,7 +87,10 @@ def test_import_of_an_export_is_bit_equal(
     for key, tensor in expected.items():
         assert found[key].dtype == tensor.dtype and found[key].equal(tensor), key
     info = read_info(checkpoint)
-    assert info.aux_layers == draft.shape.aux_layers and info.num_layers == draft.shape.layers
+    captured = draft.shape.aux_layers if info.options.algorithm != "eagle1" else ()
+    assert info.aux_layers == captured and info.num_layers == draft.shape.layers
+    for name in ("algorithm", "norm_before_fc", "norm_before_residual"):
+        assert getattr(info.options, name) == getattr(draft.shape, name), name
     assert info.base == base_of(draft) and info.draft_vocab_size == draft.shape.draft_vocab
     again = open_checkpoint_draft(tmp_path / "back")
     assert all(again.tensors[key]().equal(found[key]) for key in again.tensors)
@@ -149,6 +166,27 @@ def test_other_writers(tmp_path: Path, writer: Any, pickled: bool) -> None:
     found["draft.vocab_ids"] = stored.vocab_ids
     for key, tensor in expected_tensors(draft).items():
         assert found[key].equal(tensor), key
+
+
+def test_eagle1_of_safeailab(tmp_path: Path) -> None:
+    """The base's architecture name, its head and embedding beside; a bias only if it is zero."""
+    draft, directory = exported(tmp_path, "sglang", **EAGLE1)
+
+    def original(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        config["architectures"] = ["LlamaForCausalLM"]
+        config["bias"] = True
+        tensors["lm_head.weight"] = torch.ones(53, 24)
+        tensors["embed_tokens.weight"] = torch.ones(53, 24)
+
+    rewrite(directory, original)
+    stored = imported(directory, draft)
+    assert stored.info.options.algorithm == "eagle1" and stored.info.aux_layers == ()
+    assert stored.tensors["draft.fc.weight"]().equal(draft.hf["fc.weight"])
+    rewrite(directory, lambda config, tensors: tensors["fc.bias"].fill_(1.0))
+    with pytest.raises(ValueError, match=r"fc.bias is not zero"):
+        imported(directory, draft)
+    with pytest.raises(ValueError, match="captures no layers"):
+        imported(directory, draft, aux_layers=(1, 2, 3))
 
 
 def test_captured_layers_default_to_those_of_training(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def fields(**values: Any) -> Change:
 
 
 FIELDS = [
-    ({"architectures": ["MedusaModel"]}, "architecture 'MedusaModel' is not an EAGLE-3 draft"),
+    ({"architectures": ["MedusaModel"]}, "architecture 'MedusaModel' is not an EAGLE draft"),
     ({"architectures": []}, "architectures must name exactly one class"),
     ({"architectures": ["Eagle3DeepseekV2ForCausalLM"]}, "latent attention (MLA) cannot be"),
     ({"kv_lora_rank": 512}, "latent attention (MLA) cannot be"),
@@ -55,6 +55,11 @@ FIELDS = [
     ({"eagle_aux_hidden_state_layer_ids": [1, 4, 7]}, "name different layers"),
     ({"eagle_config": {}, "eagle_aux_hidden_state_layer_ids": [0, 4, 7]}, "must ascend and be"),
     ({"eagle_config": [1]}, "eagle_config must be an object"),
+    ({"fc_norm": True}, "fc_norm without norm_output"),
+    ({"norm_output": True}, "norm_output without fc_norm"),
+    ({"fc_norm": True, "norm_output": True}, "incomplete draft, fc_norm.0.weight"),
+    ({"fc_norm": True, "norm_output": True, "norm_before_fc": True}, "--eagle-norm-before-fc"),
+    ({"norm_before_fc": True}, "incomplete draft, input_norm.weight missing"),
 ]
 
 
@@ -117,7 +122,7 @@ def test_unknown_tensor(tmp_path: Path) -> None:
     def change(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         tensors["fc.bias"] = torch.zeros(24)
 
-    assert "fc.bias unknown in an EAGLE-3 draft" in import_error(tmp_path, change)
+    assert "fc.bias unknown in an eagle3 draft" in import_error(tmp_path, change)
 
 
 def test_captured_layers_given_twice(tmp_path: Path) -> None:
