@@ -40,6 +40,7 @@ class Shape:
     algorithm: str = "eagle3"
     norm_before_fc: bool = False
     norm_before_residual: bool = False
+    base: dict[str, Any] = field(default_factory=dict)  # Megatron arguments other than the draft's
 
 
 def hf_tensors(
@@ -150,6 +151,12 @@ def _interleaved(shape: Shape, own: dict[str, Tensor]) -> Tensor:
 def metadata_json(shape: Shape) -> dict[str, Any]:
     """The content of draft.metadata."""
     layers = [] if shape.algorithm == "eagle1" else list(shape.aux_layers)
+    own = {
+        "ffn_hidden_size": shape.ffn,
+        "num_attention_heads": shape.heads,
+        "num_query_groups": shape.groups,
+        "kv_channels": shape.head_dim,
+    }
     return {
         "format": "megatron_eagle.draft",
         "version": 1,
@@ -159,6 +166,7 @@ def metadata_json(shape: Shape) -> dict[str, Any]:
             "algorithm": shape.algorithm,
             "norm_before_fc": shape.norm_before_fc,
             "norm_before_residual": shape.norm_before_residual,
+            **{name: own[name] for name in shape.base},
         },
         "aux_layers": layers,
         "ttt_steps": 4,
@@ -181,10 +189,8 @@ def metadata_json(shape: Shape) -> dict[str, Any]:
             "megatron_args": {
                 "num_layers": shape.base_layers,
                 "hidden_size": shape.hidden,
-                "ffn_hidden_size": shape.ffn,
-                "num_attention_heads": shape.heads,
-                "num_query_groups": shape.groups,
-                "kv_channels": shape.head_dim,
+                **own,
+                **shape.base,
                 "norm_epsilon": 1e-5,
                 "rotary_base": 50000,
                 "vocab_size": shape.vocab,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,10 +77,6 @@ def _check_base(draft: HfDraft, base: BaseInfo, source: str, adapt: bool) -> Non
     same = {
         "hidden_size": (draft.hidden_size, args["hidden_size"]),
         "target_hidden_size": (draft.target_hidden_size, args["hidden_size"]),
-        "intermediate_size": (draft.intermediate_size, args["ffn_hidden_size"]),
-        "num_attention_heads": (draft.num_heads, args["num_attention_heads"]),
-        "num_key_value_heads": (draft.num_kv_heads, args["num_query_groups"]),
-        "head_dim": (draft.head_dim, args["kv_channels"]),
         "vocab_size": (draft.vocab_size, base.vocab_size),
     }
     for name, (found, expected) in same.items():
@@ -127,12 +124,26 @@ def _info(draft: HfDraft, base: BaseInfo, captured: tuple[int, ...], source: str
             draft_vocab_size=draft.draft_vocab_size if compressed else None,
             norm_before_fc=draft.norm_before_fc,
             norm_before_residual=draft.norm_before_residual,
+            **_own_widths(draft, base),
         )
+        options.layer_widths(base.megatron_args)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     return DraftInfo(
         draft.num_layers, captured, options.ttt_steps, draft.draft_vocab_size, base, options
     )
+
+
+def _own_widths(draft: HfDraft, base: BaseInfo) -> dict[str, Any]:
+    """The widths of the draft's layers, if they are not all the base's."""
+    widths = {
+        "ffn_hidden_size": draft.intermediate_size,
+        "num_attention_heads": draft.num_heads,
+        "num_query_groups": draft.num_kv_heads,
+        "kv_channels": draft.head_dim,
+    }
+    args = base.megatron_args
+    return {} if all(args[name] == value for name, value in widths.items()) else widths
 
 
 def _algorithm(draft: HfDraft, source: str) -> str:

@@ -15,7 +15,7 @@ import torch
 from megatron_eagle.checkpoint_dir import BaseInfo, load_base_json
 from megatron_eagle.compat import ShardedTensor, apply_factories, nested_values
 from megatron_eagle.config import EagleConfig, given_options
-from megatron_eagle.config_checks import flag_name
+from megatron_eagle.config_checks import LAYER_WIDTHS, flag_name
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.hf.draft_checkpoint import open_checkpoint_draft
 from megatron_eagle.hf.import_draft import StoredDraft, open_hf_draft
@@ -28,6 +28,7 @@ DECIDED = (
     "num_layers",
     "aux_layers",
     "draft_vocab_size",
+    *LAYER_WIDTHS,
 )
 
 
@@ -53,11 +54,12 @@ def adopt_warm_start(
     theirs["aux_layers"] = stored.info.aux_layers or None
     if stored.info.compressed:
         theirs["draft_vocab_size"] = stored.info.draft_vocab_size
+    found = {**theirs, **stored.info.options.layer_widths(stored.info.base.megatron_args)}
     for name in given_options(argv) & set(DECIDED):
-        if getattr(options, name) != theirs[name]:
+        if getattr(options, name) != found[name]:
             raise ValueError(
                 f"{flag_name(name)} {_words(name, getattr(options, name))}: the draft of "
-                f"--eagle-warm-start {options.warm_start} has {_words(name, theirs[name])}"
+                f"--eagle-warm-start {options.warm_start} has {_words(name, found[name])}"
             )
     return dataclasses.replace(options, **theirs), stored
 

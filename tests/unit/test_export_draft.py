@@ -20,6 +20,7 @@ from tests.trained_draft import TrainedDraft
 ROOT = Path(__file__).parents[2]
 
 
+WIDE = {"ffn_hidden_size": 96, "num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 16}
 LAYOUTS = [
     pytest.param({}, id="one-layer"),
     pytest.param({"layers": 3}, id="three-layers"),
@@ -29,6 +30,7 @@ LAYOUTS = [
     pytest.param({"padded_vocab": 19, "aux_layers": (3, 7)}, id="no-padding-two-captures"),
     pytest.param({"algorithm": "eagle3.1", "layers": 2}, id="eagle3.1-two-layers"),
     pytest.param({"norm_before_fc": True}, id="norm-before-fc"),
+    pytest.param({"base": WIDE}, id="own-widths"),
 ]
 
 

@@ -49,6 +49,7 @@ def expected_tensors(draft: TrainedDraft) -> dict[str, Tensor]:
     }
 
 
+WIDE = {"ffn_hidden_size": 96, "num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 16}
 LAYOUTS = [
     pytest.param({}, id="one-layer"),
     pytest.param({"layers": 3}, id="three-layers"),
@@ -57,6 +58,7 @@ LAYOUTS = [
     pytest.param({"dtype": torch.bfloat16, "aux_layers": (3, 7)}, id="bf16-two-captures"),
     pytest.param({"algorithm": "eagle3.1", "layers": 2}, id="eagle3.1-two-layers"),
     pytest.param({"norm_before_fc": True}, id="norm-before-fc"),
+    pytest.param({"base": WIDE}, id="own-widths"),
 ]
 
 
@@ -89,6 +91,7 @@ def test_import_of_an_export_is_bit_equal(
     info = read_info(checkpoint)
     captured = draft.shape.aux_layers if info.options.algorithm != "eagle1" else ()
     assert info.aux_layers == captured and info.num_layers == draft.shape.layers
+    assert info.layer_args["ffn_hidden_size"] == 14 and info.layer_args["kv_channels"] == 10
     for name in ("algorithm", "norm_before_fc", "norm_before_residual"):
         assert getattr(info.options, name) == getattr(draft.shape, name), name
     assert info.base == base_of(draft) and info.draft_vocab_size == draft.shape.draft_vocab
