@@ -7,7 +7,7 @@ and `release/` or `iter_0000100/`; a base written by tools/import_base.py also `
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ class BaseInfo:
 
     `fingerprint` tells the weights from those of another base of the same dimensions;
     `vocab_size` is unpadded; `hf_config` is the Hugging Face config.json verbatim; `megatron_args`
-    maps argparse names to values: every architecture flag that training needs.
+    maps argparse names to values: every architecture flag that training needs. `rope` is what no
+    flag can say of the rotary embedding, see :mod:`megatron_eagle.attention.rope`.
     """
 
     family: str
@@ -32,6 +33,7 @@ class BaseInfo:
     vocab_size: int
     hf_config: dict[str, Any]
     megatron_args: dict[str, Any]
+    rope: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
         """The JSON object of eagle_base.json, format and version included."""
@@ -100,7 +102,9 @@ def parse_base(value: Any, source: str) -> BaseInfo:
         "vocab_size": int,
         "hf_config": dict,
         "megatron_args": dict,
+        "rope": dict,
     }
+    value = {"rope": {}, **value}
     for key, kind in kinds.items():
         if type(value.get(key)) is not kind:
             raise ValueError(f"{source}: {key} must be of type {kind.__name__}")

@@ -56,6 +56,7 @@ _PATHS = {
         "megatron.core.models.gpt.gpt_layer_specs:get_gpt_layer_with_transformer_engine_spec"
     ),
     "get_model_config": "megatron.core.utils:get_model_config",
+    "is_layer_window_attention": "megatron.core.transformer.utils:is_layer_window_attention",
     "make_sharded_tensors_for_checkpoint": (
         "megatron.core.transformer.utils:make_sharded_tensors_for_checkpoint"
     ),
@@ -63,6 +64,7 @@ _PATHS = {
         "megatron.core.utils:make_tp_sharded_tensor_for_checkpoint"
     ),
     "nested_values": "megatron.core.dist_checkpointing.dict_utils:nested_values",
+    "quick_gelu": "megatron.core.activations:quick_gelu",
     "reduce_from_tensor_model_parallel_region": (
         "megatron.core.tensor_parallel.mappings:reduce_from_tensor_model_parallel_region"
     ),

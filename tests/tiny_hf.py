@@ -24,10 +24,11 @@ CLASSES = {
     "qwen3": "Qwen3",
     "mixtral": "Mixtral",
     "qwen3_moe": "Qwen3Moe",
+    "gpt_oss": "GptOss",
 }
 FIELDS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True, "head_dim": 8},  # 8 heads x 8 is not the hidden size
-    "mistral": {"sliding_window": 16, "head_dim": 6, "rope_theta": 1e6},
+    "mistral": {"sliding_window": 5, "head_dim": 6, "rope_theta": 1e6},
     "qwen2": {"tie_word_embeddings": False},
     "qwen3": {"tie_word_embeddings": False, "head_dim": 12},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
@@ -39,6 +40,21 @@ FIELDS: dict[str, dict[str, Any]] = {
         "head_dim": 12,
         "num_hidden_layers": 4,
         "mlp_only_layers": [1],
+    },
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 12,
+        "sliding_window": 4,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
     },
 }
 

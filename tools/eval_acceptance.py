@@ -91,7 +91,7 @@ def _run(args: argparse.Namespace, first: bool) -> int:
     base = load_base_json(args.base)
     prompts = read_prompt_ids(args.prompts, args.tokenizer, base.vocab_size)[: args.limit]
     about = None if args.draft == NO_DRAFT else read_draft_info(args.draft, base)
-    groups = start(args.seed)
+    groups = start(args.seed, base.megatron_args.get("expert_tensor_parallel_size"))
     gpt = load_base(args.base, base, groups)
     draft = None
     if about is not None:

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from megatron_eagle.checkpoint_dir import BASE_JSON_NAME
 from megatron_eagle.hf.import_base import import_base
 from megatron_eagle.hf.megatron_args import flags
 
@@ -34,12 +35,10 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     progress(f"{base.family} base {base.name!r} is in {args.save}")
-    found = base.megatron_args["max_position_embeddings"]
-    declared = base.hf_config["max_position_embeddings"]
-    if found < declared:
-        print(f"note: sliding-window attention; exact, and usable, up to {found} positions")
     print("Megatron flags for this base:")
     print(shlex.join(flags(base.megatron_args)))
+    if base.rope:
+        print(f"No flag says its rope: examples/pretrain_eagle.py reads it from {BASE_JSON_NAME}")
     return 0
 
 

@@ -14,17 +14,40 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_eagle.attention.blocks import CAUSAL, Plan, block_attention, span_plan
+from megatron_eagle.attention.blocks import (
+    CAUSAL,
+    Plan,
+    block_attention,
+    sink_attention,
+    span_plan,
+)
 from megatron_eagle.attention.trunk_branch import trunk_branch_attention
-from megatron_eagle.compat import MegatronModule
+from megatron_eagle.compat import (
+    MegatronModule,
+    ensure_metadata_has_dp_cp_group,
+    is_layer_window_attention,
+    make_sharded_tensors_for_checkpoint,
+)
 from megatron_eagle.parallel.context import ContextShard, gather_key_value
 
 
 class AttentionState(Protocol):
     """Remembers keys and values per layer and attends to them."""
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query [B, n, S, d] against what ``layer`` saw so far and key, value [B, g, S, d]."""
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None = None,
+        sink: Tensor | None = None,
+    ) -> Tensor:
+        """query [B, n, S, d] against what ``layer`` saw so far and key, value [B, g, S, d].
+
+        With a ``window``, a row sees itself and the window - 1 keys before it; ``sink`` [n] is a
+        score per head that joins the softmax and carries no value."""
         ...
 
 
@@ -42,7 +65,17 @@ class TrunkBranchState:
         self._keys: dict[int, list[Tensor]] = {}
         self._values: dict[int, list[Tensor]] = {}
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None = None,
+        sink: Tensor | None = None,
+    ) -> Tensor:
+        assert window is None and sink is None, "drafts have neither"
         keys = self._keys.setdefault(layer, [])
         values = self._values.setdefault(layer, [])
         if not keys:
@@ -53,11 +86,11 @@ class TrunkBranchState:
         return trunk_branch_attention(query, keys[0], values[0], keys[1:], values[1:], scale, plan)
 
 
-def context_plan(length: int, group: ProcessGroup) -> Plan:
+def context_plan(length: int, group: ProcessGroup, window: int | None = None) -> Plan:
     """Causal attention of this rank's rows to all ``length`` keys of the sequence, in order."""
-    if group.size() == 1:
+    if group.size() == 1 and window is None:
         return CAUSAL
-    return span_plan(ContextShard.of(length, group).spans)
+    return span_plan(ContextShard.of(length, group).spans, window=window)
 
 
 class EagleCoreAttention(MegatronModule):
@@ -80,11 +113,21 @@ class EagleCoreAttention(MegatronModule):
         pg_collection: Any = None,
     ) -> None:
         super().__init__(config=config)
-        if config.softmax_type != "vanilla" or config.window_size is not None:
-            raise ValueError("attention sinks and --window-size are not supported yet")
         self.layer_number = layer_number
         self.softmax_scale = softmax_scale
-        self.cp_group = pg_collection.cp
+        self.cp_group, self.tp_group = pg_collection.cp, pg_collection.tp
+        windowed = is_layer_window_attention(
+            config.window_size, config.window_attn_skip_freq, layer_number
+        )
+        # Megatron counts the keys before a row's own.
+        self.window = config.window_size[0] + 1 if windowed else None
+        self.softmax_offset: Tensor | None = None
+        if config.softmax_type == "learnable":
+            heads = config.num_attention_heads // self.tp_group.size()
+            device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+            self.softmax_offset = torch.nn.Parameter(
+                torch.zeros(heads, dtype=config.params_dtype, device=device)
+            )
 
     def forward(
         self,
@@ -99,16 +142,33 @@ class EagleCoreAttention(MegatronModule):
         assert attention_bias is None and packed_seq_params is None
         scale = self.softmax_scale or query.shape[-1] ** -0.5
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        sink = self.softmax_offset
         if attention_mask is not None:
-            out = attention_mask.attend(self.layer_number, q, k, v, scale)
-        elif self.cp_group.size() > 1:
+            out = attention_mask.attend(self.layer_number, q, k, v, scale, self.window, sink)
+        elif self.window is not None or sink is not None or self.cp_group.size() > 1:
             k, v = gather_key_value(k, v, self.cp_group)
-            out = block_attention(q, k, v, scale, context_plan(k.shape[2], self.cp_group))
+            plan = context_plan(k.shape[2], self.cp_group, self.window)
+            if sink is not None:
+                out = sink_attention(q, k, v, scale, plan, sink)
+            else:
+                out = block_attention(q, k, v, scale, plan)
         else:
             out = torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
         return out.permute(2, 0, 1, 3).flatten(2).contiguous()
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"softmax_offset": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
+        )
 
 
 def with_eagle_attention(layer_spec: Any) -> Any:

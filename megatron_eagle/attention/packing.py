@@ -8,12 +8,13 @@ are looked up by position. No mask exists, and what lies between documents costs
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from itertools import pairwise
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_eagle.attention.blocks import Plan, block_attention, span_plan
+from megatron_eagle.attention.blocks import Plan, block_attention, sink_attention, span_plan
 from megatron_eagle.parallel.context import ContextShard, gather_key_value
 
 Spans = tuple[tuple[int, int], ...]
@@ -43,13 +44,13 @@ class Packing:
         """The same with ``positions`` on another device."""
         return replace(self, positions=positions)
 
-    def plan(self, group: ProcessGroup) -> Plan:
+    def plan(self, group: ProcessGroup, window: int | None = None) -> Plan:
         """The attention of this context-parallel rank's rows to the whole sequences' keys."""
         spans = ContextShard.of(self.positions.shape[1], group).spans
         return [
             block
             for sequence, documents in enumerate(self.documents)
-            for block in span_plan(spans, documents, batch=slice(sequence, sequence + 1))
+            for block in span_plan(spans, documents, slice(sequence, sequence + 1), window)
         ]
 
     def angles(self, rotary: Tensor, group: ProcessGroup, step: int = 0) -> Tensor:
@@ -65,8 +66,20 @@ class DocumentAttention:
     ``group`` (one all-gather a layer)."""
 
     def __init__(self, packing: Packing, group: ProcessGroup) -> None:
-        self._plan, self._group = packing.plan(group), group
+        self._plan = cache(partial(packing.plan, group))  # of every window once
+        self._group = group
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None = None,
+        sink: Tensor | None = None,
+    ) -> Tensor:
         key, value = gather_key_value(key, value, self._group)
-        return block_attention(query, key, value, scale, self._plan)
+        if sink is not None:
+            return sink_attention(query, key, value, scale, self._plan(window), sink)
+        return block_attention(query, key, value, scale, self._plan(window))

@@ -21,14 +21,14 @@ class KeyValueCache:
         self._keys: dict[int, Tensor] = {}  # layer -> [B, g, capacity, d]
         self._values: dict[int, Tensor] = {}
         self._positions = torch.empty(0)
-        self._bias: Tensor | None = None
+        self._biases: dict[int | None, Tensor] = {}  # by window
         self._span = 0
 
     def place(self, positions: Tensor) -> None:
         """The next forward's rows have these positions, [B, n]."""
         self._positions = positions
         self._span = int(positions.max()) + 1
-        self._bias = None
+        self._biases.clear()
         assert self._span <= self.capacity, f"position {self._span - 1} of {self.capacity}"
 
     def keep(self, sequences: Tensor) -> None:
@@ -37,19 +37,35 @@ class KeyValueCache:
             for layer, tensor in store.items():
                 store[layer] = tensor[sequences]
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """query [B, n, S, d] against all slots up to each row's own; key, value [B, g, S, d] are
-        stored first."""
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None = None,
+        sink: Tensor | None = None,
+    ) -> Tensor:
+        """query [B, n, S, d] against all slots up to each row's own (the last ``window`` of them);
+        key [B, g, S, d] and value [B, g, S, dv] are stored first. Returns [B, n, S, dv]."""
         keys = self._store(self._keys, layer, key)
         values = self._store(self._values, layer, value)
         batch, groups, rows = key.shape[:3]
         ratio = query.shape[1] // groups
         # The heads that share a key are rows of one product: no key is ever repeated.
         grouped = query.reshape(batch, groups, ratio * rows, query.shape[-1])
+        mask = self._mask(grouped.dtype, ratio, window)
+        if sink is not None:
+            # One more slot: its key and value are zeros, its score is the sink's.
+            keys, values = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (keys, values))
+            column = sink.to(mask.dtype).view(1, groups, ratio).repeat_interleave(rows, dim=2)
+            column = column.expand(batch, -1, -1).unsqueeze(-1)
+            mask = torch.cat([mask.expand(-1, groups, -1, -1), column], dim=-1)
         out = torch.nn.functional.scaled_dot_product_attention(
-            grouped, keys, values, attn_mask=self._mask(grouped.dtype, ratio), scale=scale
+            grouped, keys, values, attn_mask=mask, scale=scale
         )
-        return out.reshape(query.shape)
+        return out.reshape(*query.shape[:-1], value.shape[-1])
 
     def _store(self, store: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
         batch, groups, _, size = new.shape
@@ -60,11 +76,15 @@ class KeyValueCache:
         store[layer][rows, :, self._positions] = new.transpose(1, 2)
         return store[layer][:, :, : self._span]
 
-    def _mask(self, dtype: torch.dtype, ratio: int) -> Tensor:
-        """Additive, [B, 1, ratio * S, span]; the same for all layers of a forward."""
-        if self._bias is None:
+    def _mask(self, dtype: torch.dtype, ratio: int, window: int | None) -> Tensor:
+        """Additive, [B, 1, ratio * S, span]; the same for all layers of a forward and a window."""
+        if window not in self._biases:
             slots = torch.arange(self._span, device=self._positions.device)
-            hidden = slots > self._positions.unsqueeze(-1)
+            rows = self._positions.unsqueeze(-1)
+            hidden = slots > rows
+            if window is not None:
+                hidden |= slots <= rows - window
             bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-            self._bias = bias.masked_fill_(hidden, float("-inf")).repeat(1, ratio, 1).unsqueeze(1)
-        return self._bias
+            bias = bias.masked_fill_(hidden, float("-inf"))
+            self._biases[window] = bias.repeat(1, ratio, 1).unsqueeze(1)
+        return self._biases[window]

@@ -105,7 +105,7 @@ def load_draft(about: DraftCheckpointInfo, gpt: Any, directory: str | Path) -> E
 
 
 def _build(about: DraftCheckpointInfo, gpt: Any, initialize: bool) -> EagleDraft:
-    options, base_args = about.info.options, about.info.base.megatron_args
+    options = about.info.options
     config = draft_config(gpt.config, options)
     config.perform_initialization = initialize
     embedding, groups = gpt.embedding.word_embeddings.weight, gpt.pg_collection
@@ -122,6 +122,6 @@ def _build(about: DraftCheckpointInfo, gpt: Any, initialize: bool) -> EagleDraft
         about.metadata.to(embedding.device),
         groups,
         lambda: output_rows(gpt),
-        draft_rotary(gpt.rotary_pos_emb, base_args, options, embedding.device),
+        draft_rotary(gpt.rotary_pos_emb, about.info.base, options, embedding.device),
     )
     return draft.cuda(torch.cuda.current_device()).requires_grad_(False).eval()

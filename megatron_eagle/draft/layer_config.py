@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_eagle.attention.rope import set_frequencies
+from megatron_eagle.checkpoint_dir import BaseInfo
 from megatron_eagle.compat import RotaryEmbedding
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.config_checks import LAYER_WIDTHS
@@ -16,7 +18,8 @@ from megatron_eagle.config_checks import LAYER_WIDTHS
 
 def draft_config(base_config: Any, options: EagleConfig) -> Any:
     """The base's TransformerConfig with the draft's depth and widths: the same hidden size, a dense
-    ffn, and no experts, query/key norms or biases, which EAGLE-3 readers do not know.
+    SwiGLU ffn, and nothing that EAGLE-3 readers do not know: no experts, query/key norms, biases,
+    windows or sinks.
 
     Of ``recompute_modules`` "core_attn" is done already: the kernels keep no scores for backward,
     and Megatron's own checkpointing cannot carry an attention state."""
@@ -30,6 +33,9 @@ def draft_config(base_config: Any, options: EagleConfig) -> Any:
     config.add_bias_linear = False
     config.num_moe_experts = None
     config.moe_layer_freq = 1
+    config.activation_func = torch.nn.functional.silu
+    config.activation_func_clamp_value, config.glu_linear_offset = None, 0.0
+    config.softmax_type, config.window_size = "vanilla", None
     for name in LAYER_WIDTHS:
         if getattr(options, name) is not None:
             setattr(config, name, getattr(options, name))
@@ -41,25 +47,20 @@ Rotary = Callable[[int], Tensor]
 
 
 def draft_rotary(
-    base_rotary: Rotary, base_args: Mapping[str, Any], options: EagleConfig, device: torch.device
+    base_rotary: Rotary, base: BaseInfo, options: EagleConfig, device: torch.device
 ) -> Rotary:
-    """The base's angles, or for heads of another size angles of the same frequencies' law.
-
-    Raises ``ValueError`` if the base's law depends on more than Megatron's plain rope flags."""
-    if options.kv_channels in (None, base_args["kv_channels"]):
+    """The base's angles, or for heads of another size angles of the same frequencies' law."""
+    args = base.megatron_args
+    if options.kv_channels in (None, args["kv_channels"]):
         return base_rotary
-    if base_args["position_embedding_type"] != "rope":
-        raise ValueError(
-            f"--eagle-kv-channels {options.kv_channels}: the base's "
-            f"{base_args['position_embedding_type']} positions are defined for its own head size "
-            f"of {base_args['kv_channels']} only"
-        )
     rope = RotaryEmbedding(
         options.kv_channels,
-        base_args["rotary_percent"],
-        rotary_base=base_args["rotary_base"],
-        rope_scaling=base_args.get("use_rope_scaling", False),
-        rope_scaling_factor=base_args.get("rope_scaling_factor", 8.0),
+        args["rotary_percent"],
+        rotary_base=args["rotary_base"],
+        rope_scaling=args.get("use_rope_scaling", False),
+        rope_scaling_factor=args.get("rope_scaling_factor", 8.0),
         use_cpu_initialization=device.type == "cpu",
     )
+    if base.rope:
+        set_frequencies(rope, base.rope)
     return lambda length: rope(length, packed_seq=True)  # packed_seq: not cut over CP

@@ -2,7 +2,7 @@
 
 Shapes are written with symbols, which `megatron_eagle.hf.facts.dims_of` turns into numbers:
 V vocab_size, H hidden, Q heads x head_dim, KV groups x head_dim, D head_dim, F ffn hidden,
-E experts, M an expert's ffn hidden, G 2 M, S the shared experts' ffn hidden.
+N heads, E experts, M an expert's ffn hidden, G 2 M, S the shared experts' ffn hidden.
 """
 
 from __future__ import annotations
@@ -86,6 +86,17 @@ def join_query_groups(parts: Sequence[torch.Tensor], dims: Dims) -> torch.Tensor
     """q [Q, ...], k [KV, ...], v [KV, ...] -> rows per query group [q_1 .. q_r, k, v]."""
     grouped = [part.reshape(dims["groups"], -1, *part.shape[1:]) for part in parts]
     return torch.cat(grouped, dim=1).flatten(0, 1)
+
+
+def join_transposed(parts: Sequence[torch.Tensor], dims: Dims) -> torch.Tensor:
+    """One matrix stored as [in, out]."""
+    return parts[0].t()
+
+
+def join_interleaved(parts: Sequence[torch.Tensor], dims: Dims) -> torch.Tensor:
+    """gate_1, up_1, gate_2 .. as [gate ; up]: the columns of a matrix [in, out], or a bias."""
+    rows = parts[0].t()
+    return torch.cat([rows[0::2], rows[1::2]])
 
 
 def one(megatron: str, name: str, *shape: str, when: str | None = None) -> Entry:

@@ -11,7 +11,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_eagle.hf import moe_args
-from megatron_eagle.hf.entries import Entry, one, qkv, rows
+from megatron_eagle.hf.entries import (
+    Entry,
+    Source,
+    join_interleaved,
+    join_rows,
+    join_transposed,
+    one,
+    qkv,
+    rows,
+)
+from megatron_eagle.hf.window_args import (
+    WindowLayers,
+    every_layer,
+    every_other_layer,
+    upper_layers,
+)
 
 LAYER_PREFIX = "model.layers.{}."
 NORM_BEFORE_ATTENTION = one(
@@ -71,13 +86,45 @@ def moe(block: str, router: str, gate: str, up: str, down: str) -> tuple[Entry, 
     )
 
 
+GPT_OSS_MOE = (
+    one("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
+    one("mlp.router.weight", "mlp.router.weight", "E", "H"),
+    one("mlp.router.bias", "mlp.router.bias", "E"),
+    Entry(
+        "mlp.experts.experts.linear_fc1.weight",
+        ("G", "H"),
+        (Source("mlp.experts.gate_up_proj", ("E", "H", "G")),),
+        join_interleaved,
+    ),
+    Entry(
+        "mlp.experts.experts.linear_fc1.bias",
+        ("G",),
+        (Source("mlp.experts.gate_up_proj_bias", ("E", "G")),),
+        join_interleaved,
+    ),
+    Entry(
+        "mlp.experts.experts.linear_fc2.weight",
+        ("H", "M"),
+        (Source("mlp.experts.down_proj", ("E", "M", "H")),),
+        join_transposed,
+    ),
+    Entry(
+        "mlp.experts.experts.linear_fc2.bias",
+        ("H",),
+        (Source("mlp.experts.down_proj_bias", ("E", "H")),),
+        join_rows,
+    ),
+)
+
+
 @dataclass(frozen=True)
 class Family:
     """A Hugging Face architecture: its name tables, and what its config.json means.
 
     `attention` repeats in every layer, `dense` and `moe` are the two kinds of MLP, `model` occurs
     once. `defaults` are the values of its configuration class where they are not everyone's;
-    `fixed` says what the class does without asking config.json; `moe_args` reads its experts.
+    `fixed` says what the class does without asking config.json; `moe_args` reads its experts,
+    `window_flag` and `window_layers` say which layers see a sliding window.
     """
 
     name: str
@@ -89,8 +136,10 @@ class Family:
     ignored_in_layer: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    activation: Mapping[str, Any] = field(default_factory=lambda: {"swiglu": True})
     moe_args: Callable[[Mapping[str, Any], str], dict[str, Any]] | None = None
-    sliding_window_flag: str | None = None
+    window_flag: str = "use_sliding_window"
+    window_layers: WindowLayers = every_layer
 
     def layer(self, facts: Mapping[str, Any], moe: bool) -> list[Entry]:
         """The rows of one layer."""
@@ -112,21 +161,21 @@ FAMILIES = {
             "MistralForCausalLM",
             fixed=NO_BIAS,
             defaults={"num_key_value_heads": 8, "sliding_window": 4096},
-            sliding_window_flag="sliding_window",
+            window_flag="sliding_window",
         ),
         Family(
             "qwen2",
             "Qwen2ForCausalLM",
             fixed=NO_BIAS | {"qkv_bias": True},
             defaults={"num_key_value_heads": 32, "sliding_window": 4096},
-            sliding_window_flag="use_sliding_window",
+            window_layers=upper_layers,
         ),
         Family(
             "qwen3",
             "Qwen3ForCausalLM",
             fixed={"mlp_bias": False, "qk_norm": True},
             defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
-            sliding_window_flag="use_sliding_window",
+            window_layers=upper_layers,
         ),
         Family(
             "mixtral",
@@ -141,7 +190,7 @@ FAMILIES = {
                 "num_local_experts": 8,
                 "num_experts_per_tok": 2,
             },
-            sliding_window_flag="sliding_window",
+            window_flag="sliding_window",
         ),
         Family(
             "qwen3_moe",
@@ -157,7 +206,35 @@ FAMILIES = {
                 "norm_topk_prob": False,
                 "sliding_window": 4096,
             },
-            sliding_window_flag="use_sliding_window",
+        ),
+        Family(
+            "gpt_oss",
+            "GptOssForCausalLM",
+            attention=(
+                *ATTENTION,
+                one("self_attention.core_attention.softmax_offset", "self_attn.sinks", "N"),
+            ),
+            moe=GPT_OSS_MOE,
+            moe_args=moe_args.gpt_oss,
+            fixed={"mlp_bias": True},
+            activation={
+                "swiglu": False,
+                "quick_geglu": True,
+                "glu_linear_offset": 1.0,
+                "activation_func_clamp_value": 7.0,
+                "softmax_type": "learnable",
+            },
+            defaults={
+                "num_key_value_heads": 8,
+                "head_dim": 64,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 150000.0,
+                "attention_bias": True,
+                "num_experts_per_tok": 4,
+                "sliding_window": 128,
+            },
+            window_flag="sliding_window",
+            window_layers=every_other_layer,
         ),
     )
 }

@@ -20,6 +20,7 @@ from megatron_eagle.checkpoint_dir import BASE_JSON_NAME, TRACKER_NAME, BaseInfo
 from megatron_eagle.hf.base_chunks import BaseTensors, Progress
 from megatron_eagle.hf.families import family_of
 from megatron_eagle.hf.megatron_args import facts_of, megatron_args
+from megatron_eagle.hf.rope_args import rope_beyond_flags
 from megatron_eagle.hf.safetensors_dir import SafetensorsDir
 from megatron_eagle.hf.torch_dist_writer import Chunk, write_torch_dist
 
@@ -39,6 +40,7 @@ def import_base(hf_dir: Path, save: Path, progress: Progress = lambda line: None
     config_name = str(hf_dir / "config.json")
     family = family_of(source.config, config_name)
     args = megatron_args(source.config, family, config_name)
+    rope = rope_beyond_flags({**family.defaults, **source.config}, config_name)
     tensors = BaseTensors(family, facts_of(source.config, family, config_name))
     source.check(tensors.expected(), tensors.ignored())
     digest = hashlib.sha256()
@@ -51,7 +53,7 @@ def import_base(hf_dir: Path, save: Path, progress: Progress = lambda line: None
         (partial_dir / TRACKER_NAME).write_text(RELEASE, encoding="utf-8")
         base = BaseInfo(
             family.name, hf_dir.resolve().name, digest.hexdigest(), args["vocab_size"],
-            source.config, args,
+            source.config, args, rope,
         )  # fmt: skip
         text = json.dumps(base.as_dict(), indent=1)
         (partial_dir / BASE_JSON_NAME).write_text(text + "\n", encoding="utf-8")

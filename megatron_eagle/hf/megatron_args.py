@@ -12,13 +12,9 @@ from typing import Any
 from megatron_eagle.hf.config_fields import number, require, size, switch
 from megatron_eagle.hf.entries import Dims
 from megatron_eagle.hf.families import Family
+from megatron_eagle.hf.rope_args import rope_args
+from megatron_eagle.hf.window_args import window_args
 
-# What Megatron's RotaryEmbedding hard-codes; only the factor is a flag.
-MEGATRON_LLAMA3_ROPE = {
-    "low_freq_factor": 1,
-    "high_freq_factor": 4,
-    "original_max_position_embeddings": 8192,
-}
 # Fields that would change the network in a way no table here maps, and the one value accepted.
 REQUIRED_VALUES = {
     "hidden_act": "silu",
@@ -33,6 +29,10 @@ ABSENT = {
     "moe_shared_expert_intermediate_size": None,
     "multi_latent_attention": False,
     "softmax_type": "vanilla",
+    "quick_geglu": False,
+    "swiglu": False,
+    "glu_linear_offset": 0.0,
+    "activation_func_clamp_value": None,
     "window_size": None,
     "window_attn_skip_freq": None,
     "use_rope_scaling": False,
@@ -62,12 +62,12 @@ def megatron_args(config: dict[str, Any], family: Family, source: str) -> dict[s
         "group_query_attention": groups != heads,
         "num_query_groups": groups,
         "kv_channels": _head_dim(config, hidden, heads, source),
-        "max_position_embeddings": _positions(config, family, source),
+        "max_position_embeddings": size(config, "max_position_embeddings", source),
         "normalization": "RMSNorm",
         "norm_epsilon": number(config, "rms_norm_eps", 1e-6, source),
-        "swiglu": True,
+        **family.activation,
         "position_embedding_type": "rope",
-        **_rope_args(config, source),
+        **rope_args(config, source),
         # Megatron has one switch for all biases: where only some exist, the others are zeros.
         "add_bias_linear": bias["attention_bias"] or bias["mlp_bias"],
         "add_qkv_bias": bias["qkv_bias"],
@@ -78,6 +78,7 @@ def megatron_args(config: dict[str, Any], family: Family, source: str) -> dict[s
         "vocab_size": size(config, "vocab_size", source),
         "make_vocab_size_divisible_by": 128,
         **(family.moe_args(config, source) if family.moe_args is not None else {}),
+        **window_args(config, family.window_flag, family.window_layers, source),
     }
 
 
@@ -118,6 +119,7 @@ def dims_of(args: Mapping[str, Any]) -> Dims:
         "F": args["ffn_hidden_size"],
         "D": args["kv_channels"],
         "groups": args["num_query_groups"],
+        "N": args["num_attention_heads"],
     }
     if args.get("num_experts") is not None:
         expert = args["moe_ffn_hidden_size"]
@@ -133,6 +135,8 @@ def flags(args: Mapping[str, Any]) -> list[str]:
             words += [] if value else ["--disable-bias-linear"]
         elif isinstance(value, bool):
             words += [_flag(name)] if value else []
+        elif name == "window_size":
+            words += [_flag(name), ",".join(map(str, value))]
         elif isinstance(value, list):
             words += [_flag(name), "[" + ",".join(map(str, value)) + "]"]
         else:
@@ -142,48 +146,6 @@ def flags(args: Mapping[str, Any]) -> list[str]:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _rope_args(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """Both spellings: rope_theta + rope_scaling, and the newer rope_parameters."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"{source}: rope parameters per layer type are not supported: {rope}")
-    base = number({**config, **rope}, "rope_theta", 10000.0, source)
-    if base != int(base):
-        raise ValueError(f"{source}: rope_theta = {base}, but --rotary-base is an integer")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{source}: partial_rotary_factor is not supported, only 1.0")
-    args: dict[str, Any] = {"rotary_base": int(base), "rotary_percent": 1.0}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return args
-    if kind != "llama3":
-        raise ValueError(
-            f"{source}: rope type {kind!r} is not supported; known: 'default', 'llama3'"
-        )
-    defaults = {"original_max_position_embeddings": config.get("max_position_embeddings")}
-    for key, value in MEGATRON_LLAMA3_ROPE.items():
-        found = rope.get(key, defaults.get(key))
-        if found != value:
-            raise ValueError(
-                f"{source}: llama3 rope with {key} = {found!r} is not supported: "
-                f"Megatron's --use-rope-scaling fixes it at {value}"
-            )
-    factor = number(rope, "factor", None, source)
-    return {**args, "use_rope_scaling": True, "rope_scaling_factor": float(factor)}
-
-
-def _positions(config: dict[str, Any], family: Family, source: str) -> int:
-    """The longest sequence on which full causal attention IS this model's attention."""
-    positions = size(config, "max_position_embeddings", source)
-    kinds = set(config.get("layer_types") or []) - {"full_attention", "sliding_attention"}
-    if kinds:
-        raise ValueError(f"{source}: layer_types {sorted(kinds)} are not supported")
-    flag = family.sliding_window_flag
-    if flag is None or not config.get(flag, False):
-        return positions
-    return min(positions, size(config, "sliding_window", source))
 
 
 def _head_dim(config: dict[str, Any], hidden: int, heads: int, source: str) -> int:

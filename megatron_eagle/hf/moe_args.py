@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from megatron_eagle.hf.config_fields import size, switch
+from megatron_eagle.hf.config_fields import require, size, switch
 
 
 def softmax_after_topk(config: Mapping[str, Any], source: str) -> dict[str, Any]:
@@ -32,6 +32,15 @@ def qwen3_moe(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "moe_ffn_hidden_size": size(config, "moe_intermediate_size", source),
         **_softmax(config, switch(config, "norm_topk_prob", False, source), source),
         **_layers([layer not in dense and (layer + 1) % step == 0 for layer in layers]),
+    }
+
+
+def gpt_oss(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """gpt-oss: a router with a bias, softmax over the chosen experts, biased experts."""
+    require(config, {"swiglu_limit": 7.0}, source)
+    return {
+        **softmax_after_topk(config, source),
+        "expert_tensor_parallel_size": 1,  # Megatron adds an expert's bias on every shard
     }
 
 

@@ -6,17 +6,23 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.distributed.checkpoint import CheckpointException
+from torch.nn.functional import silu
 
 from megatron_eagle.attention.backend import LayerBackend
+from megatron_eagle.attention.rope import attention_factor, set_attention_factor, set_frequencies
 from megatron_eagle.checkpoint_dir import BaseInfo, resolve_checkpoint
-from megatron_eagle.compat import GPTModel, StrictHandling, TransformerConfig, dist_checkpointing
+from megatron_eagle.compat import (
+    GPTModel,
+    StrictHandling,
+    TransformerConfig,
+    dist_checkpointing,
+    quick_gelu,
+)
 from megatron_eagle.teacher.vocab_shards import VocabShards
 
 _FIELDS = {
     "norm_epsilon": "layernorm_epsilon",
-    "swiglu": "gated_linear_unit",
     "num_experts": "num_moe_experts",
 }
 """Megatron's flags that TransformerConfig calls otherwise."""
@@ -29,9 +35,10 @@ def base_config(info: BaseInfo, tensor_parallel: int, **parallelism: Any) -> Any
     """
     known = {item.name for item in fields(TransformerConfig)}
     given = {_FIELDS.get(name, name): value for name, value in info.megatron_args.items()}
+    given["gated_linear_unit"] = True
     return TransformerConfig(
         **{name: value for name, value in given.items() if name in known},
-        activation_func=torch.nn.functional.silu,
+        activation_func=quick_gelu if info.megatron_args.get("quick_geglu") else silu,
         tensor_model_parallel_size=tensor_parallel,
         apply_rope_fusion=False,
         masked_softmax_fusion=False,
@@ -53,11 +60,12 @@ def build_base(
     """The base's GPTModel, without weights; the vocabulary padded as Megatron pads it.
 
     A pipeline stage without the embedding or the output layer says so by ``pre_process`` and
-    ``post_process``.
+    ``post_process``. What Megatron's flags cannot say of the base is set in ``config``.
     """
     args = info.megatron_args
+    set_attention_factor(config, attention_factor(info.rope))
     multiple = args["make_vocab_size_divisible_by"] * pg_collection.tp.size()
-    return GPTModel(
+    gpt = GPTModel(
         config=config,
         transformer_layer_spec=backend.base_spec(config, pg_collection.pp.rank()),
         vocab_size=-(-info.vocab_size // multiple) * multiple,
@@ -72,6 +80,9 @@ def build_base(
         rope_scaling_factor=args.get("rope_scaling_factor", 8.0),
         pg_collection=pg_collection,
     )
+    if info.rope:
+        set_frequencies(gpt.rotary_pos_emb, info.rope)
+    return gpt
 
 
 def load_base(gpt: Any, directory: str | Path, shards: VocabShards | None = None) -> None:

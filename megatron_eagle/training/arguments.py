@@ -153,6 +153,7 @@ def _check_dimensions(args: argparse.Namespace, base: BaseInfo) -> None:
         if name in ("vocab_size", "max_position_embeddings", "make_vocab_size_divisible_by"):
             continue
         given = getattr(args, _ALIASES.get(name, name), None)
+        given = list(given) if isinstance(given, tuple) else given
         if given != value:
             flag = "--" + name.replace("_", "-")
             raise ValueError(

@@ -16,6 +16,7 @@ from megatron_eagle.attention.backend import (
     local_backend,
     transformer_engine_backend,
 )
+from megatron_eagle.attention.rope import attention_factor, set_attention_factor
 from megatron_eagle.checkpoint_dir import BaseInfo
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.layer_config import draft_config, draft_rotary
@@ -57,6 +58,7 @@ class ModelBuilder:
         assert vp_stage is None
         args = get_args()
         config = config or core_transformer_config_from_args(args)
+        set_attention_factor(config, attention_factor(self.base.rope))
         base_config = copy.copy(config)
         base_config.recompute_granularity = None  # it keeps nothing for a backward
         captured = self.options.captured_layers(config.num_layers)
@@ -120,9 +122,7 @@ class ModelBuilder:
             encode_metadata(metadata).to(base.output_weight.device),
             pg_collection,
             lambda: base.output_weight,
-            draft_rotary(
-                base.rotary, self.base.megatron_args, self.options, base.output_weight.device
-            ),
+            draft_rotary(base.rotary, self.base, self.options, base.output_weight.device),
         )
 
 

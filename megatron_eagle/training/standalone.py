@@ -12,9 +12,10 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 
-def start(seed: int) -> Any:
+def start(seed: int, expert_tensor_parallel: int | None = None) -> Any:
     """Megatron's process groups, from torchrun's environment or for this process alone, and its
-    random generators. Call :func:`megatron_eagle.platform.enable` before."""
+    random generators. ``expert_tensor_parallel`` ranks share an expert, by default all. Call
+    :func:`megatron_eagle.platform.enable` before."""
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
     if "MASTER_ADDR" not in os.environ:
@@ -24,7 +25,8 @@ def start(seed: int) -> Any:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=torch.distributed.get_world_size()
+        tensor_model_parallel_size=torch.distributed.get_world_size(),
+        expert_tensor_parallel_size=expert_tensor_parallel,
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)

@@ -82,7 +82,13 @@ def run_distributed(
 
 
 def megatron_parallel(
-    tp: int = 1, pp: int = 1, cp: int = 1, ep: int = 1, vpp: int | None = None, seed: int = 1234
+    tp: int = 1,
+    pp: int = 1,
+    cp: int = 1,
+    ep: int = 1,
+    vpp: int | None = None,
+    etp: int | None = None,
+    seed: int = 1234,
 ) -> Any:
     """Inside a rank: Megatron on the CPU, its process groups, and its random generators.
 
@@ -91,6 +97,7 @@ def megatron_parallel(
     Args:
         tp, pp, cp, ep: sizes of the tensor, pipeline, context and expert parallel groups; the rest
             of the world is data parallel.
+        etp: ranks that share an expert; all of the tensor parallel group by default.
         vpp: virtual pipeline stages of each rank.
         seed: the base of the model-parallel seeds; the same on every rank.
 
@@ -110,6 +117,7 @@ def megatron_parallel(
         virtual_pipeline_model_parallel_size=vpp,
         context_parallel_size=cp,
         expert_model_parallel_size=ep,
+        expert_tensor_parallel_size=etp,
     )
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)

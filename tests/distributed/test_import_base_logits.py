@@ -19,7 +19,7 @@ RELATIVE = 1e-4
 LENGTH, BATCH = 16, 2
 LAYOUTS = [{}, {"tp": 2}, {"pp": 2}]
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
-MOE = ("mixtral", "qwen3_moe")
+MOE = ("mixtral", "qwen3_moe", "gpt_oss")
 CASES = [
     *[(family, layout) for family in DENSE + MOE for layout in LAYOUTS],
     *[(family, {"ep": 2}) for family in MOE],
@@ -27,6 +27,16 @@ CASES = [
     ("qwen2", {"tp": 2, "pp": 2}),
     ("qwen3_moe", {"tp": 2, "ep": 2}),
 ]
+
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
+LLAMA3 = {
+    **{"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.5},
+    **{"high_freq_factor": 3.0, "original_max_position_embeddings": 32},
+}
+YARN = {
+    **{"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0},
+    "original_max_position_embeddings": 16,
+}
 
 
 def _name(value: Any) -> str:
@@ -46,6 +56,10 @@ def test_logits_equal_hugging_face(family: str, layout: dict[str, int], tmp_path
         ("llama", {"attention_bias": True}),
         ("llama", {"mlp_bias": True}),
         ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": []}),
+        ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+        ("llama", {"rope_parameters": LINEAR}),
+        ("llama", {"rope_parameters": LLAMA3}),
+        ("qwen2", {"rope_parameters": YARN}),
     ],
 )
 def test_variants_equal_hugging_face(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
@@ -73,7 +87,8 @@ def _logits(
     rank: int, world_size: int, layout: dict[str, int], directory: str, tokens: Tensor
 ) -> Any:
     """Logits [B, S, V] over all TP ranks, on the last pipeline stage."""
-    groups = megatron_parallel(**layout)
+    etp = load_base_json(directory).megatron_args.get("expert_tensor_parallel_size")
+    groups = megatron_parallel(**layout, etp=etp)
     tp, pp = layout.get("tp", 1), layout.get("pp", 1)
     first, last = groups.pp.rank() == 0, groups.pp.rank() == pp - 1
     model = _gpt(directory, layout, groups, first, last)

@@ -21,13 +21,16 @@ def mask_of(plan: Plan, rows: int) -> Tensor:
         part = mask[block.batch, block.query, block.key]
         seen = torch.ones(part.shape[1:], dtype=torch.bool)
         assert not part.any(), "a key counted twice"
-        mask[block.batch, block.query, block.key] = seen.tril() if block.causal else seen
+        if block.causal:
+            seen = seen.triu() if block.reverse else seen.tril()
+        mask[block.batch, block.query, block.key] = seen
     return mask
 
 
-def expected_mask(spans: list, documents: list | None) -> Tensor:
+def expected_mask(spans: list, documents: list | None, window: int = LENGTH) -> Tensor:
     positions = torch.cat([torch.arange(*span) for span in spans])
-    mask = positions[:, None] >= torch.arange(LENGTH)
+    distance = positions[:, None] - torch.arange(LENGTH)
+    mask = (distance >= 0) & (distance < window)
     if documents is None:
         return mask
     document = torch.cat([torch.full((b - a,), i) for i, (a, b) in enumerate(documents)])
@@ -47,6 +50,18 @@ PLANS = [
 def test_plans_describe_the_mask(spans: list, documents: list | None) -> None:
     rows = sum(stop - start for start, stop in spans)
     assert mask_of(span_plan(spans, documents), rows)[0].equal(expected_mask(spans, documents))
+
+
+@pytest.mark.parametrize("window", [2, 3, 5, 8, 23])
+@pytest.mark.parametrize(("spans", "documents"), PLANS)
+def test_sliding_windows(spans: list, documents: list | None, window: int) -> None:
+    torch.manual_seed(window)
+    plan = span_plan(spans, documents, window=window)
+    mask = expected_mask(spans, documents, window)
+    assert mask_of(plan, mask.shape[0])[0].equal(mask)
+    q = torch.randn(BATCH, 4, mask.shape[0], SIZE, requires_grad=True)
+    k, v = (torch.randn(BATCH, 2, LENGTH, SIZE, requires_grad=True) for _ in range(2))
+    compare(block_attention(q, k, v, SCALE, plan), dense(q, k, v, mask), [q, k, v])
 
 
 @pytest.mark.parametrize(("spans", "documents"), PLANS)

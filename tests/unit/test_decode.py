@@ -43,6 +43,32 @@ def test_cached_rows_equal_dense_causal_attention_after_rejected_rows() -> None:
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("with_sink", [False, True])
+def test_windows_and_sinks_in_a_cache_equal_the_dense_softmax(
+    window: int | None, with_sink: bool
+) -> None:
+    """Values narrower than keys, as MLA has them; the prompt first, then row by row."""
+    torch.manual_seed(0)
+    heads, groups, length = 6, 2, 9
+    query, key = torch.randn(2, heads, length, 4), torch.randn(2, groups, length, 4)
+    value = torch.randn(2, groups, length, 3)
+    sink = torch.randn(heads) if with_sink else None
+    scores = 0.3 * query @ key.repeat_interleave(3, 1).transpose(-1, -2)
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    seen = (distance >= 0) & (distance < (window or length))
+    scores = scores.masked_fill(~seen, float("-inf"))
+    if sink is not None:
+        scores = torch.cat([scores, sink.view(1, -1, 1, 1).expand(2, -1, length, 1)], dim=-1)
+    expected = scores.softmax(-1)[..., :length] @ value.repeat_interleave(3, 1)
+    cache, found = KeyValueCache(length), []
+    for rows in (slice(0, 5), *(slice(row, row + 1) for row in range(5, length))):
+        cache.place(torch.arange(length)[rows].expand(2, -1))
+        parts = (x[:, :, rows] for x in (query, key, value))
+        found.append(cache.attend(1, *parts, 0.3, window, sink))
+    torch.testing.assert_close(torch.cat(found, dim=2), expected, rtol=1e-5, atol=1e-6)
+
+
 def test_a_cache_keeps_the_sequences_it_is_told_to() -> None:
     torch.manual_seed(0)
     key = torch.randn(3, 1, 2, 4)

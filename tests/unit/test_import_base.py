@@ -15,11 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from megatron_eagle.attention.rope import attention_factor, inverse_frequencies
 from megatron_eagle.checkpoint_dir import load_base_json, resolve_checkpoint
 from megatron_eagle.hf import torch_dist_writer
 from megatron_eagle.hf.families import FAMILIES, family_of
 from megatron_eagle.hf.import_base import import_base
 from megatron_eagle.hf.megatron_args import flags, megatron_args
+from megatron_eagle.hf.rope_args import rope_beyond_flags
 from tests.tiny_hf import SIZES, make_base
 from tools.import_base import main
 
@@ -134,11 +136,38 @@ def test_printed_flags_are_megatrons(architecture: str, monkeypatch: pytest.Monk
     rope = {"rope_theta": 500000.0, "rope_scaling": LLAMA3}
     for untied, extra in ((True, {}), (False, rope)):
         config = {**CONFIG, "architectures": [architecture], "tie_word_embeddings": untied, **extra}
+        config |= {"num_local_experts": 4, "sliding_window": 16, "use_sliding_window": True}
+        config |= {"max_window_layers": 1, "mlp_only_layers": [0]}
         args = megatron_args(config, FAMILIES[architecture], "config.json")
         monkeypatch.setattr(sys, "argv", ["train", *flags(args)])
         parsed = vars(parse_args())
         parsed["norm_epsilon"] = parsed["layernorm_epsilon"]  # as Megatron stores --norm-epsilon
+        parsed["window_size"] = list(parsed["window_size"] or []) or None
         assert {name: parsed[name] for name in args} == args
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 3.0},
+        {**LLAMA3, "high_freq_factor": 3.0, "original_max_position_embeddings": 512},
+        {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096},
+        {"rope_type": "yarn", "factor": 8.0, "attention_factor": 0.7, "beta_fast": 24},
+        {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "mscale_all_dim": 1.0},
+        {"rope_type": "yarn", "factor": 4.0, "mscale": 0.7, "truncate": False},
+    ],
+)
+def test_scaled_rope_equals_hugging_face(rope: dict[str, Any]) -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = {"rope_theta": 70000.0, **rope}
+    config = LlamaConfig(head_dim=64, max_position_embeddings=8192, rope_parameters=dict(rope))
+    expected, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu")
+    for spelling in ({"rope_parameters": rope}, {"rope_scaling": rope, "rope_theta": 70000.0}):
+        described = rope_beyond_flags({"max_position_embeddings": 8192, **spelling}, "config.json")
+        torch.testing.assert_close(inverse_frequencies(described, 64), expected)
+        assert attention_factor(described) == pytest.approx(factor)
 
 
 def test_llama3_rope_equals_hugging_face() -> None:
@@ -164,14 +193,12 @@ def test_llama3_rope_equals_hugging_face() -> None:
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "'GPT2LMHeadModel' is not supported"),
         ({"architectures": None}, "must name exactly one class"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, "rope type 'linear'"),
-        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 8.0}}, "high_freq_factor = 8.0"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, "rope type 'dynamic'"),
+        ({"rope_scaling": {"type": "longrope", "factor": 4.0}}, "rope type 'longrope'"),
+        ({"rope_scaling": {"type": "yarn"}}, "factor must be a positive number"),
+        ({"rope_scaling": {"type": "linear", "factor": "4"}}, "factor must be a positive number"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "low_freq_factor >= high_freq"),
         ({"rope_scaling": {**LLAMA3, "factor": None}}, "factor must be a positive number"),
-        (
-            {"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 4096}},
-            "original_max_position_embeddings = 4096",
-        ),
         ({"rope_theta": 10000.5}, "rope_theta = 10000.5"),
         ({"rope_parameters": {"full_attention": {}}}, "per layer type"),
         ({"attention_bias": 1}, "attention_bias must be true or false"),
@@ -184,6 +211,18 @@ def test_llama3_rope_equals_hugging_face() -> None:
         ({"hidden_size": "48"}, "hidden_size must be a positive integer"),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
         ({"layer_types": ["linear_attention"]}, "layer_types"),
+        (
+            {"architectures": ["MistralForCausalLM"], "sliding_window": 1},
+            "sliding_window = 1 is not supported",
+        ),
+        (
+            {"architectures": ["GptOssForCausalLM"], "swiglu_limit": 5.0},
+            "swiglu_limit = 5.0 is not supported",
+        ),
+        (
+            {"architectures": ["MixtralForCausalLM"], "num_experts_per_tok": 1},
+            "top-1 router is not supported",
+        ),
     ],
 )
 def test_unsupported_config_is_refused(fields: dict[str, Any], message: str) -> None:
@@ -191,13 +230,17 @@ def test_unsupported_config_is_refused(fields: dict[str, Any], message: str) -> 
         args_of(**fields)
 
 
-def test_sliding_window_bounds_the_positions(tmp_path: Path) -> None:
+def test_sliding_windows_become_megatrons() -> None:
     mistral = {"architectures": ["MistralForCausalLM"]}
-    assert args_of(**mistral, sliding_window=16)["max_position_embeddings"] == 16
-    assert args_of(**mistral, sliding_window=None)["max_position_embeddings"] == 64
+    assert args_of(**mistral, sliding_window=16)["window_size"] == [15, 0]
+    assert "window_attn_skip_freq" not in args_of(**mistral, sliding_window=16)
+    for without in (None, 64):
+        assert "window_size" not in args_of(**mistral, sliding_window=without)
     qwen = {"architectures": ["Qwen2ForCausalLM"], "sliding_window": 16}
-    assert args_of(**qwen)["max_position_embeddings"] == 64
-    assert args_of(**qwen, use_sliding_window=True)["max_position_embeddings"] == 16
+    assert "window_size" not in args_of(**qwen)
+    assert "window_size" not in args_of(**qwen, use_sliding_window=True)  # from layer 28 on
+    upper = args_of(**qwen, use_sliding_window=True, max_window_layers=1)
+    assert upper["window_attn_skip_freq"] == [0, 1]
 
 
 def no_config(hf: Path) -> None:
