@@ -26,6 +26,7 @@ _PATHS = {
     ),
     "ShardedTensor": "megatron.core.dist_checkpointing.mapping:ShardedTensor",
     "StrictHandling": "megatron.core.dist_checkpointing.validation:StrictHandling",
+    "TopKRouter": "megatron.core.transformer.moe.router:TopKRouter",
     "TransformerConfig": "megatron.core.transformer:TransformerConfig",
     "apply_factories": "megatron.core.dist_checkpointing.mapping:apply_factories",
     "backward_step": "megatron.core.pipeline_parallel.schedules:backward_step",

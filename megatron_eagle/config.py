@@ -16,6 +16,8 @@ from megatron_eagle.config_checks import ALGORITHMS, LAYER_WIDTHS, LOSSES, check
 
 REGRESSION_WEIGHT = 10.0
 LK_DECAY = 3.0
+MOE_TOPK = 2
+MOE_BALANCE = 0.01
 
 
 def _option(default: Any, help_text: str, **flag: Any) -> Any:
@@ -74,6 +76,21 @@ class EagleConfig:
     )
     kv_channels: int | None = _option(
         None, "size of an attention head of the draft's layers (default: the base's)", type=int
+    )
+    num_experts: int | None = _option(
+        None, "experts of each of the draft's layers (default: dense layers)", type=int
+    )
+    moe_router_topk: int | None = _option(
+        None, f"experts of a token in a MoE draft (default: {MOE_TOPK})", type=int
+    )
+    moe_ffn_hidden_size: int | None = _option(
+        None, "ffn width of a MoE draft's experts (default: that of a dense layer)", type=int
+    )
+    moe_aux_loss_coeff: float | None = _option(
+        None,
+        "weight of a MoE draft's balance loss, per supervised row of step 0 (default: "
+        f"{MOE_BALANCE:g})",
+        type=float,
     )
     draft_vocab_size: int | None = _option(
         None,
@@ -194,6 +211,21 @@ class EagleConfig:
                 f"divide the draft's {widths['num_attention_heads']} attention heads"
             )
         return widths
+
+    def expert_config(self) -> dict[str, Any]:
+        """The experts of the draft's layers under the names of Megatron's TransformerConfig;
+        nothing for dense layers."""
+        if self.num_experts is None:
+            return {}
+        topk, balance = self.moe_router_topk, self.moe_aux_loss_coeff
+        found: dict[str, Any] = {
+            "num_moe_experts": self.num_experts,
+            "moe_router_topk": MOE_TOPK if topk is None else topk,
+            "moe_aux_loss_coeff": MOE_BALANCE if balance is None else balance,
+        }
+        if self.moe_ffn_hidden_size is not None:
+            found["moe_ffn_hidden_size"] = self.moe_ffn_hidden_size
+        return found
 
     def check_against_base(self, base_layers: int, vocab_size: int, seq_length: int) -> None:
         """Raise ``ValueError`` for options that a base of these dimensions cannot honour."""

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
 
 ALGORITHMS = ("eagle1", "eagle3", "eagle3.1")
 LOSSES = ("kl", "ce", "reverse-kl", "tv", "lk-alpha", "lk-lambda")
+EXPERT_OPTIONS = ("moe_router_topk", "moe_ffn_hidden_size", "moe_aux_loss_coeff")
 LAYER_WIDTHS = ("ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
 _NOT_EAGLE1 = (
     "aux_layers",
@@ -28,7 +29,8 @@ def check_options(options: EagleConfig) -> None:
             raise ValueError(
                 f"{flag_name(name)} must be at least {least_value}, not {getattr(options, name)}"
             )
-    for name in ("draft_vocab_size", *LAYER_WIDTHS):
+    at_least_one = ("draft_vocab_size", "num_experts", *EXPERT_OPTIONS[:2], *LAYER_WIDTHS)
+    for name in at_least_one:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"{flag_name(name)} must be at least 1, not {value}")
@@ -44,11 +46,33 @@ def check_options(options: EagleConfig) -> None:
         _check_aux_layers(options.aux_layers)
     _check_algorithm(options)
     _check_loss(options)
+    _check_experts(options)
 
 
 def flag_name(field_name: str) -> str:
     """``ttt_steps`` -> ``--eagle-ttt-steps``."""
     return "--eagle-" + field_name.replace("_", "-")
+
+
+def _check_experts(options: EagleConfig) -> None:
+    if options.num_experts is None:
+        for name in EXPERT_OPTIONS:
+            if getattr(options, name) is not None:
+                raise ValueError(
+                    f"{_shown(name, getattr(options, name))}: only a MoE draft has it "
+                    "(--eagle-num-experts)"
+                )
+        return
+    topk = options.expert_config()["moe_router_topk"]
+    if topk > options.num_experts:
+        raise ValueError(
+            f"--eagle-moe-router-topk: {topk} experts of a token, but --eagle-num-experts "
+            f"{options.num_experts}"
+        )
+    if options.moe_aux_loss_coeff is not None and options.moe_aux_loss_coeff < 0:
+        raise ValueError(
+            f"--eagle-moe-aux-loss-coeff must not be negative: {options.moe_aux_loss_coeff}"
+        )
 
 
 def _check_loss(options: EagleConfig) -> None:

@@ -44,6 +44,7 @@ def build_model(case: Case) -> Any:
 
     from megatron_eagle.attention.backend import local_backend
     from megatron_eagle.config import EagleConfig
+    from megatron_eagle.draft.layer_config import draft_config
     from megatron_eagle.draft.metadata import encode_metadata
     from megatron_eagle.draft.model import EagleDraft
     from megatron_eagle.teacher.targets import draft_vocab_shard
@@ -89,8 +90,8 @@ def build_model(case: Case) -> Any:
         case.vocab_ids.numel(), reference.vocab_size, base.output_weight.shape[0], groups.tp
     )
     draft = EagleDraft(
-        config, local_backend(), options, reference.num_aux, case.vocab_ids, shard,
-        encode_metadata({}), groups, lambda: base.output_weight, base.rotary,
+        draft_config(config, options), local_backend(), options, reference.num_aux,
+        case.vocab_ids, shard, encode_metadata({}), groups, lambda: base.output_weight, base.rotary,
     )  # fmt: skip
     load_reference_weights(draft, case)
     return EagleGPTModel(base, draft, options)
@@ -106,6 +107,9 @@ def draft_options(reference: ReferenceConfig) -> dict[str, Any]:
         "kv_channels": reference.head_dim,
     }
     widths |= {"loss": reference.loss}
+    if reference.num_experts:
+        widths |= {"num_experts": reference.num_experts, "moe_router_topk": reference.topk}
+        widths |= {"moe_aux_loss_coeff": reference.balance}
     if reference.loss == "lk-lambda":
         widths |= {"lk_decay": reference.lk_decay}
     if reference.eagle1:
@@ -210,10 +214,20 @@ def megatron_names(case: Case) -> dict[str, tuple[list[str], str]]:
             f"{ours}self_attention.linear_proj.weight": ([f"{attention}o_proj.weight"], "columns"),
             f"{ours}pre_mlp_layernorm.weight": (
                 [f"{theirs}post_attention_layernorm.weight"], "whole"),
-            f"{ours}mlp.linear_fc1.weight": (
-                [f"{theirs}mlp.gate_proj.weight", f"{theirs}mlp.up_proj.weight"], "gated"),
-            f"{ours}mlp.linear_fc2.weight": ([f"{theirs}mlp.down_proj.weight"], "columns"),
         }  # fmt: skip
+        mlps = {f"{ours}mlp.": f"{theirs}mlp."}
+        if case.config.num_experts:
+            names[f"{ours}mlp.router.weight"] = ([f"{theirs}mlp.gate.weight"], "whole")
+            mlps = {
+                f"{ours}mlp.experts.local_experts.{e}.": f"{theirs}mlp.experts.{e}."
+                for e in range(case.config.num_experts)
+            }
+        for mine, its in mlps.items():
+            names |= {
+                f"{mine}linear_fc1.weight": (
+                    [f"{its}gate_proj.weight", f"{its}up_proj.weight"], "gated"),
+                f"{mine}linear_fc2.weight": ([f"{its}down_proj.weight"], "columns"),
+            }  # fmt: skip
     return names
 
 

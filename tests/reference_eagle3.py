@@ -159,6 +159,10 @@ class ReferenceEagle3(nn.Module):
             if self.config.detach_steps:
                 hidden = hidden.detach()
         result = self.objective(torch.stack(logits), base_logits, loss_mask)
+        for block in self.blocks():
+            if self.config.num_experts:  # a mean over the steps, beside the mean over rows
+                balance = torch.stack(block.mlp.balances).mean()
+                result["loss"] = result["loss"] + self.config.balance * balance
         return self.regress(result, outputs, aux) if self.config.eagle1 else result
 
     def regress(

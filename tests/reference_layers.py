@@ -50,6 +50,9 @@ class ReferenceConfig:
     norm_before_residual: bool = False
     eagle1: bool = False
     regression: float = 10.0
+    num_experts: int = 0
+    topk: int = 2
+    balance: float = 0.0
     loss: str = "kl"
     lk_decay: float = 3.0
 
@@ -144,6 +147,30 @@ class ReferenceMLP(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
+class ReferenceMoE(nn.Module):
+    """Every token's `topk` experts, weighted by the softmax over their scores; `balances` keeps the
+    Switch balance loss of every pass, E sum_e f_e P_e with f the share of choices and P the mean
+    probability of each expert."""
+
+    def __init__(self, config: ReferenceConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.gate = nn.Linear(config.hidden_size, config.num_experts, bias=False)
+        self.experts = nn.ModuleList(ReferenceMLP(config) for _ in range(config.num_experts))
+        self.balances: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.gate(x)
+        best = scores.topk(self.config.topk, dim=-1)
+        weights = torch.zeros_like(scores).scatter(-1, best.indices, best.values.softmax(-1))
+        chosen = torch.zeros_like(scores).scatter(-1, best.indices, 1.0)
+        shares = chosen.flatten(0, -2).mean(0) / self.config.topk
+        mean = scores.softmax(-1).flatten(0, -2).mean(0)
+        self.balances.append(self.config.num_experts * (shares * mean).sum())
+        outputs = torch.stack([expert(x) for expert in self.experts], dim=-1)
+        return (outputs * weights.unsqueeze(-2)).sum(-1)
+
+
 class ReferenceLayer(nn.Module):
     """EAGLE-3's layer 0 reads [embedding ; hidden] (2H), EAGLE-1's the hidden without a norm; later
     layers read the normed hidden."""
@@ -160,7 +187,7 @@ class ReferenceLayer(nn.Module):
             self.hidden_norm = nn.RMSNorm(size, eps=config.rms_eps)
         self.self_attn = ReferenceAttention(config, 2 * size if first else size)
         self.post_attention_layernorm = nn.RMSNorm(size, eps=config.rms_eps)
-        self.mlp = ReferenceMLP(config)
+        self.mlp = ReferenceMoE(config) if config.num_experts else ReferenceMLP(config)
         self.first = first
 
     def forward(self, hidden: Tensor, embedding: Tensor, past: list[KeyValue]) -> Tensor:

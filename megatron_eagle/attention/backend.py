@@ -40,7 +40,11 @@ def local_backend() -> LayerBackend:
     provider = LocalSpecProvider()
 
     def layer_spec(config: Any) -> Any:
-        spec = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm)
+        spec = get_gpt_layer_local_spec(
+            num_experts=config.num_moe_experts,
+            normalization="RMSNorm",
+            qk_layernorm=config.qk_layernorm,
+        )
         return with_eagle_attention(_lean(spec))
 
     return LayerBackend(
@@ -61,7 +65,9 @@ def transformer_engine_backend() -> LayerBackend:
     provider = require("megatron.core.extensions.transformer_engine_spec_provider:TESpecProvider")()
 
     def layer_spec(config: Any) -> Any:
-        spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+        spec = get_gpt_layer_with_transformer_engine_spec(
+            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
+        )
         return with_eagle_attention(spec)
 
     return LayerBackend(

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_eagle.attention.backend import LayerBackend
 from megatron_eagle.compat import IdentityOp
 from megatron_eagle.config import EagleConfig
+from megatron_eagle.draft.experts import keep_balance_losses
 
 
 class EmbeddingHiddenNorm(torch.nn.Module):
@@ -55,6 +56,9 @@ def draft_layer_specs(backend: LayerBackend, config: Any, options: EagleConfig) 
     one takes [S, B, 2H], or for EAGLE-1 [S, B, H] without a norm.
     """
     specs = [backend.layer_spec(config) for _ in range(config.num_layers)]
+    if config.num_moe_experts is not None:
+        for spec in specs:
+            keep_balance_losses(spec)
     if options.algorithm == "eagle1":
         _replace_input(specs[0], backend.column_linear, IdentityOp)
     else:

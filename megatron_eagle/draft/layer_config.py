@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -17,9 +18,9 @@ from megatron_eagle.config_checks import LAYER_WIDTHS
 
 
 def draft_config(base_config: Any, options: EagleConfig) -> Any:
-    """The base's TransformerConfig with the draft's depth and widths: the same hidden size, a dense
-    SwiGLU ffn, and nothing that EAGLE-3 readers do not know: no experts, query/key norms, biases,
-    windows or sinks.
+    """The base's TransformerConfig with the draft's depth, widths and experts: the same hidden
+    size, SwiGLU, and nothing that EAGLE-3 readers do not know: no query/key norms, biases, windows
+    or sinks.
 
     Of ``recompute_modules`` "core_attn" is done already: the kernels keep no scores for backward,
     and Megatron's own checkpointing cannot carry an attention state."""
@@ -31,15 +32,26 @@ def draft_config(base_config: Any, options: EagleConfig) -> Any:
     config.qk_layernorm = False
     config.add_qkv_bias = False
     config.add_bias_linear = False
-    config.num_moe_experts = None
-    config.moe_layer_freq = 1
     config.activation_func = torch.nn.functional.silu
     config.activation_func_clamp_value, config.glu_linear_offset = None, 0.0
     config.softmax_type, config.window_size = "vanilla", None
     for name in LAYER_WIDTHS:
         if getattr(options, name) is not None:
             setattr(config, name, getattr(options, name))
+    _set_experts(config, options)
     return config
+
+
+def _set_experts(config: Any, options: EagleConfig) -> None:
+    """The draft's experts and none of the base's options for its own."""
+    for field in fields(config):
+        if field.name.startswith("moe_"):
+            setattr(config, field.name, field.default)
+    config.num_moe_experts = None
+    config.moe_ffn_hidden_size = config.ffn_hidden_size
+    config.moe_token_dispatcher_type = "alltoall"
+    for name, value in options.expert_config().items():
+        setattr(config, name, value)
 
 
 Rotary = Callable[[int], Tensor]

@@ -60,12 +60,19 @@ def decode_metadata(tensor: Tensor, source: str) -> dict[str, Any]:
     return content
 
 
+_SAME = (
+    *("algorithm", "norm_before_fc", "norm_before_residual"),
+    *("num_experts", "moe_router_topk", "moe_ffn_hidden_size"),
+)
+"""Options that decide what the weights mean, beside the widths and what has a key of its own."""
+
+
 def check_same_draft(saved: dict[str, Any], now: dict[str, Any], source: str) -> None:
     """Raise ``ValueError`` naming the flag if the draft of ``source`` is not the one of this run.
 
     The number of TTT steps and other training options may change on resume.
     """
-    for option in ("algorithm", "norm_before_fc", "norm_before_residual"):
+    for option in _SAME:
         then, is_now = (
             getattr(EagleConfig.from_mapping(content["config"]), option) for content in (saved, now)
         )

@@ -54,6 +54,7 @@ def export_draft(
     target = checked_output(Path(output), overwrite, is_exported_draft)
     checkpoint = DraftCheckpoint.open(load)
     info = read_info(checkpoint)
+    _check_convertible(info, f"{checkpoint.directory}: {METADATA}")
     check_servers(layout, info)
     progress(f"reading {checkpoint.directory}")
     tensors = convert(checkpoint, info, dtype, layout)
@@ -82,6 +83,11 @@ def read_info(checkpoint: DraftCheckpoint) -> DraftInfo:
         raise ValueError(f"{checkpoint.directory}: holds no draft (no {PREFIX}* tensor)")
     tensor = checkpoint.load([METADATA])[METADATA]
     return parse_draft_info(tensor, f"{checkpoint.directory}: {METADATA}")
+
+
+def _check_convertible(info: DraftInfo, source: str) -> None:
+    if info.options.num_experts is not None:
+        raise ValueError(f"{source}: a MoE draft cannot be converted: no server's format is known")
 
 
 def convert(

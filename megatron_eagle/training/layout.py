@@ -33,6 +33,8 @@ def check_layout(user: Sequence[str], base: BaseInfo, options: EagleConfig) -> N
             "pipeline-model-parallel": given.pipeline_model_parallel_size,
         }
     )
+    if options.num_experts is not None:
+        _check_experts(given, options)
     for name, width in options.layer_widths(base.megatron_args).items():
         if name != "kv_channels" and width % tensor:
             raise ValueError(
@@ -68,6 +70,21 @@ def pipeline_flags(user: Sequence[str]) -> list[str]:
     stage. Megatron makes several on the first stage and one on all others."""
     several = _layout(user).pipeline_model_parallel_size > 1
     return ["--ddp-bucket-size", str(2**62)] if several else []
+
+
+def _check_experts(given: argparse.Namespace, options: EagleConfig) -> None:
+    """What Megatron's MoE layers and the balance loss over rows of one rank ask for."""
+    shown = f"--eagle-num-experts {options.num_experts}"
+    if given.tensor_model_parallel_size > 1 and not given.sequence_parallel:
+        raise ValueError(f"{shown} needs --sequence-parallel with tensor parallelism")
+    if given.context_parallel_size > 1:
+        raise ValueError(f"{shown} is not supported with --context-parallel-size yet")
+    width = options.moe_ffn_hidden_size
+    if width is not None and width % given.tensor_model_parallel_size:
+        raise ValueError(
+            f"--tensor-model-parallel-size {given.tensor_model_parallel_size} does not divide "
+            f"--eagle-moe-ffn-hidden-size {width}"
+        )
 
 
 def _layout(user: Sequence[str]) -> argparse.Namespace:

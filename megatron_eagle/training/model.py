@@ -10,6 +10,7 @@ from torch import Tensor
 from megatron_eagle.attention.packing import Packing
 from megatron_eagle.compat import MegatronModule
 from megatron_eagle.config import EagleConfig
+from megatron_eagle.draft.experts import take_balance_loss
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.objective.metrics import metric_sums, prefix_hits
@@ -133,6 +134,9 @@ class EagleGPTModel(MegatronModule):
                 self.budgets,
                 self.row_loss,
             )
+            balance = take_balance_loss(self.draft)
+            if balance is not None:  # divided, as the loss is, by the batch's rows of step 0
+                loss = loss + balance * sums[self.options.ttt_steps]
             prefixes = prefix_hits(hits, batch.step_rows, batch.tokens.numel())
             if self.options.algorithm != "eagle1":
                 return loss, metric_sums(sums, prefixes)

@@ -18,6 +18,14 @@ ALGORITHMS = {
         *("--eagle-algorithm", "eagle3.1", "--eagle-norm-before-residual"),
         *("--eagle-draft-vocab-size", 32),
     ],
+    "moe": [
+        "--eagle-num-experts",
+        4,
+        "--eagle-moe-ffn-hidden-size",
+        32,
+        "--eagle-loss",
+        "lk-alpha",
+    ],
 }
 
 
@@ -39,6 +47,11 @@ def test_trains_and_resumes_in_another_layout(name: str, inputs: Inputs, tmp_pat
     assert set(resumed.metrics) == {11, 12}
     for iteration, line in resumed.metrics.items():
         assert line["loss"] == pytest.approx(whole.metrics[iteration]["loss"], rel=1e-5)
+    if name == "moe":
+        words = ["--eagle-num-experts", 2]
+        other = train(1, None, *inputs.flags, *words, "--load", tmp_path / "draft")
+        assert "--eagle-num-experts: this run has 2, the draft in" in other.error_line
+        return
     other = train(1, None, *inputs.flags, "--load", tmp_path / "draft")
     assert other.returncode != 0
     assert f"--eagle-algorithm: this run has eagle3, the draft in --load {tmp_path}/draft " in (

@@ -1,0 +1,57 @@
+"""MoE layers of a draft: Megatron's own, whose balance loss joins the draft's loss.
+
+Megatron adds the balance loss to the gradient behind the back of the main loss, scaled for a loss
+over all tokens and one pass. A draft is judged on supervised rows only and runs K times, so its
+routers hand their losses over instead, and the model adds them to its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_eagle.compat import TopKRouter
+
+
+class DraftRouter(TopKRouter):
+    """A TopKRouter that keeps its balance losses until :func:`take_balance_loss`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.balance_losses: list[Tensor] = []
+
+    def attach_and_log_load_balancing_loss(
+        self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Called by Megatron when training, with the coefficient in ``aux_loss`` already."""
+        self.balance_losses.append(aux_loss)
+        return activation
+
+
+def keep_balance_losses(layer_spec: Any) -> None:
+    """Make a MoE TransformerLayer spec use :class:`DraftRouter`, in place."""
+    submodules = layer_spec.submodules
+    moe = submodules.mlp.keywords["submodules"]
+    submodules.mlp = partial(submodules.mlp.func, submodules=replace(moe, router=DraftRouter))
+    # The norm in front of experts is fused into none of them: its key is its own.
+    submodules.sharded_state_dict_keys_map = {
+        key: value
+        for key, value in submodules.sharded_state_dict_keys_map.items()
+        if not key.startswith("pre_mlp_layernorm")
+    }
+
+
+def take_balance_loss(draft: torch.nn.Module) -> Tensor | None:
+    """The balance loss of the passes since the last call: mean over passes, sum over layers, this
+    rank's part of it under sequence parallelism. None if no layer has experts."""
+    total: Tensor | None = None
+    for module in draft.modules():
+        if isinstance(module, DraftRouter) and module.balance_losses:
+            mean = torch.stack(module.balance_losses).mean()
+            module.balance_losses = []
+            total = mean if total is None else total + mean
+    return total
