@@ -27,6 +27,7 @@ class PipelineCase:
     tp: int = 1
     pp: int = 1
     cp: int = 1
+    ep: int = 1
     first: int | None = None
     sequence_parallel: bool = False
     distributed_optimizer: bool = False
@@ -41,6 +42,9 @@ class GivenStep:
         self.case, self.cp_rank = case, groups.cp.rank()
         self.loss = ForwardStep(options, case.draft.config.vocab_size).loss
 
+    def __call__(self, iterator: Any, model: Any) -> Any:
+        return model(self.read(iterator)), self.loss
+
     def read(self, iterator: Any) -> Any:
         from megatron_eagle.objective.batch import EagleBatch
 
@@ -52,10 +56,12 @@ class GivenStep:
         )  # fmt: skip
 
 
-def build_pipeline(case: PipelineCase) -> tuple[Any, Any, Any]:
-    """(model wrapped for data parallelism, step, process groups) on this rank."""
-    groups = megatron_parallel(tp=case.tp, pp=case.pp, cp=case.cp)
+def build_pipeline(case: PipelineCase, **experts: Any) -> tuple[Any, Any, Any]:
+    """(model wrapped for data parallelism, step, process groups) on this rank. With ``experts``,
+    fields of the TransformerConfig, the base is a random MoE of the checkpoint's dimensions."""
+    groups = megatron_parallel(tp=case.tp, pp=case.pp, cp=case.cp, ep=case.ep)
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.enums import ModelType
 
     from megatron_eagle.attention.backend import local_backend
     from megatron_eagle.checkpoint_dir import load_base_json
@@ -76,6 +82,7 @@ def build_pipeline(case: PipelineCase) -> tuple[Any, Any, Any]:
         info, case.tp, pipeline_model_parallel_size=case.pp, pipeline_dtype=torch.float32,
         context_parallel_size=case.cp, sequence_parallel=case.sequence_parallel,
         num_layers_in_first_pipeline_stage=case.first, calculate_per_token_loss=True,
+        expert_model_parallel_size=case.ep, **experts,
     )  # fmt: skip
     links = StageLinks(groups.pp) if case.pp > 1 else None
     if links is not None:
@@ -83,7 +90,8 @@ def build_pipeline(case: PipelineCase) -> tuple[Any, Any, Any]:
     ends = (groups.pp.rank() == 0, groups.pp.rank() == case.pp - 1)
     gpt = build_base(config, info, local_backend(), groups, *ends)
     shards = VocabShards(gpt)
-    load_base(gpt, case.base, shards)
+    if not experts:
+        load_base(gpt, case.base, shards)
     base = FrozenBase(gpt, case.captured, info.vocab_size, shards)
     reference = case.draft.config
     options = EagleConfig(ttt_steps=reference.ttt_steps, step_decay=reference.step_decay)
@@ -100,6 +108,7 @@ def build_pipeline(case: PipelineCase) -> tuple[Any, Any, Any]:
     if links is not None:
         equal_start(draft, links.group)
     model = EagleGPTModel(base, draft, options, links)
+    model.model_type = ModelType.encoder_or_decoder
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
         overlap_grad_reduce=case.distributed_optimizer,

@@ -115,6 +115,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     ):  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--draft-vocab-size", type=int, default=256)
+    parser.add_argument("--num-experts", type=int, help="a Mixtral of top-2 experts, not a Llama")
     parser.add_argument("--untied", action="store_true", help="a base with its own output layer")
     parser.add_argument("--tolerance", type=float, default=1e-5, help="relative; default: 1e-5")
     parser.add_argument("--output", type=Path, help="write the table here too")
@@ -229,14 +230,18 @@ def table(rows: list[tuple[Outcome, dict[str, float]]]) -> str:
 
 
 def make_base(args: argparse.Namespace, folder: Path) -> Path:
-    """A random Llama of the given sizes, imported."""
+    """A random Llama, or Mixtral, of the given sizes, imported."""
     import torch
     import transformers
 
     from megatron_eagle.hf.import_base import import_base
 
     torch.manual_seed(args.seed)
-    config = transformers.LlamaConfig(
+    kind, experts = "Llama", {}
+    if args.num_experts is not None:
+        kind, experts = "Mixtral", {"num_local_experts": args.num_experts}
+    config = getattr(transformers, f"{kind}Config")(
+        **experts,
         num_hidden_layers=args.num_layers,
         hidden_size=args.hidden_size,
         intermediate_size=args.ffn_hidden_size,
@@ -246,7 +251,7 @@ def make_base(args: argparse.Namespace, folder: Path) -> Path:
         max_position_embeddings=args.seq_length,
         tie_word_embeddings=not args.untied,
     )
-    model = transformers.LlamaForCausalLM(config)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
             # Larger than a fresh model's, so that the base prefers some tokens clearly.

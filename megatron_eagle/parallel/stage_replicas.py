@@ -57,6 +57,10 @@ class FinalizeReplicas:
         for gradient in gradients:
             torch.distributed.all_reduce(gradient, group=self.group)
 
+    def __deepcopy__(self, memo: Any) -> FinalizeReplicas:
+        """Megatron copies the config that holds this; a process group has no copies."""
+        return self
+
     def _check_layout(self, gradients: list[Tensor]) -> None:
         mine = [gradient.numel() for gradient in gradients]
         others: list[Any] = [None] * self.group.size()

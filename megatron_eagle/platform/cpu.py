@@ -21,6 +21,7 @@ from megatron_eagle.platform.devices import redirect_devices_to_cpu
 from megatron_eagle.platform.megatron_patches import (
     allow_sequence_parallel_torch_norm,
     allow_trainer_without_cuda,
+    exchange_uneven_splits,
     load_optimizer_state_without_grad,
     pass_alltoall_splits_as_numpy,
     skip_helper_build_without_makefile,
@@ -65,6 +66,7 @@ def enable() -> bool:
     speed_up_linears()
     load_optimizer_state_without_grad()
     pass_alltoall_splits_as_numpy()
+    exchange_uneven_splits()
     allow_trainer_without_cuda()
     _enabled = True
     return True

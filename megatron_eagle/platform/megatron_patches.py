@@ -76,6 +76,48 @@ def pass_alltoall_splits_as_numpy() -> None:
     )
 
 
+def exchange_uneven_splits() -> None:
+    """Gather and reduce-scatter parts of different sizes, which gloo cannot: padded to the largest.
+
+    megatron/core/tensor_parallel/mappings.py does it for the experts of several tensor-parallel
+    ranks, whose tokens are as many as the router sends them.
+    """
+    mappings = "megatron.core.tensor_parallel.mappings:"
+    gather = require(mappings + "_gather_along_first_dim")
+    reduce_scatter = require(mappings + "_reduce_scatter_along_first_dim")
+
+    @functools.wraps(gather)
+    def gather_along_first_dim(
+        part: torch.Tensor, group: Any, output_split_sizes: Any = None, *rest: Any
+    ) -> torch.Tensor:
+        if output_split_sizes is None or group.size() == 1:
+            return gather(part, group, output_split_sizes, *rest)
+        padded = _padded(part, max(output_split_sizes))
+        whole = padded.new_empty(group.size() * padded.shape[0], *padded.shape[1:])
+        torch.distributed.all_gather_into_tensor(whole, padded, group=group)
+        parts = zip(whole.chunk(group.size()), output_split_sizes, strict=True)
+        return torch.cat([x[:size] for x, size in parts])
+
+    @functools.wraps(reduce_scatter)
+    def reduce_scatter_along_first_dim(
+        whole: torch.Tensor, group: Any, input_split_sizes: Any = None, *rest: Any
+    ) -> torch.Tensor:
+        if input_split_sizes is None or group.size() == 1:
+            return reduce_scatter(whole, group, input_split_sizes, *rest)
+        most = max(input_split_sizes)
+        parts = torch.stack([_padded(x, most) for x in whole.split(list(input_split_sizes))])
+        mine = parts.new_empty(parts.shape[1:])
+        torch.distributed.reduce_scatter_tensor(mine, parts.flatten(0, 1), group=group)
+        return mine[: input_split_sizes[group.rank()]]
+
+    replace(mappings + "_gather_along_first_dim", gather_along_first_dim)
+    replace(mappings + "_reduce_scatter_along_first_dim", reduce_scatter_along_first_dim)
+
+
+def _padded(part: torch.Tensor, rows: int) -> torch.Tensor:
+    return torch.cat([part, part.new_zeros(int(rows) - part.shape[0], *part.shape[1:])])
+
+
 def allow_trainer_without_cuda() -> None:
     """Pass the ``allow_no_cuda`` that ``initialize_megatron`` has and ``pretrain`` never passes.
 

@@ -19,7 +19,7 @@ from megatron_eagle.config import EagleConfig, add_eagle_flags
 from megatron_eagle.hf.megatron_args import ABSENT
 from megatron_eagle.hf.megatron_args import flags as megatron_flags
 from megatron_eagle.platform import is_enabled
-from megatron_eagle.training.layout import check_layout, check_micro_batches, pipeline_flags
+from megatron_eagle.training.layout import check_layout, check_micro_batches, layout_flags
 
 CPU_FLAGS = [
     *("--distributed-backend", "gloo", "--transformer-impl", "local"),
@@ -38,7 +38,6 @@ _ALIASES = {"norm_epsilon": "layernorm_epsilon"}
 """Flags that Megatron's parser stores under another name."""
 
 _UNSUPPORTED: dict[str, int | bool | None] = {
-    "expert_model_parallel_size": 1,
     "multi_latent_attention": False,
     "use_torch_fsdp2": False,
     "use_megatron_fsdp": False,
@@ -106,7 +105,7 @@ def _implied_flags(base: BaseInfo, options: EagleConfig, user: Sequence[str]) ->
         words += LOCAL_FLAGS
         if find_spec("fused_weight_gradient_mlp_cuda") is None:  # Apex's
             words += ["--no-gradient-accumulation-fusion"]
-    words += pipeline_flags(user)
+    words += layout_flags(user)
     if options.train_data is not None:
         # The file holds ids, and no validation split.
         words += ["--tokenizer-type", "NullTokenizer", "--eval-iters", "0"]

@@ -48,6 +48,7 @@ def check_layout(user: Sequence[str], base: BaseInfo, options: EagleConfig) -> N
                 f"the base's {name} = {base.megatron_args[name]}"
             )
     _check_layers(given, base.megatron_args["num_layers"])
+    _check_experts(given, base.megatron_args.get("num_experts"))
     if given.seq_length is not None:
         _check_sequence(given, options.ttt_steps)
 
@@ -65,11 +66,17 @@ def check_micro_batches(args: argparse.Namespace) -> None:
         )
 
 
-def pipeline_flags(user: Sequence[str]) -> list[str]:
-    """What a pipeline of stages that all train implies: gradient buckets that are the same on every
-    stage. Megatron makes several on the first stage and one on all others."""
-    several = _layout(user).pipeline_model_parallel_size > 1
-    return ["--ddp-bucket-size", str(2**62)] if several else []
+def layout_flags(user: Sequence[str]) -> list[str]:
+    """What the layout in ``user`` implies for Megatron."""
+    given, words = _layout(user), []
+    if given.pipeline_model_parallel_size > 1:
+        # Megatron makes several gradient buckets on the first stage and one on all others; of
+        # replicas they must be the same.
+        words += ["--ddp-bucket-size", str(2**62)]
+    if given.expert_model_parallel_size > 1:
+        # Data-parallel ranks have sequences of lengths of their own, which a gather cannot join.
+        words += ["--moe-token-dispatcher-type", "alltoall"]
+    return words
 
 
 def _check_experts(given: argparse.Namespace, options: EagleConfig) -> None:
@@ -89,8 +96,10 @@ def _check_experts(given: argparse.Namespace, options: EagleConfig) -> None:
 
 def _layout(user: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    for name in ("tensor-model-parallel", "context-parallel", "pipeline-model-parallel"):
-        parser.add_argument(f"--{name}-size", type=int, default=1)
+    for name in ("tensor-model", "context", "pipeline-model", "expert-model"):
+        parser.add_argument(f"--{name}-parallel-size", type=int, default=1)
+    parser.add_argument("--expert-tensor-parallel-size", type=int)
+    parser.add_argument("--moe-token-dispatcher-type")
     for flag in ("--seq-length", *_VIRTUAL_FLAGS, *_UNEVEN_FLAGS, "--ddp-bucket-size"):
         parser.add_argument(flag, type=int)
     parser.add_argument("--pipeline-model-parallel-layout")
@@ -136,6 +145,33 @@ def _check_layers(given: argparse.Namespace, layers: int) -> None:
             f"--pipeline-model-parallel-size {stages} does not divide the base's {layers} layers; "
             f"give {' and '.join(_UNEVEN_FLAGS)}, or --pipeline-model-parallel-layout"
         )
+
+
+def _check_experts(given: argparse.Namespace, experts: int | None) -> None:
+    size, tensor = given.expert_model_parallel_size, given.expert_tensor_parallel_size
+    if size == 1 and tensor is None:
+        return
+    if experts is None:
+        flag = f"--expert-model-parallel-size {size}" if size > 1 else (
+            f"--expert-tensor-parallel-size {tensor}"
+        )  # fmt: skip
+        raise ValueError(f"{flag}: the base has no experts")
+    if experts % size:
+        raise ValueError(
+            f"--expert-model-parallel-size {size} does not divide the base's {experts} experts"
+        )
+    if size > 1 and given.moe_token_dispatcher_type == "allgather":
+        raise ValueError(
+            "--moe-token-dispatcher-type allgather: with --expert-model-parallel-size "
+            f"{size} micro-batches differ in length, use alltoall"
+        )
+    _check_processes(
+        {
+            "expert-model-parallel": size,
+            "expert-tensor-parallel": tensor or given.tensor_model_parallel_size,
+            "pipeline-model-parallel": given.pipeline_model_parallel_size,
+        }
+    )
 
 
 def _value(given: argparse.Namespace, flag: str) -> int | None:

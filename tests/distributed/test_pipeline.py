@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_eagle.hf.import_base import import_base
+from megatron_eagle.parallel.stage_plan import stage_actions
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_reference_parity import close
 from tests.draft_fixture import Case, local_part, megatron_names
@@ -45,7 +49,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_case(bases: Path, name: str, micro_batches: int, dp: int, **layout: Any) -> PipelineCase:
     torch.manual_seed(0)
-    weights = load_file(bases / f"{name}_hf" / "model.safetensors")
+    source = bases / f"{name}_hf"
+    weights = load_file((source if source.is_dir() else bases / "hf") / "model.safetensors")
     embedding = weights["model.embed_tokens.weight"]
     ids = torch.randperm(CONFIG.vocab_size)[: CONFIG.draft_vocab_size].sort().values
     reference = ReferenceEagle3(CONFIG, embedding, ids)
@@ -180,3 +185,54 @@ def test_equals_reference(
             for other in results:
                 if other["tp"] == found["tp"]:
                     assert other["grads"][parameter].equal(found["grads"][parameter])
+
+
+class SleepingStages:
+    """An observer that makes every base forward and draft step last a given time, and notes when
+    things happened."""
+
+    def __init__(self, base: float, draft: float) -> None:
+        self.lasts = {"base": base, "draft": draft}
+        self.events: list[tuple[str, int, float, float]] = []
+
+    @contextmanager
+    def __call__(self, kind: str, micro_batch: int) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if kind in self.lasts:
+            time.sleep(max(0.0, started + self.lasts[kind] - time.perf_counter()))
+        self.events.append((kind, micro_batch, started, time.perf_counter()))
+
+
+def record_events(rank: int, world: int, case: PipelineCase, base: float, draft: float) -> Any:
+    from megatron_eagle.training.pipeline import PipelineSchedule
+
+    model, step, groups = build_pipeline(case)
+    observer = SleepingStages(base, draft)
+    for _ in range(2):  # the first warms up
+        observer.events.clear()
+        torch.distributed.barrier()
+        PipelineSchedule(observer)(
+            forward_step_func=step,
+            data_iterator=iter(case.micro_batches[0]),
+            model=[model],
+            num_microbatches=len(case.micro_batches[0]),
+            pg_collection=groups,
+        )
+    return observer.events
+
+
+def test_no_stage_waits_for_the_draft_of_another(bases: Path) -> None:
+    """Two balanced stages, eight micro-batches: work that sleeps, so that it needs no core."""
+    base, draft = 0.15, 0.45
+    case = make_case(bases, "tied", 8, 1, pp=2, first=3)
+    stages = run_distributed(record_events, 2, case, base, draft)
+    for stage, events in enumerate(stages):
+        kinds = [(kind, m) for kind, m, _, _ in events if kind != "wait"]
+        assert kinds == [(a.kind, a.micro_batch) for a in stage_actions(stage, 2, 8)]
+        begin, end = events[0][2], events[-1][3]
+        busy = sum(stop - start for kind, _, start, stop in events if kind != "wait")
+        assert busy / (end - begin) > 0.9, f"stage {stage} was busy {busy / (end - begin):.0%}"
+        first_wait, *others = [stop - start for kind, _, start, stop in events if kind == "wait"]
+        assert first_wait < 2 * base, "the fill"
+        assert max(others) < draft / 2, f"stage {stage} waited {max(others):.2f} s"

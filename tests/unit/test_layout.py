@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import re
 
 import pytest
 
 from megatron_eagle.checkpoint_dir import BaseInfo
 from megatron_eagle.config import EagleConfig
-from megatron_eagle.training.layout import check_layout, check_micro_batches, pipeline_flags
+from megatron_eagle.training.layout import check_layout, check_micro_batches, layout_flags
 
 BASE = BaseInfo(
     family="llama",
@@ -33,6 +34,10 @@ LAYOUTS = [
     (
         ["--context-parallel-size", 3, "--seq-length", 12],
         "pieces of 2 tokens, fewer than --eagle-ttt-steps 3",
+    ),
+    (
+        ["--expert-model-parallel-size", 3],
+        "--expert-model-parallel-size 3: the base has no experts",
     ),
     (["--pipeline-model-parallel-size", 2], "2 does not divide the 3 processes"),
     (
@@ -84,12 +89,34 @@ def test_bad_layouts(words: list, message: str, monkeypatch: pytest.MonkeyPatch)
         check_layout(["--seq-length", "32", *map(str, words)], BASE, EagleConfig())
 
 
+EXPERTS = [
+    (["--expert-model-parallel-size", 3], "-size 3 does not divide the base's 4 experts"),
+    (["--expert-model-parallel-size", 2], "-size 2 does not divide the 3 processes"),
+    (
+        ["--expert-model-parallel-size", 1, "--expert-tensor-parallel-size", 2],
+        "--expert-tensor-parallel-size 2 does not divide the 3 processes",
+    ),
+    (
+        ["--expert-model-parallel-size", 2, "--moe-token-dispatcher-type", "allgather"],
+        "--moe-token-dispatcher-type allgather: with --expert-model-parallel-size 2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), EXPERTS, ids=lambda value: str(value)[:60])
+def test_bad_expert_layouts(words: list, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    base = dataclasses.replace(BASE, megatron_args={**BASE.megatron_args, "num_experts": 4})
+    with pytest.raises(ValueError, match=re.escape(message)):
+        check_layout([str(word) for word in words], base, EagleConfig())
+
+
 def test_uneven_layers_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     words = ["--pipeline-model-parallel-size", "3", "--decoder-first-pipeline-num-layers", "3"]
     check_layout(words, BASE, EagleConfig())
-    assert pipeline_flags(words) == ["--ddp-bucket-size", str(2**62)]
-    assert pipeline_flags([]) == []
+    assert layout_flags(words) == ["--ddp-bucket-size", str(2**62)]
+    assert layout_flags([]) == []
 
 
 def test_a_stage_without_a_micro_batch() -> None:

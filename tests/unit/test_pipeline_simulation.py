@@ -1,0 +1,35 @@
+"""The simulated schedule: what it must be by hand, and that every stage keeps busy."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+from pipeline_schedule import SHAPES, Shape, last_stage_plan, measure, simulate
+
+from megatron_eagle.parallel.stage_plan import stage_actions
+
+
+def test_one_stage_is_the_sum_of_its_work() -> None:
+    shape = SHAPES[0]
+    for plan in (stage_actions(0, 1, 5), last_stage_plan(0, 1, 5)):
+        seconds, busy = simulate(shape, [plan], 3, True)
+        assert seconds == pytest.approx(5 * (shape.base + shape.draft(3))) == pytest.approx(busy[0])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+@pytest.mark.parametrize("stages", [4, 8, 16])
+@pytest.mark.parametrize("steps", [3, 7])
+def test_only_the_fill_is_lost(shape: Shape, stages: int, steps: int) -> None:
+    """Beyond the forwards until the first micro-batch reaches the last stage, and one round's
+    slack at the end, nobody waits."""
+    row = measure(shape, steps, stages, 8 * stages)
+    base = shape.base / stages
+    work = 8 * (shape.base + shape.draft(steps))
+    lost = work / row.every_stage - work
+    assert lost < (stages - 1) * (base + shape.message(1)) + 4 * base
+    assert row.every_stage > 0.9 > row.last_stage
