@@ -11,10 +11,10 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 CPU_PYTEST := CUDA_VISIBLE_DEVICES= $(PYTEST)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all check train clean
+.PHONY: help setup test test-all check train bench bench-peers clean
 
 help:  ## show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 setup: $(READY)  ## create the private environment in .venv
 
@@ -41,6 +41,16 @@ train: export MALLOC_TRIM_THRESHOLD_ = 17179869184
 train: export MALLOC_TOP_PAD_ = 268435456
 train: $(READY)  ## the quickstart: train, convert and evaluate a draft on two CPU cores
 	$(PY) examples/quickstart/run.py $(ARGS)
+
+bench: $(READY)  ## time and memory of a training step: tables and plots in docs/benchmarks
+	$(PY) benchmarks/suite.py $(ARGS)
+	$(PY) benchmarks/report.py
+
+# Peers in an environment of their own, on the same weights and inputs.
+bench-peers: $(READY)  ## the same of ModelOpt, SpecForge and speculators
+	test -x .venv-peers/bin/python || sh tools/setup_peers.sh "$(VENV)" .venv-peers
+	$(PY) benchmarks/suite.py --peers $(ARGS)
+	$(PY) benchmarks/report.py
 
 clean:  ## remove the environment and the caches; keeps runs/
 	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -57,6 +57,7 @@ def measure(
         "peak_mib": round((_cuda_peak(step) if cuda else _cpu_peak(step)) / MIB, 1),
         "saved_mib": round(_saved(forward, resting) / MIB, 1),
         "loss": float(loss),
+        "threads": torch.get_num_threads(),
     }
 
 

@@ -75,7 +75,8 @@ class Problem:
             tokens=torch.randint(self.vocab, (self.batch, self.seq), generator=generator),
             loss_mask=mask,
             aux=normal(self.batch, self.seq, self.aux * size),
-            final_hidden=normal(self.batch, self.seq, size),
+            # Of RMS 1, as a norm leaves it: some peers apply one.
+            final_hidden=torch.nn.functional.rms_norm(normal(self.batch, self.seq, size), (size,)),
             embedding=normal(self.vocab, size),
             output_weight=normal(self.vocab, size) * 2 * size**-0.5,
             vocab_ids=ids.sort().values,

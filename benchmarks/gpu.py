@@ -1,0 +1,174 @@
+"""Everything to know about one GPU in one command; needs torch and the megatron-core wheel only.
+
+    python benchmarks/gpu.py                      # Llama-3.2-1B's dimensions, bf16
+    python benchmarks/gpu.py --device cpu --tiny  # does it run at all
+
+Correctness of bf16 against the fp32 reference, host synchronisations (none may happen inside a
+step), time and peak memory beside ModelOpt's mathematics before, after and compiled, a profile.
+It has not been run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.draft_step import build, start_megatron
+from benchmarks.measure import measure
+from benchmarks.plain_modelopt import PlainModelOpt
+from benchmarks.problem import Problem
+
+LLAMA_1B = Problem(
+    hidden=2048, intermediate=8192, heads=32, kv_heads=8, vocab=128256, draft_vocab=128256,
+    seq=2048, batch=16, ttt=3, dtype="bf16",
+)  # fmt: skip
+SMALL = Problem(
+    hidden=256, intermediate=512, heads=4, kv_heads=2, vocab=1000, draft_vocab=600, seq=128,
+    batch=2, ttt=3, dtype="bf16",
+)  # fmt: skip
+TINY = dataclasses.replace(SMALL, hidden=64, intermediate=128, seq=32)
+Run = tuple[Callable[[], Tensor], list[Tensor]]
+
+
+def say(name: str, **found: object) -> None:
+    print(json.dumps({"part": name, **found}), flush=True)
+
+
+def check_correctness(problem: Problem, device: str) -> bool:
+    """Loss and gradients in bf16 against the fp32 oracle of the tests."""
+    from tests.reference_eagle3 import ReferenceConfig, ReferenceEagle3
+
+    inputs = problem.inputs()
+    config = ReferenceConfig(
+        hidden_size=problem.hidden, target_hidden_size=problem.hidden,
+        intermediate_size=problem.intermediate, num_heads=problem.heads,
+        num_kv_heads=problem.kv_heads, head_dim=problem.head_dim, vocab_size=problem.vocab,
+        draft_vocab_size=problem.draft_vocab, num_aux=problem.aux, ttt_steps=problem.ttt,
+        rms_eps=1e-5,
+    )  # fmt: skip
+    reference = ReferenceEagle3(config, inputs.embedding, inputs.vocab_ids)
+    reference.load_state_dict(problem.weights(), strict=False)
+    logits = inputs.final_hidden @ inputs.output_weight.t()
+    loss = reference.forward_ttt(inputs.aux, inputs.tokens, logits, inputs.loss_mask)["loss"]
+    loss.backward()
+    forward, resting = build(problem, device, {})
+    ours = forward()
+    ours.backward()
+    off = abs(float(ours.detach()) / float(loss.detach()) - 1)
+    head = next(x for x in resting if x.shape == reference.lm_head.weight.shape and x.is_leaf)
+    assert head.grad is not None and reference.lm_head.weight.grad is not None
+    similarity = torch.nn.functional.cosine_similarity(
+        head.grad.float().flatten().cpu(), reference.lm_head.weight.grad.flatten(), dim=0
+    )
+    right = off < 0.01 and float(similarity) > 0.99
+    say("correctness", right=right, loss_off_by=off, head_gradient_cosine=float(similarity))
+    return right
+
+
+def check_no_synchronisation(forward: Callable[[], Tensor]) -> None:
+    """A step must not ask the device for anything; raises where it does."""
+    forward().backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        forward().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    say("synchronisations", found=0)
+
+
+def implementations(problem: Problem, device: str) -> dict[str, Callable[[], Run]]:
+    from megatron_eagle.platform.compiler import compile_regions
+
+    def ours(compiled: bool) -> Run:
+        compile_regions(compiled)
+        return build(problem, device, {})
+
+    def plain(before: bool, compiled: bool) -> Run:
+        baseline = PlainModelOpt(problem, device, before, compiled)
+        return baseline, baseline.resting
+
+    return {
+        "ours": lambda: ours(False),
+        "ours, compiled": lambda: ours(True),
+        "plain ModelOpt before": lambda: plain(True, False),
+        "plain ModelOpt after": lambda: plain(False, False),
+        "plain ModelOpt compiled": lambda: plain(False, True),
+    }
+
+
+def compare(problem: Problem, device: str, iters: int, skip_compiled: bool) -> None:
+    """Time and peak memory of each; a baseline that does not fit gets half the batch, until it
+    does, and its time counts per sequence."""
+    for name in implementations(problem, device):
+        if skip_compiled and "compiled" in name:
+            continue
+        size = problem
+        while True:
+            try:
+                forward, resting = implementations(size, device)[name]()
+                found = measure(forward, resting, iters)
+                break
+            except torch.OutOfMemoryError:
+                forward, resting = _nothing, []
+                torch.cuda.empty_cache()
+                if size.batch == 1:
+                    raise
+                size = dataclasses.replace(size, batch=size.batch // 2)
+        per_sequence = found["wall_ms"] / size.batch
+        say(name, batch=size.batch, wall_ms_per_sequence=round(per_sequence, 3), **found)
+        del forward, resting
+        if device != "cpu":
+            torch.cuda.empty_cache()
+
+
+def _nothing() -> Tensor:
+    return torch.zeros(())
+
+
+def profile(problem: Problem, device: str) -> None:
+    forward, _ = build(problem, device, {})
+    forward().backward()
+    with torch.profiler.profile() as found:
+        forward().backward()
+    by = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
+    print(found.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=50))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="one GPU: correctness, time, memory, profile")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a problem that a CPU can do")
+    parser.add_argument("--batch", type=int, help="sequences (16)")
+    parser.add_argument("--draft-vocab", type=int, help="(the whole vocabulary, 128256)")
+    parser.add_argument("--skip-compiled", action="store_true", help="nothing by torch.compile")
+    parser.add_argument("--iters", type=int, default=10)
+    args = parser.parse_args()
+    if args.device != "cpu" and not torch.cuda.is_available():
+        print(f"error: --device {args.device}: there is no CUDA device here", file=sys.stderr)
+        return 2
+    given = {"batch": args.batch, "draft_vocab": args.draft_vocab}
+    changes = {name: value for name, value in given.items() if value is not None}
+    problem = dataclasses.replace(TINY if args.tiny else LLAMA_1B, **changes)
+    with tempfile.TemporaryDirectory() as scratch:
+        start_megatron(0, 1, f"{scratch}/store")
+        right = check_correctness(TINY if args.tiny else SMALL, args.device)
+        if args.device != "cpu":
+            check_no_synchronisation(build(problem, args.device, {})[0])
+        compare(problem, args.device, args.iters, args.skip_compiled)
+        profile(problem, args.device)
+        torch.distributed.destroy_process_group()
+    return 0 if right else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,111 @@
+"""Make the tables and plots of docs/benchmarks from its results.jsonl."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.suite import RESULTS, SWEEPS
+
+TABLES = RESULTS.parent / "tables.md"
+# Peers normalise each step by its own rows, ours by step 0's; speculators judges the rows at a
+# document's end by the next document. SpecForge's full-mask loss is the same number as ours.
+SAME_LOSS = {"specforge": 1e-4}
+Line = dict[str, Any]
+
+
+def main() -> int:
+    lines = [json.loads(line) for line in RESULTS.read_text().splitlines()]
+    sweeps = [f"{flag}={value}" for flag, values in SWEEPS.items() for value in values]
+    sized = [line for line in lines if line["case"] not in sweeps]
+    TABLES.write_text(_heading() + _table(sized) + _sweep_table(lines))
+    _plot(lines)
+    return _check_losses(sized)
+
+
+def _heading() -> str:
+    cpu = next(
+        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines()
+         if x.startswith("model name")), platform.processor(),
+    )  # fmt: skip
+    return (
+        "<!-- made by benchmarks/report.py from results.jsonl: do not edit -->\n"
+        f"{cpu}, torch {version('torch')}, megatron-core {version('megatron-core')}; fp32, medians "
+        "of a fresh process; load: jobs that ran or waited when it started.\n\n"
+    )
+
+
+def _table(lines: list[Line]) -> str:
+    rows = "| case | implementation | threads | CPU ms | wall ms | peak MiB | saved MiB | load |\n"
+    rows += "|---|---|---|---|---|---|---|---|\n"
+    order = {case: i for i, case in enumerate(dict.fromkeys(x["case"] for x in lines))}
+    for x in sorted(lines, key=lambda x: (order[x["case"]], x["implementation"])):
+        rows += (
+            f"| {x['case']} | {x['implementation']} | {x['threads']} | {x['cpu_ms']:.0f} "
+            f"| {x['wall_ms']:.0f} | {x['peak_mib']:.0f} | {x['saved_mib']:.0f} | {x['load']} |\n"
+        )
+    return rows
+
+
+def _sweep_table(lines: list[Line]) -> str:
+    found = {(x["case"], x["implementation"]): x for x in lines}
+    names = sorted({name for case, name in found if "=" in case}, reverse=True)
+    rows = "\nhidden 256, vocabulary 8000, one sequence of 512 tokens, K 3, one of them varied: "
+    rows += "CPU ms / peak MiB\n\n| | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1)
+    rows += "|\n"
+    for flag, values in SWEEPS.items():
+        for value in values:
+            cells = [found.get((f"{flag}={value}", name)) for name in names]
+            shown = [f"{x['cpu_ms']:.0f} / {x['peak_mib']:.0f}" if x else "" for x in cells]
+            rows += f"| {flag} {value} | " + " | ".join(shown) + " |\n"
+    return rows
+
+
+def _plot(lines: list[Line]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, len(SWEEPS), figsize=(14, 6), squeeze=False)
+    for column, (flag, values) in enumerate(SWEEPS.items()):
+        for row, measure in enumerate(("cpu_ms", "peak_mib")):
+            axis = axes[row][column]
+            for name in ("ours", "modelopt-eager", "specforge"):
+                points = {
+                    value: x[measure]
+                    for value in values
+                    for x in lines
+                    if x["case"] == f"{flag}={value}" and x["implementation"] == name
+                }
+                if points:
+                    axis.plot(list(points), list(points.values()), marker="o", label=name)
+            axis.set_ylim(bottom=0)
+            axis.set_xlabel(flag)
+            axis.set_ylabel({"cpu_ms": "CPU ms", "peak_mib": "peak MiB"}[measure])
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(RESULTS.parent / "sweeps.png", dpi=70)
+
+
+def _check_losses(lines: list[Line]) -> int:
+    """1 if an implementation of the same loss gave another number, with full masks."""
+    ours = {x["case"]: x["loss"] for x in lines if x["implementation"] == "ours"}
+    wrong = 0
+    for x in lines:
+        tolerance = SAME_LOSS.get(x["implementation"])
+        if tolerance and x["case"] in ours:
+            difference = abs(x["loss"] / ours[x["case"]] - 1)
+            print(f"{x['case']}: {x['implementation']}'s loss differs by {difference:.1e}")
+            wrong += difference > tolerance
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

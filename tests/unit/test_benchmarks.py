@@ -1,0 +1,94 @@
+"""The benchmarks run, their baseline is right, and what they promise of memory holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.measure import _saved
+from benchmarks.plain_modelopt import DECAY, PlainModelOpt
+from benchmarks.problem import Problem
+from tests.distributed.harness import megatron_parallel, run_distributed
+from tests.reference_eagle3 import ReferenceConfig, ReferenceEagle3
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = Problem(
+    hidden=32, intermediate=64, heads=4, kv_heads=2, vocab=90, draft_vocab=50, seq=24,
+    mask_fraction=0.25,
+)  # fmt: skip
+
+
+def test_the_gpu_command_runs_on_a_cpu() -> None:
+    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--tiny", "--iters", "1"]
+    done = subprocess.run(
+        [*command, "--skip-compiled"], cwd=ROOT, capture_output=True, text=True,
+        env={**os.environ, "TORCHDYNAMO_DISABLE": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert '"right": true' in done.stdout
+    for name in ("ours", "plain ModelOpt before", "plain ModelOpt after"):
+        assert f'"part": "{name}"' in done.stdout
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_the_plain_baseline_is_the_same_mathematics(before: bool) -> None:
+    """Another layout, normalised per step, but the reference's losses and gradients."""
+    config = ReferenceConfig(
+        hidden_size=32, target_hidden_size=32, intermediate_size=64, num_heads=4, num_kv_heads=2,
+        head_dim=8, vocab_size=90, draft_vocab_size=50, rms_eps=1e-5, step_decay=DECAY,
+    )  # fmt: skip
+    inputs = TINY.inputs()
+    reference = ReferenceEagle3(config, inputs.embedding, inputs.vocab_ids)
+    reference.load_state_dict(TINY.weights(), strict=False)
+    logits = inputs.final_hidden @ inputs.output_weight.t()
+    found = reference.forward_ttt(inputs.aux, inputs.tokens, logits, inputs.loss_mask)
+    weights = DECAY ** torch.arange(TINY.ttt)
+    expected = (weights * found["loss_sums"] / found["counts"]).sum()
+    plain = PlainModelOpt(TINY, "cpu", before, compiled=False)
+    loss = plain()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-5)
+    for part in (loss, expected):
+        part.backward()
+    for name, parameter in reference.named_parameters():
+        torch.testing.assert_close(
+            plain.weights[name].grad, parameter.grad, rtol=1e-3, atol=1e-5, msg=name
+        )
+
+
+def saved_bytes(rank: int, world: int) -> dict[tuple[int, int], int]:
+    """What a step saves for backward, by (length, steps), without the vocabulary's share."""
+    megatron_parallel()
+    from benchmarks.draft_step import build
+
+    found = {}
+    for length, steps in [(64, 2), (128, 2), (256, 2), (64, 4), (64, 6)]:
+        problem = dataclasses.replace(TINY, seq=length, ttt=steps, mask_fraction=0.0)
+        forward, resting = build(problem, "cpu", {})
+        found[length, steps] = _saved(forward, resting)
+    return found
+
+
+def test_what_a_step_keeps_is_linear_in_length_and_steps() -> None:
+    (found,) = run_distributed(saved_bytes, 1)
+    by_length = found[256, 2] - found[128, 2], found[128, 2] - found[64, 2]
+    assert by_length[0] == pytest.approx(2 * by_length[1], rel=0.02)
+    assert found[64, 6] - found[64, 4] == pytest.approx(found[64, 4] - found[64, 2], rel=0.02)
+
+
+@pytest.mark.gpu
+def test_a_step_never_asks_the_device() -> None:
+    from benchmarks.draft_step import build, start_megatron
+    from benchmarks.gpu import check_no_synchronisation
+
+    with tempfile.TemporaryDirectory() as scratch:
+        start_megatron(0, 1, f"{scratch}/store")
+        problem = dataclasses.replace(TINY, hidden=64, seq=64, dtype="bf16")
+        check_no_synchronisation(build(problem, "cuda", {})[0])
+        torch.distributed.destroy_process_group()
