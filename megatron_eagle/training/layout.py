@@ -48,7 +48,7 @@ def check_layout(user: Sequence[str], base: BaseInfo, options: EagleConfig) -> N
                 f"the base's {name} = {base.megatron_args[name]}"
             )
     _check_layers(given, base.megatron_args["num_layers"])
-    _check_experts(given, base.megatron_args.get("num_experts"))
+    _check_base_experts(given, base.megatron_args.get("num_experts"))
     if given.seq_length is not None:
         _check_sequence(given, options.ttt_steps)
 
@@ -84,8 +84,9 @@ def _check_experts(given: argparse.Namespace, options: EagleConfig) -> None:
     shown = f"--eagle-num-experts {options.num_experts}"
     if given.tensor_model_parallel_size > 1 and not given.sequence_parallel:
         raise ValueError(f"{shown} needs --sequence-parallel with tensor parallelism")
-    if given.context_parallel_size > 1:
-        raise ValueError(f"{shown} is not supported with --context-parallel-size yet")
+    for name in ("context", "pipeline-model", "expert-model"):
+        if _value(given, f"--{name}-parallel-size") != 1:
+            raise ValueError(f"{shown} is not supported with --{name}-parallel-size yet")
     width = options.moe_ffn_hidden_size
     if width is not None and width % given.tensor_model_parallel_size:
         raise ValueError(
@@ -147,7 +148,7 @@ def _check_layers(given: argparse.Namespace, layers: int) -> None:
         )
 
 
-def _check_experts(given: argparse.Namespace, experts: int | None) -> None:
+def _check_base_experts(given: argparse.Namespace, experts: int | None) -> None:
     size, tensor = given.expert_model_parallel_size, given.expert_tensor_parallel_size
     if size == 1 and tensor is None:
         return
