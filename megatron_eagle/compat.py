@@ -25,8 +25,10 @@ _PATHS = {
         "megatron.core.models.common.embeddings.rotary_pos_embedding:RotaryEmbedding"
     ),
     "ShardedTensor": "megatron.core.dist_checkpointing.mapping:ShardedTensor",
+    "TopKRouter": "megatron.core.transformer.moe.router:TopKRouter",
     "StrictHandling": "megatron.core.dist_checkpointing.validation:StrictHandling",
     "TopKRouter": "megatron.core.transformer.moe.router:TopKRouter",
+    "MLATransformerConfig": "megatron.core.transformer:MLATransformerConfig",
     "TransformerConfig": "megatron.core.transformer:TransformerConfig",
     "apply_factories": "megatron.core.dist_checkpointing.mapping:apply_factories",
     "backward_step": "megatron.core.pipeline_parallel.schedules:backward_step",

@@ -25,6 +25,24 @@ CLASSES = {
     "mixtral": "Mixtral",
     "qwen3_moe": "Qwen3Moe",
     "gpt_oss": "GptOss",
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
+}
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
 }
 FIELDS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True, "head_dim": 8},  # 8 heads x 8 is not the hidden size
@@ -41,6 +59,8 @@ FIELDS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "mlp_only_layers": [1],
     },
+    "deepseek_v2": {**LATENT, "topk_method": "group_limited_greedy", "routed_scaling_factor": 3.0},
+    "deepseek_v3": LATENT,
     "gpt_oss": {
         "num_local_experts": 4,
         "num_experts_per_tok": 2,
@@ -70,10 +90,16 @@ def make_base(
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for block in model.modules():
+        if type(block).__name__ == "DeepseekV2Moe":
+            block.num_experts = block.experts.num_experts  # transformers 5.8.1 reads and lacks it
     with torch.no_grad():
         for key, weight in model.named_parameters():
             # The default init leaves norms at 1 and biases at 0, which would hide a swap.
             weight.normal_(0.0, 0.2).add_(1.0 if key.endswith("norm.weight") else 0.0)
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.2)
     model.save_pretrained(directory, max_shard_size=shard)
     return model
 

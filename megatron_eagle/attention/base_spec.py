@@ -9,9 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_eagle.attention.core import with_eagle_attention
+from megatron_eagle.attention.group_router import GroupLimitedRouter
 from megatron_eagle.compat import get_gpt_decoder_block_spec
 
 NORM_BEFORE_QKV = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
+LATENT_NORMS = {
+    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
+    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
+}
 NORM_BEFORE_FC1 = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
@@ -23,9 +28,12 @@ def local_base_spec(config: Any, pp_rank: int) -> Any:
     # Megatron's specs of equal layers are one object.
     for spec in {id(spec): spec for spec in block.layer_specs}.values():
         with_eagle_attention(spec)
-        spec.submodules.sharded_state_dict_keys_map = NORM_BEFORE_QKV | (
-            {} if _is_moe(spec) else NORM_BEFORE_FC1
-        )
+        spec.submodules.sharded_state_dict_keys_map = {
+            **(LATENT_NORMS if config.multi_latent_attention else NORM_BEFORE_QKV),
+            **({} if _is_moe(spec) else NORM_BEFORE_FC1),
+        }
+        if config.moe_router_num_groups is not None and _is_moe(spec):
+            spec.submodules.mlp.keywords["submodules"].router = GroupLimitedRouter
     return block
 
 

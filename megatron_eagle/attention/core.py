@@ -96,9 +96,9 @@ def context_plan(length: int, group: ProcessGroup, window: int | None = None) ->
 class EagleCoreAttention(MegatronModule):
     """Causal or stateful attention over this TP rank's heads. No dropout, no mask.
 
-    query [S, B, n, d], key and value [S, B, g, d] -> [S, B, n * d]. Under context parallelism S is
-    this rank's part in Megatron's zigzag order, keys and values are gathered (one all-gather), and
-    backward sums their gradients (one reduce-scatter); no collective otherwise.
+    query [S, B, n, d], key [S, B, g, d], value [S, B, g, dv] -> [S, B, n * dv]. Under context
+    parallelism S is this rank's part in Megatron's zigzag order, keys and values are gathered (one
+    all-gather), and backward sums their gradients (one reduce-scatter); no collective otherwise.
     """
 
     def __init__(
@@ -111,6 +111,8 @@ class EagleCoreAttention(MegatronModule):
         softmax_scale: float | None = None,
         cp_comm_type: str | None = None,
         pg_collection: Any = None,
+        k_channels: int | None = None,
+        v_channels: int | None = None,
     ) -> None:
         super().__init__(config=config)
         self.layer_number = layer_number
@@ -141,6 +143,9 @@ class EagleCoreAttention(MegatronModule):
     ) -> Tensor:
         assert attention_bias is None and packed_seq_params is None
         scale = self.softmax_scale or query.shape[-1] ** -0.5
+        # The kernels want values as wide as keys, which MLA's are not.
+        width = value.shape[-1]
+        value = torch.nn.functional.pad(value, (0, query.shape[-1] - width))
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         sink = self.softmax_offset
         if attention_mask is not None:
@@ -156,7 +161,7 @@ class EagleCoreAttention(MegatronModule):
             out = torch.nn.functional.scaled_dot_product_attention(
                 q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
             )
-        return out.permute(2, 0, 1, 3).flatten(2).contiguous()
+        return out[..., :width].permute(2, 0, 1, 3).flatten(2).contiguous()
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

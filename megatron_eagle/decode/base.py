@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_eagle.attention.latent import position_rotary
 from megatron_eagle.decode.cache import KeyValueCache
 from megatron_eagle.decode.vocab_argmax import vocab_argmax
 from megatron_eagle.parallel.vocab import VocabShard
@@ -40,19 +42,22 @@ class CachedBase:
 
     def rotary(self, positions: Tensor, capacity: int) -> Tensor:
         """RoPE angles [n, B, 1, d] of ``positions`` [B, n], all below ``capacity``."""
-        return self.gpt.rotary_pos_emb(capacity)[:, 0][positions.t()]
+        return position_rotary(self.gpt)(capacity)[:, 0][positions.t()]
 
     def run(self, tokens: Tensor, positions: Tensor, cache: KeyValueCache) -> tuple[Tensor, Tensor]:
         """tokens and positions [B, n] -> what a draft reads and the final hidden [n, B, H]. A draft
         reads the captured layers [n, B, A * H], or if none are, the final hidden (EAGLE-1).
         Collectives: those of one forward."""
         cache.place(positions)
-        output = self.gpt.decoder(
-            hidden_states=self.embed(tokens, positions),
-            attention_mask=cache,
-            rotary_pos_emb=self.rotary(positions, cache.capacity),
-            extract_layer_indices=set(self.captured),
-        )
+        angles = self.rotary(positions, cache.capacity)
+        latent = self.gpt.config.multi_latent_attention
+        with self.gpt.latent_rotary.at(angles) if latent else nullcontext():
+            output = self.gpt.decoder(
+                hidden_states=self.embed(tokens, positions),
+                attention_mask=cache,
+                rotary_pos_emb=None if latent else angles,
+                extract_layer_indices=set(self.captured),
+            )
         if not self.captured:
             return output, output
         final, layers = output

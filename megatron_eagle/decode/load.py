@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_eagle.attention.backend import local_backend
+from megatron_eagle.attention.latent import position_rotary
 from megatron_eagle.checkpoint_dir import BaseInfo, resolve_checkpoint
 from megatron_eagle.compat import dist_checkpointing
 from megatron_eagle.draft.layer_config import draft_config, draft_rotary
@@ -122,6 +123,6 @@ def _build(about: DraftCheckpointInfo, gpt: Any, initialize: bool) -> EagleDraft
         about.metadata.to(embedding.device),
         groups,
         lambda: output_rows(gpt),
-        draft_rotary(gpt.rotary_pos_emb, about.info.base, options, embedding.device),
+        draft_rotary(position_rotary(gpt), about.info.base, options, embedding.device),
     )
     return draft.cuda(torch.cuda.current_device()).requires_grad_(False).eval()

@@ -35,6 +35,7 @@ def draft_config(base_config: Any, options: EagleConfig) -> Any:
     config.activation_func = torch.nn.functional.silu
     config.activation_func_clamp_value, config.glu_linear_offset = None, 0.0
     config.softmax_type, config.window_size = "vanilla", None
+    config.multi_latent_attention = False
     for name in LAYER_WIDTHS:
         if getattr(options, name) is not None:
             setattr(config, name, getattr(options, name))
@@ -61,18 +62,21 @@ Rotary = Callable[[int], Tensor]
 def draft_rotary(
     base_rotary: Rotary, base: BaseInfo, options: EagleConfig, device: torch.device
 ) -> Rotary:
-    """The base's angles, or for heads of another size angles of the same frequencies' law."""
+    """The base's angles, or for heads of another size angles of the same frequencies' law. Beside
+    multi-latent attention, which rotates a few channels of its own, plain angles of the base's
+    rope_theta: servers give a Llama-type draft no other."""
     args = base.megatron_args
-    if options.kv_channels in (None, args["kv_channels"]):
+    latent = args.get("multi_latent_attention", False)
+    if options.kv_channels in (None, args["kv_channels"]) and not latent:
         return base_rotary
     rope = RotaryEmbedding(
-        options.kv_channels,
+        options.kv_channels or args["kv_channels"],
         args["rotary_percent"],
         rotary_base=args["rotary_base"],
         rope_scaling=args.get("use_rope_scaling", False),
         rope_scaling_factor=args.get("rope_scaling_factor", 8.0),
         use_cpu_initialization=device.type == "cpu",
     )
-    if base.rope:
+    if base.rope and not latent:
         set_frequencies(rope, base.rope)
     return lambda length: rope(length, packed_seq=True)  # packed_seq: not cut over CP

@@ -10,7 +10,7 @@ Experts are stacked on the next axis.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -60,14 +60,19 @@ class BaseTensors:
             for expert in range(dims["E"] if "{}" in source.name else 1)
         }
 
-    def ignored(self) -> set[str]:
-        """Tensors that may be there and carry nothing: the tied head's copy, old rope buffers."""
+    def ignored(self, present: Iterable[str]) -> set[str]:
+        """Tensors that may be there and are not wanted: the tied head's copy, old rope buffers, and
+        of those ``present`` the layers that predict further tokens."""
         names = {
             LAYER_PREFIX.format(layer) + name
             for layer in range(len(self.layers))
             for name in self.family.ignored_in_layer
         }
         absent = [entry for entry in self.family.model if not entry.exists(self.facts)]
+        first = len(self.layers)
+        further = range(first, first + self.facts["mtp_layers"])
+        prefixes = tuple(LAYER_PREFIX.format(layer) for layer in further)
+        names |= {name for name in present if name.startswith(prefixes)}
         return names | {source.name for entry in absent for source in entry.sources}
 
     def chunks(self, source: SafetensorsDir, progress: Progress) -> Iterator[Chunk]:

@@ -1,8 +1,10 @@
 """One row of a name table: a Megatron tensor, and the Hugging Face tensors it is made of.
 
-Shapes are written with symbols, which `megatron_eagle.hf.facts.dims_of` turns into numbers:
+Shapes are written with symbols, which `megatron_eagle.hf.megatron_args.dims_of` turns into numbers:
 V vocab_size, H hidden, Q heads x head_dim, KV groups x head_dim, D head_dim, F ffn hidden,
-N heads, E experts, M an expert's ffn hidden, G 2 M, S the shared experts' ffn hidden.
+N heads, E experts, M an expert's ffn hidden, G 2 M, S the shared experts' ffn hidden. Of
+multi-latent attention: QR and KR the ranks of queries and of keys and values, P the rotary
+channels, LQ, LKV and LV all heads' queries, keys with values, and values.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class Source:
 
     def sizes(self, dims: Dims) -> tuple[int, ...]:
         """The shape in numbers."""
-        return tuple(dims[symbol] for symbol in self.shape)
+        return tuple(_in_numbers(size, dims) for size in self.shape)
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Entry:
         if self.when is None:
             return True
         wanted = not self.when.startswith("no ")
-        return bool(facts[self.when.removeprefix("no ")]) == wanted
+        return bool(facts.get(self.when.removeprefix("no "))) == wanted
 
     def read_from(self, facts: Mapping[str, Any]) -> tuple[Source, ...]:
         """The tensors to read: none where it is zeros."""
@@ -73,7 +75,11 @@ class Entry:
 
     def sizes(self, dims: Dims) -> tuple[int, ...]:
         """Shape of the Megatron tensor (of one expert's, for an entry of experts)."""
-        return tuple(sum(dims[part] for part in size.split("+")) for size in self.shape)
+        return tuple(_in_numbers(size, dims) for size in self.shape)
+
+
+def _in_numbers(size: str, dims: Dims) -> int:
+    return sum(dims[part] for part in size.split("+"))
 
 
 def join_rows(parts: Sequence[torch.Tensor], dims: Dims) -> torch.Tensor:

@@ -21,6 +21,7 @@ from megatron_eagle.hf.entries import (
     qkv,
     rows,
 )
+from megatron_eagle.hf.latent_tables import LATENT_ATTENTION, ROUTER_BIAS, SHARED_EXPERTS
 from megatron_eagle.hf.window_args import (
     WindowLayers,
     every_layer,
@@ -116,6 +117,8 @@ GPT_OSS_MOE = (
     ),
 )
 
+DEEPSEEK_MOE = (*moe("mlp", "gate", "gate_proj", "up_proj", "down_proj"), *SHARED_EXPERTS)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -124,7 +127,8 @@ class Family:
     `attention` repeats in every layer, `dense` and `moe` are the two kinds of MLP, `model` occurs
     once. `defaults` are the values of its configuration class where they are not everyone's;
     `fixed` says what the class does without asking config.json; `moe_args` reads its experts,
-    `window_flag` and `window_layers` say which layers see a sliding window.
+    `latent` has multi-latent attention, `window_flag` and `window_layers` say which layers see a
+    sliding window.
     """
 
     name: str
@@ -138,6 +142,7 @@ class Family:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     activation: Mapping[str, Any] = field(default_factory=lambda: {"swiglu": True})
     moe_args: Callable[[Mapping[str, Any], str], dict[str, Any]] | None = None
+    latent: bool = False
     window_flag: str = "use_sliding_window"
     window_layers: WindowLayers = every_layer
 
@@ -235,6 +240,35 @@ FAMILIES = {
             },
             window_flag="sliding_window",
             window_layers=every_other_layer,
+        ),
+        Family(
+            "deepseek_v2",
+            "DeepseekV2ForCausalLM",
+            attention=LATENT_ATTENTION,
+            moe=DEEPSEEK_MOE,
+            moe_args=moe_args.deepseek_v2,
+            latent=True,
+            fixed=NO_BIAS,
+            defaults={"q_lora_rank": 1536, "n_routed_experts": 64, "n_shared_experts": 2},
+        ),
+        Family(
+            "deepseek_v3",
+            "DeepseekV3ForCausalLM",
+            attention=LATENT_ATTENTION,
+            moe=(*DEEPSEEK_MOE, ROUTER_BIAS),
+            moe_args=moe_args.deepseek_v3,
+            latent=True,
+            fixed=NO_BIAS,
+            defaults={
+                "q_lora_rank": 1536,
+                "n_routed_experts": 256,
+                "n_shared_experts": 1,
+                "n_group": 8,
+                "topk_group": 4,
+                "num_experts_per_tok": 8,
+                "first_k_dense_replace": 3,
+                "routed_scaling_factor": 2.5,
+            },
         ),
     )
 }

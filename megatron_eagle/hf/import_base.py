@@ -42,7 +42,7 @@ def import_base(hf_dir: Path, save: Path, progress: Progress = lambda line: None
     args = megatron_args(source.config, family, config_name)
     rope = rope_beyond_flags({**family.defaults, **source.config}, config_name)
     tensors = BaseTensors(family, facts_of(source.config, family, config_name))
-    source.check(tensors.expected(), tensors.ignored())
+    source.check(tensors.expected(), tensors.ignored(source.headers))
     digest = hashlib.sha256()
     chunks = [_digested(chunk, digest) for chunk in tensors.chunks(source, progress)]
 

@@ -12,6 +12,7 @@ from typing import Any
 from megatron_eagle.hf.config_fields import number, require, size, switch
 from megatron_eagle.hf.entries import Dims
 from megatron_eagle.hf.families import Family
+from megatron_eagle.hf.latent_args import latent_args, latent_dims
 from megatron_eagle.hf.rope_args import rope_args
 from megatron_eagle.hf.window_args import window_args
 
@@ -61,7 +62,7 @@ def megatron_args(config: dict[str, Any], family: Family, source: str) -> dict[s
         "num_attention_heads": heads,
         "group_query_attention": groups != heads,
         "num_query_groups": groups,
-        "kv_channels": _head_dim(config, hidden, heads, source),
+        "kv_channels": 0 if family.latent else _head_dim(config, hidden, heads, source),
         "max_position_embeddings": size(config, "max_position_embeddings", source),
         "normalization": "RMSNorm",
         "norm_epsilon": number(config, "rms_norm_eps", 1e-6, source),
@@ -78,6 +79,7 @@ def megatron_args(config: dict[str, Any], family: Family, source: str) -> dict[s
         "vocab_size": size(config, "vocab_size", source),
         "make_vocab_size_divisible_by": 128,
         **(family.moe_args(config, source) if family.moe_args is not None else {}),
+        **(latent_args(config, source) if family.latent else {}),
         **window_args(config, family.window_flag, family.window_layers, source),
     }
 
@@ -106,6 +108,7 @@ def facts_of(config: dict[str, Any], family: Family, source: str) -> dict[str, A
         **biases(config, family, source),
         "any_qkv_bias": args["add_qkv_bias"] or args["add_bias_linear"],
         "untied": args["untie_embeddings_and_output_weights"],
+        "mtp_layers": config.get("num_nextn_predict_layers") or 0,
     }
 
 
@@ -124,6 +127,9 @@ def dims_of(args: Mapping[str, Any]) -> Dims:
     if args.get("num_experts") is not None:
         expert = args["moe_ffn_hidden_size"]
         dims |= {"E": args["num_experts"], "M": expert, "G": 2 * expert}
+        dims |= {"S": args.get("moe_shared_expert_intermediate_size") or 0}
+    if args.get("multi_latent_attention"):
+        dims |= latent_dims(args)
     return dims
 
 

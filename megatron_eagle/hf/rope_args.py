@@ -41,9 +41,13 @@ def _is_megatrons(rope: Mapping[str, Any]) -> bool:
     )
 
 
+def rope_fields(config: Mapping[str, Any]) -> Any:
+    """Both spellings: rope_scaling beside rope_theta, and the newer rope_parameters."""
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
+
+
 def _described(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Both spellings: rope_theta + rope_scaling, and the newer rope_parameters."""
-    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    rope = rope_fields(config)
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"{source}: rope parameters per layer type are not supported: {rope}")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:

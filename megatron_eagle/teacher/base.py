@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_eagle.attention.latent import position_rotary
 from megatron_eagle.attention.packing import DocumentAttention, Packing
 from megatron_eagle.compat import MegatronModule, gather_from_sequence_parallel_region
 from megatron_eagle.parallel.context import ContextShard, append_halo
@@ -45,10 +46,9 @@ class FrozenBase(MegatronModule):
         self.tp_group, self.cp_group = gpt.pg_collection.tp, gpt.pg_collection.cp
         self._angles: Tensor | None = None
         # GPTModel counts positions from the sequence's start; packed documents have their own.
-        if not gpt.config.multi_latent_attention:  # which has its own inside its layers
-            gpt.rotary_pos_emb.register_forward_hook(
-                lambda _module, _inputs, angles: angles if self._angles is None else self._angles
-            )
+        position_rotary(gpt).register_forward_hook(
+            lambda _module, _inputs, angles: angles if self._angles is None else self._angles
+        )
         # GPTModel returns the decoder's output when it is not to post-process it; the decoder's
         # own final norm is not affected.
         gpt.post_process = False
@@ -120,7 +120,7 @@ class FrozenBase(MegatronModule):
     def rotary(self, length: int) -> Tensor:
         """RoPE angles of positions 0 .. length - 1, [length, 1, 1, d]."""
         # packed_seq: not cut over CP.
-        return self.gpt.rotary_pos_emb(length, packed_seq=True)
+        return position_rotary(self.gpt)(length, packed_seq=True)
 
     @torch.no_grad()
     def layer_sizes(self, links: StageLinks | None = None, length: int = 128) -> Tensor:

@@ -10,10 +10,12 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.nn.functional import silu
 
 from megatron_eagle.attention.backend import LayerBackend
+from megatron_eagle.attention.latent import mend_latent_attention
 from megatron_eagle.attention.rope import attention_factor, set_attention_factor, set_frequencies
 from megatron_eagle.checkpoint_dir import BaseInfo, resolve_checkpoint
 from megatron_eagle.compat import (
     GPTModel,
+    MLATransformerConfig,
     StrictHandling,
     TransformerConfig,
     dist_checkpointing,
@@ -33,10 +35,13 @@ def base_config(info: BaseInfo, tensor_parallel: int, **parallelism: Any) -> Any
 
     ``parallelism``: further fields of it, such as ``pipeline_model_parallel_size``.
     """
-    known = {item.name for item in fields(TransformerConfig)}
+    latent = info.megatron_args.get("multi_latent_attention", False)
+    kind = MLATransformerConfig if latent else TransformerConfig
+    known = {item.name for item in fields(kind)}
     given = {_FIELDS.get(name, name): value for name, value in info.megatron_args.items()}
     given["gated_linear_unit"] = True
-    return TransformerConfig(
+    given.setdefault("q_lora_rank", None)
+    return kind(
         **{name: value for name, value in given.items() if name in known},
         activation_func=quick_gelu if info.megatron_args.get("quick_geglu") else silu,
         tensor_model_parallel_size=tensor_parallel,
@@ -63,7 +68,10 @@ def build_base(
     ``post_process``. What Megatron's flags cannot say of the base is set in ``config``.
     """
     args = info.megatron_args
-    set_attention_factor(config, attention_factor(info.rope))
+    if config.multi_latent_attention:
+        config.apply_rope_fusion = False  # it would ask Megatron's own rotary module
+    else:
+        set_attention_factor(config, attention_factor(info.rope))
     multiple = args["make_vocab_size_divisible_by"] * pg_collection.tp.size()
     gpt = GPTModel(
         config=config,
@@ -80,7 +88,9 @@ def build_base(
         rope_scaling_factor=args.get("rope_scaling_factor", 8.0),
         pg_collection=pg_collection,
     )
-    if info.rope:
+    if config.multi_latent_attention:
+        mend_latent_attention(gpt, info.rope, args["rotary_base"], backend.norm)
+    elif info.rope:
         set_frequencies(gpt.rotary_pos_emb, info.rope)
     return gpt
 

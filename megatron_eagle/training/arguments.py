@@ -38,7 +38,6 @@ _ALIASES = {"norm_epsilon": "layernorm_epsilon"}
 """Flags that Megatron's parser stores under another name."""
 
 _UNSUPPORTED: dict[str, int | bool | None] = {
-    "multi_latent_attention": False,
     "use_torch_fsdp2": False,
     "use_megatron_fsdp": False,
     "mtp_num_layers": None,

@@ -58,7 +58,8 @@ class ModelBuilder:
         assert vp_stage is None
         args = get_args()
         config = config or core_transformer_config_from_args(args)
-        set_attention_factor(config, attention_factor(self.base.rope))
+        if not config.multi_latent_attention:
+            set_attention_factor(config, attention_factor(self.base.rope))
         base_config = copy.copy(config)
         base_config.recompute_granularity = None  # it keeps nothing for a backward
         captured = self.options.captured_layers(config.num_layers)

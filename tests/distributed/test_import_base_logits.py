@@ -19,7 +19,7 @@ RELATIVE = 1e-4
 LENGTH, BATCH = 16, 2
 LAYOUTS = [{}, {"tp": 2}, {"pp": 2}]
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
-MOE = ("mixtral", "qwen3_moe", "gpt_oss")
+MOE = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3")
 CASES = [
     *[(family, layout) for family in DENSE + MOE for layout in LAYOUTS],
     *[(family, {"ep": 2}) for family in MOE],
@@ -58,6 +58,10 @@ def test_logits_equal_hugging_face(family: str, layout: dict[str, int], tmp_path
         ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": []}),
         ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
         ("llama", {"rope_parameters": LINEAR}),
+        ("deepseek_v2", {"q_lora_rank": None, "topk_method": "greedy"}),
+        ("deepseek_v3", {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}),
+        ("deepseek_v3", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0}}),
+        ("deepseek_v3", {"q_lora_rank": None, "rope_parameters": YARN}),
         ("llama", {"rope_parameters": LLAMA3}),
         ("qwen2", {"rope_parameters": YARN}),
     ],

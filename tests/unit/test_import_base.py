@@ -22,7 +22,7 @@ from megatron_eagle.hf.families import FAMILIES, family_of
 from megatron_eagle.hf.import_base import import_base
 from megatron_eagle.hf.megatron_args import flags, megatron_args
 from megatron_eagle.hf.rope_args import rope_beyond_flags
-from tests.tiny_hf import SIZES, make_base
+from tests.tiny_hf import LATENT, SIZES, make_base
 from tools.import_base import main
 
 ROOT = Path(__file__).parents[2]
@@ -137,7 +137,9 @@ def test_printed_flags_are_megatrons(architecture: str, monkeypatch: pytest.Monk
     for untied, extra in ((True, {}), (False, rope)):
         config = {**CONFIG, "architectures": [architecture], "tie_word_embeddings": untied, **extra}
         config |= {"num_local_experts": 4, "sliding_window": 16, "use_sliding_window": True}
-        config |= {"max_window_layers": 1, "mlp_only_layers": [0]}
+        config |= {"max_window_layers": 1, "mlp_only_layers": [0], "first_k_dense_replace": 1}
+        if "Deepseek" in architecture:
+            config |= {**LATENT, "num_hidden_layers": 2, "sliding_window": None}
         args = megatron_args(config, FAMILIES[architecture], "config.json")
         monkeypatch.setattr(sys, "argv", ["train", *flags(args)])
         parsed = vars(parse_args())
@@ -218,6 +220,26 @@ def test_llama3_rope_equals_hugging_face() -> None:
         (
             {"architectures": ["GptOssForCausalLM"], "swiglu_limit": 5.0},
             "swiglu_limit = 5.0 is not supported",
+        ),
+        (
+            {"architectures": ["DeepseekV3ForCausalLM"], **LATENT, "norm_topk_prob": False},
+            "norm_topk_prob = False is not supported",
+        ),
+        (
+            {"architectures": ["DeepseekV3ForCausalLM"], **LATENT, "num_key_value_heads": 4},
+            "num_key_value_heads must be num_attention_heads 8, found 4",
+        ),
+        (
+            {"architectures": ["DeepseekV3ForCausalLM"], **LATENT, "rope_scaling": LLAMA3},
+            "'llama3' is not supported with latent attention",
+        ),
+        (
+            {"architectures": ["DeepseekV3ForCausalLM"], **LATENT, "n_group": 3},
+            "n_group 3 and topk_group 2 do not fit",
+        ),
+        (
+            {"architectures": ["DeepseekV2ForCausalLM"], **LATENT, "topk_method": "noaux_tc"},
+            "topk_method 'noaux_tc' is not supported",
         ),
         (
             {"architectures": ["MixtralForCausalLM"], "num_experts_per_tok": 1},
