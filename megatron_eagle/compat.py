@@ -25,7 +25,6 @@ _PATHS = {
         "megatron.core.models.common.embeddings.rotary_pos_embedding:RotaryEmbedding"
     ),
     "ShardedTensor": "megatron.core.dist_checkpointing.mapping:ShardedTensor",
-    "TopKRouter": "megatron.core.transformer.moe.router:TopKRouter",
     "StrictHandling": "megatron.core.dist_checkpointing.validation:StrictHandling",
     "TopKRouter": "megatron.core.transformer.moe.router:TopKRouter",
     "MLATransformerConfig": "megatron.core.transformer:MLATransformerConfig",

@@ -64,7 +64,7 @@ def mend_latent_attention(gpt: Any, rope: Rope, theta: float, norm: Callable[...
             attention.kv_layernorm = norm(config=config, hidden_size=config.kv_lora_rank, eps=0.0)
         # Transformer Engine fuses the norms into the projections after them.
         for name in ("q_layernorm", "kv_layernorm", "linear_q_up_proj", "linear_kv_up_proj"):
-            module = getattr(attention, name, None)
+            module: Any = getattr(attention, name, None)
             if hasattr(module, "eps"):
                 module.eps = NORM_EPS
 

@@ -122,6 +122,8 @@ def _rope(info: DraftInfo) -> dict[str, Any]:
     """Both spellings: rope_theta with rope_scaling, and the newer rope_parameters."""
     base = info.base.hf_config
     given = base.get("rope_scaling") or base.get("rope_parameters") or {}
+    if info.base.megatron_args.get("multi_latent_attention"):
+        given = {}  # the draft has plain angles, see draft.layer_config
     kind = given.get("rope_type", given.get("type", "default"))
     scaling = {key: value for key, value in given.items() if key not in ("rope_theta", "type")}
     theta = float(info.base.megatron_args["rotary_base"])

@@ -7,7 +7,7 @@ from typing import Any
 
 from megatron_eagle.hf.config_fields import require, size
 from megatron_eagle.hf.entries import Dims
-from megatron_eagle.hf.rope_args import rope_beyond_flags, rope_fields
+from megatron_eagle.hf.rope_args import described_rope, rope_fields
 
 # The latent norms' class has this default, and the layers do not pass rms_norm_eps.
 LATENT_NORM_EPS = 1e-6
@@ -26,8 +26,9 @@ def latent_args(config: Mapping[str, Any], source: str) -> dict[str, Any]:
             f"{source}: num_key_value_heads must be num_attention_heads {heads}, "
             f"found {config['num_key_value_heads']}"
         )
-    rope = rope_beyond_flags(config, source)
-    if rope.get("rope_type", "yarn") != "yarn":
+    rope = described_rope(config, source)
+    yarn = rope["rope_type"] == "yarn"
+    if not yarn and rope["rope_type"] != "default":
         raise ValueError(
             f"{source}: rope type {rope['rope_type']!r} is not supported with latent attention"
         )
@@ -50,7 +51,7 @@ def latent_args(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         # Ours replaces Megatron's rotary module, which gives its strength too when it is yarn's.
         "rope_type": "yarn",
         "rotary_scaling_factor": rope.get("factor", 1.0),
-        "mscale_all_dim": float(rope_fields(config).get("mscale_all_dim") or 0.0) if rope else 0.0,
+        "mscale_all_dim": float(rope_fields(config).get("mscale_all_dim") or 0.0) if yarn else 0.0,
     }
 
 

@@ -18,7 +18,7 @@ MEGATRON_LLAMA3 = {
 
 def rope_args(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Megatron argparse names -> values."""
-    rope = _described(config, source)
+    rope = described_rope(config, source)
     base = rope["rope_theta"]
     if base != int(base):
         raise ValueError(f"{source}: rope_theta = {base}, but --rotary-base is an integer")
@@ -31,7 +31,7 @@ def rope_args(config: Mapping[str, Any], source: str) -> dict[str, Any]:
 def rope_beyond_flags(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """The description that :mod:`megatron_eagle.attention.rope` reads; empty where the flags of
     :func:`rope_args` say all."""
-    rope = _described(config, source)
+    rope = described_rope(config, source)
     return {} if rope["rope_type"] == "default" or _is_megatrons(rope) else rope
 
 
@@ -46,7 +46,8 @@ def rope_fields(config: Mapping[str, Any]) -> Any:
     return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 
-def _described(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+def described_rope(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """rope_type, rope_theta and every number of its kind, checked."""
     rope = rope_fields(config)
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"{source}: rope parameters per layer type are not supported: {rope}")

@@ -59,6 +59,8 @@ def parse_eagle_args(options: EagleConfig) -> tuple[argparse.Namespace, BaseInfo
     user = sys.argv[1:]
     base = _base_info(options.base_checkpoint)
     _check_supported(user)
+    if "--multi-latent-attention" in user and "multi_latent_attention" not in base.megatron_args:
+        raise ValueError("--multi-latent-attention contradicts the base checkpoint, which has none")
     check_layout(user, base, options)
     sys.argv[1:] = [*_implied_flags(base, options, user), *user]
     args = parse_and_validate_args(extra_args_provider=add_eagle_flags)

@@ -21,7 +21,7 @@ REFUSED = [
         ["--num-layers-per-virtual-pipeline-stage", 1],
         "--num-layers-per-virtual-pipeline-stage 1: the base only runs forward",
     ),
-    (["--multi-latent-attention"], "--multi-latent-attention is not supported"),
+    (["--multi-latent-attention"], "--multi-latent-attention contradicts the base"),
     (["--reset-attention-mask"], "--reset-attention-mask is not supported"),
     (["--init-model-with-meta-device"], "--init-model-with-meta-device is not supported"),
     (["--eval-iters", 3], "--eval-iters 3: --eagle-train-data has no validation"),

@@ -139,7 +139,8 @@ def test_printed_flags_are_megatrons(architecture: str, monkeypatch: pytest.Monk
         config |= {"num_local_experts": 4, "sliding_window": 16, "use_sliding_window": True}
         config |= {"max_window_layers": 1, "mlp_only_layers": [0], "first_k_dense_replace": 1}
         if "Deepseek" in architecture:
-            config |= {**LATENT, "num_hidden_layers": 2, "sliding_window": None}
+            config |= {**LATENT, "num_hidden_layers": 2, "use_sliding_window": False}
+            config["rope_scaling"] = None
         args = megatron_args(config, FAMILIES[architecture], "config.json")
         monkeypatch.setattr(sys, "argv", ["train", *flags(args)])
         parsed = vars(parse_args())
