@@ -1,4 +1,4 @@
-"""EagleConfig: every option of a draft and of its training, and the ``--eagle-*`` flags made of it.
+"""EagleConfig: every option of a draft and of its training, the source of the ``--eagle-*`` flags.
 
 One dataclass is the single source: a field's type and metadata become its command-line flag, its
 help text and its checks. Nothing else in the package declares an option.
@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_eagle.config_checks import ALGORITHMS, LAYER_WIDTHS, LOSSES, check_options, flag_name
+from megatron_eagle.config_checks import ALGORITHMS, LAYER_WIDTHS, LOSSES, check_options
 
 REGRESSION_WEIGHT = 10.0
 LK_DECAY = 3.0
@@ -39,8 +39,8 @@ class EagleConfig:
     algorithm: str = _option(
         "eagle3",
         "eagle1 (also EAGLE-2: reads the base's last hidden, shares its output layer, regresses "
-        "the hidden), eagle3, or eagle3.1 (a norm per captured layer, and the normed output is "
-        "fed back)",
+        "the hidden), eagle3, eagle3.1 (a norm per captured layer, and the normed output is fed "
+        "back) or p-eagle (all steps in one pass, later ones from a learned mask hidden)",
         choices=ALGORITHMS,
     )
     norm_before_fc: bool = _option(
@@ -48,6 +48,12 @@ class EagleConfig:
     )
     norm_before_residual: bool = _option(
         False, "EAGLE-3: the first layer's residual is the normed hidden, not the plain one"
+    )
+    mask_token: int | None = _option(
+        None,
+        "P-EAGLE: id of the base's token whose embedding stands for tokens not drafted yet; one "
+        "that texts do not use",
+        type=int,
     )
     regression_weight: float | None = _option(
         None,
@@ -240,6 +246,10 @@ class EagleConfig:
                 f"--eagle-draft-vocab-size {self.draft_vocab_size} exceeds "
                 f"the base's vocabulary of {vocab_size}"
             )
+        if self.mask_token is not None and self.mask_token >= vocab_size:
+            raise ValueError(
+                f"--eagle-mask-token {self.mask_token} is outside the base's 0 to {vocab_size - 1}"
+            )
         if seq_length < self.ttt_steps + 2:
             raise ValueError(
                 f"--seq-length {seq_length} is too short: --eagle-ttt-steps {self.ttt_steps} "
@@ -248,7 +258,8 @@ class EagleConfig:
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> EagleConfig:
-        """Build from parsed flags, as :func:`add_eagle_flags` declared them."""
+        """Build from parsed flags, as
+        :func:`~megatron_eagle.config_flags.add_eagle_flags` declared them."""
         return cls(**{f.name: getattr(args, f"eagle_{f.name}") for f in dataclasses.fields(cls)})
 
     @classmethod
@@ -262,38 +273,3 @@ class EagleConfig:
     def to_mapping(self) -> dict[str, Any]:
         """The options as JSON-serialisable values."""
         return dataclasses.asdict(self)
-
-
-def add_eagle_flags(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Declare one ``--eagle-*`` flag per field of :class:`EagleConfig` and return ``parser``."""
-    group = parser.add_argument_group("eagle", "the draft and its training")
-    for option in dataclasses.fields(EagleConfig):
-        flag = dict(option.metadata["flag"])
-        if isinstance(option.default, bool):
-            flag["action"] = "store_true"
-        else:
-            flag["default"] = option.default
-        text = option.metadata["help"]
-        if option.default not in (None, False):
-            text += f" (default: {option.default})"
-        group.add_argument(flag_name(option.name), help=text.replace("%", "%%"), **flag)
-    return parser
-
-
-def given_options(argv: Sequence[str]) -> set[str]:
-    """The fields of :class:`EagleConfig` whose flags are in ``argv``."""
-    parser = add_eagle_flags(argparse.ArgumentParser(allow_abbrev=False, add_help=False))
-    names = [option.name for option in dataclasses.fields(EagleConfig)]
-    unset = object()  # argparse.SUPPRESS is a string, which a flag's type would convert
-    parser.set_defaults(**{f"eagle_{name}": unset for name in names})
-    given = parser.parse_known_args(argv)[0]
-    return {name for name in names if getattr(given, f"eagle_{name}") is not unset}
-
-
-def parse_eagle_flags(argv: Sequence[str]) -> EagleConfig:
-    """The options in ``argv``, other flags ignored. Needs neither torch nor Megatron."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    options = EagleConfig.from_args(add_eagle_flags(parser).parse_known_args(argv)[0])
-    if options.base_checkpoint is None:
-        raise ValueError("--eagle-base-checkpoint is required: the base to train a draft for")
-    return options

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from megatron_eagle.config import EagleConfig
 
-ALGORITHMS = ("eagle1", "eagle3", "eagle3.1")
+ALGORITHMS = ("eagle1", "eagle3", "eagle3.1", "p-eagle")
 LOSSES = ("kl", "ce", "reverse-kl", "tv", "lk-alpha", "lk-lambda")
 EXPERT_OPTIONS = ("moe_router_topk", "moe_ffn_hidden_size", "moe_aux_loss_coeff")
 LAYER_WIDTHS = ("ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
@@ -107,11 +107,29 @@ def _check_algorithm(options: EagleConfig) -> None:
         raise ValueError(
             f"--eagle-regression-weight must not be negative: {options.regression_weight}"
         )
+    _check_parallel(options)
     if options.algorithm == "eagle3.1" and options.norm_before_fc:
         raise ValueError(
             "--eagle-norm-before-fc: --eagle-algorithm eagle3.1 has a norm per captured layer "
             "there already"
         )
+
+
+def _check_parallel(options: EagleConfig) -> None:
+    if options.algorithm != "p-eagle":
+        if options.mask_token is not None:
+            raise ValueError(
+                f"--eagle-mask-token {options.mask_token}: only --eagle-algorithm p-eagle has one"
+            )
+        return
+    if options.mask_token is None or options.mask_token < 0:
+        raise ValueError(
+            "--eagle-mask-token: --eagle-algorithm p-eagle needs the id of a token that texts do "
+            f"not use, not {options.mask_token}"
+        )
+    for name in ("norm_before_fc", "detach_steps"):
+        if getattr(options, name):
+            raise ValueError(f"{flag_name(name)}: --eagle-algorithm p-eagle has no such thing")
 
 
 def _shown(name: str, value: Any) -> str:

@@ -114,6 +114,8 @@ def draft_options(reference: ReferenceConfig) -> dict[str, Any]:
         widths |= {"lk_decay": reference.lk_decay}
     if reference.eagle1:
         return {**widths, "algorithm": "eagle1", "regression_weight": reference.regression}
+    if reference.mask_token is not None:
+        return {**widths, "algorithm": "p-eagle", "mask_token": reference.mask_token}
     assert reference.fc_norm == reference.norm_output
     return {
         **widths,
@@ -196,6 +198,8 @@ def megatron_names(case: Case) -> dict[str, tuple[list[str], str]]:
     norms = [f"fc_norm.{i}.weight" for i in range(case.config.num_aux) if case.config.fc_norm]
     norms += ["input_norm.weight"] if case.config.norm_before_fc else []
     names |= {name: ([name], "whole") for name in norms}
+    if case.config.mask_token is not None:
+        names["mask_hidden.weight"] = (["mask_hidden"], "whole")
     for i in range(case.config.num_layers):
         ours, theirs = f"layers.{i}.", "midlayer." if one else f"layers.{i}."
         if i == 0 and not eagle1:

@@ -26,6 +26,13 @@ def draft_chain(
     hidden = model.start(aux)[None]
     consumed = tokens[1:]
     ids, logits = [], []
+    if model.config.mask_token is not None:  # all in one pass, mask rows behind the prefix
+        masks = model.start(model.mask_hidden).expand(num_steps - 1, -1)[None]
+        hidden = torch.cat([hidden, masks], dim=1)
+        consumed = torch.cat([consumed, torch.full((num_steps - 1,), model.config.mask_token)])
+        output = model.step(hidden, consumed[None], [[] for _ in model.blocks()])
+        logits_ = model.lm_head(model.norm(output))[0, -num_steps:]
+        return model.vocab_ids[logits_.argmax(-1)], logits_
     for _ in range(num_steps):
         output = model.step(hidden, consumed[None], [[] for _ in model.blocks()])[:, -1:]
         logits.append(model.lm_head(model.norm(output))[0, 0])

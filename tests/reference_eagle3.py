@@ -68,6 +68,8 @@ class ReferenceEagle3(nn.Module):
             norms = [nn.RMSNorm(config.target_hidden_size, eps=config.rms_eps)
                      for _ in range(config.num_aux)]  # fmt: skip
             self.fc_norm = nn.ModuleList(norms)
+        if config.mask_token is not None:  # P-EAGLE
+            self.mask_hidden = nn.Parameter(torch.randn(1, inputs))
         if config.norm_before_fc:
             self.input_norm = nn.RMSNorm(inputs, eps=config.rms_eps)
         if config.num_layers == 1:
@@ -152,7 +154,11 @@ class ReferenceEagle3(nn.Module):
         past: list[list[KeyValue]] = [[] for _ in range(self.config.num_layers)]
         hidden, logits, outputs = self.start(aux), [], []
         for t in range(self.config.ttt_steps):
-            output = self.step(hidden, shift_left(tokens, t + 1), past)
+            consumed = shift_left(tokens, t + 1)
+            if self.config.mask_token is not None and t > 0:
+                consumed = torch.full_like(tokens, self.config.mask_token)
+                hidden = self.start(self.mask_hidden).expand_as(hidden)
+            output = self.step(hidden, consumed, past)
             outputs.append(output)
             logits.append(self.lm_head(self.norm(output)))
             hidden = self.fed_back(output)

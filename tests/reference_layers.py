@@ -50,6 +50,7 @@ class ReferenceConfig:
     norm_before_residual: bool = False
     eagle1: bool = False
     regression: float = 10.0
+    mask_token: int | None = None
     num_experts: int = 0
     topk: int = 2
     balance: float = 0.0
@@ -84,6 +85,7 @@ class ReferenceConfig:
             num_aux=hf.get("num_aux_hidden_states") or (len(layer_ids) if layer_ids else 3),
             rope_theta=rope.get("rope_theta") or hf["rope_theta"],
             rms_eps=hf["rms_norm_eps"],
+            mask_token=hf.get("ptd_token_id"),
             **{flag: bool(hf.get(flag)) for flag in NORM_FLAGS},
             **objective,
         )

@@ -38,6 +38,7 @@ class Shape:
     base_layers: int = 8
     rope: dict[str, Any] = field(default_factory=lambda: dict(ROPE))
     algorithm: str = "eagle3"
+    mask_token: int | None = None
     norm_before_fc: bool = False
     norm_before_residual: bool = False
     base: dict[str, Any] = field(default_factory=dict)  # Megatron arguments other than the draft's
@@ -61,6 +62,8 @@ def hf_tensors(
         }
     if shape.algorithm == "eagle3.1":
         sizes |= {f"fc_norm.{i}.weight": (hidden,) for i in range(captured)}
+    if shape.algorithm == "p-eagle":
+        sizes["mask_hidden"] = (1, captured * hidden)
     if shape.norm_before_fc:
         sizes["input_norm.weight"] = (captured * hidden,)
     for i in range(shape.layers):
@@ -106,6 +109,8 @@ def megatron_tensors(shape: Shape, hf: dict[str, Tensor]) -> dict[str, Tensor]:
     for name in hf:
         if name in ("fc.weight", "norm.weight") or name.startswith(("fc_norm.", "input_norm.")):
             result[f"draft.{name}"] = hf[name]
+    if shape.algorithm == "p-eagle":
+        result["draft.mask_hidden.weight"] = hf["mask_hidden"]
     if shape.algorithm != "eagle1":
         head = hf["lm_head.weight"]
         padding = torch.full((shape.padded_vocab - shape.draft_vocab, shape.hidden), 77.0)
@@ -164,6 +169,7 @@ def metadata_json(shape: Shape) -> dict[str, Any]:
             "ttt_steps": 4,
             "aux_layers": layers or None,
             "algorithm": shape.algorithm,
+            "mask_token": shape.mask_token,
             "norm_before_fc": shape.norm_before_fc,
             "norm_before_residual": shape.norm_before_residual,
             **{name: own[name] for name in shape.base},

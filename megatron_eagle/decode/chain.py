@@ -59,9 +59,11 @@ class DraftChain:
     def propose(self, verified: Verified) -> Tensor:
         """Extend the trunk and draft: base ids [B, length], the same on every TP rank.
 
-        Collectives: ``length`` passes of the draft's layers, each with an embedding look-up and an
-        argmax.
+        Collectives: ``length`` passes of the draft's layers (P-EAGLE: one), each with an embedding
+        look-up and an argmax.
         """
+        if self.draft.mask_token is not None:
+            return self._propose_at_once(verified, self.draft.mask_token)
         rows = torch.arange(verified.next_tokens.shape[1], device=verified.start.device)
         output, hidden = self._step(
             self.draft.start(verified.features),
@@ -76,6 +78,23 @@ class DraftChain:
             drafted.append(self._choose(output))
         return torch.cat(drafted, dim=1)
 
+    def _propose_at_once(self, verified: Verified, mask_token: int) -> Tensor:
+        """P-EAGLE: behind the last verified row come mask rows, all in one pass."""
+        known = verified.next_tokens.shape[1]
+        more = self.length - 1
+        rows = torch.arange(known + more, device=verified.start.device)
+        last = verified.last.unsqueeze(1)
+        real = rows <= last  # [B, n + length - 1]
+        tokens = torch.nn.functional.pad(verified.next_tokens, (0, more))
+        tokens = torch.where(real, tokens, mask_token)
+        hidden = torch.nn.functional.pad(self.draft.start(verified.features), (0, 0, 0, 0, 0, more))
+        hidden = torch.where(real.t().unsqueeze(-1), hidden, self.draft.masked_start())
+        # Rows beyond the drafted ones repeat the last of them.
+        positions = verified.start.unsqueeze(1) + torch.minimum(rows, last + more)
+        output, _ = self._step(hidden, tokens, positions)
+        drafts = [select_rows(output, verified.last + step) for step in range(self.length)]
+        return self._choose(torch.stack(drafts))
+
     def _step(self, hidden: Tensor, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [n, B, H] with tokens [B, n] at positions [B, n] -> what the head and what the
         next step reads, [n, B, H] each."""
@@ -88,6 +107,6 @@ class DraftChain:
         )
 
     def _choose(self, output: Tensor) -> Tensor:
-        """output [1, B, H] -> base ids [B, 1]."""
+        """output [n, B, H] -> base ids [B, n]."""
         draft = self.draft
         return vocab_argmax(output, draft.lm_head(), draft.shard_ids, draft.tp_group).t()

@@ -84,6 +84,19 @@ class NormWeight(MegatronModule):
         return self.weight
 
 
+class MaskHidden(MegatronModule):
+    """P-EAGLE's learned stand-in [1, A * H] for captured layers that are not there yet. Calling the
+    module gives it, see :class:`NormWeight`."""
+
+    def __init__(self, config: Any, size: int) -> None:
+        super().__init__(config=config)
+        self.weight = _parameter(config, 1, size)
+        config.init_method(self.weight)
+
+    def forward(self) -> Tensor:
+        return self.weight
+
+
 def norm_features(
     features: Tensor, weights: Sequence[Tensor], eps: float, fc: FeatureProjection
 ) -> Tensor:

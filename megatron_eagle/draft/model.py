@@ -23,7 +23,12 @@ from megatron_eagle.compat import (
     gather_from_sequence_parallel_region,
 )
 from megatron_eagle.config import EagleConfig
-from megatron_eagle.draft.features import FeatureProjection, NormWeight, norm_features
+from megatron_eagle.draft.features import (
+    FeatureProjection,
+    MaskHidden,
+    NormWeight,
+    norm_features,
+)
 from megatron_eagle.draft.layer import draft_layer_specs
 from megatron_eagle.draft.layer_config import Rotary
 from megatron_eagle.parallel.vocab import VocabShard
@@ -75,6 +80,9 @@ class EagleDraft(MegatronModule):
             self.fc_norm.extend(NormWeight(config, config.hidden_size) for _ in range(num_aux))
         elif options.norm_before_fc:
             self.input_norm = NormWeight(config, num_aux * config.hidden_size)
+        self.mask_token = options.mask_token
+        if options.algorithm == "p-eagle":
+            self.mask_hidden = MaskHidden(config, num_aux * config.hidden_size)
         self.layers = torch.nn.ModuleList(
             build_module(
                 spec,
@@ -115,6 +123,11 @@ class EagleDraft(MegatronModule):
             weights = [module() for module in modules]
             features = norm_features(features, weights, self.config.layernorm_epsilon, self.fc)
         return self.fc(features)
+
+    def masked_start(self) -> Tensor:
+        """What P-EAGLE's later steps read instead of an earlier step's output, [1, 1, H].
+        Collectives: those of fc; in backward one all-reduce of [A * H] where fc is sharded."""
+        return self.fc(self.fc.summing_gradient(self.mask_hidden()).unsqueeze(0))
 
     def step(
         self, embedding: Tensor, hidden: Tensor, rotary: Tensor, state: AttentionState

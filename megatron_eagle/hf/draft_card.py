@@ -91,7 +91,9 @@ def _rows(info: DraftInfo, facts: CardFacts, dtype: torch.dtype) -> list[tuple[s
 
 
 def _algorithm(info: DraftInfo) -> str:
-    """EAGLE-1, EAGLE-3, EAGLE-3.1."""
+    """EAGLE-1, EAGLE-3, EAGLE-3.1, P-EAGLE."""
+    if info.options.algorithm == "p-eagle":
+        return "P-EAGLE"
     return info.options.algorithm.replace("eagle", "EAGLE-")
 
 
@@ -118,9 +120,10 @@ def _figures(evaluation: dict[str, Any] | None) -> list[tuple[str, str]]:
 def _command(server: str, info: DraftInfo) -> str:
     steps = info.ttt_steps
     method = "eagle" if info.options.algorithm == "eagle1" else "eagle3"
+    more = ', "parallel_drafting": true' if info.options.algorithm == "p-eagle" else ""
     text = {
         "vllm": f"""    vllm serve BASE --speculative-config \\
-      '{{"method": "{method}", "model": "DRAFT", "num_speculative_tokens": {steps}}}'
+      '{{"method": "{method}", "model": "DRAFT", "num_speculative_tokens": {steps}{more}}}'
 """,
         "sglang": f"""    python -m sglang.launch_server --model-path BASE \\
       --speculative-algorithm {method.upper()} --speculative-draft-model-path DRAFT \\

@@ -53,7 +53,14 @@ def _eagle3_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
             **{name: True for name in norms if name == "norm_before_fc"},
         },
         **norms,
+        **_parallel_drafting(info),
     }
+
+
+def _parallel_drafting(info: DraftInfo) -> dict[str, int]:
+    """Where vLLM's parallel drafting finds the mask token of a P-EAGLE draft."""
+    token = info.options.mask_token
+    return {} if token is None else {"ptd_token_id": token, "pard_token": token}
 
 
 def _norm_flags(info: DraftInfo) -> dict[str, bool]:

@@ -61,6 +61,8 @@ def _refusal(layout: Format, info: DraftInfo) -> str | None:
             if layout.name == "hf"
             else "the speculators library has no EAGLE-1 of this form"
         )
+    if info.options.algorithm == "p-eagle" and layout.name == "speculators":
+        return "P-EAGLE in the speculators library's form is not known here"
     for server in layout.servers:
         if reason := _server_refusal(server, info):
             return f"{SERVER_NAMES[server]} {reason}"
@@ -70,6 +72,8 @@ def _refusal(layout: Format, info: DraftInfo) -> str | None:
 def _server_refusal(server: str, info: DraftInfo) -> str | None:
     if info.options.algorithm == "eagle1":
         return "does not load EAGLE-1 drafts" if server == "trtllm" else None
+    if info.options.algorithm == "p-eagle" and server != "vllm":
+        return "does not draft in parallel with an EAGLE-3 draft"
     if server == "vllm":
         return None
     if info.options.norm_before_residual:

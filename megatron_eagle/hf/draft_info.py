@@ -51,6 +51,7 @@ class DraftInfo:
         dims = dims_of(self.layer_args)
         return {
             **dims,
+            "1": 1,
             "D": self.draft_vocab_size,
             "H2": 2 * dims["H"],
             "AH": len(self.aux_layers) * dims["H"],

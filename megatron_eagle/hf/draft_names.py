@@ -148,6 +148,8 @@ def _outside_layers(info: DraftInfo) -> list[DraftEntry]:
         norms = [_one(name, name, "H") for name in names]
     elif info.options.norm_before_fc:
         norms = [_one("input_norm.weight", "input_norm.weight", "AH")]
+    elif info.options.algorithm == "p-eagle":
+        norms = [_one("mask_hidden.weight", "mask_hidden", "1", "AH")]
     return [_one("fc.weight", "fc.weight", "H", "AH"), *norms, *HEAD]
 
 

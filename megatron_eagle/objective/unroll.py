@@ -19,6 +19,7 @@ from torch.distributed import ProcessGroup
 from megatron_eagle.attention.core import TrunkBranchState
 from megatron_eagle.attention.packing import Packing
 from megatron_eagle.draft.model import EagleDraft
+from megatron_eagle.objective.parallel_steps import parallel_steps
 from megatron_eagle.platform.nvtx import nvtx_range
 
 
@@ -31,7 +32,7 @@ class DraftInputs:
     embeddings [R, S' / R + K - 1, B, H]: tokens after each of the R runs of positions that this
     rank holds. rotary [S + K - 1, 1, 1, d]: angles of positions 0 .. S + K - 2. spans: the
     positions (start, stop) that attention sees as queries, those of this rank's context-parallel
-    part. packing: the documents of packed sequences.
+    part. packing: the documents of packed sequences. mask_embedding [H]: P-EAGLE's mask token.
     """
 
     features: Tensor
@@ -39,6 +40,7 @@ class DraftInputs:
     rotary: Tensor
     spans: Sequence[tuple[int, int]]
     packing: Packing | None = None
+    mask_embedding: Tensor | None = None
 
     def embedding(self, step: int) -> Tensor:
         """[S', B, H]: of the tokens that ``step`` consumes."""
@@ -59,11 +61,18 @@ def unroll(
     """What the head reads of each of ``steps`` TTT steps, [S', B, H] each.
 
     With ``detach_steps`` no gradient flows through the hidden fed from one step to the next (it
-    still flows through keys and values). Collectives: those of K passes of the draft's layers.
+    still flows through keys and values). Collectives: those of K passes of the draft's layers, for
+    P-EAGLE of one (:mod:`megatron_eagle.objective.parallel_steps`).
     """
     plan = None if inputs.packing is None else inputs.packing.plan(draft.cp_group)
     state = TrunkBranchState(draft.cp_group, plan)
     outputs: list[Tensor] = []
+    if inputs.mask_embedding is not None:
+        angles = [inputs.angles(step, draft.cp_group) for step in range(steps)]
+        with nvtx_range("unroll"):
+            return parallel_steps(
+                draft, inputs.features, inputs.embedding(0), inputs.mask_embedding, angles, state
+            )
     with nvtx_range("unroll"):
         hidden = draft.start(inputs.features)
         for step in range(steps):

@@ -54,6 +54,14 @@ def step_embeddings(
     return sum_over_ranks(found, group=group).unflatten(0, (len(spans), -1))
 
 
+@torch.no_grad()
+def token_embedding(token: int, weight: Tensor, vocab_size: int, group: ProcessGroup) -> Tensor:
+    """[H]: the embedding of one token, on every rank. One all-reduce over ``group``."""
+    ids = torch.tensor([token], device=weight.device)
+    found = _partial_lookup(ids, weight, vocab_size, group)
+    return reduce_from_tensor_model_parallel_region(found, group=group)[0]
+
+
 def _partial_lookup(ids: Tensor, weight: Tensor, vocab_size: int, group: ProcessGroup) -> Tensor:
     """Rows of this rank's ids, zeros for the others': summed over TP they are the embeddings."""
     if group.size() == 1:

@@ -15,7 +15,8 @@ from importlib.util import find_spec
 from megatron.training.arguments import parse_and_validate_args
 
 from megatron_eagle.checkpoint_dir import BaseInfo, load_base_json
-from megatron_eagle.config import EagleConfig, add_eagle_flags
+from megatron_eagle.config import EagleConfig
+from megatron_eagle.config_flags import add_eagle_flags
 from megatron_eagle.hf.megatron_args import ABSENT
 from megatron_eagle.hf.megatron_args import flags as megatron_flags
 from megatron_eagle.platform import is_enabled

@@ -7,7 +7,7 @@ import sys
 import time
 import traceback
 
-from megatron_eagle.config import parse_eagle_flags
+from megatron_eagle.config_flags import parse_eagle_flags
 from megatron_eagle.platform import enable
 from megatron_eagle.platform.mistakes import report_mistake
 

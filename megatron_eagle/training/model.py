@@ -23,7 +23,7 @@ from megatron_eagle.parallel.stage_links import StageLinks
 from megatron_eagle.parallel.stage_replicas import as_replica
 from megatron_eagle.platform.nvtx import nvtx_range
 from megatron_eagle.teacher.base import FrozenBase
-from megatron_eagle.teacher.embedding import step_embeddings
+from megatron_eagle.teacher.embedding import step_embeddings, token_embedding
 from megatron_eagle.teacher.routing import BaseOutputs
 from megatron_eagle.teacher.targets import TeacherHead, TeacherTargets
 
@@ -51,6 +51,7 @@ class EagleGPTModel(MegatronModule):
         self.share_embeddings_and_output_weights = False
         self.pre_process = self.post_process = True
         self.teacher: TeacherHead | None = None
+        self._mask: Tensor | None = None
         self.budgets = Budgets(options.logits_budget_mib << 20, options.teacher_memory << 20)
         self.row_loss = row_loss(options.loss, options.acceptance_decay)
         # No buffer: a bf16 model would round it.
@@ -94,7 +95,19 @@ class EagleGPTModel(MegatronModule):
             rotary=self.draft.rotary(tokens.shape[1] + steps - 1),
             spans=spans,
             packing=packing,
+            mask_embedding=self._mask_embedding(),
         )
+
+    def _mask_embedding(self) -> Tensor | None:
+        """[H] of P-EAGLE's mask token, looked up once."""
+        if self.draft.mask_token is not None and self._mask is None:
+            self._mask = token_embedding(
+                self.draft.mask_token,
+                self.base.embedding_weight,
+                self.base.vocab_size,
+                self.base.tp_group,
+            )
+        return self._mask
 
     @torch.no_grad()
     def targets(self, final_hidden: Tensor, target_rows: Tensor) -> tuple[TeacherTargets, Tensor]:

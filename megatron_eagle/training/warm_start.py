@@ -14,8 +14,9 @@ import torch
 
 from megatron_eagle.checkpoint_dir import BaseInfo, load_base_json
 from megatron_eagle.compat import ShardedTensor, apply_factories, nested_values
-from megatron_eagle.config import EagleConfig, given_options
+from megatron_eagle.config import EagleConfig
 from megatron_eagle.config_checks import LAYER_WIDTHS, flag_name
+from megatron_eagle.config_flags import given_options
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.hf.draft_checkpoint import open_checkpoint_draft
 from megatron_eagle.hf.import_draft import StoredDraft, open_hf_draft

@@ -24,6 +24,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "eagle1": {"eagle1": True, "num_aux": 1, "draft_vocab_size": VOCAB, "num_layers": 2},
     "eagle3.1": {"fc_norm": True, "norm_output": True},
     "widths": {"num_heads": 6, "num_kv_heads": 2, "head_dim": 12, "intermediate_size": 20},
+    "p-eagle": {"mask_token": 2, "num_layers": 2},
     "moe": {"num_experts": 4, "topk": 2, "num_layers": 2},
     "norms": {"norm_before_fc": True, "norm_before_residual": True},
 }

@@ -68,6 +68,14 @@ def test_tensor_parallel_collectives(steps: int) -> None:
         assert found["gathered"][-1] == rows * (4 * steps + 5), "16 bytes a row and step"
 
 
+def test_p_eagle_is_one_pass_of_the_layers() -> None:
+    case, _ = make_case(mask_token=7, ttt_steps=5)
+    for found in run_distributed(count_micro_batch, 2, case):
+        # As with one step, and fc once more for the mask hidden (backward: its gradient).
+        assert found["forward"] == {"allreduce": 1 + 2, "allgather_base": 3}
+        assert found["backward"] == {"allreduce": 1 + 2 + 1}
+
+
 def test_sequence_parallel_collectives() -> None:
     case, _ = make_case(sequence_parallel=True)
     for found in run_distributed(count_micro_batch, 2, case):

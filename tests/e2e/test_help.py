@@ -6,7 +6,8 @@ import dataclasses
 import subprocess
 import sys
 
-from megatron_eagle.config import EagleConfig, flag_name
+from megatron_eagle.config import EagleConfig
+from megatron_eagle.config_checks import flag_name
 from tests.e2e.launch import EXAMPLE, ROOT
 
 

@@ -38,7 +38,7 @@ REFUSED = [
 
 def _refusal(rank: int, world: int, words: list[str]) -> str:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-    from megatron_eagle.config import parse_eagle_flags
+    from megatron_eagle.config_flags import parse_eagle_flags
     from megatron_eagle.platform import enable
     from megatron_eagle.training.arguments import parse_eagle_args
     from megatron_eagle.training.warm_start import adopt_warm_start

@@ -7,8 +7,9 @@ import dataclasses
 
 import pytest
 
-from megatron_eagle.config import EagleConfig, add_eagle_flags, given_options, parse_eagle_flags
+from megatron_eagle.config import EagleConfig
 from megatron_eagle.config_checks import flag_name
+from megatron_eagle.config_flags import add_eagle_flags, given_options, parse_eagle_flags
 
 
 def test_every_option_is_a_flag_and_comes_back() -> None:
@@ -50,6 +51,9 @@ def test_default_captured_layers() -> None:
         ({"moe_router_topk": 2}, "--eagle-moe-router-topk 2: only a MoE draft"),
         ({"num_experts": 2, "moe_router_topk": 3}, "3 experts of a token, but --eagle-num-exp"),
         ({"num_experts": 4, "moe_aux_loss_coeff": -1.0}, "aux-loss-coeff must not be negative"),
+        ({"mask_token": 3}, "--eagle-mask-token 3: only --eagle-algorithm p-eagle"),
+        ({"algorithm": "p-eagle"}, "--eagle-mask-token: .* needs the id of a token"),
+        ({"algorithm": "p-eagle", "mask_token": 3, "detach_steps": True}, "--eagle-detach-steps:"),
         ({"algorithm": "eagle4"}, "--eagle-algorithm must be one of eagle1, eagle3, eagle3.1"),
         ({"algorithm": "eagle1", "aux_layers": (1, 2)}, "--eagle-aux-layers 1 2: --eagle-algor"),
         ({"algorithm": "eagle1", "draft_vocab_size": 9}, "--eagle-draft-vocab-size 9: .* eagle1"),
@@ -69,6 +73,7 @@ def test_impossible_options(changes: dict, message: str) -> None:
     [
         (EagleConfig(aux_layers=(1, 8)), "--eagle-aux-layers 8 is out of range"),
         (EagleConfig(draft_vocab_size=101), "--eagle-draft-vocab-size 101 exceeds"),
+        (EagleConfig(algorithm="p-eagle", mask_token=100), "--eagle-mask-token 100 is outside"),
         (EagleConfig(ttt_steps=7), "--seq-length 8 is too short: --eagle-ttt-steps 7"),
     ],
 )

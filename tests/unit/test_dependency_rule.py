@@ -15,7 +15,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "megatron_eagle"
 OUTSIDE = {"examples", "tools", "tests", "benchmarks"}
 
-BASICS = {"config", "config_checks", "compat", "platform", "checkpoint_dir"}
+BASICS = {"config", "config_checks", "config_flags", "compat", "platform", "checkpoint_dir"}
 BELOW_DRAFT = BASICS | {"parallel", "attention"}
 BELOW_TRAINING = BELOW_DRAFT | {"teacher", "draft", "objective"}
 BESIDE_TRAINING = {"hf", "data", "decode"}
@@ -23,6 +23,7 @@ BESIDE_TRAINING = {"hf", "data", "decode"}
 MAY_IMPORT: dict[str, set[str]] = {
     "config": {"config_checks"},
     "config_checks": {"config"},  # for type hints
+    "config_flags": {"config", "config_checks"},
     "compat": set(),
     "platform": {"config", "compat"},
     "checkpoint_dir": {"config", "compat", "platform"},

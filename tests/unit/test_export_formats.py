@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from megatron_eagle.hf.draft_card import read_evaluation
 from megatron_eagle.hf.draft_formats import FORMATS
 from megatron_eagle.hf.export_draft import export_draft
+from tests.reference_eagle3 import ReferenceEagle3
 from tests.trained_draft import TrainedDraft
 
 FIGURES = {
@@ -118,6 +120,8 @@ REFUSED = [
     ("hf", {"algorithm": "eagle1", "draft_vocab": 53}, "fc.bias .*; use --format vllm or sglang"),
     ("speculators", {"algorithm": "eagle1", "draft_vocab": 53}, "library has no EAGLE-1"),
     ("trtllm", {"algorithm": "eagle1", "draft_vocab": 53}, "TensorRT-LLM does not load EAGLE-1"),
+    ("hf", {"algorithm": "p-eagle", "mask_token": 4}, "SGLang does not .* use --format vllm"),
+    ("speculators", {"algorithm": "p-eagle", "mask_token": 4}, "form is not known here"),
     ("hf", {"norm_before_residual": True}, "SGLang does not know .*use --format vllm or specul"),
     ("trtllm", {"norm_before_residual": True}, "TensorRT-LLM does not know"),
 ]
@@ -151,6 +155,19 @@ def test_norm_flags_are_where_readers_look(
     assert {name: config[name] for name in names if name in config} == outer
     found = config["eagle_config"]
     assert {name: found[name] for name in names if name in found} == inner
+
+
+def test_p_eagle(tmp_path: Path) -> None:
+    draft, directory = exported(tmp_path, "vllm", algorithm="p-eagle", mask_token=4, layers=2)
+    found = load_file(directory / "model.safetensors")
+    assert found["mask_hidden"].shape == (1, 72) and found["mask_hidden"].equal(
+        draft.hf["mask_hidden"]
+    )
+    config = json.loads((directory / "config.json").read_text())
+    assert config["ptd_token_id"] == config["pard_token"] == 4
+    assert '"parallel_drafting": true' in (directory / "README.md").read_text()
+    model = ReferenceEagle3.from_hf(directory, torch.randn(53, 24))
+    assert model.config.mask_token == 4 and model.mask_hidden.equal(draft.hf["mask_hidden"])
 
 
 @pytest.mark.parametrize("layers", [1, 2])
