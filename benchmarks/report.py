@@ -56,6 +56,8 @@ def _table(lines: list[Line]) -> str:
 def _sweep_table(lines: list[Line]) -> str:
     found = {(x["case"], x["implementation"]): x for x in lines}
     names = sorted({name for case, name in found if "=" in case}, reverse=True)
+    if not names:
+        return ""
     rows = "\nhidden 256, vocabulary 8000, one sequence of 512 tokens, K 3, one of them varied: "
     rows += "CPU ms / peak MiB\n\n| | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1)
     rows += "|\n"
@@ -63,7 +65,8 @@ def _sweep_table(lines: list[Line]) -> str:
         for value in values:
             cells = [found.get((f"{flag}={value}", name)) for name in names]
             shown = [f"{x['cpu_ms']:.0f} / {x['peak_mib']:.0f}" if x else "" for x in cells]
-            rows += f"| {flag} {value} | " + " | ".join(shown) + " |\n"
+            if any(cells):
+                rows += f"| {flag} {value} | " + " | ".join(shown) + " |\n"
     return rows
 
 
@@ -73,6 +76,8 @@ def _plot(lines: list[Line]) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    if not any("=" in line["case"] for line in lines):
+        return
     figure, axes = plt.subplots(2, len(SWEEPS), figsize=(14, 6), squeeze=False)
     for column, (flag, values) in enumerate(SWEEPS.items()):
         for row, measure in enumerate(("cpu_ms", "peak_mib")):

@@ -93,6 +93,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="run the benchmark's cases")
     parser.add_argument("--peers", action="store_true", help="the peers instead of ours")
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--implementation", default="", help="those whose name contains this")
     parser.add_argument("--iters", type=int, default=5)
     args = parser.parse_args()
     if args.peers and not PEER_PYTHON.exists():
@@ -100,7 +101,7 @@ def main() -> int:
         return 2
     failed = 0
     for case, implementation, flags in cases(args.peers):
-        if args.only not in case:
+        if args.only not in case or args.implementation not in implementation:
             continue
         line = run(case, implementation, flags, args.iters)
         failed += line is None
