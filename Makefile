@@ -4,6 +4,8 @@
 VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
+READERS := .venv-readers
+READERS_READY := $(READERS)/.ready
 SOURCES := $(wildcard megatron_eagle tools examples benchmarks)
 
 # The CPU suite must not change on a machine with GPUs; one thread a rank, for two cores.
@@ -11,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 CPU_PYTEST := CUDA_VISIBLE_DEVICES= $(PYTEST)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all check train bench bench-peers clean
+.PHONY: help setup test test-all test-readers check train bench bench-peers clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -25,9 +27,18 @@ $(READY): pyproject.toml constraints.txt tools/setup_env.sh
 test: $(READY)  ## run the tests (under 15 minutes on two cores)
 	$(CPU_PYTEST) -m "not slow and not gpu" tests/unit tests/distributed tests/e2e $(ARGS)
 
+test-readers: $(READERS_READY)  ## run exported drafts in vLLM's, SGLang's, SpecForge's and speculators' code
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 READERS_WHEELS=$(READERS)/wheels \
+		$(READERS)/bin/python -m pytest tests/readers $(ARGS)
+
+$(READERS_READY): $(READY) constraints-readers.txt tools/setup_readers.sh
+	@sh tools/setup_readers.sh "$(READERS)" "$(VENV)"
+	@touch $@
+
 test-all: $(READY)  ## run every test; those for GPUs skip themselves where there is none
 	$(CPU_PYTEST) -m "not gpu" tests $(ARGS)
 	$(PYTEST) -m gpu tests $(ARGS) || [ $$? -eq 5 ]  # 5: no such test
+	$(MAKE) test-readers
 
 check: $(READY)  ## lint, formatting and types
 	$(PY) -m ruff check .
@@ -53,5 +64,5 @@ bench-peers: $(READY)  ## the same of ModelOpt, SpecForge and speculators
 	$(PY) benchmarks/report.py
 
 clean:  ## remove the environment and the caches; keeps runs/
-	rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf "$(VENV)" "$(READERS)" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -39,6 +39,7 @@ class ReferenceConfig:
     num_layers: int = 1
     num_aux: int = 3
     rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
     rms_eps: float = 1e-5
     ttt_steps: int = 3
     step_decay: float = 0.8
@@ -68,7 +69,7 @@ class ReferenceConfig:
             raise ValueError(f"{path}: the oracle does not implement hidden_act={hf['hidden_act']}")
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind != "default":
+        if kind not in ("default", "linear", "llama3"):
             raise ValueError(f"{path}: the oracle does not implement rope_type={kind}")
         hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
         layer_ids = (hf.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
@@ -84,6 +85,7 @@ class ReferenceConfig:
             num_layers=hf["num_hidden_layers"],
             num_aux=hf.get("num_aux_hidden_states") or (len(layer_ids) if layer_ids else 3),
             rope_theta=rope.get("rope_theta") or hf["rope_theta"],
+            rope_scaling=None if kind == "default" else {**rope, "rope_type": kind},
             rms_eps=hf["rms_norm_eps"],
             mask_token=hf.get("ptd_token_id"),
             **{flag: bool(hf.get(flag)) for flag in NORM_FLAGS},
@@ -91,10 +93,25 @@ class ReferenceConfig:
         )
 
 
-def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
+def scaled(frequency: Tensor, scaling: dict[str, Any] | None) -> Tensor:
+    """Rotary frequencies for longer contexts: all divided by a factor (linear), or those whose
+    wavelength is long, with a ramp between two bounds (Llama 3)."""
+    if scaling is None:
+        return frequency
+    slow = frequency / scaling["factor"]
+    if scaling["rope_type"] == "linear":
+        return slow
+    turns = scaling["original_max_position_embeddings"] * frequency / (2 * torch.pi)
+    low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+    share = ((turns - low) / (high - low)).clamp(0, 1)
+    return (1 - share) * slow + share * frequency
+
+
+def rotate(x: Tensor, positions: Tensor, config: ReferenceConfig) -> Tensor:
     """Llama's rotary embedding: x [B, heads, S, head_dim], positions [S]; halves, not pairs."""
     half = x.shape[-1] // 2
-    frequency = theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    frequency = config.rope_theta ** (-torch.arange(half, dtype=torch.float64) / half)
+    frequency = scaled(frequency, config.rope_scaling)
     angle = positions.double()[:, None] * frequency
     cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
     first, second = x[..., :half], x[..., half:]
@@ -126,8 +143,8 @@ class ReferenceAttention(nn.Module):
         """x [B, S, input] of step len(past); appends this step's key and value to `past`."""
         length, step = x.shape[1], len(past)
         positions = torch.arange(length) + step
-        q = rotate(self.heads(self.q_proj(x)), positions, self.config.rope_theta)
-        k = rotate(self.heads(self.k_proj(x)), positions, self.config.rope_theta)
+        q = rotate(self.heads(self.q_proj(x)), positions, self.config)
+        k = rotate(self.heads(self.k_proj(x)), positions, self.config)
         past.append((k, self.heads(self.v_proj(x))))
         repeat = self.config.num_heads // self.config.num_kv_heads
         keys = torch.cat([k for k, _ in past], dim=2).repeat_interleave(repeat, dim=1)

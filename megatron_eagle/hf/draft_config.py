@@ -87,7 +87,10 @@ def _speculators_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
         "eagle_aux_hidden_state_layer_ids": [i + 1 for i in info.aux_layers],
         "norm_before_residual": False,  # vLLM's default in this form is True
         **_norm_flags(info),
-        "transformer_layer_config": _llama_config(info, dtype),
+        "transformer_layer_config": {
+            **_llama_config(info, dtype),
+            "num_aux_hidden_states": len(info.aux_layers),  # vLLM expects 3 otherwise
+        },
         "speculators_config": {
             "algorithm": "eagle3",
             "default_proposal_method": "greedy",

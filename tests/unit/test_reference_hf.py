@@ -132,7 +132,7 @@ def test_wrong_files_do_not_load(
     [
         {"attention_bias": True},
         {"mlp_bias": True},
-        {"rope_scaling": {"rope_type": "llama3"}},
+        {"rope_scaling": {"rope_type": "longrope"}},
         {"hidden_act": "gelu"},
     ],
 )
