@@ -26,6 +26,7 @@ DECIDED = (
     "algorithm",
     "norm_before_fc",
     "norm_before_residual",
+    "num_experts",
     "num_layers",
     "aux_layers",
     "draft_vocab_size",
@@ -120,5 +121,5 @@ def _check_base(stored: StoredDraft, base: BaseInfo) -> None:
 
 def _words(name: str, value: Any) -> str:
     if value is None:
-        return "none" if name == "aux_layers" else "the base's whole vocabulary"
+        return "the base's whole vocabulary" if name == "draft_vocab_size" else "none"
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

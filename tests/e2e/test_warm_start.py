@@ -59,6 +59,7 @@ def test_training_goes_on(first: tuple[Path, float], inputs: Inputs, tmp_path: P
 
 REFUSED = [
     (["--eagle-draft-vocab-size", 40], "--eagle-draft-vocab-size 40: the draft of"),
+    (["--eagle-num-experts", 4], "--eagle-num-experts 4: the draft of"),
     (["--eagle-num-layers", 1], "--eagle-num-layers 1: the draft of"),
     (["--eagle-aux-layers", 0, 2, 4], "captures layers [0, 2, 5], not [0, 2, 4]"),
     (["--eagle-vocab-map", "map.safetensors"], "brings its own"),
