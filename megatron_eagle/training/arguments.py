@@ -127,12 +127,6 @@ def _check_packing(args: argparse.Namespace) -> None:
         raise ValueError(
             f"--eagle-pack needs --transformer-impl local, not {args.transformer_impl}"
         )
-    if args.multi_latent_attention:
-        raise ValueError("--eagle-pack is not supported for bases with --multi-latent-attention")
-    for name in ("window_size", "softmax_type"):
-        if getattr(args, name) not in (None, "vanilla"):
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(f"--eagle-pack is not supported for bases with {flag}")
 
 
 def _check_recompute(args: argparse.Namespace) -> None:

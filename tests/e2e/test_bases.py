@@ -1,0 +1,52 @@
+"""Training and decoding beside MoE and MLA bases, as a user runs them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_eagle.hf.import_base import import_base
+from tests.e2e.conftest import write_answers
+from tests.e2e.launch import ROOT, torchrun, train
+from tests.tiny_hf import make_base
+
+YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "mscale": 0.7}
+SCALED = YARN | {"mscale_all_dim": 1.0, "original_max_position_embeddings": 16}
+BASES = [
+    ("qwen3_moe", {"mlp_only_layers": [0, 3]}),
+    ("gpt_oss", {}),
+    ("deepseek_v2", {"q_lora_rank": None}),
+    ("deepseek_v3", {"rope_parameters": SCALED}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "fields"), BASES, ids=[family for family, _ in BASES])
+def test_train_and_decode(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    """The base stays as it is, the loss falls, and the cache gives the answers it gives without
+    speculation."""
+    make_base(tmp_path / "hf", family, num_hidden_layers=7, **fields)
+    import_base(tmp_path / "hf", tmp_path / "base")
+    write_answers(tmp_path / "answers.jsonl")
+    run = train(
+        1, tmp_path / "log.jsonl", "--eagle-base-checkpoint", tmp_path / "base",
+        "--eagle-train-data", tmp_path / "answers.jsonl", "--eagle-draft-vocab-size", 32,
+        "--eagle-ttt-steps", 3, "--save", tmp_path / "draft", "--save-interval", 20,
+        script=ROOT / "tests" / "e2e" / "train_and_check_base.py",
+    )  # fmt: skip
+    assert run.returncode == 0, run.output[-3000:]
+    assert "THE BASE IS UNCHANGED" in run.output
+    assert run.metrics[20]["loss"] < run.metrics[1]["loss"]
+    answers = (tmp_path / "answers.jsonl").read_text().splitlines()[:4]
+    prompts = [json.dumps({"prompt_ids": json.loads(line)["prompt_ids"]}) for line in answers]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(prompts) + "\n")
+    decoded = torchrun(
+        ROOT / "tools" / "eval_acceptance.py", 2, "--base", tmp_path / "base",
+        "--draft", tmp_path / "draft", "--prompts", tmp_path / "prompts.jsonl",
+        "--max-new-tokens", 12,
+    )  # fmt: skip
+    assert decoded.returncode == 0, decoded.output[-3000:]
+    assert "speculative answers equal the greedy ones" in decoded.output
