@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from megatron_eagle.checkpoint_dir import BaseInfo
 from megatron_eagle.hf.draft_formats import Format
 from megatron_eagle.hf.draft_info import DraftInfo
 
@@ -122,21 +123,22 @@ def _llama_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "torch_dtype": _name(dtype),
         "max_position_embeddings": base["max_position_embeddings"],
-        **_rope(info),
+        **draft_rope(info.base),
     }
     tokens = ("bos_token_id", "eos_token_id")
     return config | {name: base[name] for name in tokens if base.get(name) is not None}
 
 
-def _rope(info: DraftInfo) -> dict[str, Any]:
-    """Both spellings: rope_theta with rope_scaling, and the newer rope_parameters."""
-    base = info.base.hf_config
-    given = base.get("rope_scaling") or base.get("rope_parameters") or {}
-    if info.base.megatron_args.get("multi_latent_attention"):
+def draft_rope(base: BaseInfo) -> dict[str, Any]:
+    """The rotary fields of a draft of `base`, in both spellings: rope_theta with rope_scaling, and
+    the newer rope_parameters."""
+    config = base.hf_config
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if base.megatron_args.get("multi_latent_attention"):
         given = {}  # the draft has plain angles, see draft.layer_config
     kind = given.get("rope_type", given.get("type", "default"))
     scaling = {key: value for key, value in given.items() if key not in ("rope_theta", "type")}
-    theta = float(info.base.megatron_args["rotary_base"])
+    theta = float(base.megatron_args["rotary_base"])
     fields: dict[str, Any] = {"rope_theta": theta}
     if kind != "default":
         fields["rope_scaling"] = {**scaling, "rope_type": kind}

@@ -18,6 +18,7 @@ from torch import Tensor
 from megatron_eagle.checkpoint_dir import BaseInfo
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.vocab import check_vocab_ids
+from megatron_eagle.hf.draft_config import draft_rope
 from megatron_eagle.hf.draft_files import DraftFiles
 from megatron_eagle.hf.draft_formats import Format
 from megatron_eagle.hf.draft_info import DraftInfo
@@ -82,7 +83,8 @@ def _check_base(draft: HfDraft, base: BaseInfo, source: str, adapt: bool) -> Non
     for name, (found, expected) in same.items():
         if found != expected:
             raise ValueError(f"{source}: {name} is {found}, the base {base.name} has {expected}")
-    rope = rope_of(base.hf_config, f"base {base.name}")
+    longest = {"max_position_embeddings": base.hf_config["max_position_embeddings"]}
+    rope = rope_of({**longest, **draft_rope(base)}, f"base {base.name}")
     for what, own, expected in (
         ("rotary embedding", draft.rope, rope),
         ("rms_norm_eps", draft.norm_epsilon, args["norm_epsilon"]),

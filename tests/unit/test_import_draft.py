@@ -198,6 +198,26 @@ def test_captured_layers_default_to_those_of_training(tmp_path: Path) -> None:
     assert imported(directory, draft).info.aux_layers == (1, 3, 4)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_the_rope_is_that_of_a_draft_of_this_base(tmp_path: Path, latent: bool) -> None:
+    """Beside latent attention a draft has plain angles, whatever the base's scaling; a theta that
+    the base's config.json leaves to its family's default counts too."""
+    draft = TrainedDraft.make(rope={"rope_scaling": YARN})
+    if latent:
+        draft.metadata["base"]["megatron_args"] |= {
+            "multi_latent_attention": True, "kv_lora_rank": 8, "qk_head_dim": 6,
+            "qk_pos_emb_head_dim": 4, "v_head_dim": 6,
+        }  # fmt: skip
+    draft.save(tmp_path / "ckpt")
+    export_draft(tmp_path / "ckpt", tmp_path / "hf")
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert ("rope_scaling" in config) != latent and config["rope_theta"] == 50000.0
+    assert imported(tmp_path / "hf", draft).info.base == base_of(draft)
+
+
 def test_a_rope_of_its_own_is_adapted_on_demand(tmp_path: Path) -> None:
     draft, directory = exported(tmp_path)
 
