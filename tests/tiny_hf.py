@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,8 @@ def make_base(
     for block in model.modules():
         if type(block).__name__ == "DeepseekV2Moe":
             block.num_experts = block.experts.num_experts  # transformers 5.8.1 reads and lacks it
+        if type(block).__name__ == "DeepseekV2Attention":
+            block.scaling *= softmax_strength(config.rope_parameters)
     with torch.no_grad():
         for key, weight in model.named_parameters():
             # The default init leaves norms at 1 and biases at 0, which would hide a swap.
@@ -102,6 +105,13 @@ def make_base(
                 buffer.normal_(0.0, 0.2)
     model.save_pretrained(directory, max_shard_size=shard)
     return model
+
+
+def softmax_strength(rope: dict[str, Any]) -> float:
+    """DeepSeek's own code scales scores by it; transformers 5.8.1 does for V3, and not for V2."""
+    if not rope.get("mscale_all_dim"):
+        return 1.0
+    return (0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1.0) ** 2
 
 
 def logits_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,7 @@ def test_logits_equal_hugging_face(family: str, layout: dict[str, int], tmp_path
         ("qwen3", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
         ("llama", {"rope_parameters": LINEAR}),
         ("deepseek_v2", {"q_lora_rank": None, "topk_method": "greedy"}),
+        ("deepseek_v2", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 0.7}}),
         ("deepseek_v3", {"n_group": 1, "topk_group": 1, "first_k_dense_replace": 0}),
         ("deepseek_v3", {"rope_parameters": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.0}}),
         ("deepseek_v3", {"q_lora_rank": None, "rope_parameters": YARN}),
