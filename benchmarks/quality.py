@@ -1,0 +1,177 @@
+"""The quality study: drafts that differ in one thing each, trained on equal tokens, compared.
+
+    python benchmarks/quality.py                  # on the quickstart's base, after `make train`
+    python benchmarks/quality.py --only kl-k3 lk-alpha --train-iters 400
+
+Every variant is trained with the quickstart's recipe for the same number of answers and evaluated
+on held-out prompts with chains of the same length. A stopped study goes on where it was: trainings
+resume from their checkpoints, and finished variants are not run again. One seed each: differences
+below 0.03 in accepted length are a tie. Writes results.json, quality.md and quality.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from megatron_eagle.platform import recommended_environment
+
+ROOT = Path(__file__).resolve().parents[1]
+QUICKSTART = ROOT / "runs" / "quickstart"
+DATA = ROOT / "examples" / "quickstart" / "data"
+DRAFT_TOKENS = 3
+COMMON = {"--eagle-ttt-steps": "3", "--eagle-draft-vocab-size": "8192"}
+VARIANTS: dict[str, dict[str, str | None]] = {
+    "kl-k3": {},
+    "kl-k1": {"--eagle-ttt-steps": "1"},
+    "kl-k5": {"--eagle-ttt-steps": "5"},
+    "lk-alpha": {"--eagle-loss": "lk-alpha"},
+    "lk-lambda": {"--eagle-loss": "lk-lambda"},
+    "eagle3.1": {"--eagle-algorithm": "eagle3.1"},
+    "vocab-4k": {"--eagle-draft-vocab-size": "4096"},
+    "vocab-full": {"--eagle-draft-vocab-size": None},
+}
+"""Flags that differ from ``COMMON``; None takes one away."""
+
+
+def main() -> int:
+    """Run what is missing of the chosen variants and write what is known."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality", metavar="DIR")
+    parser.add_argument("--base", type=Path, default=QUICKSTART / "base", metavar="DIR")
+    parser.add_argument("--base-hf", type=Path, default=QUICKSTART / "base_hf", metavar="DIR")
+    parser.add_argument("--train-data", type=Path, default=DATA / "train.jsonl", metavar="FILE")
+    parser.add_argument("--prompts", type=Path, default=DATA / "eval.jsonl", metavar="FILE")
+    parser.add_argument("--train-iters", type=int, default=800, help="one answer per iteration")
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=2, metavar="TP")
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT")
+    args = parser.parse_args()
+    for needed in (args.base, args.base_hf, args.train_data, args.prompts):
+        if not needed.exists():
+            print(f"error: {needed} is missing; `make train` makes it", file=sys.stderr)
+            return 2
+    try:
+        for name in args.only or VARIANTS:
+            run_variant(name, args)
+    except subprocess.CalledProcessError as error:
+        print(f"error: {error.cmd[-1]} and the log beside it tell why", file=sys.stderr)
+        return 1
+    write_results(args.runs, args.train_iters)
+    return 0
+
+
+def flags_of(name: str) -> list[str]:
+    """The draft's flags of a variant."""
+    chosen = {**COMMON, **VARIANTS[name]}
+    return [word for flag, value in chosen.items() if value is not None for word in (flag, value)]
+
+
+def run_variant(name: str, args: argparse.Namespace) -> None:
+    """Train and evaluate ``name`` unless both are done."""
+    folder: Path = args.runs.resolve() / f"{name}-{args.train_iters}"
+    report = folder / "eval.json"
+    if report.exists():
+        print(f"[{name}] done before", flush=True)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"[{name}] ...", flush=True)
+    recipe = f"""
+        --tensor-model-parallel-size {args.tensor_model_parallel_size} --seq-length 192
+        --micro-batch-size 1 --global-batch-size 1 --train-iters {args.train_iters}
+        --lr 2e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-fraction 0.04
+        --weight-decay 0 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0
+        --log-interval 10 --save-interval 200 --num-workers 0 --seed 1234
+        --tokenizer-type HuggingFaceTokenizer
+    """.split()
+    draft = folder / "draft"
+    _torchrun(
+        args, folder / "train.log", "examples/pretrain_eagle.py", *recipe, *flags_of(name),
+        "--tokenizer-model", args.base_hf, "--eagle-base-checkpoint", args.base,
+        "--eagle-train-data", args.train_data, "--eagle-log-file", folder / "curve.jsonl",
+        "--save", draft, "--load", draft,
+    )  # fmt: skip
+    partial = folder / "eval.partial.json"
+    _torchrun(
+        args, folder / "eval.log", "tools/eval_acceptance.py", "--base", args.base,
+        "--draft", draft, "--prompts", args.prompts, "--draft-tokens", DRAFT_TOKENS,
+        "--output", partial,
+    )  # fmt: skip
+    partial.replace(report)
+
+
+def _torchrun(args: argparse.Namespace, log: Path, script: str, *words: object) -> None:
+    ranks = args.tensor_model_parallel_size
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", str(ranks), str(ROOT / script), *map(str, words)]
+    environment = {
+        **recommended_environment(ranks),
+        **os.environ,
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
+        "PYTHONPATH": str(ROOT),
+    }
+    with log.open("a") as output:
+        subprocess.run(command, check=True, env=environment, cwd=ROOT, stdout=output, stderr=output)
+
+
+def collect(runs: Path, iterations: int) -> dict[str, dict[str, Any]]:
+    """What is known of each finished variant, in the order of ``VARIANTS``."""
+    found = {}
+    for name in VARIANTS:
+        folder = runs / f"{name}-{iterations}"
+        if not (folder / "eval.json").exists():
+            continue
+        report = json.loads((folder / "eval.json").read_text())
+        lines = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+        found[name] = {
+            "flags": " ".join(flags_of(name)),
+            "accepted_length": report["accepted_length"],
+            "acceptance": report["acceptance"],
+            "equal_to_greedy": report["equal_to_greedy"],
+            "supervised_rows": max(line["supervised_rows"] for line in lines),
+            "curve": [
+                [line["iteration"], line["accepted_length"]]
+                for line in lines
+                if "accepted_length" in line
+            ],
+        }
+    return found
+
+
+def write_results(runs: Path, iterations: int) -> None:
+    """results.json, a Markdown table and the curves of the accepted length in training."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    found = collect(runs, iterations)
+    (runs / "results.json").write_text(json.dumps(found, indent=2) + "\n")
+    rows = [
+        f"| {name} | {of['accepted_length']:.3f} | "
+        f"{' '.join(f'{x:.2f}' for x in of['acceptance'])} | {of['supervised_rows']:,} | "
+        f"`{of['flags']}` |"
+        for name, of in found.items()
+    ]
+    table = [
+        "| variant | accepted length | acceptance per position | supervised rows | flags |",
+        "|---|---|---|---|---|",
+        *rows,
+    ]
+    (runs / "quality.md").write_text("\n".join(table) + "\n")
+    print("\n".join(table))
+    figure, axes = pyplot.subplots(figsize=(7, 4))
+    for name, of in found.items():
+        axes.plot(*zip(*of["curve"], strict=True), label=name, linewidth=1)
+    axes.set(xlabel="iteration", ylabel="teacher-forced accepted length")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(runs / "quality.png", dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
