@@ -143,10 +143,16 @@ class EagleConfig:
         "--data-path is used and every token is supervised",
         metavar="FILE_OR_PREFIX",
     )
+    offline_features: str | None = _option(
+        None,
+        "train from the hidden states of tools/extract_features.py, which hold their documents; no "
+        "layer of the base is loaded",
+        metavar="DIR",
+    )
     pack: bool = _option(
         False,
-        "fill every sequence with as many whole documents of --eagle-train-data as fit; attention, "
-        "positions and TTT steps stay inside a document",
+        "fill every sequence with as many whole documents as fit; attention, positions and TTT "
+        "steps stay inside a document",
     )
     logits_budget_mib: int = _option(
         256,
@@ -188,6 +194,11 @@ class EagleConfig:
     def acceptance_decay(self) -> float:
         """How fast the weight of kl falls with the acceptance, for ``lk-lambda``."""
         return LK_DECAY if self.lk_decay is None else self.lk_decay
+
+    @property
+    def reads_documents(self) -> bool:
+        """Whether training reads documents, rather than Megatron's stream of tokens."""
+        return self.train_data is not None or self.offline_features is not None
 
     def captured_layers(self, base_layers: int) -> tuple[int, ...]:
         """The captured layers of a base of ``base_layers`` layers: 0-based, outputs, ascending;

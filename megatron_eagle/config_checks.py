@@ -40,8 +40,14 @@ def check_options(options: EagleConfig) -> None:
         )
     if not 0.0 < options.step_decay <= 1.0:
         raise ValueError(f"--eagle-step-decay must be in (0, 1], not {options.step_decay}")
-    if options.pack and options.train_data is None:
+    if options.pack and not options.reads_documents:
         raise ValueError("--eagle-pack needs --eagle-train-data: --data-path has no documents")
+    if options.offline_features is not None and options.train_data is not None:
+        raise ValueError(
+            "--eagle-train-data and --eagle-offline-features: features hold their own documents"
+        )
+    if options.offline_features is not None and options.algorithm == "eagle1":
+        raise ValueError("--eagle-offline-features: --eagle-algorithm eagle1 captures no layers")
     if options.aux_layers is not None:
         _check_aux_layers(options.aux_layers)
     _check_algorithm(options)

@@ -3,7 +3,9 @@
 A sample is {"tokens": [S] int64, "loss_mask": [S] float32, "positions": [S] int64}. The mask is
 label-aligned (entry i speaks of token i + 1, and never of another document's first). Positions
 restart at every document; what follows the last one is padding that nothing looks at, and counts
-as a document of its own. The order depends on ``seed`` alone, so a resumed run continues it.
+as a document of its own. Documents with hidden states add {"captured": [S, A * H],
+"final": [S, H]}, zeros where none are needed. The order depends on ``seed`` alone, so a resumed run
+continues it.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.data.documents import FittedDocuments
+from megatron_eagle.data.feature_store import needed_rows
 from megatron_eagle.data.packing import pack
 
 
@@ -51,10 +54,12 @@ class DocumentDataset(torch.utils.data.Dataset):
         tokens = np.zeros(self.seq_length, dtype=np.int64)
         loss_mask = np.zeros(self.seq_length, dtype=np.float32)
         positions = np.zeros(self.seq_length, dtype=np.int64)
+        hidden: dict[str, Tensor] = {}
         at = 0
         for member in self.members[self._order[position]]:
             ids, mask = self.documents[int(member)]
             end = at + len(ids)
+            self._place_hidden(hidden, int(member), mask, at)
             tokens[at:end], positions[at:end] = ids, np.arange(len(ids))
             loss_mask[at : end - 1] = mask[1:]
             at = end
@@ -63,4 +68,18 @@ class DocumentDataset(torch.utils.data.Dataset):
             "tokens": torch.from_numpy(tokens),
             "loss_mask": torch.from_numpy(loss_mask),
             "positions": torch.from_numpy(positions),
+            **hidden,
         }
+
+    def _place_hidden(
+        self, hidden: dict[str, Tensor], member: int, mask: np.ndarray, at: int
+    ) -> None:
+        found = self.documents.hidden(member)
+        if found is None:
+            return
+        captured, final = found
+        if not hidden:
+            hidden["captured"] = captured.new_zeros(self.seq_length, captured.shape[1])
+            hidden["final"] = final.new_zeros(self.seq_length, final.shape[1])
+        hidden["captured"][at : at + len(captured)] = captured
+        hidden["final"][at + needed_rows(mask)[1]] = final

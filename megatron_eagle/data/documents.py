@@ -8,7 +8,10 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from megatron_eagle.checkpoint_dir import BaseInfo
+from megatron_eagle.config import EagleConfig
 from megatron_eagle.data.answers import AnswerDocuments
+from megatron_eagle.data.feature_store import FeatureDocuments, needed_rows
 from megatron_eagle.data.indexed import IndexedDocuments, dataset_exists
 
 
@@ -39,6 +42,14 @@ def open_documents(train_data: str, vocab_size: int) -> Documents:
     return IndexedDocuments(train_data, vocab_size)
 
 
+def training_documents(options: EagleConfig, base: BaseInfo) -> Documents:
+    """The documents of a run that reads documents, see :func:`open_documents`."""
+    if options.offline_features is not None:
+        return FeatureDocuments(options.offline_features, base.fingerprint, base.vocab_size)
+    assert options.train_data is not None
+    return open_documents(options.train_data, base.vocab_size)
+
+
 class FittedDocuments:
     """Documents cut at ``seq_length``, without those that have nothing supervised before the cut.
 
@@ -65,3 +76,12 @@ class FittedDocuments:
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         ids, mask = self.documents[int(self.chosen[index])]
         return ids[: self.seq_length], mask[: self.seq_length]
+
+    def hidden(self, index: int) -> tuple[Tensor, Tensor] | None:
+        """Captured layers [r, A * H] of the first r tokens and final hidden [m, H] of the m
+        supervised ones, if the documents have them."""
+        if not isinstance(self.documents, FeatureDocuments):
+            return None
+        captured, final = self.documents.hidden(int(self.chosen[index]))
+        rows, targets = needed_rows(self[index][1])
+        return captured[:rows], final[: len(targets)]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_eagle.attention.packing import Packing
 from megatron_eagle.parallel.context import ContextShard
+from megatron_eagle.teacher.routing import BaseOutputs
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class EagleBatch:
     their halos. ``step_rows`` [K, M]: flat rows of [S / CP, B] judged at each step. ``step_mask``
     [K, M] bool: False where that row would lie before the document or on another rank (its entry
     in ``step_rows`` is then any row, and unused). ``packing``: the documents of packed sequences.
+    ``base_outputs``: what the base would give this rank, if it was read from disk.
     """
 
     tokens: Tensor
@@ -37,6 +39,7 @@ class EagleBatch:
     step_rows: Tensor
     step_mask: Tensor
     packing: Packing | None = None
+    base_outputs: BaseOutputs | None = None
 
     @classmethod
     def build(
@@ -85,13 +88,16 @@ class EagleBatch:
         def move(x: Tensor) -> Tensor:
             return x.pin_memory().to(device, non_blocking=True) if _on_gpu(device) else x
 
-        packing = self.packing
+        packing, given = self.packing, self.base_outputs
         return EagleBatch(
             tokens=move(self.tokens),
             target_rows=move(self.target_rows),
             step_rows=move(self.step_rows),
             step_mask=move(self.step_mask),
             packing=None if packing is None else packing.to(move(packing.positions)),
+            base_outputs=None
+            if given is None
+            else BaseOutputs(move(given.features), move(given.final_hidden)),
         )
 
 

@@ -67,8 +67,14 @@ def parse_eagle_args(options: EagleConfig) -> tuple[argparse.Namespace, BaseInfo
     args = parse_and_validate_args(extra_args_provider=add_eagle_flags)
     _check_dimensions(args, base)
     _check_recompute(args)
-    if options.train_data is not None and args.eval_iters:
-        raise ValueError(f"--eval-iters {args.eval_iters}: --eagle-train-data has no validation")
+    if options.reads_documents and args.eval_iters:
+        flag = "train-data" if options.offline_features is None else "offline-features"
+        raise ValueError(f"--eval-iters {args.eval_iters}: --eagle-{flag} has no validation")
+    if options.offline_features is not None and args.pipeline_model_parallel_size > 1:
+        raise ValueError(
+            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}: with "
+            "--eagle-offline-features no layers are there to be cut"
+        )
     check_micro_batches(args)
     if options.pack:
         _check_packing(args)
@@ -108,7 +114,7 @@ def _implied_flags(base: BaseInfo, options: EagleConfig, user: Sequence[str]) ->
         if find_spec("fused_weight_gradient_mlp_cuda") is None:  # Apex's
             words += ["--no-gradient-accumulation-fusion"]
     words += layout_flags(user)
-    if options.train_data is not None:
+    if options.reads_documents:
         # The file holds ids, and no validation split.
         words += ["--tokenizer-type", "NullTokenizer", "--eval-iters", "0"]
         words += ["--eval-interval", "1000000000"]

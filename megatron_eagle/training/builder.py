@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from megatron_eagle.attention.backend import (
 from megatron_eagle.attention.rope import attention_factor, set_attention_factor
 from megatron_eagle.checkpoint_dir import BaseInfo
 from megatron_eagle.config import EagleConfig
+from megatron_eagle.data.feature_store import FeaturePlan, read_plan
 from megatron_eagle.draft.layer_config import draft_config, draft_rotary
 from megatron_eagle.draft.metadata import draft_metadata, encode_metadata
 from megatron_eagle.draft.model import EagleDraft
@@ -28,6 +30,7 @@ from megatron_eagle.parallel.stage_links import StageLinks
 from megatron_eagle.parallel.stage_replicas import FinalizeReplicas, equal_start
 from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.build import build_base, load_base
+from megatron_eagle.teacher.offline import OfflineBase, config_without_layers, without_layers
 from megatron_eagle.teacher.targets import draft_vocab_shard
 from megatron_eagle.teacher.vocab_shards import VocabShards
 from megatron_eagle.training.model import EagleGPTModel
@@ -62,19 +65,29 @@ class ModelBuilder:
             set_attention_factor(config, attention_factor(self.base.rope))
         base_config = copy.copy(config)
         base_config.recompute_granularity = None  # it keeps nothing for a backward
+        # Its weights are loaded; and so the draft's start does not depend on the base's size.
+        base_config.perform_initialization = False
         captured = self.options.captured_layers(config.num_layers)
         use_te = args.transformer_impl == "transformer_engine"
         backend = transformer_engine_backend() if use_te else local_backend()
         links = _stage_links(pg_collection.pp)
         if links is not None:
             base_config.finalize_model_grads_func = FinalizeReplicas(links.group)
+        plan = self._features(captured)
+        if plan is not None:
+            base_config = config_without_layers(base_config)
         gpt = build_base(base_config, self.base, backend, pg_collection, pre_process, post_process)
+        if plan is not None:
+            gpt = without_layers(gpt)
         shards = VocabShards(gpt)
         assert self.options.base_checkpoint is not None
         print_rank_0(f"> loading the base from {self.options.base_checkpoint}")
         load_base(gpt, self.options.base_checkpoint, shards)
         gpt.cuda(torch.cuda.current_device())  # it runs here, before Megatron moves the model
-        base = FrozenBase(gpt, captured, self.base.vocab_size, shards)
+        if plan is None:
+            base = FrozenBase(gpt, captured, self.base.vocab_size, shards)
+        else:
+            base = OfflineBase(gpt, captured, self.base.vocab_size, plan.layer_sizes)
         draft = self._build_draft(config, backend, base, pg_collection)
         draft.cuda(torch.cuda.current_device())
         if self.warm_start is not None:
@@ -92,6 +105,19 @@ class ModelBuilder:
         if draft.tp_group.size() > 1:
             print_rank_0(self._teacher_size(args, draft.shard.padded_rows))
         return EagleGPTModel(base, draft, self.options, links)
+
+    def _features(self, captured: tuple[int, ...]) -> FeaturePlan | None:
+        """What ``--eagle-offline-features`` holds, checked to be what this run captures."""
+        if self.options.offline_features is None:
+            return None
+        plan = read_plan(Path(self.options.offline_features))
+        if plan.aux_layers != captured:
+            raise ValueError(
+                f"--eagle-offline-features {self.options.offline_features}: of layers "
+                f"{' '.join(map(str, plan.aux_layers))}, this run captures "
+                f"{' '.join(map(str, captured))} (--eagle-aux-layers)"
+            )
+        return plan
 
     def _teacher_size(self, args: Any, columns: int) -> str:
         """What the targets of a micro-batch would take if every token were supervised."""

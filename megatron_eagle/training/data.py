@@ -7,6 +7,7 @@ supervised rows is known on the host without a synchronisation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,11 +18,15 @@ from megatron.training import get_args, get_tokenizer, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
+from megatron_eagle.checkpoint_dir import BaseInfo
+from megatron_eagle.config import EagleConfig
 from megatron_eagle.data.datasets import DocumentDataset
-from megatron_eagle.data.documents import FittedDocuments, open_documents
+from megatron_eagle.data.documents import FittedDocuments, training_documents
 from megatron_eagle.data.indexed import MASK_SUFFIX, dataset_exists
 from megatron_eagle.data.protected import config_token_ids, special_and_byte_ids
 from megatron_eagle.objective.batch import EagleBatch
+from megatron_eagle.parallel.context import ContextShard
+from megatron_eagle.teacher.routing import BaseOutputs
 from megatron_eagle.training.token_counts import TrainingBlend, count_tokens
 
 
@@ -30,17 +35,17 @@ class DatasetProvider:
 
     is_distributed = True
 
-    def __init__(self, train_data: str | None, vocab_size: int, packed: bool = False) -> None:
-        self.train_data, self.vocab_size, self.packed = train_data, vocab_size, packed
+    def __init__(self, options: EagleConfig, base: BaseInfo) -> None:
+        self.options, self.base = options, base
 
     def __call__(self, num_samples: Sequence[int], vp_stage: int | None = None) -> tuple:
         args = get_args()
-        if self.train_data is not None:
-            documents = open_documents(self.train_data, self.vocab_size)
+        if self.options.reads_documents:
+            documents = training_documents(self.options, self.base)
             fitted = FittedDocuments(documents, args.seq_length)
             _tell_what_is_cut(fitted, len(documents.lengths))
-            train = DocumentDataset(fitted, num_samples[0], args.seed, self.packed)
-            if self.packed:
+            train = DocumentDataset(fitted, num_samples[0], args.seed, self.options.pack)
+            if self.options.pack:
                 filled = fitted.lengths.sum() / (train.samples_per_epoch * args.seq_length)
                 print_rank_0(
                     f"> {len(fitted):,} documents packed into {train.samples_per_epoch:,} "
@@ -111,14 +116,29 @@ def next_batch(iterator: Any, steps: int, vocab_size: int) -> EagleBatch:
     if args.context_parallel_size > 1:
         multiple *= 2 * args.context_parallel_size
     positions = sample["positions"] if args.eagle_pack else None
-    return EagleBatch.build(tokens, sample["loss_mask"], steps, multiple, True, context, positions)
+    batch = EagleBatch.build(tokens, sample["loss_mask"], steps, multiple, True, context, positions)
+    if "captured" not in sample:
+        return batch
+    shard = ContextShard(batch.tokens.shape[1], *context)
+    outputs = [_own_rows(sample[name], shard, args) for name in ("captured", "final")]
+    return replace(batch, base_outputs=BaseOutputs(*outputs))
 
 
-def count_supervised(args: Any, train_data: str | None, vocab_size: int) -> Tensor:
-    """How often training supervises each id, [V] int64: of ``--eagle-train-data``, or of a sample
-    of the tokens of ``--data-path`` (proportions)."""
-    if train_data is not None:
-        return open_documents(train_data, vocab_size).counts(vocab_size)
+def _own_rows(hidden: Tensor, shard: ContextShard, args: Any) -> Tensor:
+    """This rank's rows [S', B, W] of ``hidden`` [B, S, W], in the dtype of the model."""
+    rows = shard.take(hidden[:, : shard.length].transpose(0, 1), 0)
+    if args.sequence_parallel:
+        ranks = args.tensor_model_parallel_size
+        rows = rows.chunk(ranks)[mpu.get_tensor_model_parallel_rank()]
+    return rows.to(args.params_dtype).contiguous()
+
+
+def count_supervised(args: Any, options: EagleConfig, base: BaseInfo) -> Tensor:
+    """How often training supervises each id, [V] int64: of the documents, or of a sample of the
+    tokens of ``--data-path`` (proportions)."""
+    vocab_size = base.vocab_size
+    if options.reads_documents:
+        return training_documents(options, base).counts(vocab_size)
     if args.mock_data:
         return torch.ones(vocab_size, dtype=torch.int64)
     return count_tokens(TrainingBlend.of(args), vocab_size)

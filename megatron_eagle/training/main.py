@@ -62,7 +62,7 @@ def _train() -> None:
     vocab_ids = draft_vocab_ids(args, options, base, stored)
     pretrain(
         pretrain_cfg_container_from_args(args),
-        DatasetProvider(options.train_data, base.vocab_size, options.pack),
+        DatasetProvider(options, base),
         ModelType.encoder_or_decoder,
         ForwardStep(options, base.vocab_size),
         model_provider=ModelBuilder(options, base, vocab_ids, stored),

@@ -132,7 +132,7 @@ class EagleGPTModel(MegatronModule):
         """The micro-batch's loss (a sum over rows and weighted steps) and its metric sums, see
         :func:`~megatron_eagle.objective.metrics.reduce_metrics`. The base runs here unless its
         outputs are given."""
-        base = outputs_of_base or self.base(batch.tokens, batch.packing)
+        base = outputs_of_base or batch.base_outputs or self.base(batch.tokens, batch.packing)
         targets, wanted = self.targets(base.final_hidden, batch.target_rows)
         inputs = self.draft_inputs(batch.tokens, base.features, batch.packing)
         outputs = unroll(self.draft, inputs, self.options.ttt_steps, self.options.detach_steps)

@@ -1,4 +1,4 @@
-"""Process groups of a tool outside the trainer: all ranks are one tensor-parallel group."""
+"""Process groups of a tool outside the trainer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 
-def start(seed: int, expert_tensor_parallel: int | None = None) -> Any:
+def start(
+    seed: int, tensor_parallel: int | None = None, expert_tensor_parallel: int | None = None
+) -> Any:
     """Megatron's process groups, from torchrun's environment or for this process alone, and its
-    random generators. ``expert_tensor_parallel`` ranks share an expert, by default all. Call
-    :func:`megatron_eagle.platform.enable` before."""
+    random generators. All ranks are one tensor-parallel group, or groups of ``tensor_parallel``
+    that are data-parallel to each other; ``expert_tensor_parallel`` ranks share an expert, by
+    default a whole such group. Call :func:`megatron_eagle.platform.enable` before."""
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
     if "MASTER_ADDR" not in os.environ:
@@ -25,7 +28,7 @@ def start(seed: int, expert_tensor_parallel: int | None = None) -> Any:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=torch.distributed.get_world_size(),
+        tensor_model_parallel_size=tensor_parallel or torch.distributed.get_world_size(),
         expert_tensor_parallel_size=expert_tensor_parallel,
     )
     torch.manual_seed(seed)

@@ -48,7 +48,7 @@ def draft_vocab_ids(
         return load_vocab_ids(options.vocab_map, base.vocab_size, options.draft_vocab_size)
     if options.draft_vocab_size in (None, base.vocab_size):
         return torch.arange(base.vocab_size)
-    counts = count_supervised(args, options.train_data, base.vocab_size)
+    counts = count_supervised(args, options, base)
     always = protected_ids(base.vocab_size, base.hf_config)
     assert options.draft_vocab_size is not None
     return choose_vocab_ids(counts, options.draft_vocab_size, always)

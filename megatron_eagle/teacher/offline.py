@@ -1,0 +1,53 @@
+"""The base when its hidden states come from disk: embedding, output layer and RoPE, no layers."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_eagle.teacher.base import FrozenBase
+
+
+def config_without_layers(config: Any) -> Any:
+    """``config`` of a base with one plain layer, which :func:`without_layers` takes out again.
+    Building the rest as Megatron does keeps its vocabulary padding and its RoPE variant."""
+    config = copy.copy(config)
+    config.num_layers = 1
+    config.num_moe_experts = None
+    config.moe_layer_freq = 1
+    return config
+
+
+def without_layers(gpt: Any) -> Any:
+    """A GPTModel that keeps, loads and runs nothing between embedding and output layer."""
+    gpt.decoder = _NoLayers()
+    return gpt
+
+
+class _NoLayers(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleList()
+
+
+class OfflineBase(FrozenBase):
+    """What the draft needs of the base besides its hidden states; ``gpt`` is without layers.
+
+    ``layer_sizes``: the typical RMS of each captured layer, as measured at the extraction.
+    """
+
+    def __init__(
+        self, gpt: Any, captured: Sequence[int], vocab_size: int, layer_sizes: Sequence[float]
+    ) -> None:
+        super().__init__(gpt, captured, vocab_size)
+        self._layer_sizes = torch.tensor(layer_sizes)
+
+    def run_stage(self, *_: Any) -> Any:
+        raise AssertionError("hidden states come from disk")
+
+    def layer_sizes(self, *_: Any) -> Tensor:
+        return self._layer_sizes.to(self.embedding_weight.device)
