@@ -136,8 +136,7 @@ def finish(directory: Path) -> None:
 
 def _together(base: FrozenBase, lengths: np.ndarray, plan: FeaturePlan) -> list[np.ndarray]:
     """Which documents run in one sequence: one each where the base cannot tell them apart."""
-    config = base.config
-    if config.multi_latent_attention or config.window_size or config.softmax_type != "vanilla":
+    if base.config.multi_latent_attention:
         return [np.array([i]) for i in range(len(lengths))]
     return pack(lengths, plan.seq_length, 0)
 

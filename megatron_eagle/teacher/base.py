@@ -127,8 +127,9 @@ class FrozenBase(MegatronModule):
         """[A] fp32: the typical RMS of each captured layer, the same on every rank.
 
         Measured on random tokens, which need no data; medians over tokens, since first tokens carry
-        massive activations. One all-reduce over each group that cuts sequence or layers, beside the
-        base's own communication; ``links`` lead to the other pipeline stages.
+        massive activations. One all-gather per captured layer over each group that cuts the
+        sequence, so that no layout changes the medians, and one all-reduce over pipeline stages,
+        to which ``links`` lead; beside the base's own communication.
         """
         multiple = 2 * self.cp_group.size() * self.tp_group.size()
         length = -(-length // multiple) * multiple
@@ -136,14 +137,12 @@ class FrozenBase(MegatronModule):
         tokens = torch.randint(self.vocab_size, (1, length), generator=generator)
         taps = self._pass_through(tokens.to(self.embedding_weight.device), links)
         sizes = torch.zeros(len(self.taps.layers), device=self.embedding_weight.device)
-        for layer, hidden in taps.items():
-            rms = hidden.float().square().mean(-1).sqrt()
-            sizes[self.taps.layers.index(layer)] = rms.median()
         groups = [self.cp_group, *([self.tp_group] if self.config.sequence_parallel else [])]
-        for group in groups:
-            if group.size() > 1:
-                torch.distributed.all_reduce(sizes, group=group)
-                sizes /= group.size()
+        for layer, hidden in taps.items():
+            rms = hidden.float().square().mean(-1).sqrt().flatten()
+            for group in groups:
+                rms = _all_ranks(rms, group)
+            sizes[self.taps.layers.index(layer)] = rms.median()
         if links is not None:
             torch.distributed.all_reduce(sizes, group=links.group)
         return sizes
@@ -159,3 +158,12 @@ class FrozenBase(MegatronModule):
         if links is not None and not links.is_last:
             links.send_hidden(out).wait()
         return taps
+
+
+def _all_ranks(values: Tensor, group: Any) -> Tensor:
+    """[n] of every rank of ``group`` as [ranks * n]."""
+    if group.size() == 1:
+        return values
+    received = values.new_empty(group.size() * values.numel())
+    torch.distributed.all_gather_into_tensor(received, values.contiguous(), group=group)
+    return received

@@ -64,7 +64,13 @@ def test_the_comparison_can_fail() -> None:
 
 
 @pytest.mark.parametrize(
-    ("world", "layout"), [(1, {}), (2, {"sequence_parallel": True}), (2, {"cp": 2})]
+    ("world", "layout"),
+    [
+        (1, {}),
+        (1, {"window_size": (4, 0), "softmax_type": "learnable"}),
+        (2, {"sequence_parallel": True}),
+        (2, {"cp": 2}),
+    ],
 )
 def test_base_and_draft_together(world: int, layout: dict[str, Any]) -> None:
     """A real base: packed sequences against one sequence a document, losses and gradients."""
@@ -139,9 +145,10 @@ def real_model(groups: Any, layout: dict[str, Any]) -> Any:
         activation_func=torch.nn.functional.silu, add_bias_linear=False, hidden_dropout=0.0,
         attention_dropout=0.0, tensor_model_parallel_size=groups.tp.size(),
         context_parallel_size=groups.cp.size(),
-        sequence_parallel=layout.get("sequence_parallel", False), init_method_std=0.2,
+        init_method_std=0.2,
         bias_activation_fusion=False, gradient_accumulation_fusion=False,
         apply_rope_fusion=False, calculate_per_token_loss=True,
+        **{key: value for key, value in layout.items() if key != "cp"},
     )  # fmt: skip
     backend = local_backend()
     gpt = GPTModel(
@@ -154,6 +161,7 @@ def real_model(groups: Any, layout: dict[str, Any]) -> Any:
     shard = draft_vocab_shard(ids.numel(), 61, base.output_weight.shape[0], groups.tp)
     one_layer = copy.copy(config)
     one_layer.num_layers = 1
+    one_layer.window_size, one_layer.softmax_type = None, "vanilla"
     draft = EagleDraft(
         one_layer, backend, options, 3, ids, shard, encode_metadata({}), groups,
         lambda: base.output_weight, base.rotary,

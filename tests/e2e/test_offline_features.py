@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -63,17 +62,3 @@ def test_bf16_training_equals_bf16_training_beside_the_base(inputs: Inputs, tmp_
     run = extract(inputs, tmp_path / "bf16", 2, *words)
     assert run.returncode == 0, run.output[-3000:]
     compare(inputs, tmp_path / "bf16", tmp_path, 1e-3, "--bf16")
-
-
-def test_features_of_another_base_or_damaged_are_refused(
-    inputs: Inputs, features: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(features, tmp_path / "cut")
-    shard = next((tmp_path / "cut").glob("*.final.bin"))
-    shard.write_bytes(shard.read_bytes()[:-8])
-    run = train(
-        1, None, "--eagle-base-checkpoint", inputs.base, *SHORT,
-        "--eagle-offline-features", tmp_path / "cut",
-    )  # fmt: skip
-    assert run.returncode != 0
-    assert f"{shard.name} has " in run.error_line
