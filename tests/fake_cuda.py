@@ -102,6 +102,7 @@ class RecordedFunctions:
         for cls, context, args, output in reversed(self._calls):
             outputs = output if isinstance(output, tuple) else (output,)
             gradients = cls.backward(context, *outputs)
+            gradients = gradients if isinstance(gradients, tuple) else (gradients,)
             for gradient, value in zip(gradients, args, strict=True):
                 if gradient is not None:
                     assert gradient.shape == value.shape and gradient.dtype == value.dtype, cls

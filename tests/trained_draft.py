@@ -18,6 +18,17 @@ from torch import Tensor
 
 from megatron_eagle.hf.torch_dist_writer import Chunk, write_torch_dist
 
+LINEAR_LAYERS = (
+    "self_attention.linear_qkv",
+    "self_attention.linear_proj",
+    "mlp.linear_fc1",
+    "mlp.linear_fc2",
+)
+EXTRA_STATES = ["draft.lm_head._extra_state"] + [
+    f"draft.layers.{i}.{module}._extra_state" for i in range(2) for module in LINEAR_LAYERS
+]
+"""What Megatron's linear layers save beside their weights: nothing, under a name."""
+
 ROPE = {"rope_theta": 50000.0}
 
 
@@ -167,12 +178,13 @@ def metadata_json(shape: Shape) -> dict[str, Any]:
         "version": 1,
         "config": {
             "ttt_steps": 4,
+            "num_layers": shape.layers,
             "aux_layers": layers or None,
             "algorithm": shape.algorithm,
             "mask_token": shape.mask_token,
             "norm_before_fc": shape.norm_before_fc,
             "norm_before_residual": shape.norm_before_residual,
-            **{name: own[name] for name in shape.base},
+            **{name: own[name] for name in shape.base if name in own},
         },
         "aux_layers": layers,
         "ttt_steps": 4,
@@ -232,7 +244,8 @@ def chunked(tensors: dict[str, Tensor], parts: int = 1) -> list[Chunk]:
 def save_iteration(root: Path, chunks: Iterable[Chunk], iteration: int = 120) -> Path:
     """Write a checkpoint directory with one iteration; returns the iteration's directory."""
     directory = root / f"iter_{iteration:07d}"
-    write_torch_dist(directory, chunks, {"iteration": iteration}, {"rng_state/shard_0_1": [1]})
+    objects = {"rng_state/shard_0_1": [1], **{f"{name}/shard_0_1": None for name in EXTRA_STATES}}
+    write_torch_dist(directory, chunks, {"iteration": iteration}, objects)
     (root / "latest_checkpointed_iteration.txt").write_text(str(iteration))
     return directory
 

@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
+
+import torch
 
 from megatron_eagle.hf.draft_card import read_evaluation
 from megatron_eagle.hf.draft_formats import FORMATS
@@ -29,12 +32,30 @@ def main(argv: list[str] | None = None) -> int:
             FORMATS[args.format],
             args.data,
             read_evaluation(args.eval) if args.eval else None,
+            partial(_verify, args.load) if args.verify else (lambda directory: None),
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"EAGLE-3 draft for {info.base.name!r} is in {args.output}")
     return 0
+
+
+def _verify(load: Path, exported: Path) -> None:
+    """Compare the finished files with the checkpoint's draft, before they get their name."""
+    from megatron_eagle.platform import enable
+
+    enable()
+    from megatron_eagle.decode.load import read_draft
+    from megatron_eagle.decode.verify import STEPS, check_export
+    from megatron_eagle.training.standalone import start
+
+    groups = start(seed=0)
+    try:
+        difference = check_export(read_draft(load, f"--load {load}"), load, exported, groups)
+    finally:
+        torch.distributed.destroy_process_group()
+    print(f"verified: {STEPS} steps equal the checkpoint's draft to {difference:.1e}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -66,6 +87,11 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="--output of tools/eval_acceptance.py: accepted length, for the model card",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read the files back in plain PyTorch and compare logits with the checkpoint's draft",
     )
     return parser
 

@@ -5,6 +5,7 @@ fp32, modules of Megatron-Core alone, no sequence parallelism: what decoding che
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from torch.distributed.checkpoint import CheckpointException
 
 from megatron_eagle.attention.backend import local_backend
 from megatron_eagle.attention.latent import position_rotary
-from megatron_eagle.checkpoint_dir import BaseInfo, resolve_checkpoint
+from megatron_eagle.checkpoint_dir import BaseInfo
 from megatron_eagle.compat import dist_checkpointing
-from megatron_eagle.draft.layer_config import draft_config, draft_rotary
+from megatron_eagle.draft.layer_config import Rotary, draft_config, draft_rotary
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.draft.vocab import check_vocab_ids
 from megatron_eagle.hf.dcp_reader import DraftCheckpoint
@@ -60,21 +61,28 @@ def load_base(directory: str | Path, base: BaseInfo, pg_collection: Any) -> Any:
     return gpt.cuda(torch.cuda.current_device()).requires_grad_(False).eval()
 
 
-def read_draft_info(directory: str | Path, base: BaseInfo) -> DraftCheckpointInfo:
-    """Raises ``ValueError`` when the draft was trained for a base of other dimensions."""
-    source = f"--draft {directory}"
+def read_draft(directory: str | Path, source: str) -> DraftCheckpointInfo:
+    """What the draft in ``directory`` (or one of its iterations) says; ``ValueError``s start with
+    ``source``."""
     keys = ("draft.metadata", "draft.vocab_ids")
     tensors = DraftCheckpoint.open(directory).load(keys)
     metadata, vocab_ids = (tensors[key] for key in keys)
     info = parse_draft_info(metadata, source)
+    check_vocab_ids(vocab_ids, info.base.vocab_size, source)
+    return DraftCheckpointInfo(info, vocab_ids, metadata)
+
+
+def read_draft_info(directory: str | Path, base: BaseInfo) -> DraftCheckpointInfo:
+    """Raises ``ValueError`` when the draft was trained for a base of other dimensions."""
+    source = f"--draft {directory}"
+    about = read_draft(directory, source)
     for name in (*BASE_SIZES, "vocab_size"):
-        trained, given = info.base.megatron_args[name], base.megatron_args[name]
+        trained, given = about.info.base.megatron_args[name], base.megatron_args[name]
         if trained != given:
             raise ValueError(
                 f"{source}: trained for a base with {name} = {trained}, --base has {given}"
             )
-    check_vocab_ids(vocab_ids, base.vocab_size, source)
-    return DraftCheckpointInfo(info, vocab_ids, metadata)
+    return about
 
 
 def fresh_draft(about: DraftCheckpointInfo, gpt: Any) -> EagleDraft:
@@ -91,8 +99,12 @@ def load_draft(about: DraftCheckpointInfo, gpt: Any, directory: str | Path) -> E
 
     Raises ``ValueError`` naming the directory when it cannot be loaded.
     """
-    draft = _build(about, gpt, initialize=False)
-    path = resolve_checkpoint(directory)
+    return restore(_build(about, gpt, initialize=False), directory)
+
+
+def restore(draft: EagleDraft, directory: str | Path) -> EagleDraft:
+    """``draft`` with the weights of the checkpoint in ``directory``; strict, a collective."""
+    path = DraftCheckpoint.open(directory).directory
     try:
         state = dist_checkpointing.load(draft.sharded_state_dict(prefix="draft."), str(path))
     except (Exception, CheckpointException) as error:  # readers fail in many ways
@@ -106,23 +118,46 @@ def load_draft(about: DraftCheckpointInfo, gpt: Any, directory: str | Path) -> E
 
 
 def _build(about: DraftCheckpointInfo, gpt: Any, initialize: bool) -> EagleDraft:
+    embedding, options = gpt.embedding.word_embeddings.weight, about.info.options
+    return build_draft(
+        about,
+        gpt.config,
+        gpt.pg_collection,
+        embedding.shape[0],
+        base_head=lambda: output_rows(gpt),
+        rotary=draft_rotary(position_rotary(gpt), about.info.base, options, embedding.device),
+        initialize=initialize,
+    )
+
+
+def build_draft(
+    about: DraftCheckpointInfo,
+    base_config: Any,
+    pg_collection: Any,
+    base_rows: int,
+    base_head: Callable[[], Tensor],
+    rotary: Rotary,
+    initialize: bool,
+) -> EagleDraft:
+    """A draft of the checkpoint's shape, frozen, on this rank's device. ``base_config`` is the
+    base's TransformerConfig, ``base_rows`` the padded height of its output layer on a rank."""
     options = about.info.options
-    config = draft_config(gpt.config, options)
+    config = draft_config(base_config, options)
     config.perform_initialization = initialize
-    embedding, groups = gpt.embedding.word_embeddings.weight, gpt.pg_collection
+    device = torch.device(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
     shard = draft_vocab_shard(
-        about.vocab_ids.numel(), about.info.base.vocab_size, embedding.shape[0], groups.tp
+        about.vocab_ids.numel(), about.info.base.vocab_size, base_rows, pg_collection.tp
     )
     draft = EagleDraft(
         config,
         local_backend(),
         options,
         len(about.info.aux_layers),
-        about.vocab_ids.to(embedding.device),
+        about.vocab_ids.to(device),
         shard,
-        about.metadata.to(embedding.device),
-        groups,
-        lambda: output_rows(gpt),
-        draft_rotary(position_rotary(gpt), about.info.base, options, embedding.device),
+        about.metadata.to(device),
+        pg_collection,
+        base_head,
+        rotary,
     )
     return draft.cuda(torch.cuda.current_device()).requires_grad_(False).eval()

@@ -69,14 +69,21 @@ def draft_rotary(
     latent = args.get("multi_latent_attention", False)
     if options.kv_channels in (None, args["kv_channels"]) and not latent:
         return base_rotary
+    return own_rotary(base, options.kv_channels or args["kv_channels"], device)
+
+
+def own_rotary(base: BaseInfo, kv_channels: int, device: torch.device) -> Rotary:
+    """Angles for heads of ``kv_channels``, by the law of the base's frequencies; see
+    :func:`draft_rotary`."""
+    args = base.megatron_args
     rope = RotaryEmbedding(
-        options.kv_channels or args["kv_channels"],
+        kv_channels,
         args["rotary_percent"],
         rotary_base=args["rotary_base"],
         rope_scaling=args.get("use_rope_scaling", False),
         rope_scaling_factor=args.get("rope_scaling_factor", 8.0),
         use_cpu_initialization=device.type == "cpu",
     )
-    if base.rope and not latent:
+    if base.rope and not args.get("multi_latent_attention", False):
         set_frequencies(rope, base.rope)
     return lambda length: rope(length, packed_seq=True)  # packed_seq: not cut over CP

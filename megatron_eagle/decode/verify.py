@@ -1,0 +1,99 @@
+"""Whether an exported draft is the one that was trained: the same logits from both.
+
+The checkpoint's draft runs in Megatron's modules, the exported files in
+:class:`~megatron_eagle.hf.plain_draft.PlainDraft`, on the same random inputs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_eagle.attention.rope import attention_factor, set_attention_factor
+from megatron_eagle.decode.load import DraftCheckpointInfo, build_draft, restore
+from megatron_eagle.draft.layer_config import own_rotary
+from megatron_eagle.draft.model import EagleDraft
+from megatron_eagle.hf.plain_draft import PlainDraft
+from megatron_eagle.objective.unroll import DraftInputs, unroll
+from megatron_eagle.teacher.build import base_config
+
+ROWS, STEPS = 24, 4
+TOLERANCE = 2e-4
+"""Of the largest logit: both sides compute in fp32."""
+
+
+def checkpoint_draft(
+    about: DraftCheckpointInfo, directory: str | Path, pg_collection: Any
+) -> EagleDraft:
+    """The draft of ``directory`` on this process alone, in fp32, without its base's weights: an
+    EAGLE-1 draft has no head then."""
+    base, options = about.info.base, about.info.options
+    config = base_config(base, 1)
+    if not config.multi_latent_attention:
+        set_attention_factor(config, attention_factor(base.rope))
+    multiple = base.megatron_args["make_vocab_size_divisible_by"]
+    heads = options.kv_channels or base.megatron_args["kv_channels"]
+    draft = build_draft(
+        about,
+        config,
+        pg_collection,
+        -(-base.vocab_size // multiple) * multiple,
+        base_head=lambda: torch.empty(0),
+        rotary=own_rotary(base, heads, torch.device("cpu")),
+        initialize=False,
+    )
+    return restore(draft, directory)
+
+
+@torch.no_grad()
+def largest_difference(draft: EagleDraft, exported: Path, dtype: torch.dtype) -> float:
+    """Of all logits (EAGLE-1: hidden states) of ``STEPS`` steps on random inputs, relative to the
+    largest. ``dtype`` is the export's: the draft's weights are rounded to it first."""
+    for parameter in draft.parameters():
+        parameter.copy_(parameter.to(dtype))
+    generator = torch.Generator().manual_seed(0)
+    width = draft.config.hidden_size
+    inputs = width if draft.is_eagle1 else draft.num_aux * width
+    features = torch.randn(ROWS, inputs, generator=generator)
+    embeddings = torch.randn(ROWS + STEPS - 1, width, generator=generator)
+    expected = PlainDraft(exported).run(features, embeddings, STEPS)
+    found = _run(draft, features, embeddings)
+    differences = [
+        (a - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)
+    ]
+    return float(torch.stack(differences).max())
+
+
+def _run(draft: EagleDraft, features: Tensor, embeddings: Tensor) -> list[Tensor]:
+    device = draft.vocab_ids.device
+    inputs = DraftInputs(
+        features=features.unsqueeze(1).to(device),
+        embeddings=embeddings[None, :, None].to(device),
+        rotary=draft.rotary(ROWS + STEPS - 1).to(device),
+        spans=[(0, ROWS)],
+    )
+    outputs = [output[:, 0] for output in unroll(draft, inputs, STEPS)]
+    if not draft.is_eagle1:
+        outputs = [output @ draft.lm_head().t() for output in outputs]
+    return [output.float().cpu() for output in outputs]
+
+
+def check_export(
+    about: DraftCheckpointInfo, checkpoint: str | Path, exported: Path, pg_collection: Any
+) -> float:
+    """The :func:`largest_difference`; raises ``ValueError`` if it is more than rounding."""
+    if about.info.options.algorithm == "p-eagle":
+        raise ValueError("--verify: a P-EAGLE draft has no steps that follow each other to compare")
+    draft = checkpoint_draft(about, checkpoint, pg_collection)
+    weights = PlainDraft(exported).layer_config
+    dtype = getattr(torch, weights.get("torch_dtype") or "float32")
+    difference = largest_difference(draft, exported, dtype)
+    if not difference <= TOLERANCE:
+        raise ValueError(
+            f"--verify: the exported files give other logits than {checkpoint}: "
+            f"{difference:.1e} of the largest"
+        )
+    return difference
