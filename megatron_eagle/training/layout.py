@@ -35,17 +35,17 @@ def check_layout(user: Sequence[str], base: BaseInfo, options: EagleConfig) -> N
     )
     if options.num_experts is not None:
         _check_experts(given, options)
-    for name, width in options.layer_widths(base.megatron_args).items():
-        if name != "kv_channels" and width % tensor:
-            raise ValueError(
-                f"--tensor-model-parallel-size {tensor} does not divide the draft's "
-                f"{name} = {width} ({flag_name(name)})"
-            )
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "hidden_size"):
         if base.megatron_args[name] % tensor:
             raise ValueError(
                 f"--tensor-model-parallel-size {tensor} does not divide "
                 f"the base's {name} = {base.megatron_args[name]}"
+            )
+    for name, width in options.layer_widths(base.megatron_args).items():
+        if name != "kv_channels" and width % tensor:
+            raise ValueError(
+                f"--tensor-model-parallel-size {tensor} does not divide the draft's "
+                f"{name} = {width} ({flag_name(name)})"
             )
     _check_layers(given, base.megatron_args["num_layers"])
     _check_base_experts(given, base.megatron_args.get("num_experts"))
