@@ -74,9 +74,10 @@ def build(world: int, directory: str, case: Case) -> tuple[Any, Any]:
 
     base = load_base_json(directory)
     layers, size = case.config.num_layers, case.vocab_ids.numel()
-    info = DraftInfo(layers, AUX_LAYERS, DRAFTS, size, base)
+    options = EagleConfig(num_layers=layers)
+    info = DraftInfo(layers, AUX_LAYERS, DRAFTS, size, base, options)
     metadata = encode_metadata({
-        "config": EagleConfig().to_mapping(), "aux_layers": list(AUX_LAYERS), "ttt_steps": DRAFTS,
+        "config": options.to_mapping(), "aux_layers": list(AUX_LAYERS), "ttt_steps": DRAFTS,
         "num_layers": layers, "draft_vocab_size": size, "base": base.as_dict(),
     })  # fmt: skip
     gpt = load_base(directory, base, groups)
