@@ -16,7 +16,8 @@ from megatron_eagle.platform import recommended_environment
 from tests.e2e.conftest import Inputs
 from tests.e2e.launch import EXAMPLE, RECIPE, ROOT, train
 
-FLAGS = ["--eagle-draft-vocab-size", 32, "--pipeline-model-parallel-size", 2]
+FLAGS = ["--eagle-draft-vocab-size", 32, "--pipeline-model-parallel-size", 2,
+         "--decoder-first-pipeline-num-layers", 4]  # fmt: skip
 
 
 def rank_process(launcher: int, rank: int) -> psutil.Process:
