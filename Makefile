@@ -59,7 +59,7 @@ bench: $(READY)  ## time and memory of a training step: tables and plots in docs
 
 # Peers in an environment of their own, on the same weights and inputs.
 bench-peers: $(READY)  ## the same of ModelOpt, SpecForge and speculators
-	test -x .venv-peers/bin/python || sh tools/setup_peers.sh "$(VENV)" .venv-peers
+	test -e .venv-peers/.ready || sh tools/setup_peers.sh "$(VENV)" .venv-peers
 	$(PY) benchmarks/suite.py --peers $(ARGS)
 	$(PY) benchmarks/report.py
 

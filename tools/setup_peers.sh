@@ -13,3 +13,4 @@ grep -E '^(nvidia-modelopt|specforge|speculators)=' benchmarks/peers/requirement
     xargs "$peers/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps
 grep -vE '^(#|nvidia-modelopt|specforge|speculators)' benchmarks/peers/requirements.txt |
     xargs "$peers/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt
+touch "$peers/.ready"  # a stopped set-up starts again
