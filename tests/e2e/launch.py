@@ -38,18 +38,28 @@ class Run:
         return lines[0]
 
 
+def torchrun_command(script: Path, ranks: int, *words: object) -> list[str]:
+    """What a user types to run ``script`` on ``ranks`` processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*launcher, "--nproc-per-node", str(ranks), str(script), *map(str, words)]
+
+
+def cpu_environment(ranks: int) -> dict[str, str]:
+    """The environment of ``ranks`` CPU processes of one thread each, importing this checkout."""
+    return {
+        **os.environ,
+        **recommended_environment(ranks),
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": str(ROOT),
+    }
+
+
 def torchrun(script: Path, ranks: int, *words: object, timeout: float = 200) -> Run:
     """Run ``script`` on ``ranks`` CPU processes."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     result = subprocess.run(
-        [*launcher, "--nproc-per-node", str(ranks), str(script), *map(str, words)],
-        env={
-            **os.environ,
-            **recommended_environment(ranks),
-            "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "",
-            "PYTHONPATH": str(ROOT),
-        },
+        torchrun_command(script, ranks, *words),
+        env=cpu_environment(ranks),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

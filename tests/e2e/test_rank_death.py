@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
-from megatron_eagle.platform import recommended_environment
 from tests.e2e.conftest import Inputs
-from tests.e2e.launch import EXAMPLE, RECIPE, ROOT, train
+from tests.e2e.launch import EXAMPLE, RECIPE, cpu_environment, torchrun_command, train
 
 FLAGS = ["--eagle-draft-vocab-size", 32, "--pipeline-model-parallel-size", 2,
          "--decoder-first-pipeline-num-layers", 4]  # fmt: skip
@@ -35,15 +32,12 @@ def test_a_killed_stage_ends_the_run_and_load_goes_on(
     save = ["--save", tmp_path / "draft", "--save-interval", 5]
     words = [*RECIPE, *inputs.flags, *FLAGS, *save, "--train-iters", 2000,
              "--eagle-log-file", tmp_path / "log.jsonl"]  # fmt: skip
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     with subprocess.Popen(
-        [*launcher, "--nproc-per-node", "2", str(EXAMPLE), *map(str, words)],
-        env={
-            **os.environ, **recommended_environment(2), "OMP_NUM_THREADS": "1",
-            "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT),
-        },
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    ) as run:  # fmt: skip
+        torchrun_command(EXAMPLE, 2, *words),
+        env=cpu_environment(2),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    ) as run:
         tracker = tmp_path / "draft" / "latest_checkpointed_iteration.txt"
         deadline = time.monotonic() + 120
         while not (tracker.exists() and int(tracker.read_text() or 0) >= 5):
