@@ -111,7 +111,6 @@ def _torchrun(args: argparse.Namespace, log: Path, script: str, *words: object) 
     environment = {
         **recommended_environment(ranks),
         **os.environ,
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // ranks)),
         "PYTHONPATH": str(ROOT),
     }
     with log.open("a") as output:
