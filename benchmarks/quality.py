@@ -33,10 +33,11 @@ VARIANTS: dict[str, dict[str, str | None]] = {
     "lk-alpha": {"--eagle-loss": "lk-alpha"},
     "lk-lambda": {"--eagle-loss": "lk-lambda"},
     "eagle3.1": {"--eagle-algorithm": "eagle3.1"},
+    "base-init": {"--eagle-init-from-base": ""},
     "vocab-4k": {"--eagle-draft-vocab-size": "4096"},
     "vocab-full": {"--eagle-draft-vocab-size": None},
 }
-"""Flags that differ from ``COMMON``; None takes one away."""
+"""Flags that differ from ``COMMON``; None takes one away, and a switch has an empty value."""
 
 
 def main() -> int:
@@ -68,7 +69,8 @@ def main() -> int:
 def flags_of(name: str) -> list[str]:
     """The draft's flags of a variant."""
     chosen = {**COMMON, **VARIANTS[name]}
-    return [word for flag, value in chosen.items() if value is not None for word in (flag, value)]
+    given = [(flag, value) for flag, value in chosen.items() if value is not None]
+    return [word for pair in given for word in pair if word]
 
 
 def run_variant(name: str, args: argparse.Namespace) -> None:

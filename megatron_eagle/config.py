@@ -117,6 +117,11 @@ class EagleConfig:
         "optimizer starts afresh",
         metavar="DIR",
     )
+    init_from_base: bool = _option(
+        False,
+        "start from the base's last layers instead of random ones: attention, MLP, norms and head "
+        "are copied, fc passes the last captured layer on; the draft's widths must be the base's",
+    )
     loss: str = _option(
         "kl",
         "kl (its cross-entropy is reported), ce (of the base's best draft token), reverse-kl, tv "

@@ -48,11 +48,26 @@ def check_options(options: EagleConfig) -> None:
         )
     if options.offline_features is not None and options.algorithm == "eagle1":
         raise ValueError("--eagle-offline-features: --eagle-algorithm eagle1 captures no layers")
+    if options.init_from_base:
+        _check_init(options)
     if options.aux_layers is not None:
         _check_aux_layers(options.aux_layers)
     _check_algorithm(options)
     _check_loss(options)
     _check_experts(options)
+
+
+def _check_init(options: EagleConfig) -> None:
+    for name in ("warm_start", "num_experts"):
+        if getattr(options, name) is not None:
+            raise ValueError(
+                f"--eagle-init-from-base: {_shown(name, getattr(options, name))} starts otherwise"
+            )
+    if options.algorithm == "eagle1":
+        raise ValueError(
+            "--eagle-init-from-base: --eagle-algorithm eagle1 reads the base's final hidden, which "
+            "no layer of the base reads"
+        )
 
 
 def flag_name(field_name: str) -> str:

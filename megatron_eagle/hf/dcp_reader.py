@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import prod
 from pathlib import Path
 from typing import IO
@@ -89,6 +89,28 @@ class DraftCheckpoint:
                         for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)
                     )
                     result[key][region] = self._read(stream, key, chunk)
+        return result
+
+    def load_rows(self, key: str, rows: Sequence[int]) -> Tensor:
+        """Of one tensor the ascending ``rows`` of its leading axis, as saved; only chunks that hold
+        one are read. Memory: the result and one chunk. Raises as :meth:`load`."""
+        record, wanted = self._record(key), torch.tensor(rows)
+        if not 0 <= rows[0] <= rows[-1] < record.shape[0]:
+            raise ValueError(f"{self.directory}: {key} has {record.shape[0]} rows, not {rows[-1]}")
+        result = torch.empty((len(rows), *record.shape[1:]), dtype=record.dtype)
+        for chunk in self._checked_chunks(key):
+            first, count = chunk.offsets[0], chunk.sizes[0]
+            here = ((wanted >= first) & (wanted < first + count)).nonzero().flatten()
+            if not len(here):
+                continue
+            self._check_file(chunk.file, [(key, chunk)])
+            with (self.directory / chunk.file).open("rb") as stream:
+                part = self._read(stream, key, chunk)
+            region = tuple(
+                slice(offset, offset + size)
+                for offset, size in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)
+            )
+            result[(slice(int(here[0]), int(here[-1]) + 1), *region)] = part[wanted[here] - first]
         return result
 
     def _record(self, key: str) -> StoredTensor:

@@ -17,6 +17,7 @@ from megatron.training.arguments import parse_and_validate_args
 from megatron_eagle.checkpoint_dir import BaseInfo, load_base_json
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.config_flags import add_eagle_flags
+from megatron_eagle.hf.base_start import check_base_start
 from megatron_eagle.hf.megatron_args import ABSENT
 from megatron_eagle.hf.megatron_args import flags as megatron_flags
 from megatron_eagle.platform import is_enabled
@@ -63,6 +64,7 @@ def parse_eagle_args(options: EagleConfig) -> tuple[argparse.Namespace, BaseInfo
     if "--multi-latent-attention" in user and "multi_latent_attention" not in base.megatron_args:
         raise ValueError("--multi-latent-attention contradicts the base checkpoint, which has none")
     check_layout(user, base, options)
+    check_base_start(options, base)
     sys.argv[1:] = [*_implied_flags(base, options, user), *user]
     args = parse_and_validate_args(extra_args_provider=add_eagle_flags)
     _check_dimensions(args, base)

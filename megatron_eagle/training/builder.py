@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from megatron_eagle.data.feature_store import FeaturePlan, read_plan
 from megatron_eagle.draft.layer_config import draft_config, draft_rotary
 from megatron_eagle.draft.metadata import draft_metadata, encode_metadata
 from megatron_eagle.draft.model import EagleDraft
+from megatron_eagle.hf.base_start import BaseStart, left_out
 from megatron_eagle.hf.import_draft import StoredDraft
 from megatron_eagle.parallel.soft_cross_entropy import teacher_bytes
 from megatron_eagle.parallel.stage_links import StageLinks
@@ -34,7 +36,7 @@ from megatron_eagle.teacher.offline import OfflineBase, config_without_layers, w
 from megatron_eagle.teacher.targets import draft_vocab_shard
 from megatron_eagle.teacher.vocab_shards import VocabShards
 from megatron_eagle.training.model import EagleGPTModel
-from megatron_eagle.training.warm_start import load_warm_start
+from megatron_eagle.training.warm_start import load_base_start, load_warm_start
 
 
 class ModelBuilder:
@@ -93,6 +95,8 @@ class ModelBuilder:
         if self.warm_start is not None:
             print_rank_0(f"> starting from the draft in {self.warm_start.source}")
             load_warm_start(draft, self.warm_start)
+        elif self.options.init_from_base:
+            self._start_as_base(draft, lambda: base.layer_sizes(links))
         else:
             draft.start_evenly(lambda: base.layer_sizes(links))
         if links is not None:
@@ -105,6 +109,16 @@ class ModelBuilder:
         if draft.tp_group.size() > 1:
             print_rank_0(self._teacher_size(args, draft.shard.padded_rows))
         return EagleGPTModel(base, draft, self.options, links)
+
+    def _start_as_base(self, draft: EagleDraft, layer_sizes: Callable[[], Tensor]) -> None:
+        assert self.options.base_checkpoint is not None
+        print_rank_0(f"> starting from the base's last layer{'s' * (self.options.num_layers > 1)}")
+        if lost := left_out(self.base):
+            print_rank_0(f"> ... without their {lost}, which a draft has not")
+        start = BaseStart(
+            self.options, self.base, self.options.base_checkpoint, self.vocab_ids.cpu()
+        )
+        load_base_start(draft, start, layer_sizes)
 
     def _features(self, captured: tuple[int, ...]) -> FeaturePlan | None:
         """What ``--eagle-offline-features`` holds, checked to be what this run captures."""

@@ -1,16 +1,18 @@
-"""--eagle-warm-start: a run's draft begins as another's, from its files or from a checkpoint.
+"""A run's draft begins as another's (--eagle-warm-start) or as the base's last layers
+(--eagle-init-from-base).
 
-The weights and the vocabulary map come from there; the optimizer starts afresh.
+Of a warm start come the weights and the vocabulary map; the optimizer starts afresh.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from megatron_eagle.checkpoint_dir import BaseInfo, load_base_json
 from megatron_eagle.compat import ShardedTensor, apply_factories, nested_values
@@ -18,6 +20,7 @@ from megatron_eagle.config import EagleConfig
 from megatron_eagle.config_checks import LAYER_WIDTHS, flag_name
 from megatron_eagle.config_flags import given_options
 from megatron_eagle.draft.model import EagleDraft
+from megatron_eagle.hf.base_start import BaseStart, Tensors
 from megatron_eagle.hf.draft_checkpoint import open_checkpoint_draft
 from megatron_eagle.hf.import_draft import StoredDraft, open_hf_draft
 
@@ -66,26 +69,42 @@ def adopt_warm_start(
     return dataclasses.replace(options, **theirs), stored
 
 
-@torch.no_grad()
 def load_warm_start(draft: EagleDraft, stored: StoredDraft) -> None:
     """Copy this rank's shards of ``stored`` into ``draft``, in any layout. No collective; memory:
     the largest whole tensor. Raises ValueError for a tensor that cannot be read."""
+    missing = _fill(draft, stored.tensors)
+    assert not missing, sorted(missing)
+
+
+def load_base_start(draft: EagleDraft, start: BaseStart, layer_sizes: Callable[[], Tensor]) -> None:
+    """The same for what a draft takes over from the base's last layers. ``layer_sizes()``: the
+    typical RMS of each captured layer, [A]; called only where norms in front of fc took it out."""
+    scale = 1.0
+    if len(draft.fc_norm):
+        scale = float(layer_sizes()[-1])
+    elif draft.input_norm is not None:
+        scale = float(layer_sizes().square().mean().sqrt())
+    _fill(draft, start.tensors(draft.num_aux, scale, draft.config.init_method_std))
+
+
+@torch.no_grad()
+def _fill(draft: EagleDraft, tensors: Tensors) -> set[str]:
+    """Copy this rank's shards of ``tensors``; the keys of parameters that are not among them."""
     sharded = draft.sharded_state_dict(prefix="draft.")
     apply_factories(sharded)  # [gate ; up] becomes two tensors that share the parameter's memory
     shards: dict[str, list[Any]] = {}
     for value in nested_values(sharded):
         if isinstance(value, ShardedTensor):
             shards.setdefault(value.key, []).append(value)
-    described = {"draft.vocab_ids", "draft.metadata"}
-    missing = set(shards) - described - set(stored.tensors)
-    assert not missing and set(stored.tensors) <= set(shards), sorted(missing)
-    for key, load in stored.tensors.items():
+    assert set(tensors) <= set(shards), sorted(set(tensors) - set(shards))
+    for key, load in tensors.items():
         whole = load()
         for shard in shards[key]:
             _copy(whole, shard)
+    return set(shards) - set(tensors) - {"draft.vocab_ids", "draft.metadata"}
 
 
-def _copy(whole: torch.Tensor, shard: Any) -> None:
+def _copy(whole: Tensor, shard: Any) -> None:
     """The part of ``whole`` at the shard's offset; rows past its end are padding and set to 0."""
     part = whole
     for dim, (start, size) in enumerate(zip(shard.global_offset, shard.local_shape, strict=True)):

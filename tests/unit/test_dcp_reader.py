@@ -249,3 +249,13 @@ def test_torch_is_not_allowed_wholesale(name: str) -> None:
 def test_unknown_key(tmp_path: Path) -> None:
     save_iteration(tmp_path, chunked(TENSORS))
     assert "no tensor 'draft.z' in this checkpoint" in load_error(tmp_path, "draft.z")
+
+
+def test_rows_of_the_leading_axis(tmp_path: Path) -> None:
+    """Whatever the chunks."""
+    directory = save_iteration(tmp_path, chunked(TENSORS, 3))
+    checkpoint = DraftCheckpoint.open(directory)
+    for rows in ([0], [6], [1, 2, 5], list(range(7))):
+        assert checkpoint.load_rows("draft.a", rows).equal(TENSORS["draft.a"][rows])
+    with pytest.raises(ValueError, match=r"draft\.a has 7 rows, not 7"):
+        checkpoint.load_rows("draft.a", [0, 7])
