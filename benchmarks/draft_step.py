@@ -17,7 +17,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.multiprocessing as multiprocessing
@@ -28,6 +28,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.measure import measure
 from benchmarks.problem import DTYPES, Problem, add_problem_flags, problem_from
+
+if TYPE_CHECKING:  # importing Megatron waits for platform.enable()
+    from megatron_eagle.objective.batch import EagleBatch
+    from megatron_eagle.training.model import EagleGPTModel
 
 
 class CollectiveCounter(TorchDispatchMode):
@@ -49,8 +53,26 @@ class CollectiveCounter(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def build(problem: Problem, device: str, options: dict[str, Any]) -> tuple[Any, list[Tensor]]:
-    """(a function running the forward pass, the tensors at rest) on this rank."""
+class DraftStep:
+    """The forward pass of one micro-batch on this rank."""
+
+    def __init__(self, model: EagleGPTModel, batch: EagleBatch) -> None:
+        self.model, self.batch = model, batch
+        self.rows = batch.step_mask[0].sum()
+
+    def __call__(self) -> Tensor:
+        return self.model(self.batch)[0] / self.rows
+
+    @torch.no_grad()
+    def loss_per_step(self) -> list[float]:
+        """Each step's mean over its own rows, without step weights."""
+        sums = self.model(self.batch)[1]
+        losses, rows = sums[:-2].view(-1, self.model.options.ttt_steps)[:2]
+        return (losses / rows).tolist()
+
+
+def build(problem: Problem, device: str, options: dict[str, Any]) -> tuple[DraftStep, list[Tensor]]:
+    """(the forward pass, the tensors at rest) on this rank."""
     from megatron_eagle.objective.batch import EagleBatch
     from tests.draft_fixture import Case, build_model
     from tests.reference_layers import ReferenceConfig
@@ -84,15 +106,10 @@ def build(problem: Problem, device: str, options: dict[str, Any]) -> tuple[Any, 
     to_benchmark_dtype(model, device, DTYPES[problem.dtype])
     world = model.base.tp_group.size()
     batch = EagleBatch.build(inputs.tokens, inputs.loss_mask, problem.ttt, world).to(device)
-    rows = batch.step_mask[0].sum()
-
-    def forward() -> Tensor:
-        loss, _ = model(batch)
-        return loss / rows
-
     base = model.base
     shared = [base.embedding_weight, base.output_weight, case.aux, case.final_hidden]
-    return forward, [*model.draft.parameters(), *model.draft.buffers(), *shared, batch.tokens]
+    resting = [*model.draft.parameters(), *model.draft.buffers(), *shared, batch.tokens]
+    return DraftStep(model, batch), resting
 
 
 def to_benchmark_dtype(model: Any, device: str, dtype: torch.dtype) -> None:
@@ -137,6 +154,7 @@ def run_rank(rank: int, args: argparse.Namespace, store: str) -> None:
     with CollectiveCounter() as counter:
         forward().backward()
     result |= {"collectives": sum(counter.calls.values()), "collective_bytes": counter.bytes}
+    result["loss_per_step"] = forward.loss_per_step()
     if rank == 0:
         print(json.dumps({"implementation": "ours", **result}), flush=True)
     torch.distributed.destroy_process_group()

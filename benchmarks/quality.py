@@ -12,13 +12,14 @@ below 0.03 in accepted length are a tie. Writes results.json, quality.md and qua
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.quality_report import write_results
 from megatron_eagle.platform import recommended_environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +63,8 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         print(f"error: {error.cmd[-1]} and the log beside it tell why", file=sys.stderr)
         return 1
-    write_results(args.runs, args.train_iters)
+    folders = {name: _folder(name, args) for name in VARIANTS}
+    write_results(args.runs, folders, {name: flags_of(name) for name in VARIANTS})
     return 0
 
 
@@ -73,9 +75,14 @@ def flags_of(name: str) -> list[str]:
     return [word for pair in given for word in pair if word]
 
 
+def _folder(name: str, args: argparse.Namespace) -> Path:
+    runs: Path = args.runs.resolve()
+    return runs / f"{name}-{args.train_iters}"
+
+
 def run_variant(name: str, args: argparse.Namespace) -> None:
     """Train and evaluate ``name`` unless both are done."""
-    folder: Path = args.runs.resolve() / f"{name}-{args.train_iters}"
+    folder = _folder(name, args)
     report = folder / "eval.json"
     if report.exists():
         print(f"[{name}] done before", flush=True)
@@ -117,61 +124,6 @@ def _torchrun(args: argparse.Namespace, log: Path, script: str, *words: object) 
     }
     with log.open("a") as output:
         subprocess.run(command, check=True, env=environment, cwd=ROOT, stdout=output, stderr=output)
-
-
-def collect(runs: Path, iterations: int) -> dict[str, dict[str, Any]]:
-    """What is known of each finished variant, in the order of ``VARIANTS``."""
-    found = {}
-    for name in VARIANTS:
-        folder = runs / f"{name}-{iterations}"
-        if not (folder / "eval.json").exists():
-            continue
-        report = json.loads((folder / "eval.json").read_text())
-        lines = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
-        found[name] = {
-            "flags": " ".join(flags_of(name)),
-            "accepted_length": report["accepted_length"],
-            "acceptance": report["acceptance"],
-            "equal_to_greedy": report["equal_to_greedy"],
-            "supervised_rows": max(line["supervised_rows"] for line in lines),
-            "curve": [
-                [line["iteration"], line["accepted_length"]]
-                for line in lines
-                if "accepted_length" in line
-            ],
-        }
-    return found
-
-
-def write_results(runs: Path, iterations: int) -> None:
-    """results.json, a Markdown table and the curves of the accepted length in training."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    found = collect(runs, iterations)
-    (runs / "results.json").write_text(json.dumps(found, indent=2) + "\n")
-    rows = [
-        f"| {name} | {of['accepted_length']:.3f} | "
-        f"{' '.join(f'{x:.2f}' for x in of['acceptance'])} | {of['supervised_rows']:,} | "
-        f"`{of['flags']}` |"
-        for name, of in found.items()
-    ]
-    table = [
-        "| variant | accepted length | acceptance per position | supervised rows | flags |",
-        "|---|---|---|---|---|",
-        *rows,
-    ]
-    (runs / "quality.md").write_text("\n".join(table) + "\n")
-    print("\n".join(table))
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for name, of in found.items():
-        axes.plot(*zip(*of["curve"], strict=True), label=name, linewidth=1)
-    axes.set(xlabel="iteration", ylabel="teacher-forced accepted length")
-    axes.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(runs / "quality.png", dpi=120)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ PEERS = {
     "modelopt-compiled": ("modelopt_hf", "compiled"),
     "specforge": ("specforge_llama", ""),
     "speculators": ("speculators_llama", ""),
-    "speculators-ce": ("speculators_llama", "ce"),
 }
 
 
@@ -33,9 +32,13 @@ def main() -> None:
     add_problem_flags(parser)
     args = parser.parse_args()
     module, variant = PEERS[args.peer]
-    build = importlib.import_module(f"benchmarks.peers.{module}").build
-    forward, resting = build(problem_from(args), variant)
-    print(json.dumps({"implementation": args.peer, **measure(forward, resting, args.iters)}))
+    peer = importlib.import_module(f"benchmarks.peers.{module}")
+    problem = problem_from(args)
+    forward, resting = peer.build(problem, variant)
+    line = {"implementation": args.peer, **measure(forward, resting, args.iters)}
+    if hasattr(peer, "loss_offset"):
+        line["loss_offset"] = peer.loss_offset(problem)
+    print(json.dumps(line))
 
 
 if __name__ == "__main__":

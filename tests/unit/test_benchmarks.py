@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import report
 from benchmarks.measure import _saved
 from benchmarks.plain_modelopt import DECAY, PlainModelOpt
 from benchmarks.problem import Problem
@@ -80,6 +81,20 @@ def test_what_a_step_keeps_is_linear_in_length_and_steps() -> None:
     by_length = found[256, 2] - found[128, 2], found[128, 2] - found[64, 2]
     assert by_length[0] == pytest.approx(2 * by_length[1], rel=0.02)
     assert found[64, 6] - found[64, 4] == pytest.approx(found[64, 4] - found[64, 2], rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("peer", "loss"),
+    # Steps' means of 4 and 3, the second over half of the rows; an entropy of 1 left out.
+    [("specforge", 4 + 0.8 * 1.5), ("modelopt-eager", 4 + 0.8 * 3), ("speculators", 4 + 2.4 - 1)],
+)
+def test_the_report_fails_on_a_peers_other_loss(peer: str, loss: float) -> None:
+    ours = {"case": "M", "implementation": "ours", "loss": 5.2, "loss_per_step": [4.0, 3.0]}
+    theirs = {"case": "M", "implementation": peer, "loss": loss}
+    if peer == "speculators":
+        theirs["loss_offset"] = 1.0
+    assert report._check_losses([ours, theirs]) == 0
+    assert report._check_losses([ours, theirs | {"loss": loss * 1.001}]) == 1
 
 
 @pytest.mark.gpu
