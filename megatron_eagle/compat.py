@@ -20,6 +20,10 @@ _PATHS = {
     "IdentityOp": "megatron.core.transformer.identity_op:IdentityOp",
     "MLP": "megatron.core.transformer.mlp:MLP",
     "LocalSpecProvider": "megatron.core.models.backends:LocalSpecProvider",
+    "MLASelfAttention": "megatron.core.transformer.multi_latent_attention:MLASelfAttention",
+    "MultiLatentAttention": (
+        "megatron.core.transformer.multi_latent_attention:MultiLatentAttention"
+    ),
     "MegatronModule": "megatron.core.transformer.module:MegatronModule",
     "RotaryEmbedding": (
         "megatron.core.models.common.embeddings.rotary_pos_embedding:RotaryEmbedding"

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_eagle.config_checks import ALGORITHMS, LAYER_WIDTHS, LOSSES, check_options
+from megatron_eagle.config_checks import ALGORITHMS, LOSSES, check_against_base, check_options
+from megatron_eagle.config_widths import ATTENTIONS, check_attention, layer_widths
 
 REGRESSION_WEIGHT = 10.0
 LK_DECAY = 3.0
@@ -71,6 +72,12 @@ class EagleConfig:
         metavar="LAYER",
     )
     num_layers: int = _option(1, "transformer layers of the draft", type=int)
+    attention: str = _option(
+        "gqa",
+        "gqa (Llama-type layers, which every server reads) or mla (multi-latent, for a base that "
+        "has it: its sizes and rotary embedding are the base's, where flags do not say otherwise)",
+        choices=ATTENTIONS,
+    )
     ffn_hidden_size: int | None = _option(
         None, "ffn width of the draft's layers (default: the base's)", type=int
     )
@@ -82,6 +89,21 @@ class EagleConfig:
     )
     kv_channels: int | None = _option(
         None, "size of an attention head of the draft's layers (default: the base's)", type=int
+    )
+    q_lora_rank: int | None = _option(
+        None, "MLA draft: rank of the queries, 0 for whole ones (default: the base's)", type=int
+    )
+    kv_lora_rank: int | None = _option(
+        None, "MLA draft: rank of keys and values (default: the base's)", type=int
+    )
+    qk_head_dim: int | None = _option(
+        None, "MLA draft: channels of a head without position (default: the base's)", type=int
+    )
+    qk_pos_emb_head_dim: int | None = _option(
+        None, "MLA draft: rotary channels of a head (default: the base's)", type=int
+    )
+    v_head_dim: int | None = _option(
+        None, "MLA draft: channels of a head's values (default: the base's)", type=int
     )
     num_experts: int | None = _option(
         None, "experts of each of the draft's layers (default: dense layers)", type=int
@@ -187,6 +209,7 @@ class EagleConfig:
         if self.aux_layers is not None:
             object.__setattr__(self, "aux_layers", tuple(int(i) for i in self.aux_layers))
         check_options(self)
+        check_attention(self)
 
     @property
     def hidden_loss_weight(self) -> float:
@@ -221,18 +244,9 @@ class EagleConfig:
 
     def layer_widths(self, base_args: Mapping[str, Any]) -> dict[str, int]:
         """The widths of the draft's layers beside a base with these Megatron arguments, under
-        Megatron's names. Raises ``ValueError`` if they do not go together."""
-        widths = {name: base_args[name] for name in LAYER_WIDTHS}
-        if widths["num_query_groups"] == widths["num_attention_heads"] and self.num_attention_heads:
-            widths["num_query_groups"] = self.num_attention_heads  # every head its own, as the base
-        given = {name: getattr(self, name) for name in LAYER_WIDTHS}
-        widths |= {name: value for name, value in given.items() if value is not None}
-        if widths["num_attention_heads"] % widths["num_query_groups"]:
-            raise ValueError(
-                f"--eagle-num-query-groups: {widths['num_query_groups']} key/value heads do not "
-                f"divide the draft's {widths['num_attention_heads']} attention heads"
-            )
-        return widths
+        Megatron's names; of its kind of attention alone, ``q_lora_rank`` 0 for none. Raises
+        ``ValueError`` if they do not go together."""
+        return layer_widths(self, base_args)
 
     def expert_config(self) -> dict[str, Any]:
         """The experts of the draft's layers under the names of Megatron's TransformerConfig;
@@ -251,26 +265,7 @@ class EagleConfig:
 
     def check_against_base(self, base_layers: int, vocab_size: int, seq_length: int) -> None:
         """Raise ``ValueError`` for options that a base of these dimensions cannot honour."""
-        for layer in self.captured_layers(base_layers):
-            if layer >= base_layers:
-                raise ValueError(
-                    f"--eagle-aux-layers {layer} is out of range: "
-                    f"the base has layers 0 to {base_layers - 1}"
-                )
-        if self.draft_vocab_size is not None and self.draft_vocab_size > vocab_size:
-            raise ValueError(
-                f"--eagle-draft-vocab-size {self.draft_vocab_size} exceeds "
-                f"the base's vocabulary of {vocab_size}"
-            )
-        if self.mask_token is not None and self.mask_token >= vocab_size:
-            raise ValueError(
-                f"--eagle-mask-token {self.mask_token} is outside the base's 0 to {vocab_size - 1}"
-            )
-        if seq_length < self.ttt_steps + 2:
-            raise ValueError(
-                f"--seq-length {seq_length} is too short: --eagle-ttt-steps {self.ttt_steps} "
-                f"needs at least {self.ttt_steps + 2} tokens"
-            )
+        check_against_base(self, base_layers, vocab_size, seq_length)
 
     @classmethod
     def from_args(cls, args: argparse.Namespace) -> EagleConfig:

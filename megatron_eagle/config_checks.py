@@ -10,7 +10,6 @@ if TYPE_CHECKING:
 ALGORITHMS = ("eagle1", "eagle3", "eagle3.1", "p-eagle")
 LOSSES = ("kl", "ce", "reverse-kl", "tv", "lk-alpha", "lk-lambda")
 EXPERT_OPTIONS = ("moe_router_topk", "moe_ffn_hidden_size", "moe_aux_loss_coeff")
-LAYER_WIDTHS = ("ffn_hidden_size", "num_attention_heads", "num_query_groups", "kv_channels")
 _NOT_EAGLE1 = (
     "aux_layers",
     "norm_before_fc",
@@ -29,15 +28,10 @@ def check_options(options: EagleConfig) -> None:
             raise ValueError(
                 f"{flag_name(name)} must be at least {least_value}, not {getattr(options, name)}"
             )
-    at_least_one = ("draft_vocab_size", "num_experts", *EXPERT_OPTIONS[:2], *LAYER_WIDTHS)
-    for name in at_least_one:
+    for name in ("draft_vocab_size", "num_experts", *EXPERT_OPTIONS[:2]):
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"{flag_name(name)} must be at least 1, not {value}")
-    if options.kv_channels is not None and options.kv_channels % 2:
-        raise ValueError(
-            f"--eagle-kv-channels {options.kv_channels} is odd: rotary positions turn pairs"
-        )
     if not 0.0 < options.step_decay <= 1.0:
         raise ValueError(f"--eagle-step-decay must be in (0, 1], not {options.step_decay}")
     if options.pack and not options.reads_documents:
@@ -61,12 +55,39 @@ def _check_init(options: EagleConfig) -> None:
     for name in ("warm_start", "num_experts"):
         if getattr(options, name) is not None:
             raise ValueError(
-                f"--eagle-init-from-base: {_shown(name, getattr(options, name))} starts otherwise"
+                f"--eagle-init-from-base: {shown_flag(name, getattr(options, name))} starts "
+                "otherwise"
             )
     if options.algorithm == "eagle1":
         raise ValueError(
             "--eagle-init-from-base: --eagle-algorithm eagle1 reads the base's final hidden, which "
             "no layer of the base reads"
+        )
+
+
+def check_against_base(
+    options: EagleConfig, base_layers: int, vocab_size: int, seq_length: int
+) -> None:
+    """See :meth:`~megatron_eagle.config.EagleConfig.check_against_base`."""
+    for layer in options.captured_layers(base_layers):
+        if layer >= base_layers:
+            raise ValueError(
+                f"--eagle-aux-layers {layer} is out of range: "
+                f"the base has layers 0 to {base_layers - 1}"
+            )
+    if options.draft_vocab_size is not None and options.draft_vocab_size > vocab_size:
+        raise ValueError(
+            f"--eagle-draft-vocab-size {options.draft_vocab_size} exceeds "
+            f"the base's vocabulary of {vocab_size}"
+        )
+    if options.mask_token is not None and options.mask_token >= vocab_size:
+        raise ValueError(
+            f"--eagle-mask-token {options.mask_token} is outside the base's 0 to {vocab_size - 1}"
+        )
+    if seq_length < options.ttt_steps + 2:
+        raise ValueError(
+            f"--seq-length {seq_length} is too short: --eagle-ttt-steps {options.ttt_steps} "
+            f"needs at least {options.ttt_steps + 2} tokens"
         )
 
 
@@ -80,7 +101,7 @@ def _check_experts(options: EagleConfig) -> None:
         for name in EXPERT_OPTIONS:
             if getattr(options, name) is not None:
                 raise ValueError(
-                    f"{_shown(name, getattr(options, name))}: only a MoE draft has it "
+                    f"{shown_flag(name, getattr(options, name))}: only a MoE draft has it "
                     "(--eagle-num-experts)"
                 )
         return
@@ -116,7 +137,7 @@ def _check_algorithm(options: EagleConfig) -> None:
             value = getattr(options, name)
             if value not in (None, False):
                 raise ValueError(
-                    f"{_shown(name, value)}: --eagle-algorithm eagle1 reads the base's last "
+                    f"{shown_flag(name, value)}: --eagle-algorithm eagle1 reads the base's last "
                     "hidden alone and shares its whole output layer"
                 )
     elif options.regression_weight is not None:
@@ -153,7 +174,7 @@ def _check_parallel(options: EagleConfig) -> None:
             raise ValueError(f"{flag_name(name)}: --eagle-algorithm p-eagle has no such thing")
 
 
-def _shown(name: str, value: Any) -> str:
+def shown_flag(name: str, value: Any) -> str:
     """The flag as a user would have typed it."""
     words = value if isinstance(value, tuple) else () if value is True else (value,)
     return " ".join([flag_name(name), *map(str, words)])

@@ -40,11 +40,11 @@ class Case:
 
 def build_model(case: Case) -> Any:
     """EagleGPTModel on this rank, with this rank's shards of the case's weights, float32."""
-    from megatron.core.transformer import TransformerConfig
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
     from megatron_eagle.attention.backend import local_backend
     from megatron_eagle.config import EagleConfig
-    from megatron_eagle.draft.layer_config import draft_config
+    from megatron_eagle.draft.layer_config import Rotary, draft_config
     from megatron_eagle.draft.metadata import encode_metadata
     from megatron_eagle.draft.model import EagleDraft
     from megatron_eagle.teacher.targets import draft_vocab_shard
@@ -53,7 +53,8 @@ def build_model(case: Case) -> Any:
     groups = draft_groups()
     reference = case.config
     world = groups.tp.size()
-    config = TransformerConfig(
+    kind = MLATransformerConfig if reference.kv_lora_rank else TransformerConfig
+    config = kind(
         num_layers=reference.num_layers,
         hidden_size=reference.hidden_size,
         ffn_hidden_size=reference.intermediate_size,
@@ -76,6 +77,7 @@ def build_model(case: Case) -> Any:
         calculate_per_token_loss=True,
         recompute_granularity="selective" if case.recompute_modules else None,
         recompute_modules=list(case.recompute_modules) or None,
+        **latent_sizes(reference),
     )
     base = GivenBase(config, case, groups.tp)
     options = EagleConfig(
@@ -91,21 +93,50 @@ def build_model(case: Case) -> Any:
     )
     draft = EagleDraft(
         draft_config(config, options), local_backend(), options, reference.num_aux,
-        case.vocab_ids, shard, encode_metadata({}), groups, lambda: base.output_weight, base.rotary,
+        case.vocab_ids, shard, encode_metadata({}), groups, lambda: base.output_weight,
+        Rotary(base.rotary, base.rope_factor),
     )  # fmt: skip
     load_reference_weights(draft, case)
     return EagleGPTModel(base, draft, options)
 
 
+def latent_sizes(reference: ReferenceConfig) -> dict[str, Any]:
+    """The TransformerConfig's fields of multi-latent attention, as importing a base sets them."""
+    if not reference.kv_lora_rank:
+        return {}
+    scaling = reference.rope_scaling or {}
+    return {
+        "multi_latent_attention": True,
+        "q_lora_rank": reference.q_lora_rank or None,
+        "kv_lora_rank": reference.kv_lora_rank,
+        "qk_head_dim": reference.head_dim,
+        "qk_pos_emb_head_dim": reference.qk_rope_head_dim,
+        "v_head_dim": reference.v_head_dim,
+        "rope_type": "yarn",
+        "rotary_scaling_factor": scaling.get("factor", 1.0),
+        "mscale_all_dim": scaling.get("mscale_all_dim", 0.0),
+        "apply_rope_fusion": False,
+    }
+
+
 def draft_options(reference: ReferenceConfig) -> dict[str, Any]:
     """The options that give the reference's draft."""
-    widths = {
+    widths: dict[str, Any] = {
         "num_layers": reference.num_layers,
         "ffn_hidden_size": reference.intermediate_size,
         "num_attention_heads": reference.num_heads,
-        "num_query_groups": reference.num_kv_heads,
-        "kv_channels": reference.head_dim,
     }
+    if reference.kv_lora_rank:
+        widths |= {
+            "attention": "mla",
+            "q_lora_rank": reference.q_lora_rank,
+            "kv_lora_rank": reference.kv_lora_rank,
+            "qk_head_dim": reference.head_dim,
+            "qk_pos_emb_head_dim": reference.qk_rope_head_dim,
+            "v_head_dim": reference.v_head_dim,
+        }
+    else:
+        widths |= {"num_query_groups": reference.num_kv_heads, "kv_channels": reference.head_dim}
     widths |= {"loss": reference.loss}
     if reference.num_experts:
         widths |= {"num_experts": reference.num_experts, "moe_router_topk": reference.topk}
@@ -132,6 +163,8 @@ class GivenBase(torch.nn.Module):
     def __init__(self, config: Any, case: Case, group: Any) -> None:
         from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 
+        from megatron_eagle.attention.rope import attention_factor, set_frequencies
+
         super().__init__()
         self.config, self.case, self.tp_group = config, case, group
         self.cp_group = draft_groups().cp
@@ -139,10 +172,16 @@ class GivenBase(torch.nn.Module):
         self.taps = SimpleNamespace(layers_here=())
         self.gpt = torch.nn.Module()
         self.gpt.pg_collection = draft_groups()
+        scaling = case.config.rope_scaling
         self.rope = RotaryEmbedding(
-            case.config.head_dim, 1.0, rotary_base=int(case.config.rope_theta),
-            use_cpu_initialization=True,
+            case.config.qk_rope_head_dim or case.config.head_dim, 1.0,
+            rotary_base=int(case.config.rope_theta), use_cpu_initialization=True,
         )  # fmt: skip
+        self.rope_factor = 1.0
+        if scaling is not None:
+            rope = {"rope_theta": case.config.rope_theta, "truncate": True, **scaling}
+            set_frequencies(self.rope, rope)
+            self.rope_factor = attention_factor(rope)
         self.embedding_weight = self._shard(case.embedding)
         self.output_weight = self._shard(case.output_weight)
 
@@ -212,9 +251,12 @@ def megatron_names(case: Case) -> dict[str, tuple[list[str], str]]:
         elif i > 0:
             names[f"{ours}input_layernorm.weight"] = ([f"{theirs}input_layernorm.weight"], "whole")
         attention = f"{theirs}self_attn."
+        if case.config.kv_lora_rank:
+            names |= latent_names(f"{ours}self_attention.", attention, case.config.q_lora_rank > 0)
+        else:
+            names[f"{ours}self_attention.linear_qkv.weight"] = (
+                [f"{attention}{x}_proj.weight" for x in "qkv"], "qkv")  # fmt: skip
         names |= {
-            f"{ours}self_attention.linear_qkv.weight": (
-                [f"{attention}{x}_proj.weight" for x in "qkv"], "qkv"),
             f"{ours}self_attention.linear_proj.weight": ([f"{attention}o_proj.weight"], "columns"),
             f"{ours}pre_mlp_layernorm.weight": (
                 [f"{theirs}post_attention_layernorm.weight"], "whole"),
@@ -233,6 +275,27 @@ def megatron_names(case: Case) -> dict[str, tuple[list[str], str]]:
                 f"{mine}linear_fc2.weight": ([f"{its}down_proj.weight"], "columns"),
             }  # fmt: skip
     return names
+
+
+def latent_names(ours: str, theirs: str, low_rank: bool) -> dict[str, tuple[list[str], str]]:
+    """The parameters of multi-latent attention."""
+    pairs = {
+        "linear_kv_down_proj": ("kv_a_proj_with_mqa", "whole"),
+        "kv_layernorm": ("kv_a_layernorm", "whole"),
+        "linear_kv_up_proj": ("kv_b_proj", "rows"),
+    }
+    if low_rank:
+        pairs |= {
+            "linear_q_down_proj": ("q_a_proj", "whole"),
+            "q_layernorm": ("q_a_layernorm", "whole"),
+            "linear_q_up_proj": ("q_b_proj", "rows"),
+        }
+    else:
+        pairs["linear_q_proj"] = ("q_proj", "rows")
+    return {
+        f"{ours}{name}.weight": ([f"{theirs}{its}.weight"], kind)
+        for name, (its, kind) in pairs.items()
+    }
 
 
 def local_part(parts: list[Tensor], kind: str, case: Case, rank: int, world: int) -> Tensor:

@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.reference_latent import ReferenceLatentAttention
+
 NORM_FLAGS = ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual")
+LATENT = ("q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "v_head_dim")
 KeyValue = tuple[Tensor, Tensor]
 
 
@@ -24,6 +27,7 @@ class ReferenceConfig:
 
     `mask_out_of_vocab` drops the rows whose base argmax the draft cannot say. `detach_steps` cuts
     the fed-back hidden between steps; cached keys and values still reach their projections.
+    With a `kv_lora_rank` attention is multi-latent, and `head_dim` a head's part without position.
     `fc_norm` and `norm_output` together are EAGLE-3.1. `eagle1` reads [embedding ; hidden] through
     fc at every step, has no norms around its layers, and regresses the hidden with `regression`.
     """
@@ -37,6 +41,10 @@ class ReferenceConfig:
     vocab_size: int
     draft_vocab_size: int
     num_layers: int = 1
+    q_lora_rank: int = 0
+    kv_lora_rank: int = 0
+    qk_rope_head_dim: int = 0
+    v_head_dim: int = 0
     num_aux: int = 3
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
@@ -69,7 +77,8 @@ class ReferenceConfig:
             raise ValueError(f"{path}: the oracle does not implement hidden_act={hf['hidden_act']}")
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "linear", "llama3"):
+        latent = {name: hf.get(name) or 0 for name in LATENT}
+        if kind not in ("default", *(["yarn"] if latent["kv_lora_rank"] else ["linear", "llama3"])):
             raise ValueError(f"{path}: the oracle does not implement rope_type={kind}")
         hidden, heads = hf["hidden_size"], hf["num_attention_heads"]
         layer_ids = (hf.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
@@ -79,7 +88,8 @@ class ReferenceConfig:
             intermediate_size=hf["intermediate_size"],
             num_heads=heads,
             num_kv_heads=hf.get("num_key_value_heads") or heads,
-            head_dim=hf.get("head_dim") or hidden // heads,
+            head_dim=hf.get("qk_nope_head_dim") or hf.get("head_dim") or hidden // heads,
+            **latent,
             vocab_size=hf["vocab_size"],
             draft_vocab_size=hf["draft_vocab_size"],
             num_layers=hf["num_hidden_layers"],
@@ -204,7 +214,12 @@ class ReferenceLayer(nn.Module):
             self.input_layernorm = nn.RMSNorm(size, eps=config.rms_eps)
         if first:
             self.hidden_norm = nn.RMSNorm(size, eps=config.rms_eps)
-        self.self_attn = ReferenceAttention(config, 2 * size if first else size)
+        width = 2 * size if first else size
+        self.self_attn = (
+            ReferenceLatentAttention(config, width, query_aligned_mask)
+            if config.kv_lora_rank
+            else ReferenceAttention(config, width)
+        )
         self.post_attention_layernorm = nn.RMSNorm(size, eps=config.rms_eps)
         self.mlp = ReferenceMoE(config) if config.num_experts else ReferenceMLP(config)
         self.first = first

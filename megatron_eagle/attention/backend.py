@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from megatron_eagle.attention.base_spec import local_base_spec
+from megatron_eagle.attention.base_spec import checkpoint_names, local_base_spec
 from megatron_eagle.attention.core import with_eagle_attention
 from megatron_eagle.attention.lean_layers import GatedMLP, RMSNorm
 from megatron_eagle.compat import (
@@ -44,7 +44,9 @@ def local_backend() -> LayerBackend:
             num_experts=config.num_moe_experts,
             normalization="RMSNorm",
             qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=config.multi_latent_attention,
         )
+        spec.submodules.sharded_state_dict_keys_map = checkpoint_names(config, spec)
         return with_eagle_attention(_lean(spec))
 
     return LayerBackend(
@@ -66,7 +68,9 @@ def transformer_engine_backend() -> LayerBackend:
 
     def layer_spec(config: Any) -> Any:
         spec = get_gpt_layer_with_transformer_engine_spec(
-            num_experts=config.num_moe_experts, qk_layernorm=config.qk_layernorm
+            num_experts=config.num_moe_experts,
+            qk_layernorm=config.qk_layernorm,
+            multi_latent_attention=config.multi_latent_attention,
         )
         return with_eagle_attention(spec)
 

@@ -28,13 +28,18 @@ def local_base_spec(config: Any, pp_rank: int) -> Any:
     # Megatron's specs of equal layers are one object.
     for spec in {id(spec): spec for spec in block.layer_specs}.values():
         with_eagle_attention(spec)
-        spec.submodules.sharded_state_dict_keys_map = {
-            **(LATENT_NORMS if config.multi_latent_attention else NORM_BEFORE_QKV),
-            **({} if _is_moe(spec) else NORM_BEFORE_FC1),
-        }
+        spec.submodules.sharded_state_dict_keys_map = checkpoint_names(config, spec)
         if config.moe_router_num_groups is not None and _is_moe(spec):
             spec.submodules.mlp.keywords["submodules"].router = GroupLimitedRouter
     return block
+
+
+def checkpoint_names(config: Any, layer_spec: Any) -> dict[str, str]:
+    """The names in a checkpoint of what a local layer calls otherwise, by prefix."""
+    return {
+        **(LATENT_NORMS if config.multi_latent_attention else NORM_BEFORE_QKV),
+        **({} if _is_moe(layer_spec) else NORM_BEFORE_FC1),
+    }
 
 
 def _is_moe(layer_spec: Any) -> bool:

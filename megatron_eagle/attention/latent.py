@@ -36,7 +36,7 @@ class LatentRotary(torch.nn.Module):
 
     @contextmanager
     def at(self, angles: Tensor) -> Iterator[None]:
-        """Inside, the layers' rows have these angles [S, B, 1, d]."""
+        """Inside, the layers' rows have these angles [S, 1 or B, 1, d]."""
         self._angles = angles
         try:
             yield

@@ -35,14 +35,13 @@ def checkpoint_draft(
     if not config.multi_latent_attention:
         set_attention_factor(config, attention_factor(base.rope))
     multiple = base.megatron_args["make_vocab_size_divisible_by"]
-    heads = options.kv_channels or base.megatron_args["kv_channels"]
     draft = build_draft(
         about,
         config,
         pg_collection,
         -(-base.vocab_size // multiple) * multiple,
         base_head=lambda: torch.empty(0),
-        rotary=own_rotary(base, heads, torch.device("cpu")),
+        rotary=own_rotary(base, options, torch.device("cpu")),
         initialize=False,
     )
     return restore(draft, directory)

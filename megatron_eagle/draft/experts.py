@@ -37,12 +37,6 @@ def keep_balance_losses(layer_spec: Any) -> None:
     submodules = layer_spec.submodules
     moe = submodules.mlp.keywords["submodules"]
     submodules.mlp = partial(submodules.mlp.func, submodules=replace(moe, router=DraftRouter))
-    # The norm in front of experts is fused into none of them: its key is its own.
-    submodules.sharded_state_dict_keys_map = {
-        key: value
-        for key, value in submodules.sharded_state_dict_keys_map.items()
-        if not key.startswith("pre_mlp_layernorm")
-    }
 
 
 def take_balance_loss(draft: torch.nn.Module) -> Tensor | None:

@@ -35,7 +35,7 @@ class FeatureProjection(MegatronModule):
         self.tp_group = tp_group
         self.sharded = tp_group.size() > 1 and not config.sequence_parallel
         rows = config.hidden_size // tp_group.size() if self.sharded else config.hidden_size
-        self.weight = _parameter(config, rows, input_size)
+        self.weight = empty_parameter(config, rows, input_size)
         set_tensor_model_parallel_attributes(self.weight, self.sharded, 0, 1)
         with get_cuda_rng_tracker().fork() if self.sharded else nullcontext():
             config.init_method(self.weight)
@@ -77,7 +77,7 @@ class NormWeight(MegatronModule):
 
     def __init__(self, config: Any, size: int) -> None:
         super().__init__(config=config)
-        self.weight = _parameter(config, size)
+        self.weight = empty_parameter(config, size)
         torch.nn.init.ones_(self.weight)
 
     def forward(self) -> Tensor:
@@ -90,7 +90,7 @@ class MaskHidden(MegatronModule):
 
     def __init__(self, config: Any, size: int) -> None:
         super().__init__(config=config)
-        self.weight = _parameter(config, 1, size)
+        self.weight = empty_parameter(config, 1, size)
         config.init_method(self.weight)
 
     def forward(self) -> Tensor:
@@ -112,7 +112,7 @@ def norm_features(
     return normed.flatten(-2) * joined
 
 
-def _parameter(config: Any, *sizes: int) -> torch.nn.Parameter:
+def empty_parameter(config: Any, *sizes: int) -> torch.nn.Parameter:
     """Empty, and marked so that sequence parallelism sums its gradient over TP."""
     device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
     parameter = torch.nn.Parameter(torch.empty(*sizes, dtype=config.params_dtype, device=device))

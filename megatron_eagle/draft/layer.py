@@ -19,6 +19,7 @@ from megatron_eagle.attention.backend import LayerBackend
 from megatron_eagle.compat import IdentityOp
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.experts import keep_balance_losses
+from megatron_eagle.draft.latent import use_latent_attention
 
 
 class EmbeddingHiddenNorm(torch.nn.Module):
@@ -56,10 +57,14 @@ def draft_layer_specs(backend: LayerBackend, config: Any, options: EagleConfig) 
     one takes [S, B, 2H], or for EAGLE-1 [S, B, H] without a norm.
     """
     specs = [backend.layer_spec(config) for _ in range(config.num_layers)]
-    if config.num_moe_experts is not None:
-        for spec in specs:
+    eagle1 = options.algorithm == "eagle1"
+    for number, spec in enumerate(specs):
+        if config.num_moe_experts is not None:
             keep_balance_losses(spec)
-    if options.algorithm == "eagle1":
+        if config.multi_latent_attention:
+            widening = 1 if eagle1 or number else 2
+            use_latent_attention(spec, widening * config.hidden_size, backend.norm)
+    if eagle1:
         _replace_input(specs[0], backend.column_linear, IdentityOp)
     else:
         norm = partial(EmbeddingHiddenNorm, backend.norm, options.norm_before_residual)
@@ -67,11 +72,12 @@ def draft_layer_specs(backend: LayerBackend, config: Any, options: EagleConfig) 
     return specs
 
 
-def _replace_input(layer_spec: Any, linear_qkv: Callable, input_layernorm: Callable) -> None:
+def _replace_input(layer_spec: Any, linear: Callable, input_layernorm: Callable) -> None:
     submodules = layer_spec.submodules
     submodules.input_layernorm = input_layernorm
     # Its norm, if it has one, is not fused into linear_qkv and keeps a checkpoint name of its own.
-    submodules.self_attention.submodules.linear_qkv = linear_qkv
+    if hasattr(submodules.self_attention.submodules, "linear_qkv"):
+        submodules.self_attention.submodules.linear_qkv = linear
     submodules.sharded_state_dict_keys_map = {
         key: value
         for key, value in submodules.sharded_state_dict_keys_map.items()

@@ -1,26 +1,25 @@
-"""The TransformerConfig of a draft's layers and its rotary angles, from the base's."""
+"""The TransformerConfig of a draft's layers and its rotary embedding, from the base's."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_eagle.attention.rope import set_frequencies
+from megatron_eagle.attention.rope import attention_factor, set_frequencies
 from megatron_eagle.checkpoint_dir import BaseInfo
 from megatron_eagle.compat import RotaryEmbedding
 from megatron_eagle.config import EagleConfig
-from megatron_eagle.config_checks import LAYER_WIDTHS
 
 
 def draft_config(base_config: Any, options: EagleConfig) -> Any:
     """The base's TransformerConfig with the draft's depth, widths and experts: the same hidden
-    size, SwiGLU, and nothing that EAGLE-3 readers do not know: no query/key norms, biases, windows
-    or sinks.
+    size, SwiGLU, and nothing that EAGLE-3 readers do not know: no norms of grouped queries and keys
+    (those of the latents are the layers' own), biases, windows or sinks.
 
     Of ``recompute_modules`` "core_attn" is done already: the kernels keep no scores for backward,
     and Megatron's own checkpointing cannot carry an attention state."""
@@ -35,10 +34,13 @@ def draft_config(base_config: Any, options: EagleConfig) -> Any:
     config.activation_func = torch.nn.functional.silu
     config.activation_func_clamp_value, config.glu_linear_offset = None, 0.0
     config.softmax_type, config.window_size = "vanilla", None
-    config.multi_latent_attention = False
-    for name in LAYER_WIDTHS:
-        if getattr(options, name) is not None:
-            setattr(config, name, getattr(options, name))
+    for name, width in options.layer_widths(vars(base_config)).items():
+        setattr(config, name, width)
+    config.multi_latent_attention = options.attention == "mla"
+    if config.multi_latent_attention:
+        config.q_lora_rank = config.q_lora_rank or None
+        config.num_query_groups = config.num_attention_heads
+        config.apply_rope_fusion = False  # it would ask Megatron's own rotary module
     _set_experts(config, options)
     return config
 
@@ -55,35 +57,57 @@ def _set_experts(config: Any, options: EagleConfig) -> None:
         setattr(config, name, value)
 
 
-Rotary = Callable[[int], Tensor]
-"""RoPE angles of positions 0 .. length - 1 for a length, [length, 1, 1, d]."""
+@dataclass(frozen=True)
+class Rotary:
+    """RoPE of a draft. ``angles`` gives those of positions 0 .. length - 1 for a length,
+    [length, 1, 1, d]; ``factor`` multiplies cos and sin of an MLA draft (grouped queries take it
+    from the TransformerConfig)."""
+
+    angles: Callable[[int], Tensor]
+    factor: float = 1.0
+
+    def __call__(self, length: int) -> Tensor:
+        return self.angles(length)
 
 
 def draft_rotary(
-    base_rotary: Rotary, base: BaseInfo, options: EagleConfig, device: torch.device
+    base_rotary: Callable[[int], Tensor], base: BaseInfo, options: EagleConfig, device: torch.device
 ) -> Rotary:
-    """The base's angles, or for heads of another size angles of the same frequencies' law. Beside
-    multi-latent attention, which rotates a few channels of its own, plain angles of the base's
-    rope_theta: servers give a Llama-type draft no other."""
-    args = base.megatron_args
-    latent = args.get("multi_latent_attention", False)
-    if options.kv_channels in (None, args["kv_channels"]) and not latent:
-        return base_rotary
-    return own_rotary(base, options.kv_channels or args["kv_channels"], device)
+    """The base's angles, or for heads of another size angles of the same frequencies' law. A
+    draft of grouped queries beside multi-latent attention, which rotates a few channels of its own,
+    has plain angles of the base's rope_theta: servers give a Llama-type draft no other."""
+    same_kind = (options.attention == "mla") == _is_latent(base)
+    if same_kind and rotary_channels(base, options) == _base_channels(base):
+        return Rotary(base_rotary, attention_factor(base.rope))
+    return own_rotary(base, options, device)
 
 
-def own_rotary(base: BaseInfo, kv_channels: int, device: torch.device) -> Rotary:
-    """Angles for heads of ``kv_channels``, by the law of the base's frequencies; see
-    :func:`draft_rotary`."""
+def own_rotary(base: BaseInfo, options: EagleConfig, device: torch.device) -> Rotary:
+    """Angles of a module of the draft's own, see :func:`draft_rotary`."""
     args = base.megatron_args
     rope = RotaryEmbedding(
-        kv_channels,
+        rotary_channels(base, options),
         args["rotary_percent"],
         rotary_base=args["rotary_base"],
         rope_scaling=args.get("use_rope_scaling", False),
         rope_scaling_factor=args.get("rope_scaling_factor", 8.0),
         use_cpu_initialization=device.type == "cpu",
     )
-    if base.rope and not args.get("multi_latent_attention", False):
+    if base.rope and (options.attention == "mla") == _is_latent(base):
         set_frequencies(rope, base.rope)
-    return lambda length: rope(length, packed_seq=True)  # packed_seq: not cut over CP
+    # packed_seq: not cut over CP.
+    return Rotary(lambda length: rope(length, packed_seq=True), attention_factor(base.rope))
+
+
+def rotary_channels(base: BaseInfo, options: EagleConfig) -> int:
+    """The channels of a draft's head that positions turn."""
+    widths = options.layer_widths(base.megatron_args)
+    return widths["qk_pos_emb_head_dim" if options.attention == "mla" else "kv_channels"]
+
+
+def _base_channels(base: BaseInfo) -> int:
+    return base.megatron_args["qk_pos_emb_head_dim" if _is_latent(base) else "kv_channels"]
+
+
+def _is_latent(base: BaseInfo) -> bool:
+    return bool(base.megatron_args.get("multi_latent_attention"))

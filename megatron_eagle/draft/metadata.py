@@ -61,7 +61,7 @@ def decode_metadata(tensor: Tensor, source: str) -> dict[str, Any]:
 
 
 _SAME = (
-    *("algorithm", "norm_before_fc", "norm_before_residual", "mask_token"),
+    *("algorithm", "attention", "norm_before_fc", "norm_before_residual", "mask_token"),
     *("num_experts", "moe_router_topk", "moe_ffn_hidden_size"),
 )
 """Options that decide what the weights mean, beside the widths and what has a key of its own."""

@@ -8,6 +8,7 @@ around the layers, and the base's own output layer.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from megatron_eagle.attention.backend import LayerBackend
 from megatron_eagle.attention.core import AttentionState
+from megatron_eagle.attention.latent import LatentRotary
 from megatron_eagle.compat import (
     ColumnParallelLinear,
     MegatronModule,
@@ -29,6 +31,7 @@ from megatron_eagle.draft.features import (
     NormWeight,
     norm_features,
 )
+from megatron_eagle.draft.latent import share_rotary
 from megatron_eagle.draft.layer import draft_layer_specs
 from megatron_eagle.draft.layer_config import Rotary
 from megatron_eagle.parallel.vocab import VocabShard
@@ -47,7 +50,7 @@ class EagleDraft(MegatronModule):
         metadata: what a checkpoint says of the draft, see :mod:`megatron_eagle.draft.metadata`.
         pg_collection: process groups; ``tp`` shards the layers and the head, ``cp`` the sequence.
         base_head: gives the base's output rows [Vp, H] on this rank, which EAGLE-1 shares.
-        rotary: gives RoPE angles, see :mod:`megatron_eagle.draft.layer_config`.
+        rotary: its RoPE, see :mod:`megatron_eagle.draft.layer_config`.
 
     The embedding is the base's and not part of the draft. Replicated over every other group.
     """
@@ -93,6 +96,9 @@ class EagleDraft(MegatronModule):
             )
             for number, spec in enumerate(draft_layer_specs(backend, config, options), start=1)
         )
+        self.latent_rotary: LatentRotary | None = None
+        if config.multi_latent_attention:
+            self.latent_rotary = share_rotary(self.layers, rotary.factor)
         self.norm = (
             torch.nn.Identity()
             if self.is_eagle1
@@ -138,10 +144,16 @@ class EagleDraft(MegatronModule):
         hidden = torch.cat([embedding, hidden], dim=-1)
         if self.is_eagle1:
             hidden = self.fc(self.fc.summing_gradient(hidden))
-        for layer in self.layers:
-            hidden, _ = layer(hidden, attention_mask=state, rotary_pos_emb=rotary)
+        with self._at(rotary) as angles:
+            for layer in self.layers:
+                hidden, _ = layer(hidden, attention_mask=state, rotary_pos_emb=angles)
         normed = self.norm(hidden)
         return normed, normed if self.feeds_normed else hidden
+
+    def _at(self, rotary: Tensor) -> AbstractContextManager[Tensor | None]:
+        """Inside, the rows of the layers have these angles; gives what to hand to the layers."""
+        shared = self.latent_rotary
+        return nullcontext(rotary) if shared is None else shared.at(rotary)
 
     def start_evenly(self, layer_sizes: Callable[[], Tensor]) -> None:
         """Give all captured layers an equal say in a fresh ``fc``: late ones are ten times larger

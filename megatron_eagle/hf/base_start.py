@@ -38,7 +38,7 @@ def check_base_start(options: EagleConfig, base: BaseInfo) -> None:
         return
     args, flag = base.megatron_args, "--eagle-init-from-base"
     if args.get("multi_latent_attention"):
-        raise ValueError(f"{flag}: the base has multi-latent attention, the draft has not")
+        raise ValueError(f"{flag}: layers of multi-latent attention are not copied")
     if options.num_layers > args["num_layers"]:
         raise ValueError(
             f"{flag}: --eagle-num-layers {options.num_layers}, but the base has "

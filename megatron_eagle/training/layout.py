@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from megatron_eagle.checkpoint_dir import BaseInfo
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.config_checks import flag_name
+from megatron_eagle.config_widths import SHARDED_WIDTHS
 
 _VIRTUAL_FLAGS = (
     "--num-layers-per-virtual-pipeline-stage",
@@ -42,7 +43,7 @@ def check_layout(user: Sequence[str], base: BaseInfo, options: EagleConfig) -> N
                 f"the base's {name} = {base.megatron_args[name]}"
             )
     for name, width in options.layer_widths(base.megatron_args).items():
-        if name != "kv_channels" and width % tensor:
+        if name in SHARDED_WIDTHS and width % tensor:
             raise ValueError(
                 f"--tensor-model-parallel-size {tensor} does not divide the draft's "
                 f"{name} = {width} ({flag_name(name)})"

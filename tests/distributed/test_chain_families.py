@@ -20,13 +20,30 @@ from tests.tiny_hf import SIZES, make_base
 
 AUX_LAYERS, DRAFTS, VOCAB = (0, 2), 3, SIZES["vocab_size"]
 PROMPTS = [[5, 9, 2, 40, 11], [7], [3, 3, 8]]
-VARIANTS: dict[str, dict[str, Any]] = {
+YARN = {
+    "rope_type": "yarn",
+    **{"factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 4.0, "beta_slow": 1.0},
+    **{"mscale": 0.7, "mscale_all_dim": 0.5},
+}
+LATENT = {"q_lora_rank": 20, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "v_head_dim": 8}
+LATENT |= {"head_dim": 6, "rope_scaling": YARN}  # as the base's
+SCALED = {"rope_parameters": {"rope_theta": 10000.0, **YARN}}
+GROUPED_VARIANTS: dict[str, dict[str, Any]] = {
     "eagle1": {"eagle1": True, "num_aux": 1, "draft_vocab_size": VOCAB, "num_layers": 2},
     "eagle3.1": {"fc_norm": True, "norm_output": True},
     "widths": {"num_heads": 6, "num_kv_heads": 2, "head_dim": 12, "intermediate_size": 20},
     "p-eagle": {"mask_token": 2, "num_layers": 2},
     "moe": {"num_experts": 4, "topk": 2, "num_layers": 2},
     "norms": {"norm_before_fc": True, "norm_before_residual": True},
+}
+LATENT_VARIANTS: dict[str, dict[str, Any]] = {
+    "mla": {**LATENT, "num_layers": 2},
+    "mla-moe": {**LATENT, "num_experts": 4, "topk": 2},
+    "mla-p-eagle": {**LATENT, "mask_token": 2},
+    "mla-own-widths": {
+        **{**LATENT, "q_lora_rank": 0, "kv_lora_rank": 9, "num_heads": 4, "head_dim": 10},
+        **{"qk_rope_head_dim": 6, "v_head_dim": 5, "intermediate_size": 20},
+    },
 }
 
 
@@ -88,13 +105,18 @@ def propose(rank: int, world: int, directory: str, cases: dict[str, Case]) -> di
     return result
 
 
+FAMILIES = {"llama": ({}, GROUPED_VARIANTS), "deepseek_v3": (SCALED, LATENT_VARIANTS)}
+
+
 @pytest.mark.parametrize("world", [1, 2])
-def test_chains_are_the_reference_s(world: int, tmp_path: Path) -> None:
-    model = make_base(tmp_path / "hf", "llama", num_hidden_layers=4)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chains_are_the_reference_s(family: str, world: int, tmp_path: Path) -> None:
+    fields, variants = FAMILIES[family]
+    model = make_base(tmp_path / "hf", family, num_hidden_layers=4, **fields)
     import_base(tmp_path / "hf", tmp_path / "base")
     embedding = model.get_input_embeddings().weight.detach()
     output = model.get_output_embeddings().weight.detach()
-    references = {name: make_reference(embedding, output, x) for name, x in VARIANTS.items()}
+    references = {name: make_reference(embedding, output, x) for name, x in variants.items()}
     cases = {}
     for name, reference in references.items():
         none = torch.empty(0)

@@ -155,6 +155,15 @@ FULL_VOCAB = {"draft_vocab_size": 61}
 EAGLE1 = {"eagle1": True, "num_aux": 1, **FULL_VOCAB}
 EXPERTS = {"num_experts": 4, "topk": 2, "balance": 0.5}
 EAGLE31 = {"fc_norm": True, "norm_output": True}
+LATENT = {
+    **{"q_lora_rank": 12, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "v_head_dim": 6},
+    "head_dim": 8,
+}
+YARN = {
+    "rope_type": "yarn",
+    **{"factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 4.0, "beta_slow": 1.0},
+    **{"mscale": 0.7, "mscale_all_dim": 0.5, "attention_factor": 1.03},
+}
 CASES = [
     pytest.param(1, {}, id="tp1"),
     pytest.param(1, {"ttt_steps": 1}, id="tp1-k1"),
@@ -187,6 +196,10 @@ CASES = [
     pytest.param(2, {"mask_token": 7, "cp": 2, "num_layers": 2}, id="cp2-p-eagle"),
     pytest.param(1, {**EXPERTS, "num_layers": 2}, id="tp1-moe-two-layers"),
     pytest.param(2, {**EXPERTS, "sequence_parallel": True}, id="tp2-sp-moe"),
+    pytest.param(1, {**LATENT, "rope_scaling": YARN, "num_layers": 2}, id="tp1-mla-yarn"),
+    pytest.param(2, LATENT, id="tp2-mla"),
+    pytest.param(2, {**LATENT, "sequence_parallel": True, "q_lora_rank": 0}, id="tp2-sp-mla"),
+    pytest.param(2, {**LATENT, "cp": 2, "recompute_modules": ("mlp",)}, id="cp2-mla-recompute"),
     pytest.param(2, {"loss": "ce"}, id="tp2-ce"),
     pytest.param(2, {"loss": "tv", **FULL_VOCAB}, id="tp2-tv-full-vocab"),
     pytest.param(2, {"loss": "lk-alpha", "logits_budget_mib": 0}, id="tp2-lk-alpha-at-once"),

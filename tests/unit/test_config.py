@@ -45,6 +45,11 @@ def test_default_captured_layers() -> None:
         ({"aux_layers": ()}, "--eagle-aux-layers needs at least one layer"),
         ({"kv_channels": 0}, "--eagle-kv-channels must be at least 1, not 0"),
         ({"kv_channels": 7}, "--eagle-kv-channels 7 is odd"),
+        ({"attention": "mha"}, "--eagle-attention must be one of gqa, mla, not mha"),
+        ({"kv_lora_rank": 8}, "--eagle-kv-lora-rank 8: a draft of --eagle-attention gqa has no"),
+        ({"attention": "mla", "kv_channels": 8}, "--eagle-kv-channels 8: a draft of --eagle-att"),
+        ({"attention": "mla", "q_lora_rank": -1}, "--eagle-q-lora-rank must be at least 0, not"),
+        ({"attention": "mla", "qk_pos_emb_head_dim": 5}, "--eagle-qk-pos-emb-head-dim 5 is odd"),
         ({"loss": "mse"}, "--eagle-loss must be one of kl, ce, .* not mse"),
         ({"lk_decay": 2.0}, "--eagle-lk-decay 2.0: only --eagle-loss lk-lambda"),
         ({"loss": "lk-lambda", "lk_decay": -2.0}, "--eagle-lk-decay must not be negative: -2.0"),
@@ -95,6 +100,17 @@ def test_widths_are_the_base_s_unless_given() -> None:
     assert EagleConfig(num_attention_heads=6).layer_widths(mha)["num_query_groups"] == 6
     with pytest.raises(ValueError, match=r"--eagle-num-query-groups: 3 .* draft's 8 attention"):
         EagleConfig(num_query_groups=3).layer_widths(base)
+
+
+def test_widths_of_a_latent_draft() -> None:
+    base = {"ffn_hidden_size": 96, "num_attention_heads": 8, "num_query_groups": 8}
+    latent = {"kv_lora_rank": 12, "qk_head_dim": 6, "qk_pos_emb_head_dim": 4, "v_head_dim": 5}
+    args = base | latent | {"kv_channels": 6, "multi_latent_attention": True}
+    found = EagleConfig(attention="mla", num_attention_heads=4, v_head_dim=7).layer_widths(args)
+    own = {"ffn_hidden_size": 96, "num_attention_heads": 4, "q_lora_rank": 0}
+    assert found == own | latent | {"v_head_dim": 7}
+    with pytest.raises(ValueError, match="--eagle-attention mla: the base has no multi-latent"):
+        EagleConfig(attention="mla").layer_widths(base)
 
 
 def test_a_base_is_required() -> None:

@@ -15,14 +15,16 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "megatron_eagle"
 OUTSIDE = {"examples", "tools", "tests", "benchmarks"}
 
-BASICS = {"config", "config_checks", "config_flags", "compat", "platform", "checkpoint_dir"}
+CONFIG = {"config", "config_checks", "config_flags", "config_widths"}
+BASICS = CONFIG | {"compat", "platform", "checkpoint_dir"}
 BELOW_DRAFT = BASICS | {"parallel", "attention"}
 BELOW_TRAINING = BELOW_DRAFT | {"teacher", "draft", "objective"}
 BESIDE_TRAINING = {"hf", "data", "decode"}
 
 MAY_IMPORT: dict[str, set[str]] = {
-    "config": {"config_checks"},
+    "config": {"config_checks", "config_widths"},
     "config_checks": {"config"},  # for type hints
+    "config_widths": {"config", "config_checks"},
     "config_flags": {"config", "config_checks"},
     "compat": set(),
     "platform": {"config", "compat"},
