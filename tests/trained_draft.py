@@ -17,9 +17,20 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.hf.torch_dist_writer import Chunk, write_torch_dist
+from tests.trained_latent import (
+    DEEPSEEK_YARN,
+    YARN_ARGUMENTS,
+    latent_arguments,
+    latent_rope,
+    latent_sizes,
+    latent_tensors,
+)
 
 LINEAR_LAYERS = (
     "self_attention.linear_qkv",
+    "self_attention.linear_q_proj",
+    "self_attention.linear_q_up_proj",
+    "self_attention.linear_kv_up_proj",
     "self_attention.linear_proj",
     "mlp.linear_fc1",
     "mlp.linear_fc2",
@@ -52,6 +63,7 @@ class Shape:
     mask_token: int | None = None
     norm_before_fc: bool = False
     norm_before_residual: bool = False
+    latent: dict[str, int] = field(default_factory=dict)  # see tests.trained_latent
     base: dict[str, Any] = field(default_factory=dict)  # Megatron arguments other than the draft's
 
 
@@ -87,11 +99,16 @@ def hf_tensors(
             }
         elif i > 0:
             sizes[f"{prefix}input_layernorm.weight"] = (hidden,)
+        attention = {
+            "q_proj": (q, width),
+            "k_proj": (kv, width),
+            "v_proj": (kv, width),
+            "o_proj": (hidden, q),
+        }
+        if shape.latent:
+            attention = latent_sizes(shape.latent, shape.heads, hidden, width)
+        sizes |= {f"{prefix}self_attn.{name}.weight": size for name, size in attention.items()}
         sizes |= {
-            f"{prefix}self_attn.q_proj.weight": (q, width),
-            f"{prefix}self_attn.k_proj.weight": (kv, width),
-            f"{prefix}self_attn.v_proj.weight": (kv, width),
-            f"{prefix}self_attn.o_proj.weight": (hidden, q),
             f"{prefix}post_attention_layernorm.weight": (hidden,),
             f"{prefix}mlp.gate_proj.weight": (shape.ffn, hidden),
             f"{prefix}mlp.up_proj.weight": (shape.ffn, hidden),
@@ -138,11 +155,15 @@ def megatron_tensors(shape: Shape, hf: dict[str, Tensor]) -> dict[str, Tensor]:
                 f"{layer}input_layernorm.hidden_norm.weight": own["hidden_norm.weight"],
             }
         else:
-            result[f"{layer}self_attention.linear_qkv.layer_norm_weight"] = own[
+            norm = "input_layernorm" if shape.latent else "self_attention.linear_qkv.layer_norm"
+            result[f"{layer}{norm}{'.' if shape.latent else '_'}weight"] = own[
                 "input_layernorm.weight"
             ]
+        if shape.latent:
+            result |= latent_tensors(f"{layer}self_attention.", own)
+        else:
+            result[f"{layer}self_attention.linear_qkv.weight"] = _interleaved(shape, own)
         result |= {
-            f"{layer}self_attention.linear_qkv.weight": _interleaved(shape, own),
             f"{layer}self_attention.linear_proj.weight": own["self_attn.o_proj.weight"],
             f"{layer}mlp.linear_fc1.layer_norm_weight": own["post_attention_layernorm.weight"],
             f"{layer}mlp.linear_fc1.weight": torch.cat(
@@ -173,6 +194,9 @@ def metadata_json(shape: Shape) -> dict[str, Any]:
         "num_query_groups": shape.groups,
         "kv_channels": shape.head_dim,
     }
+    if shape.latent:
+        own |= latent_arguments(shape.latent, shape.heads)
+    scaled_latent = bool(shape.latent) and shape.rope.get("rope_scaling") == DEEPSEEK_YARN
     return {
         "format": "megatron_eagle.draft",
         "version": 1,
@@ -181,6 +205,7 @@ def metadata_json(shape: Shape) -> dict[str, Any]:
             "num_layers": shape.layers,
             "aux_layers": layers or None,
             "algorithm": shape.algorithm,
+            **({"attention": "mla"} if shape.latent else {}),
             "mask_token": shape.mask_token,
             "norm_before_fc": shape.norm_before_fc,
             "norm_before_residual": shape.norm_before_residual,
@@ -210,9 +235,11 @@ def metadata_json(shape: Shape) -> dict[str, Any]:
                 **own,
                 **shape.base,
                 "norm_epsilon": 1e-5,
-                "rotary_base": 50000,
+                "rotary_base": int(shape.rope.get("rope_theta", 50000)),
                 "vocab_size": shape.vocab,
+                **(YARN_ARGUMENTS if scaled_latent else {}),
             },
+            "rope": latent_rope(shape.rope["rope_theta"]) if scaled_latent else {},
         },
     }
 

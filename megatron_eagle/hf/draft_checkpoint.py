@@ -23,12 +23,7 @@ from megatron_eagle.hf.import_base import COMMON_STATE, RELEASE
 from megatron_eagle.hf.import_draft import StoredDraft
 from megatron_eagle.hf.torch_dist_writer import Chunk, write_torch_dist
 
-LINEAR_LAYERS = (
-    "self_attention.linear_qkv",
-    "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
-)
+LINEAR_LAYERS = ("self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
 def open_checkpoint_draft(directory: str | Path) -> StoredDraft:
@@ -98,10 +93,15 @@ def _as(load: Any, dtype: torch.dtype) -> Tensor:
 
 def _extra_states(info: DraftInfo) -> list[str]:
     """Megatron's linear layers ask for an (empty) extra state when a checkpoint is loaded."""
+    inputs = ["linear_qkv"]
+    if info.options.attention == "mla":
+        low_rank = info.layer_args["q_lora_rank"]
+        inputs = ["linear_q_up_proj" if low_rank else "linear_q_proj", "linear_kv_up_proj"]
+    modules = [*(f"self_attention.{name}" for name in inputs), *LINEAR_LAYERS]
     layers = [
         f"draft.layers.{i}.{module}._extra_state"
         for i in range(info.num_layers)
-        for module in LINEAR_LAYERS
+        for module in modules
     ]
     head = [] if info.options.algorithm == "eagle1" else ["draft.lm_head._extra_state"]
     return [*head, *layers]

@@ -12,6 +12,7 @@ from megatron_eagle.hf.draft_info import DraftInfo
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 EAGLE1 = {"vllm": "EagleLlamaForCausalLM", "sglang": "LlamaForCausalLMEagle"}
+LATENT = "Eagle3DeepseekV2ForCausalLM"
 SPECULATOR = "Eagle3DraftModel"
 SPECULATORS_VERSION = "0.9.0"
 
@@ -19,7 +20,7 @@ SPECULATORS_VERSION = "0.9.0"
 def draft_config_json(info: DraftInfo, layout: Format, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of a draft in `layout`."""
     if info.options.algorithm == "eagle1":
-        return {"architectures": [EAGLE1[layout.name]], **_llama_config(info, dtype)}
+        return {"architectures": [EAGLE1[layout.name]], **_layer_config(info, dtype)}
     if layout.name == "speculators":
         return _speculators_config(info, dtype)
     return _eagle3_config(info, dtype)
@@ -28,7 +29,7 @@ def draft_config_json(info: DraftInfo, layout: Format, dtype: torch.dtype) -> di
 def is_exported_draft(config: dict[str, Any]) -> bool:
     """Whether config.json is one that this module writes."""
     return config.get("architectures") in [
-        [n] for n in (ARCHITECTURE, SPECULATOR, *EAGLE1.values())
+        [n] for n in (ARCHITECTURE, LATENT, SPECULATOR, *EAGLE1.values())
     ]
 
 
@@ -41,8 +42,8 @@ def _eagle3_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
     outputs = list(info.aux_layers)
     norms = _norm_flags(info)
     return {
-        "architectures": [ARCHITECTURE],
-        **_llama_config(info, dtype),
+        "architectures": [LATENT if info.options.attention == "mla" else ARCHITECTURE],
+        **_layer_config(info, dtype),
         "target_hidden_size": info.base.megatron_args["hidden_size"],
         "draft_vocab_size": info.draft_vocab_size,
         "num_aux_hidden_states": len(outputs),
@@ -89,7 +90,7 @@ def _speculators_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
         "norm_before_residual": False,  # vLLM's default in this form is True
         **_norm_flags(info),
         "transformer_layer_config": {
-            **_llama_config(info, dtype),
+            **_layer_config(info, dtype),
             "num_aux_hidden_states": len(info.aux_layers),  # vLLM expects 3 otherwise
         },
         "speculators_config": {
@@ -104,37 +105,61 @@ def _speculators_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _llama_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
-    """The draft's layers as a Llama configuration."""
+def _layer_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
+    """The draft's layers as a Llama or DeepSeek configuration."""
     args, base = info.layer_args, info.base.hf_config
+    latent = info.options.attention == "mla"
     config = {
-        "model_type": "llama",
+        **(_latent_fields(info) if latent else _grouped_fields(info)),
         "hidden_size": args["hidden_size"],
         "intermediate_size": args["ffn_hidden_size"],
         "num_hidden_layers": info.num_layers,
         "num_attention_heads": args["num_attention_heads"],
-        "num_key_value_heads": args["num_query_groups"],
-        "head_dim": args["kv_channels"],
         "hidden_act": "silu",
         "attention_bias": False,
-        "mlp_bias": False,
         "rms_norm_eps": args["norm_epsilon"],
         "vocab_size": info.base.vocab_size,
         "tie_word_embeddings": False,
         "torch_dtype": _name(dtype),
         "max_position_embeddings": base["max_position_embeddings"],
-        **draft_rope(info.base),
+        **draft_rope(info.base, latent),
     }
     tokens = ("bos_token_id", "eos_token_id")
     return config | {name: base[name] for name in tokens if base.get(name) is not None}
 
 
-def draft_rope(base: BaseInfo) -> dict[str, Any]:
+def _grouped_fields(info: DraftInfo) -> dict[str, Any]:
+    args = info.layer_args
+    return {
+        "model_type": "llama",
+        "num_key_value_heads": args["num_query_groups"],
+        "head_dim": args["kv_channels"],
+        "mlp_bias": False,
+    }
+
+
+def _latent_fields(info: DraftInfo) -> dict[str, Any]:
+    """vLLM takes a draft of type deepseek_v3 for that model's own next-token layers; kimi_k2, the
+    same class of configuration, is what drafts of this kind call themselves."""
+    args = info.layer_args
+    return {
+        "model_type": "kimi_k2",
+        "num_key_value_heads": args["num_attention_heads"],
+        "q_lora_rank": args["q_lora_rank"],
+        "kv_lora_rank": args["kv_lora_rank"],
+        "qk_nope_head_dim": args["qk_head_dim"],
+        "qk_rope_head_dim": args["qk_pos_emb_head_dim"],
+        "v_head_dim": args["v_head_dim"],
+        "first_k_dense_replace": info.num_layers,
+    }
+
+
+def draft_rope(base: BaseInfo, latent: bool) -> dict[str, Any]:
     """The rotary fields of a draft of `base`, in both spellings: rope_theta with rope_scaling, and
-    the newer rope_parameters."""
+    the newer rope_parameters. `latent`: a draft with multi-latent attention."""
     config = base.hf_config
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if base.megatron_args.get("multi_latent_attention"):
+    if base.megatron_args.get("multi_latent_attention") and not latent:
         given = {}  # the draft has plain angles, see draft.layer_config
     kind = given.get("rope_type", given.get("type", "default"))
     scaling = {key: value for key, value in given.items() if key not in ("rope_theta", "type")}

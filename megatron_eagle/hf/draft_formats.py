@@ -61,11 +61,29 @@ def _refusal(layout: Format, info: DraftInfo) -> str | None:
             if layout.name == "hf"
             else "the speculators library has no EAGLE-1 of this form"
         )
+    if info.options.attention == "mla" and (reason := _latent_refusal(layout, info)):
+        return reason
     if info.options.algorithm == "p-eagle" and layout.name == "speculators":
         return "P-EAGLE in the speculators library's form is not known here"
     for server in layout.servers:
         if reason := _server_refusal(server, info):
             return f"{SERVER_NAMES[server]} {reason}"
+    return None
+
+
+def _latent_refusal(layout: Format, info: DraftInfo) -> str | None:
+    """What readers of drafts with multi-latent attention do not know."""
+    if info.options.algorithm in ("eagle1", "p-eagle"):
+        return f"no server reads a {info.options.algorithm} draft of --eagle-attention mla"
+    if layout.name == "speculators":
+        return "the speculators library has no draft of --eagle-attention mla"
+    if not info.layer_args["q_lora_rank"]:
+        return "no server reads a draft of --eagle-attention mla without --eagle-q-lora-rank"
+    for server in layout.servers:
+        if info.options.norm_before_fc and server != "trtllm":
+            return f"{SERVER_NAMES[server]} does not know --eagle-norm-before-fc in an MLA draft"
+        if info.num_layers > 1 and server == "sglang":
+            return "SGLang runs MLA drafts of one layer alone"
     return None
 
 

@@ -1,7 +1,8 @@
 """The name table of a draft: each Megatron tensor, and the Hugging Face tensors in it.
 
 Shapes are written with: H draft hidden, H2 = 2H, AH = A captured layers x base hidden,
-Q heads x head_dim, KV groups x head_dim, QKV = Q + 2 KV, F ffn hidden, F2 = 2F, D draft vocabulary.
+Q heads x head_dim, KV groups x head_dim, QKV = Q + 2 KV, F ffn hidden, F2 = 2F, D draft vocabulary;
+of multi-latent attention QR, KR, P, LQ, LKV, LV as in `entries`.
 Linear weights are [out, in] on both sides.
 """
 
@@ -41,7 +42,7 @@ class DraftEntry:
 
     def sizes(self, dims: Dims) -> tuple[int, ...]:
         """The shape in numbers, without padding."""
-        return tuple(dims[symbol] for symbol in self.shape)
+        return Source(self.megatron, self.shape).sizes(dims)
 
     def accepts(self, shape: tuple[int, ...], dims: Dims) -> bool:
         """Whether a stored tensor may have this shape."""
@@ -82,23 +83,11 @@ def _one(megatron: str, name: str, *shape: str, padded: bool = False) -> DraftEn
     return DraftEntry(megatron, shape, (Source(name, shape),), split_rows, join_rows, padded)
 
 
-def _qkv(columns: str) -> DraftEntry:
-    rows = {"q_proj": "Q", "k_proj": "KV", "v_proj": "KV"}
-    return DraftEntry(
-        "self_attention.linear_qkv.weight",
-        ("QKV", columns),
-        tuple(Source(f"self_attn.{name}.weight", (row, columns)) for name, row in rows.items()),
-        split_query_groups,
-        join_query_groups,
-    )
-
-
 HEAD = (
     _one("norm.weight", "norm.weight", "H"),
     _one("lm_head.weight", "lm_head.weight", "D", "H", padded=True),
 )
-EVERY_LAYER = (
-    _one("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H", "Q"),
+MLP = (
     _one("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "H"),
     DraftEntry(
         "mlp.linear_fc1.weight",
@@ -113,30 +102,68 @@ EVERY_LAYER = (
     _one("mlp.linear_fc2.weight", "mlp.down_proj.weight", "H", "F"),
 )
 # The first layer norms embedding and hidden apart, then concatenates them: input width 2H.
-FIRST_LAYER = (
+FIRST_NORMS = (
     _one("input_layernorm.embedding_norm.weight", "input_layernorm.weight", "H"),
     _one("input_layernorm.hidden_norm.weight", "hidden_norm.weight", "H"),
-    _qkv("H2"),
-    *EVERY_LAYER,
 )
-
-
-# EAGLE-1 joins embedding and hidden by fc, and has no norm in front of its first layer.
-EAGLE1_FIRST_LAYER = (_qkv("H"), *EVERY_LAYER)
-LATER_NORM = "self_attention.linear_qkv.layer_norm_weight"
 
 
 def draft_entries(info: DraftInfo, layout: Format) -> list[DraftEntry]:
     """Every tensor of a draft, under full names on both sides."""
     eagle1 = info.options.algorithm == "eagle1"
     entries = [entry.named(PREFIX, "") for entry in _outside_layers(info)]
-    first_layer = EAGLE1_FIRST_LAYER if eagle1 else FIRST_LAYER
-    norms = ("input_layernorm",) if eagle1 else layout.later_norms
     for i in range(info.num_layers):
         hf_prefix = layout.layer_prefix(i, info.num_layers, eagle1)
-        for entry in first_layer if i == 0 else _later_layer(norms):
+        for entry in _layer(info, i, ("input_layernorm",) if eagle1 else layout.later_norms):
             entries.append(entry.named(f"{PREFIX}layers.{i}.", hf_prefix))
     return entries
+
+
+def _layer(info: DraftInfo, index: int, later_norms: tuple[str, ...]) -> tuple[DraftEntry, ...]:
+    latent = info.options.attention == "mla"
+    # EAGLE-1 joins embedding and hidden by fc, and has no norm in front of its first layer.
+    eagle1 = info.options.algorithm == "eagle1"
+    columns = "H" if index or eagle1 else "H2"
+    attention = _latent_attention(info, columns) if latent else _grouped_attention(columns)
+    norms: tuple[DraftEntry, ...] = () if eagle1 else FIRST_NORMS
+    if index:
+        name = "input_layernorm.weight" if latent else "self_attention.linear_qkv.layer_norm_weight"
+        sources = tuple(Source(f"{norm}.weight", ("H",)) for norm in later_norms)
+        norms = (DraftEntry(name, ("H",), sources, copies, first),)
+    return (*norms, *attention, *MLP)
+
+
+def _grouped_attention(columns: str) -> tuple[DraftEntry, ...]:
+    rows = {"q_proj": "Q", "k_proj": "KV", "v_proj": "KV"}
+    qkv = DraftEntry(
+        "self_attention.linear_qkv.weight",
+        ("QKV", columns),
+        tuple(Source(f"self_attn.{name}.weight", (row, columns)) for name, row in rows.items()),
+        split_query_groups,
+        join_query_groups,
+    )
+    return (qkv, _one("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H", "Q"))
+
+
+def _latent_attention(info: DraftInfo, columns: str) -> tuple[DraftEntry, ...]:
+    tables = {
+        "linear_kv_down_proj.weight": ("kv_a_proj_with_mqa.weight", "KR+P", columns),
+        "linear_kv_up_proj.layer_norm_weight": ("kv_a_layernorm.weight", "KR"),
+        "linear_kv_up_proj.weight": ("kv_b_proj.weight", "LKV", "KR"),
+        "linear_proj.weight": ("o_proj.weight", "H", "LV"),
+    }
+    if info.dims["QR"]:
+        tables |= {
+            "linear_q_down_proj.weight": ("q_a_proj.weight", "QR", columns),
+            "linear_q_up_proj.layer_norm_weight": ("q_a_layernorm.weight", "QR"),
+            "linear_q_up_proj.weight": ("q_b_proj.weight", "LQ", "QR"),
+        }
+    else:
+        tables["linear_q_proj.weight"] = ("q_proj.weight", "LQ", columns)
+    return tuple(
+        _one(f"self_attention.{name}", f"self_attn.{theirs}", *shape)
+        for name, (theirs, *shape) in tables.items()
+    )
 
 
 def _outside_layers(info: DraftInfo) -> list[DraftEntry]:
@@ -151,8 +178,3 @@ def _outside_layers(info: DraftInfo) -> list[DraftEntry]:
     elif info.options.algorithm == "p-eagle":
         norms = [_one("mask_hidden.weight", "mask_hidden", "1", "AH")]
     return [_one("fc.weight", "fc.weight", "H", "AH"), *norms, *HEAD]
-
-
-def _later_layer(norms: tuple[str, ...]) -> tuple[DraftEntry, ...]:
-    names = tuple(Source(f"{name}.weight", ("H",)) for name in norms)
-    return (DraftEntry(LATER_NORM, ("H",), names, copies, first), _qkv("H"), *EVERY_LAYER)

@@ -1,7 +1,8 @@
 """What the config.json of a draft says, whoever wrote it.
 
 Known writers: SafeAILab, SpecForge, NVIDIA ModelOpt, vLLM's own examples (a flat Llama
-configuration) and speculators (a nested one). What this package cannot compute is refused here.
+configuration), speculators (a nested one) and writers of MLA drafts (a DeepSeek configuration).
+What this package cannot compute is refused here.
 """
 
 from __future__ import annotations
@@ -15,6 +16,17 @@ FLAT = (
     "Eagle3LlamaForCausalLM",
     "EAGLE3LlamaForCausalLM",
 )
+LATENT = (
+    "Eagle3DeepseekV2ForCausalLM",
+    "Eagle3DeepseekV3ForCausalLM",
+    "Eagle3DeepSeekV3ForCausalLM",
+)
+LATENT_FIELDS = {
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_head_dim": "qk_nope_head_dim",
+    "qk_pos_emb_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
+}
 EAGLE1 = ("EagleLlamaForCausalLM", "LlamaForCausalLMEagle")
 BASE_NAME = "LlamaForCausalLM"
 """What SafeAILab's first drafts, EAGLE-1 and EAGLE-3 alike, call themselves."""
@@ -27,6 +39,7 @@ REQUIRED_VALUES: dict[str, Any] = {
     "partial_rotary_factor": 1.0,
     "logit_scale": 1.0,
     "parallel_drafting": False,
+    "rope_interleave": True,
 }
 ROPE_KEYS = {
     "default": (),
@@ -53,8 +66,10 @@ ROPE_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 
 @dataclass(frozen=True)
 class HfDraft:
-    """`aux_layers`: captured layers by their outputs, 0-based, or None where the file does not
-    say. `rope`: `rope_type`, `rope_theta` and what the type reads; None values left out."""
+    """`latent`: the widths of multi-latent attention under Megatron's names, `q_lora_rank` 0 for
+    none; None for grouped queries. `aux_layers`: captured layers by their outputs, 0-based, or None
+    where the file does not say. `rope`: `rope_type`, `rope_theta` and what the type reads; None
+    values left out."""
 
     eagle1: bool
     hidden_size: int
@@ -63,6 +78,7 @@ class HfDraft:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    latent: dict[str, int] | None
     vocab_size: int
     draft_vocab_size: int
     num_layers: int
@@ -78,8 +94,8 @@ class HfDraft:
 def parse_hf_draft(config: dict[str, Any], tensors: Iterable[str], source: str) -> HfDraft:
     """The draft of `config` and of the tensors so named.
 
-    Raises ValueError starting with `source`, the file, for a draft that is not of Llama type or has
-    a field this package does not compute.
+    Raises ValueError starting with `source`, the file, for a draft that is not of a known type or
+    has a field this package does not compute.
     """
     nested = "speculators_model_type" in config
     layer = _speculators_layer(config, source) if nested else config
@@ -101,6 +117,7 @@ def parse_hf_draft(config: dict[str, Any], tensors: Iterable[str], source: str) 
         num_heads=heads,
         num_kv_heads=_size(layer, "num_key_value_heads", source, heads),
         head_dim=_size(layer, "head_dim", source, hidden // heads),
+        latent=_latent(layer, architecture, source),
         vocab_size=vocab,
         draft_vocab_size=_size(config, "draft_vocab_size", source, vocab),
         num_layers=_size(layer, "num_hidden_layers", source, 1),
@@ -114,8 +131,20 @@ def parse_hf_draft(config: dict[str, Any], tensors: Iterable[str], source: str) 
     )
 
 
+def _latent(config: dict[str, Any], architecture: str, source: str) -> dict[str, int] | None:
+    if architecture not in LATENT:
+        if config.get("kv_lora_rank"):
+            raise ValueError(
+                f"{source}: kv_lora_rank = {config['kv_lora_rank']!r} in a draft of Llama type"
+            )
+        return None
+    found = {name: _size(config, field, source) for name, field in LATENT_FIELDS.items()}
+    low_rank = config.get("q_lora_rank") is not None
+    return {"q_lora_rank": _size(config, "q_lora_rank", source) if low_rank else 0, **found}
+
+
 def rope_of(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """The rotary embedding of a Llama-type config.json, in one spelling: `rope_theta` with
+    """The rotary embedding of a config.json, in one spelling: `rope_theta` with
     `rope_scaling`, and `rope_parameters`, are read alike; values that are defaults are left out."""
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
@@ -158,13 +187,11 @@ def _architecture(config: dict[str, Any], source: str) -> str:
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1:
         raise ValueError(f"{source}: architectures must name exactly one class, found {names!r}")
-    if config.get("kv_lora_rank") or "Deepseek" in str(names[0]) or "DeepSeek" in str(names[0]):
-        raise ValueError(f"{source}: drafts with latent attention (MLA) cannot be imported")
-    known = (*FLAT, *EAGLE1, BASE_NAME)
+    known = (*FLAT, *LATENT, *EAGLE1, BASE_NAME)
     if names[0] not in known:
         raise ValueError(
-            f"{source}: architecture {names[0]!r} is not an EAGLE draft of Llama type; known: "
-            f"{', '.join(known)}"
+            f"{source}: architecture {names[0]!r} is not an EAGLE draft of Llama or MLA type; "
+            f"known: {', '.join(known)}"
         )
     return names[0]
 

@@ -84,7 +84,8 @@ def _check_base(draft: HfDraft, base: BaseInfo, source: str, adapt: bool) -> Non
         if found != expected:
             raise ValueError(f"{source}: {name} is {found}, the base {base.name} has {expected}")
     longest = {"max_position_embeddings": base.hf_config["max_position_embeddings"]}
-    rope = rope_of({**longest, **draft_rope(base)}, f"base {base.name}")
+    own_rope = draft_rope(base, draft.latent is not None)
+    rope = rope_of({**longest, **own_rope}, f"base {base.name}")
     for what, own, expected in (
         ("rotary embedding", draft.rope, rope),
         ("rms_norm_eps", draft.norm_epsilon, args["norm_epsilon"]),
@@ -121,6 +122,7 @@ def _info(draft: HfDraft, base: BaseInfo, captured: tuple[int, ...], source: str
     try:
         options = EagleConfig(
             algorithm=_algorithm(draft, source),
+            attention="gqa" if draft.latent is None else "mla",
             aux_layers=captured or None,
             num_layers=draft.num_layers,
             draft_vocab_size=draft.draft_vocab_size if compressed else None,
@@ -141,11 +143,15 @@ def _own_widths(draft: HfDraft, base: BaseInfo) -> dict[str, Any]:
     widths = {
         "ffn_hidden_size": draft.intermediate_size,
         "num_attention_heads": draft.num_heads,
-        "num_query_groups": draft.num_kv_heads,
-        "kv_channels": draft.head_dim,
+        **(
+            {"num_query_groups": draft.num_kv_heads, "kv_channels": draft.head_dim}
+            if draft.latent is None
+            else draft.latent
+        ),
     }
     args = base.megatron_args
-    return {} if all(args[name] == value for name, value in widths.items()) else widths
+    same = all((args.get(name) or 0) == value for name, value in widths.items())
+    return {} if same else widths
 
 
 def _algorithm(draft: HfDraft, source: str) -> str:

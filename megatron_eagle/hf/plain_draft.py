@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
-from megatron_eagle.hf.draft_config import EAGLE1
+from megatron_eagle.hf.draft_config import EAGLE1, LATENT
+from megatron_eagle.hf.plain_latent import PlainLatent
 
 KeyValues = list[tuple[Tensor, Tensor]]
 
@@ -37,7 +38,11 @@ class PlainDraft:
         }
         self.heads = self.layer_config["num_attention_heads"]
         self.groups = self.layer_config["num_key_value_heads"]
-        self.rope = _rotary(self.layer_config)
+        self.latent: PlainLatent | None = None
+        if config["architectures"] == [LATENT]:
+            self.latent = PlainLatent(self.layer_config)
+        else:
+            self.rope = _rotary(self.layer_config)
 
     @torch.no_grad()
     def run(self, features: Tensor, embeddings: Tensor, steps: int) -> list[Tensor]:
@@ -97,22 +102,33 @@ class PlainDraft:
     def _attention(self, own: str, x: Tensor, step: int, known: KeyValues) -> Tensor:
         """Row p sees the step-0 keys 0..p and its own row's keys of the later steps."""
         rows = x.shape[0]
-        q, k, v = (
-            linear(x, self.tensors[f"{own}{n}_proj.weight"]).unflatten(-1, (heads, -1))
-            for n, heads in (("q", self.heads), ("k", self.groups), ("v", self.groups))
-        )
-        cos, sin = self.rope(x[None], torch.arange(step, step + rows)[None])
-        q, k = _rotate(q, cos[0], sin[0]), _rotate(k, cos[0], sin[0])
-        repeats = self.heads // self.groups
-        known.append((k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)))
+        positions = torch.arange(step, step + rows)
+        if self.latent is None:
+            q, k, v = self._grouped(own, x, positions)
+            scale = q.shape[-1] ** -0.5
+        else:
+            q, k, v = self.latent(lambda name: self.tensors[f"{own}{name}.weight"], x, positions)
+            scale = self.latent.scale
+        known.append((k, v))
         future = torch.ones(rows, rows, dtype=torch.bool).triu(1)
         trunk = torch.einsum("phd,qhd->hpq", q, known[0][0]).masked_fill(future, -torch.inf)
         branch = [torch.einsum("phd,phd->hp", q, key).unsqueeze(-1) for key, _ in known[1:]]
-        weights = (torch.cat([trunk, *branch], -1) * q.shape[-1] ** -0.5).softmax(-1)
+        weights = (torch.cat([trunk, *branch], -1) * scale).softmax(-1)
         out = torch.einsum("hpq,qhd->phd", weights[..., :rows], known[0][1])
         for i, (_, value) in enumerate(known[1:]):
             out = out + weights[..., rows + i].t().unsqueeze(-1) * value
         return linear(out.flatten(1), self.tensors[f"{own}o_proj.weight"])
+
+    def _grouped(self, own: str, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [S, n, d], a key for every query head."""
+        q, k, v = (
+            linear(x, self.tensors[f"{own}{n}_proj.weight"]).unflatten(-1, (heads, -1))
+            for n, heads in (("q", self.heads), ("k", self.groups), ("v", self.groups))
+        )
+        cos, sin = self.rope(x[None], positions[None])
+        q, k = _rotate(q, cos[0], sin[0]), _rotate(k, cos[0], sin[0])
+        repeats = self.heads // self.groups
+        return q, k.repeat_interleave(repeats, 1), v.repeat_interleave(repeats, 1)
 
     def _own(self, layer: int) -> str:
         single = any(name.startswith("midlayer.") for name in self.tensors)

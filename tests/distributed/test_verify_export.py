@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.distributed.harness import megatron_parallel, run_distributed
 from tests.trained_draft import TrainedDraft
+from tests.trained_latent import DEEPSEEK_YARN, LATENT
 
 BASE = {
     "make_vocab_size_divisible_by": 4,
@@ -21,6 +22,7 @@ BASE = {
     "rotary_percent": 1.0,
     "position_embedding_type": "rope",
 }
+MLA = {"latent": LATENT, "rope": {"rope_theta": 500.0, "rope_scaling": DEEPSEEK_YARN}}
 DRAFTS: dict[str, tuple[str, dict[str, Any]]] = {
     "one layer": ("hf", {}),
     "two layers": ("hf", {"layers": 2}),
@@ -33,6 +35,7 @@ DRAFTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"algorithm": "eagle1", "aux_layers": (), "draft_vocab": 53, "padded_vocab": 56},
     ),
     "speculators": ("speculators", {}),
+    "mla": ("hf", MLA),
 }
 
 

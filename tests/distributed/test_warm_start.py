@@ -15,7 +15,7 @@ from megatron_eagle.hf.draft_checkpoint import open_checkpoint_draft, write_draf
 from megatron_eagle.hf.import_draft import StoredDraft, open_hf_draft
 from tests.distributed.harness import megatron_parallel, run_distributed
 from tests.distributed.test_export_layouts import metadata_of
-from tests.distributed.test_reference_parity import make_case
+from tests.distributed.test_reference_parity import LATENT, make_case
 from tests.draft_fixture import Case, build_model, local_part, megatron_names
 from tests.reference_eagle3 import ReferenceEagle3
 
@@ -80,6 +80,15 @@ def write_hf(case: Case, reference: ReferenceEagle3, directory: Path) -> None:
     for flag in ("fc_norm", "norm_output", "norm_before_fc", "norm_before_residual"):
         if getattr(c, flag):
             fields[flag] = True
+    if c.kv_lora_rank:
+        fields |= {
+            "architectures": ["Eagle3DeepseekV2ForCausalLM"],
+            "q_lora_rank": c.q_lora_rank or None,
+            "kv_lora_rank": c.kv_lora_rank,
+            "qk_nope_head_dim": c.head_dim,
+            "qk_rope_head_dim": c.qk_rope_head_dim,
+            "v_head_dim": c.v_head_dim,
+        }
     if c.eagle1:
         fields["architectures"] = ["EagleLlamaForCausalLM"]
         del fields["eagle_config"], tensors["lm_head.weight"]
@@ -99,6 +108,8 @@ CASES = [
     pytest.param(2, {**EAGLE31, "sequence_parallel": True}, id="tp2-sp-eagle3.1"),
     pytest.param(2, {"norm_before_fc": True}, id="tp2-norm-before-fc"),
     pytest.param(2, EAGLE1, id="tp2-eagle1-two-layers"),
+    pytest.param(2, {**LATENT, "sequence_parallel": True, "num_layers": 2}, id="tp2-sp-mla"),
+    pytest.param(1, {**LATENT, "q_lora_rank": 0}, id="tp1-mla-whole-queries"),
 ]
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +18,31 @@ from tests.tiny_hf import make_base
 
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "mscale": 0.7}
 SCALED = YARN | {"mscale_all_dim": 1.0, "original_max_position_embeddings": 16}
+LATENT = ["--eagle-attention", "mla"]
 BASES = [
-    ("qwen3_moe", {"mlp_only_layers": [0, 3]}),
-    ("gpt_oss", {}),
-    ("deepseek_v2", {"q_lora_rank": None}),
-    ("deepseek_v3", {"rope_parameters": SCALED}),
+    pytest.param("qwen3_moe", {"mlp_only_layers": [0, 3]}, [], id="qwen3_moe"),
+    pytest.param("gpt_oss", {}, [], id="gpt_oss"),
+    pytest.param("deepseek_v2", {"q_lora_rank": None}, [], id="deepseek_v2"),
+    pytest.param("deepseek_v2", {"q_lora_rank": None}, LATENT, id="deepseek_v2-mla-draft"),
+    pytest.param("deepseek_v3", {"rope_parameters": SCALED}, [], id="deepseek_v3"),
+    pytest.param("deepseek_v3", {"rope_parameters": SCALED}, LATENT, id="deepseek_v3-mla-draft"),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "fields"), BASES, ids=[family for family, _ in BASES])
-def test_train_and_decode(family: str, fields: dict[str, Any], tmp_path: Path) -> None:
-    """The base stays as it is, the loss falls, and the cache gives the answers it gives without
-    speculation."""
+@pytest.mark.parametrize(("family", "fields", "flags"), BASES)
+def test_train_and_decode(
+    family: str, fields: dict[str, Any], flags: list[str], tmp_path: Path
+) -> None:
+    """The base stays as it is, the loss falls, the cache gives the answers it gives without
+    speculation, and a converted MLA draft is the one that was trained."""
     make_base(tmp_path / "hf", family, num_hidden_layers=7, **fields)
     import_base(tmp_path / "hf", tmp_path / "base")
     write_answers(tmp_path / "answers.jsonl")
     run = train(
         1, tmp_path / "log.jsonl", "--eagle-base-checkpoint", tmp_path / "base",
         "--eagle-train-data", tmp_path / "answers.jsonl", "--eagle-draft-vocab-size", 32,
-        "--eagle-ttt-steps", 3, "--save", tmp_path / "draft", "--save-interval", 20,
+        "--eagle-ttt-steps", 3, "--save", tmp_path / "draft", "--save-interval", 20, *flags,
         script=ROOT / "tests" / "e2e" / "train_and_check_base.py",
     )  # fmt: skip
     assert run.returncode == 0, run.output[-3000:]
@@ -50,3 +58,9 @@ def test_train_and_decode(family: str, fields: dict[str, Any], tmp_path: Path) -
     )  # fmt: skip
     assert decoded.returncode == 0, decoded.output[-3000:]
     assert "speculative answers equal the greedy ones" in decoded.output
+    if flags and fields.get("q_lora_rank", 1) is not None:
+        command = [sys.executable, "tools/convert_to_hf.py", "--load", str(tmp_path / "draft")]
+        command += ["--output", str(tmp_path / "draft_hf"), "--verify"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        run_tool = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True)
+        assert run_tool.returncode == 0, run_tool.stderr.decode()

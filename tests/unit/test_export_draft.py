@@ -16,6 +16,7 @@ from transformers import AutoConfig
 from megatron_eagle.hf.export_draft import export_draft
 from tests.reference_eagle3 import ReferenceEagle3
 from tests.trained_draft import TrainedDraft
+from tests.trained_latent import LATENT
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +32,7 @@ LAYOUTS = [
     pytest.param({"algorithm": "eagle3.1", "layers": 2}, id="eagle3.1-two-layers"),
     pytest.param({"norm_before_fc": True}, id="norm-before-fc"),
     pytest.param({"base": WIDE}, id="own-widths"),
+    pytest.param({"latent": LATENT, "algorithm": "eagle3.1"}, id="mla-eagle3.1"),
 ]
 
 

@@ -20,6 +20,7 @@ from megatron_eagle.hf.draft_formats import FORMATS
 from megatron_eagle.hf.export_draft import export_draft, read_info
 from megatron_eagle.hf.import_draft import StoredDraft, open_hf_draft
 from tests.trained_draft import TrainedDraft
+from tests.trained_latent import DEEPSEEK_YARN, LATENT
 
 ROOT = Path(__file__).parents[2]
 Files = tuple[dict[str, Any], dict[str, Tensor]]
@@ -64,6 +65,7 @@ LAYOUTS = [
 
 EAGLE1 = {"algorithm": "eagle1", "draft_vocab": 53, "layers": 2}
 RESIDUAL = {"norm_before_residual": True}
+MLA = {"latent": LATENT, "rope": {"rope_theta": 50000.0, "rope_scaling": DEEPSEEK_YARN}}
 CASES = [
     *[
         pytest.param(*case.values, name, id=f"{case.id}-{name}")
@@ -71,6 +73,8 @@ CASES = [
         for name in FORMATS
     ],
     *[pytest.param(EAGLE1, name, id=f"eagle1-{name}") for name in ("vllm", "sglang")],
+    *[pytest.param(MLA, name, id=f"mla-{name}") for name in ("hf", "vllm", "sglang", "trtllm")],
+    pytest.param({**MLA, "layers": 2, **RESIDUAL}, "vllm", id="mla-two-layers-vllm"),
     *[pytest.param(RESIDUAL, name, id=f"residual-{name}") for name in ("vllm", "speculators")],
 ]
 

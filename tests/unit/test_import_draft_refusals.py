@@ -38,8 +38,8 @@ def fields(**values: Any) -> Change:
 FIELDS = [
     ({"architectures": ["MedusaModel"]}, "architecture 'MedusaModel' is not an EAGLE draft"),
     ({"architectures": []}, "architectures must name exactly one class"),
-    ({"architectures": ["Eagle3DeepseekV2ForCausalLM"]}, "latent attention (MLA) cannot be"),
-    ({"kv_lora_rank": 512}, "latent attention (MLA) cannot be"),
+    ({"architectures": ["Eagle3DeepseekV2ForCausalLM"]}, "kv_lora_rank must be a positive"),
+    ({"kv_lora_rank": 512}, "kv_lora_rank = 512 in a draft of Llama type"),
     ({"attention_bias": True}, "attention_bias = True is not supported"),
     ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported"),
     ({"quantization_config": {"bits": 4}}, "quantization_config = {'bits': 4} is not supported"),
