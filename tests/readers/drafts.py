@@ -14,6 +14,7 @@ from megatron_eagle.hf.draft_formats import FORMATS
 from megatron_eagle.hf.export_draft import export_draft
 from tests.reference_eagle3 import ReferenceConfig, ReferenceEagle3
 from tests.trained_draft import Shape, TrainedDraft, hf_tensors, megatron_tensors, metadata_json
+from tests.trained_latent import DEEPSEEK_YARN, LATENT
 
 LENGTH, STEPS = 14, 3
 LLAMA3 = {
@@ -38,6 +39,18 @@ DRAFTS: dict[str, dict[str, Any]] = {
     "norm-before-residual": {"norm_before_residual": True},
     "two-captures": {"aux_layers": (3, 7)},
     "one-capture": {"aux_layers": (7,)},
+    "mla": {"latent": LATENT},
+    "mla-yarn-eagle3.1": {
+        "latent": LATENT,
+        "algorithm": "eagle3.1",
+        "rope": {"rope_theta": 500.0, "rope_scaling": DEEPSEEK_YARN},
+        **FULL,
+    },
+    "mla-two-layers-norm-before-residual": {
+        "latent": LATENT,
+        "layers": 2,
+        "norm_before_residual": True,
+    },
     "eagle1": {"algorithm": "eagle1", **FULL},
     "eagle1-two-layers": {"algorithm": "eagle1", "layers": 2, **FULL},
 }  # every one with 6 heads of size 10 over 2 groups at hidden size 24

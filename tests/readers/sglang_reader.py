@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +12,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import DeepseekV3Config, LlamaConfig
 
+from tests.readers import stand_in_latent
 from tests.readers import stand_in_layers as layers
 from tests.readers.wheel_modules import WheelModules
 
@@ -28,14 +30,33 @@ class DualGemm:
         return False
 
 
+LLAMA, LATENT = "LlamaForCausalLMEagle3", "Eagle3DeepseekV2ForCausalLM"
+FILES = {LLAMA: "llama_eagle3", LATENT: "kimi_k25_eagle3"}
+
+
+class Gatherer:
+    """Of fc's output over tensor-parallel ranks, of which there is one."""
+
+    def __init__(self, **options: Any) -> None:
+        pass
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+
 STAND_INS: dict[str, dict[str, Any]] = {
     f"{LAYERS}.activation": {"SiluAndMul": layers.SiluAndMul},
     f"{LAYERS}.dual_gemm": {"DualGemm": DualGemm},
-    f"{LAYERS}.layer_boundary": {"layer_stack": nullcontext},
+    f"{LAYERS}.layer_boundary": {
+        "layer_stack": nullcontext,
+        "get_attn_tp_context": lambda: SimpleNamespace(set_attn_inputs=lambda inputs: None),
+    },
     f"{LAYERS}.layernorm": {"RMSNorm": layers.RMSNorm},
     f"{LAYERS}.linear": {
         "QKVParallelLinear": layers.QKVParallelLinear,
         "MergedColumnParallelLinear": layers.MergedColumnParallelLinear,
+        "ColumnParallelLinear": layers.Linear,
+        "ReplicatedLinear": layers.Linear,
         "RowParallelLinear": layers.Linear,
         "LinearParallelGroup": str,
     },
@@ -44,6 +65,16 @@ STAND_INS: dict[str, dict[str, Any]] = {
     f"{LAYERS}.vocab_parallel_embedding": {
         "ParallelLMHead": layers.Rows,
         "VocabParallelEmbedding": layers.Rows,
+        "get_embedding_tp_kwargs": dict,
+    },
+    f"{MODELS}.deepseek_v2": {
+        "DeepseekV2AttentionMLA": stand_in_latent.DeepseekV2AttentionMLA,
+        "DeepseekV2MLP": stand_in_latent.DeepseekV2MLP,
+    },
+    "sglang.srt.distributed.device_communicators": {
+        "triton_symm_mem_ag": SimpleNamespace(
+            MultimemAllGatherer=Gatherer, recommended_max_tokens=lambda **options: 512
+        ),
     },
     "sglang.srt.configs.draft_parallel": {
         "DraftParallelSpec": lambda **fields: fields,
@@ -62,7 +93,7 @@ STAND_INS: dict[str, dict[str, Any]] = {
 
 
 def install(wheels: Path) -> None:
-    real = [f"{MODELS}.llama", f"{MODELS}.llama_eagle3"]
+    real = [f"{MODELS}.{name}" for name in ("llama", *FILES.values())]
     WheelModules(wheels / "sglang", "sglang", real, STAND_INS).install()
 
 
@@ -70,10 +101,12 @@ class SglangReader:
     """``logits`` over the base's vocabulary, -inf for what the draft cannot say."""
 
     def __init__(self, directory: Path, embedding: Tensor, base_head: Tensor) -> None:
-        config = LlamaConfig.from_pretrained(directory)
-        assert config.architectures == ["LlamaForCausalLMEagle3"]
-        module = importlib.import_module(f"{MODELS}.llama_eagle3")
-        self.model = module.LlamaForCausalLMEagle3(config)
+        content = json.loads((directory / "config.json").read_text())
+        latent = content["model_type"] == "kimi_k2"
+        config = (DeepseekV3Config if latent else LlamaConfig).from_pretrained(directory)
+        (name,) = config.architectures
+        module = importlib.import_module(f"{MODELS}.{FILES[name]}")
+        self.model = getattr(module, name)(config)
         for parameter in self.model.model.fc.parameters():
             parameter.data.fill_(float("nan"))
         self.model.load_weights(load_file(directory / "model.safetensors").items())

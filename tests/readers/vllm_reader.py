@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import DeepseekV3Config, LlamaConfig
 
+from tests.readers import stand_in_latent
 from tests.readers import stand_in_layers as layers
 from tests.readers.wheel_modules import WheelModules
 
@@ -24,8 +25,16 @@ CONFIGS = "vllm.transformers_utils.configs.speculators"
 LAYERS = "vllm.model_executor.layers"
 REAL = [
     *(f"{MODELS}.{name}" for name in ("llama", "llama_eagle", "llama_eagle3", "utils")),
+    *(f"{MODELS}.{name}" for name in ("deepseek_v2", "deepseek_eagle3")),
+    f"{LAYERS}.mla",
     *(f"{CONFIGS}.{name}" for name in ("algos", "base")),
 ]
+LLAMA, LATENT = "LlamaForCausalLMEagle3", "Eagle3DeepseekV2ForCausalLM"
+CLASSES = {
+    LLAMA: ("llama_eagle3", "Eagle3LlamaForCausalLM"),
+    LATENT: ("deepseek_eagle3", LATENT),
+    "EagleLlamaForCausalLM": ("llama_eagle", "EagleLlamaForCausalLM"),
+}
 current: dict[str, Any] = {}
 
 
@@ -48,6 +57,17 @@ def support_torch_compile(target: Any = None, **options: Any) -> Any:
     return target if isinstance(target, type) else lambda decorated: decorated
 
 
+class PluggableLayer(torch.nn.Module):
+    @staticmethod
+    def register(name: str) -> Any:
+        return lambda layer: layer
+
+
+def get_rope(head_size: int, **fields: Any) -> Any:
+    latent = fields.get("is_neox_style") is False
+    return (stand_in_latent if latent else layers).get_rope(head_size, **fields)
+
+
 STAND_INS: dict[str, dict[str, Any]] = {
     "vllm.compilation.decorators": {"support_torch_compile": support_torch_compile},
     "vllm.config": {
@@ -60,7 +80,12 @@ STAND_INS: dict[str, dict[str, Any]] = {
     },
     "vllm.logger": {"init_logger": logging.getLogger},
     f"{LAYERS}.activation": {"SiluAndMul": layers.SiluAndMul},
-    f"{LAYERS}.attention": {"Attention": layers.Attention},
+    f"{LAYERS}.attention": {
+        "Attention": layers.Attention,
+        "MLAAttention": stand_in_latent.MLAAttention,
+    },
+    "vllm.envs": {"is_set": lambda name: False},
+    "vllm.model_executor.custom_op": {"PluggableLayer": PluggableLayer},
     f"{LAYERS}.fusion.fused_act_quant": {
         "maybe_fused_act_quant": lambda activation, x, linear: activation(x)
     },
@@ -68,11 +93,12 @@ STAND_INS: dict[str, dict[str, Any]] = {
     f"{LAYERS}.linear": {
         "QKVParallelLinear": layers.QKVParallelLinear,
         "MergedColumnParallelLinear": layers.MergedColumnParallelLinear,
+        "ColumnParallelLinear": layers.Linear,
         "ReplicatedLinear": layers.Linear,
         "RowParallelLinear": layers.Linear,
     },
     f"{LAYERS}.logits_processor": {"LogitsProcessor": LogitsProcessor},
-    f"{LAYERS}.rotary_embedding": {"get_rope": layers.get_rope},
+    f"{LAYERS}.rotary_embedding": {"get_rope": get_rope},
     f"{LAYERS}.vocab_parallel_embedding": {
         "ParallelLMHead": layers.Rows,
         "VocabParallelEmbedding": layers.Rows,
@@ -109,11 +135,11 @@ class VllmReader:
             ),
             cache_config=None,
             load_config=None,
-            parallel_config=None,
+            parallel_config=SimpleNamespace(dcp_q_replicate=False),
         )
         self.eagle1 = config.architectures == ["EagleLlamaForCausalLM"]
-        module = importlib.import_module(f"{MODELS}.llama_eagle{'' if self.eagle1 else '3'}")
-        name = "EagleLlamaForCausalLM" if self.eagle1 else "Eagle3LlamaForCausalLM"
+        file, name = CLASSES.get(config.architectures[0], CLASSES[LLAMA])
+        module = importlib.import_module(f"{MODELS}.{file}")
         self.model = getattr(module, name)(vllm_config=current["config"])
         self.model.load_weights(load_file(directory / "model.safetensors").items())
         assert self.eagle1 or self.model.has_own_lm_head
@@ -139,9 +165,12 @@ class VllmReader:
         return self.model.compute_logits(output), fed_back
 
 
-def draft_config(directory: Path) -> LlamaConfig:
-    """As vLLM reads it: transformers' class for a Llama, its own for a speculators file."""
+def draft_config(directory: Path) -> Any:
+    """As vLLM reads it: transformers' class for a Llama, that of DeepSeek-V3 for type kimi_k2, its
+    own for a speculators file."""
     content = json.loads((directory / "config.json").read_text())
+    if content.get("model_type") == "kimi_k2":
+        return DeepseekV3Config.from_pretrained(directory)
     if "speculators_model_type" not in content:
         return LlamaConfig.from_pretrained(directory)
     reader = importlib.import_module(f"{CONFIGS}.base").SpeculatorsConfig
