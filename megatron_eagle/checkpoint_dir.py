@@ -22,9 +22,10 @@ class BaseInfo:
     """What eagle_base.json says of a base.
 
     `fingerprint` tells the weights from those of another base of the same dimensions;
-    `vocab_size` is unpadded; `hf_config` is the Hugging Face config.json verbatim; `megatron_args`
-    maps argparse names to values: every architecture flag that training needs. `rope` is what no
-    flag can say of the rotary embedding, see :mod:`megatron_eagle.attention.rope`.
+    `vocab_size` is unpadded; `hf_config` is the Hugging Face config.json, without the
+    `quantization_config` of weights that were unpacked; `megatron_args` maps argparse names to
+    values: every architecture flag that training needs. `rope` is what no flag can say of the
+    rotary embedding, see :mod:`megatron_eagle.attention.rope`.
     """
 
     family: str

@@ -21,8 +21,8 @@ from megatron_eagle.hf.base_chunks import BaseTensors, Progress
 from megatron_eagle.hf.families import family_of
 from megatron_eagle.hf.megatron_args import facts_of, megatron_args
 from megatron_eagle.hf.rope_args import rope_beyond_flags
-from megatron_eagle.hf.safetensors_dir import SafetensorsDir
 from megatron_eagle.hf.torch_dist_writer import Chunk, write_torch_dist
+from megatron_eagle.hf.weights_dir import WeightsDir
 
 RELEASE = "release"
 # Without the version Megatron's own --load takes the file for a 2019 one and permutes linear_qkv.
@@ -36,13 +36,15 @@ def import_base(hf_dir: Path, save: Path, progress: Progress = lambda line: None
     when complete. ValueError for an unsupported or corrupt `hf_dir`, or a `save` that is in use.
     """
     _refuse_in_use(save)
-    source = SafetensorsDir(hf_dir)
+    source = WeightsDir(hf_dir)
     config_name = str(hf_dir / "config.json")
     family = family_of(source.config, config_name)
     args = megatron_args(source.config, family, config_name)
     rope = rope_beyond_flags({**family.defaults, **source.config}, config_name)
     tensors = BaseTensors(family, facts_of(source.config, family, config_name))
     source.check(tensors.expected(), tensors.ignored(source.headers))
+    if source.quant_method is not None:
+        progress(f"weights are {source.quant_method}: unpacked as they are read")
     digest = hashlib.sha256()
     chunks = [_digested(chunk, digest) for chunk in tensors.chunks(source, progress)]
 

@@ -91,9 +91,15 @@ class SafetensorsDir:
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows [start, stop) of tensor `name` (all of them by default), on the CPU."""
-        header = self.headers[name]
-        with safe_open(header.file, framework="pt") as file:
-            return file.get_slice(name)[start : header.shape[0] if stop is None else stop]
+        return read_rows(self.headers[name], name, start, stop)
+
+
+def read_rows(header: TensorHeader, name: str, start: int, stop: int | None) -> torch.Tensor:
+    """Rows [start, stop), or to the end, of tensor `name`; all of a number, which has no rows."""
+    with safe_open(header.file, framework="pt") as file:
+        if not header.shape:
+            return file.get_tensor(name)
+        return file.get_slice(name)[start : header.shape[0] if stop is None else stop]
 
 
 def _file_headers(path: Path) -> dict[str, TensorHeader]:

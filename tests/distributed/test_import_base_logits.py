@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_eagle.checkpoint_dir import load_base_json, resolve_checkpoint
 from megatron_eagle.hf.import_base import import_base
 from tests.distributed.harness import megatron_parallel, run_distributed
+from tests.quantize import fp8_directory, mxfp4_directory
 from tests.tiny_hf import SIZES, logits_of, make_base
 
 RELATIVE = 1e-4
@@ -71,9 +74,21 @@ def test_variants_equal_hugging_face(family: str, fields: dict[str, Any], tmp_pa
     check_logits(tmp_path, family, {"tp": 2}, **fields)
 
 
-def check_logits(folder: Path, family: str, layout: dict[str, int], **fields: Any) -> None:
+@pytest.mark.parametrize(
+    ("family", "layout"), [("deepseek_v3", {"tp": 2}), ("gpt_oss", {"ep": 2})], ids=_name
+)
+def test_bases_that_ship_quantized(family: str, layout: dict[str, int], tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96} if family == "gpt_oss" else {}
+    check_logits(tmp_path, family, layout, quantize=True, **sizes)
+
+
+def check_logits(
+    folder: Path, family: str, layout: dict[str, int], quantize: bool = False, **fields: Any
+) -> None:
     """Import a tiny base and compare its logits on the layout's ranks with transformers'."""
     model = make_base(folder / "hf", family, **fields)
+    if quantize:
+        model = _quantized(folder, family)
     import_base(folder / "hf", folder / "base")
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(SIZES["vocab_size"], (BATCH, LENGTH), generator=generator)
@@ -86,6 +101,18 @@ def check_logits(folder: Path, family: str, layout: dict[str, int], **fields: An
     assert padded.shape[-1] == 128 * tp
     assert not padded[..., SIZES["vocab_size"] :].any(), "rows of padding are zero"
     assert (found - expected).abs().max() < RELATIVE * expected.abs().max()
+
+
+def _quantized(folder: Path, family: str) -> Any:
+    """Quantize the weights in ``folder``/hf; returns transformers' model of what they now mean."""
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(folder / "hf", folder / "plain")
+    meant = mxfp4_directory(folder / "hf") if family == "gpt_oss" else fp8_directory(folder / "hf")
+    save_file(meant, folder / "plain" / "model.safetensors", metadata={"format": "pt"})
+    return AutoModelForCausalLM.from_pretrained(
+        folder / "plain", dtype=torch.float32, attn_implementation="eager"
+    ).eval()
 
 
 def _logits(
