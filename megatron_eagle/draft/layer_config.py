@@ -57,6 +57,9 @@ def _set_experts(config: Any, options: EagleConfig) -> None:
         setattr(config, name, value)
 
 
+ROTARY_WIDTHS = {"gqa": "kv_channels", "mla": "qk_pos_emb_head_dim"}
+
+
 @dataclass(frozen=True)
 class Rotary:
     """RoPE of a draft. ``angles`` gives those of positions 0 .. length - 1 for a length,
@@ -101,12 +104,12 @@ def own_rotary(base: BaseInfo, options: EagleConfig, device: torch.device) -> Ro
 
 def rotary_channels(base: BaseInfo, options: EagleConfig) -> int:
     """The channels of a draft's head that positions turn."""
-    widths = options.layer_widths(base.megatron_args)
-    return widths["qk_pos_emb_head_dim" if options.attention == "mla" else "kv_channels"]
+    name = ROTARY_WIDTHS[options.attention]
+    return getattr(options, name) or base.megatron_args[name]
 
 
 def _base_channels(base: BaseInfo) -> int:
-    return base.megatron_args["qk_pos_emb_head_dim" if _is_latent(base) else "kv_channels"]
+    return base.megatron_args[ROTARY_WIDTHS["mla" if _is_latent(base) else "gqa"]]
 
 
 def _is_latent(base: BaseInfo) -> bool:

@@ -137,7 +137,7 @@ REFUSED = [
     ("llama", {"num_query_groups": 2}, "--eagle-num-query-groups 2, but the base has 4"),
     ("llama", {"num_layers": 3}, "--eagle-num-layers 3, but the base has 2 layers"),
     ("mixtral", {}, "the base's last layer has experts"),
-    ("deepseek_v3", {"num_attention_heads": 8}, "the base has multi-latent attention"),
+    ("deepseek_v3", {"num_attention_heads": 8}, "layers of multi-latent attention are not copied"),
 ]
 
 
