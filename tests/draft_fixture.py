@@ -225,8 +225,11 @@ def draft_groups() -> Any:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
-def megatron_names(case: Case) -> dict[str, tuple[list[str], str]]:
-    """Package parameter -> (reference parameters, how they are joined and sharded)."""
+def megatron_names(
+    case: Case, experts: tuple[int, int] = (0, 1)
+) -> dict[str, tuple[list[str], str]]:
+    """Package parameter -> (reference parameters, how they are joined and sharded). ``experts``:
+    this rank and the size of its expert-parallel group."""
     one, eagle1 = case.config.num_layers == 1, case.config.eagle1
     names = {"fc.weight": (["fc.weight"], "rows" if not case.sequence_parallel else "whole")}
     if not eagle1:
@@ -264,9 +267,12 @@ def megatron_names(case: Case) -> dict[str, tuple[list[str], str]]:
         mlps = {f"{ours}mlp.": f"{theirs}mlp."}
         if case.config.num_experts:
             names[f"{ours}mlp.router.weight"] = ([f"{theirs}mlp.gate.weight"], "whole")
+            count = case.config.num_experts // experts[1]
             mlps = {
-                f"{ours}mlp.experts.local_experts.{e}.": f"{theirs}mlp.experts.{e}."
-                for e in range(case.config.num_experts)
+                f"{ours}mlp.experts.local_experts.{e}.": (
+                    f"{theirs}mlp.experts.{e + experts[0] * count}."
+                )
+                for e in range(count)
             }
         for mine, its in mlps.items():
             names |= {
@@ -321,7 +327,8 @@ def load_reference_weights(draft: Any, case: Case) -> None:
     """Copy this rank's shards of the case's weights into ``draft``."""
     world, rank = draft.tp_group.size(), draft.tp_group.rank()
     parameters = dict(draft.named_parameters())
-    names = megatron_names(case)
+    ep_group = draft_groups().ep
+    names = megatron_names(case, (ep_group.rank(), ep_group.size()))
     assert set(parameters) == set(names), set(parameters) ^ set(names)
     with torch.no_grad():
         for name, (sources, kind) in names.items():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tests.distributed.harness import megatron_parallel
-from tests.draft_fixture import Case, load_reference_weights
+from tests.draft_fixture import Case, draft_options, load_reference_weights
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def build_pipeline(case: PipelineCase, **experts: Any) -> tuple[Any, Any, Any]:
     from megatron_eagle.attention.backend import local_backend
     from megatron_eagle.checkpoint_dir import load_base_json
     from megatron_eagle.config import EagleConfig
-    from megatron_eagle.draft.layer_config import draft_config
+    from megatron_eagle.draft.layer_config import draft_config, draft_rotary
     from megatron_eagle.draft.metadata import encode_metadata
     from megatron_eagle.draft.model import EagleDraft
     from megatron_eagle.parallel.stage_links import StageLinks
@@ -94,14 +94,16 @@ def build_pipeline(case: PipelineCase, **experts: Any) -> tuple[Any, Any, Any]:
         load_base(gpt, case.base, shards)
     base = FrozenBase(gpt, case.captured, info.vocab_size, shards)
     reference = case.draft.config
-    options = EagleConfig(ttt_steps=reference.ttt_steps, step_decay=reference.step_decay)
+    options = EagleConfig(
+        ttt_steps=reference.ttt_steps, step_decay=reference.step_decay, **draft_options(reference)
+    )
     shard = draft_vocab_shard(
         case.draft.vocab_ids.numel(), info.vocab_size, base.output_weight.shape[0], groups.tp
     )
     draft = EagleDraft(
         draft_config(config, options), local_backend(), options, len(case.captured),
         case.draft.vocab_ids, shard, encode_metadata({}), groups, lambda: base.output_weight,
-        base.rotary,
+        draft_rotary(base.rotary, info, options, torch.device("cpu")),
     )  # fmt: skip
     if links is None or links.is_first:
         load_reference_weights(draft, case.draft)

@@ -3,6 +3,9 @@
 Megatron adds the balance loss to the gradient behind the back of the main loss, scaled for a loss
 over all tokens and one pass. A draft is judged on supervised rows only and runs K times, so its
 routers hand their losses over instead, and the model adds them to its own.
+
+A balance loss is one of a micro-batch's whole sequences: of the tokens that sequence and context
+parallelism spread over ranks, each rank's loss is its tokens' part, and the parts' sum is the loss.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_eagle.compat import TopKRouter
 
@@ -39,13 +43,23 @@ def keep_balance_losses(layer_spec: Any) -> None:
     submodules.mlp = partial(submodules.mlp.func, submodules=replace(moe, router=DraftRouter))
 
 
-def take_balance_loss(draft: torch.nn.Module) -> Tensor | None:
-    """The balance loss of the passes since the last call: mean over passes, sum over layers, this
-    rank's part of it under sequence parallelism. None if no layer has experts."""
+def take_balance_loss(draft: torch.nn.Module, rows: Tensor, group: ProcessGroup) -> Tensor | None:
+    """The balance loss of the passes since the last call, for a loss that is a sum over rows: mean
+    over passes, sum over layers, times the micro-batch's supervised rows; this rank's part of it.
+    None if no layer has experts.
+
+    ``rows`` []: this rank's; ``group`` is context-parallel, over which they are summed (one
+    all-reduce of a number, if it is larger than one).
+    """
     total: Tensor | None = None
     for module in draft.modules():
         if isinstance(module, DraftRouter) and module.balance_losses:
             mean = torch.stack(module.balance_losses).mean()
             module.balance_losses = []
             total = mean if total is None else total + mean
-    return total
+    if total is None:
+        return None
+    rows = rows.detach().clone()
+    if group.size() > 1:
+        torch.distributed.all_reduce(rows, group=group)
+    return total * rows

@@ -33,6 +33,10 @@ def open_checkpoint_draft(directory: str | Path) -> StoredDraft:
     """
     checkpoint = DraftCheckpoint.open(directory)
     info = read_info(checkpoint)
+    if info.options.num_experts is not None:
+        raise ValueError(
+            f"{checkpoint.directory}: a MoE draft is no warm start; --load resumes its training"
+        )
     entries = read_entries(checkpoint, info)
     ids = checkpoint.load([VOCAB_IDS])[VOCAB_IDS]
     check_vocab_ids(ids, info.base.vocab_size, f"{checkpoint.directory}: {VOCAB_IDS}")

@@ -87,7 +87,9 @@ def read_info(checkpoint: DraftCheckpoint) -> DraftInfo:
 
 def _check_convertible(info: DraftInfo, source: str) -> None:
     if info.options.num_experts is not None:
-        raise ValueError(f"{source}: a MoE draft cannot be converted: no server's format is known")
+        raise ValueError(
+            f"{source}: a MoE draft cannot be converted: no server's EAGLE reader has experts"
+        )
 
 
 def convert(

@@ -35,7 +35,7 @@ def check_layout(user: Sequence[str], base: BaseInfo, options: EagleConfig) -> N
         }
     )
     if options.num_experts is not None:
-        _check_experts(given, options)
+        _check_experts(given, base, options)
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "hidden_size"):
         if base.megatron_args[name] % tensor:
             raise ValueError(
@@ -80,14 +80,25 @@ def layout_flags(user: Sequence[str]) -> list[str]:
     return words
 
 
-def _check_experts(given: argparse.Namespace, options: EagleConfig) -> None:
-    """What Megatron's MoE layers and the balance loss over rows of one rank ask for."""
+def _check_experts(given: argparse.Namespace, base: BaseInfo, options: EagleConfig) -> None:
+    """What Megatron's MoE layers ask for; a draft's experts are cut as the base's."""
+    assert options.num_experts is not None
     shown = f"--eagle-num-experts {options.num_experts}"
     if given.tensor_model_parallel_size > 1 and not given.sequence_parallel:
         raise ValueError(f"{shown} needs --sequence-parallel with tensor parallelism")
-    for name in ("context", "pipeline-model", "expert-model"):
-        if _value(given, f"--{name}-parallel-size") != 1:
-            raise ValueError(f"{shown} is not supported with --{name}-parallel-size yet")
+    expert_tensor = given.expert_tensor_parallel_size or base.megatron_args.get(
+        "expert_tensor_parallel_size"
+    )
+    if expert_tensor not in (None, given.tensor_model_parallel_size):
+        raise ValueError(
+            f"{shown} is not supported with --expert-tensor-parallel-size {expert_tensor} beside "
+            f"--tensor-model-parallel-size {given.tensor_model_parallel_size}"
+        )
+    if options.num_experts % given.expert_model_parallel_size:
+        raise ValueError(
+            f"--expert-model-parallel-size {given.expert_model_parallel_size} does not divide "
+            f"{shown}"
+        )
     width = options.moe_ffn_hidden_size
     if width is not None and width % given.tensor_model_parallel_size:
         raise ValueError(

@@ -147,9 +147,10 @@ class EagleGPTModel(MegatronModule):
                 self.budgets,
                 self.row_loss,
             )
-            balance = take_balance_loss(self.draft)
-            if balance is not None:  # divided, as the loss is, by the batch's rows of step 0
-                loss = loss + balance * sums[self.options.ttt_steps]
+            rows = sums[self.options.ttt_steps]  # of step 0: what the batch's loss is divided by
+            balance = take_balance_loss(self.draft, rows, self.draft.cp_group)
+            if balance is not None:
+                loss = loss + balance
             prefixes = prefix_hits(hits, batch.step_rows, batch.tokens.numel())
             if self.options.algorithm != "eagle1":
                 return loss, metric_sums(sums, prefixes)

@@ -128,7 +128,8 @@ def compare_with(
     if case.config.num_experts:  # a rank's loss holds its tokens' part of the balance loss
         weights = case.config.step_decay ** torch.arange(steps)
         rows = float((weights * expected["loss_sums"].detach()).sum() / expected["counts"][0])
-        whole = rows + sum(result["loss"] - rows for result in results)
+        parts = [result["loss"] - rows for result in results]  # summed over CP already
+        whole = rows + sum(parts) / case.cp
         results = [{**result, "loss": whole} for result in results]
     for rank, result in enumerate(results):
         close(torch.tensor(result["loss"]), expected["loss"].detach(), "loss")
@@ -196,6 +197,8 @@ CASES = [
     pytest.param(2, {"mask_token": 7, "cp": 2, "num_layers": 2}, id="cp2-p-eagle"),
     pytest.param(1, {**EXPERTS, "num_layers": 2}, id="tp1-moe-two-layers"),
     pytest.param(2, {**EXPERTS, "sequence_parallel": True}, id="tp2-sp-moe"),
+    pytest.param(2, {**EXPERTS, "cp": 2, "mask_out_of_vocab": True}, id="cp2-moe"),
+    pytest.param(4, {**EXPERTS, **LATENT, "cp": 2, "sequence_parallel": True}, id="cp2-mla-moe"),
     pytest.param(1, {**LATENT, "rope_scaling": YARN, "num_layers": 2}, id="tp1-mla-yarn"),
     pytest.param(2, LATENT, id="tp2-mla"),
     pytest.param(2, {**LATENT, "sequence_parallel": True, "q_lora_rank": 0}, id="tp2-sp-mla"),

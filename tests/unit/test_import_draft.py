@@ -205,6 +205,16 @@ def test_captured_layers_default_to_those_of_training(tmp_path: Path) -> None:
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
 
 
+def test_a_moe_draft_is_neither_converted_nor_a_warm_start(tmp_path: Path) -> None:
+    draft = TrainedDraft.make()
+    draft.metadata["config"]["num_experts"] = 4
+    draft.save(tmp_path / "ckpt")
+    with pytest.raises(ValueError, match="a MoE draft cannot be converted: no server's EAGLE"):
+        export_draft(tmp_path / "ckpt", tmp_path / "hf")
+    with pytest.raises(ValueError, match="a MoE draft is no warm start; --load resumes"):
+        open_checkpoint_draft(tmp_path / "ckpt")
+
+
 @pytest.mark.parametrize("latent", [False, True])
 def test_the_rope_is_that_of_a_draft_of_this_base(tmp_path: Path, latent: bool) -> None:
     """Beside latent attention a draft has plain angles, whatever the base's scaling; a theta that

@@ -61,6 +61,15 @@ LAYOUTS = [
 MOE_LAYOUTS = [
     ([], "--eagle-num-experts 4 needs --sequence-parallel"),
     (["--sequence-parallel"], "size 2 does not divide --eagle-moe-ffn-hidden-size 33"),
+    (
+        ["--sequence-parallel", "--expert-model-parallel-size", "8"],
+        "--expert-model-parallel-size 8 does not divide --eagle-num-experts 4",
+    ),
+    (
+        ["--sequence-parallel", "--expert-tensor-parallel-size", "1"],
+        "--eagle-num-experts 4 is not supported with --expert-tensor-parallel-size 1 beside "
+        "--tensor-model-parallel-size 2",
+    ),
 ]
 
 
