@@ -37,6 +37,11 @@ def layer_widths(options: EagleConfig, base_args: Mapping[str, Any]) -> dict[str
         # Every head has a key of its own, as in the base.
         widths["num_query_groups"] = given.get("num_attention_heads", widths["num_query_groups"])
     widths |= given
+    if latent and widths["v_head_dim"] > widths["qk_head_dim"] + widths["qk_pos_emb_head_dim"]:
+        raise ValueError(
+            f"--eagle-v-head-dim {widths['v_head_dim']}: values are wider than the draft's keys, "
+            f"{widths['qk_head_dim']} + {widths['qk_pos_emb_head_dim']} channels"
+        )
     if not latent and widths["num_attention_heads"] % widths["num_query_groups"]:
         raise ValueError(
             f"--eagle-num-query-groups: {widths['num_query_groups']} key/value heads do not "

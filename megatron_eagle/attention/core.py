@@ -44,7 +44,8 @@ class AttentionState(Protocol):
         window: int | None = None,
         sink: Tensor | None = None,
     ) -> Tensor:
-        """query [B, n, S, d] against what ``layer`` saw so far and key, value [B, g, S, d].
+        """query [B, n, S, d] against what ``layer`` saw so far and key [B, g, S, d], value
+        [B, g, S, dv]. Returns [B, n, S, dv].
 
         With a ``window``, a row sees itself and the window - 1 keys before it; ``sink`` [n] is a
         score per head that joins the softmax and carries no value."""
@@ -143,9 +144,6 @@ class EagleCoreAttention(MegatronModule):
     ) -> Tensor:
         assert attention_bias is None and packed_seq_params is None
         scale = self.softmax_scale or query.shape[-1] ** -0.5
-        # The kernels want values as wide as keys, which MLA's are not.
-        width = value.shape[-1]
-        value = torch.nn.functional.pad(value, (0, query.shape[-1] - width))
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         sink = self.softmax_offset
         if attention_mask is not None:
@@ -158,10 +156,16 @@ class EagleCoreAttention(MegatronModule):
             else:
                 out = block_attention(q, k, v, scale, plan)
         else:
+            width = v.shape[-1]  # PyTorch's fused kernels want values as wide as keys
             out = torch.nn.functional.scaled_dot_product_attention(
-                q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-            )
-        return out[..., :width].permute(2, 0, 1, 3).flatten(2).contiguous()
+                q,
+                k,
+                torch.nn.functional.pad(v, (0, q.shape[-1] - width)),
+                is_causal=True,
+                scale=scale,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )[..., :width]
+        return out.permute(2, 0, 1, 3).flatten(2).contiguous()
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

@@ -4,9 +4,10 @@ PyTorch's flash kernels expose both halves. Feeding the backward with the output
 of a larger softmax (see :mod:`megatron_eagle.attention.blocks`) gives the exact gradients of
 this part inside that softmax, since it recomputes P = exp(q k - lse).
 
-Layout [B, n, S, d] for q, [B, g, L, d] for k and v with g dividing n (grouped queries, K/V never
-repeated on a CPU); lse [B, n, S] fp32. ``causal`` needs S = L; otherwise every row sees every key.
-No mask tensor, no collective.
+Layout [B, n, S, d] for q, [B, g, L, d] for k and [B, g, L, dv] for v with g dividing n (grouped
+queries, K/V never repeated on a CPU) and dv <= d (MLA's values are narrower; the kernels want one
+width and see zeros behind them); lse [B, n, S] fp32. ``causal`` needs S = L; otherwise every row
+sees every key. No mask tensor, no collective.
 """
 
 from __future__ import annotations
@@ -18,14 +19,20 @@ _aten = torch.ops.aten
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """(out [B, n, S, d], lse [B, n, S]) of softmax(scale * q kᵀ) v."""
+    """(out [B, n, S, dv], lse [B, n, S]) of softmax(scale * q kᵀ) v."""
     assert not causal or q.shape[2] == k.shape[2]
-    if q.device.type == "cpu":
-        return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
-    if _has_cuda_flash(q):
+    width, on_cpu = v.shape[-1], q.device.type == "cpu"
+    if not on_cpu and not _has_cuda_flash(q):
+        return _dense_forward(q, k, v, scale, causal)
+    v = _widened(v, q)
+    if on_cpu:
+        run = _aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = run(q, k, v, 0.0, causal, scale=scale)
+    else:
         k, v = _repeat_groups(q, k), _repeat_groups(q, v)
-        return _aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, scale=scale)[:2]
-    return _dense_forward(q, k, v, scale, causal)
+        run = _aten._scaled_dot_product_flash_attention
+        out, lse = run(q, k, v, 0.0, causal, scale=scale)[:2]
+    return out[..., :width], lse
 
 
 def backward(
@@ -39,18 +46,28 @@ def backward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v given the (possibly merged) ``out`` and ``lse`` of the whole softmax."""
-    if q.device.type == "cpu":
-        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+    width, on_cpu = v.shape[-1], q.device.type == "cpu"
+    if not on_cpu and not _has_cuda_flash(q):
+        return _dense_backward(grad_out, q, k, v, out, lse, scale, causal)
+    grad_out, v, out = (_widened(x, q) for x in (grad_out, v, out))
+    if on_cpu:
+        dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, q, k, v, out, lse, 0.0, causal, scale=scale
         )
-    if _has_cuda_flash(q):
+    else:
         unused = torch.zeros((), dtype=torch.int64, device=q.device)  # philox state: no dropout
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_backward(
             grad_out, q, _repeat_groups(q, k), _repeat_groups(q, v), out, lse, None, None,
             q.shape[2], k.shape[2], 0.0, causal, unused, unused, scale=scale,
         )  # fmt: skip
-        return dq, _sum_groups(dk, k), _sum_groups(dv, v)
-    return _dense_backward(grad_out, q, k, v, out, lse, scale, causal)
+        dk, dv = _sum_groups(dk, k), _sum_groups(dv, v)
+    return dq, dk, dv[..., :width]
+
+
+def _widened(x: Tensor, q: Tensor) -> Tensor:
+    """x [..., dv] as wide as q, by zeros."""
+    missing = q.shape[-1] - x.shape[-1]
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
 def _has_cuda_flash(q: Tensor) -> bool:

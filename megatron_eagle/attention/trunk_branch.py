@@ -29,10 +29,10 @@ def trunk_branch_attention(
 ) -> Tensor:
     """softmax(scale * q [trunk ; branch]ᵀ) [trunk ; branch], differentiable in all inputs.
 
-    query [B, n, S, d]; trunk key and value [B, g, L, d], g dividing n (heads of this TP rank), of
-    which the ``plan`` says what each row sees; branch lists hold one [B, g, S, d] per later step,
-    empty at step 0. Under context parallelism S is this rank's part and L the whole sequence.
-    Returns [B, n, S, d] in the query's dtype. No collective.
+    query [B, n, S, d]; trunk key [B, g, L, d] and value [B, g, L, dv], g dividing n (heads of this
+    TP rank), of which the ``plan`` says what each row sees; branch lists hold one key [B, g, S, d]
+    and value [B, g, S, dv] per later step, empty at step 0. Under context parallelism S is this
+    rank's part and L the whole sequence. Returns [B, n, S, dv] in the query's dtype. No collective.
     """
     assert len(branch_keys) == len(branch_values)
     return _TrunkBranch.apply(

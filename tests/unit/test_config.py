@@ -109,6 +109,8 @@ def test_widths_of_a_latent_draft() -> None:
     found = EagleConfig(attention="mla", num_attention_heads=4, v_head_dim=7).layer_widths(args)
     own = {"ffn_hidden_size": 96, "num_attention_heads": 4, "q_lora_rank": 0}
     assert found == own | latent | {"v_head_dim": 7}
+    with pytest.raises(ValueError, match=r"--eagle-v-head-dim 11: values are wider .* 6 \+ 4 chan"):
+        EagleConfig(attention="mla", v_head_dim=11).layer_widths(args)
     with pytest.raises(ValueError, match="--eagle-attention mla: the base has no multi-latent"):
         EagleConfig(attention="mla").layer_widths(base)
 
