@@ -27,6 +27,10 @@ class DraftRouter(TopKRouter):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.balance_losses: list[Tensor] = []
+        # Beside a base whose routers have biases Megatron would update ours, which has none, and
+        # reset its counts.
+        self.frozen_expert_bias = True
+        self.local_tokens_per_expert = torch.empty(0)
 
     def attach_and_log_load_balancing_loss(
         self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *args: Any, **kwargs: Any

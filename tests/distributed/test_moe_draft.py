@@ -1,4 +1,4 @@
-"""MoE drafts on pipeline stages, and with experts cut over ranks: the reference's gradients."""
+"""MoE and MLA drafts on pipeline stages, and experts cut over ranks: the reference's gradients."""
 
 from __future__ import annotations
 
@@ -21,39 +21,44 @@ from tests.pipeline_fixture import PipelineCase, build_pipeline
 from tests.reference_eagle3 import ReferenceEagle3
 from tests.tiny_hf import make_base
 
-CONFIG = dataclasses.replace(
-    DENSE, num_experts=4, topk=2, balance=0.5, head_dim=12, intermediate_size=32, num_layers=2
+EXPERTS = {"num_experts": 4, "topk": 2, "balance": 0.5, "intermediate_size": 32}
+GROUPED = dataclasses.replace(DENSE, **EXPERTS, head_dim=12, num_layers=2)
+LATENT = dataclasses.replace(
+    DENSE, **EXPERTS, head_dim=6, q_lora_rank=20, kv_lora_rank=16, qk_rope_head_dim=4, v_head_dim=8
 )
+BASES = {"qwen3_moe": GROUPED, "deepseek_v3": LATENT}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    make_base(folder / "hf", "qwen3_moe", num_hidden_layers=7)
-    import_base(folder / "hf", folder / "base")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bases")
+    for family in BASES:
+        make_base(folder / family / "hf", family, num_hidden_layers=7)
+        import_base(folder / family / "hf", folder / family / "base")
     return folder
 
 
 def make_case(folder: Path, micro_batches: int, dp: int, **layout: Any) -> PipelineCase:
     torch.manual_seed(0)
+    config = BASES[folder.name]
     weights = load_file(folder / "hf" / "model.safetensors")
     embedding, output = weights["model.embed_tokens.weight"], weights["lm_head.weight"]
-    ids = torch.randperm(CONFIG.vocab_size)[: CONFIG.draft_vocab_size].sort().values
-    reference = ReferenceEagle3(CONFIG, embedding, ids)
+    ids = torch.randperm(config.vocab_size)[: config.draft_vocab_size].sort().values
+    reference = ReferenceEagle3(config, embedding, ids)
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.normal_(0.0, 0.2).add_(1.0 if parameter.dim() == 1 else 0.0)
     own = {name: p.detach().clone() for name, p in reference.named_parameters()}
     nothing = torch.empty(0)
     draft = Case(
-        CONFIG, own, ids, embedding, output, nothing, nothing, nothing, nothing,
+        config, own, ids, embedding, output, nothing, nothing, nothing, nothing,
         sequence_parallel=layout.get("sequence_parallel", False),
     )  # fmt: skip
 
     def micro_batch() -> tuple[Tensor, Tensor]:
         mask = (torch.rand(2, LENGTH) < 0.6).float()
         mask[:, -2] = 1  # nothing is trimmed: the balance loss is one of all tokens
-        return torch.randint(CONFIG.vocab_size, (2, LENGTH)), mask
+        return torch.randint(config.vocab_size, (2, LENGTH)), mask
 
     given = [[micro_batch() for _ in range(micro_batches)] for _ in range(dp)]
     return PipelineCase(draft, str(folder / "base"), CAPTURED, given, **layout)
@@ -109,22 +114,24 @@ def loaded(rank: int, world: int, case: PipelineCase, saved: str) -> dict[str, T
 
 UNDIVIDED = {"tp": 1, "pp": 1, "cp": 1, "ep": 1, "first": None, "sequence_parallel": False}
 PP2 = {"pp": 2, "first": 3}
+TP2 = {"tp": 2, "sequence_parallel": True}
+slow = pytest.mark.slow
 CASES = [
-    pytest.param(2, 1, {"ep": 2}, id="ep2"),
-    pytest.param(2, 3, PP2, id="pp2"),
-    pytest.param(
-        4, 1, {"ep": 2, "tp": 2, "sequence_parallel": True}, id="tp2-sp-ep2", marks=pytest.mark.slow
-    ),
-    pytest.param(4, 3, {**PP2, "ep": 2}, id="ep2-pp2", marks=pytest.mark.slow),
+    pytest.param(2, "qwen3_moe", 1, {"ep": 2}, id="ep2"),
+    pytest.param(2, "deepseek_v3", 3, PP2, id="pp2-mla"),
+    pytest.param(2, "qwen3_moe", 3, PP2, id="pp2", marks=slow),
+    pytest.param(2, "deepseek_v3", 1, {"ep": 2}, id="ep2-mla", marks=slow),
+    pytest.param(4, "qwen3_moe", 1, {**TP2, "ep": 2}, id="tp2-sp-ep2", marks=slow),
+    pytest.param(4, "qwen3_moe", 3, {**PP2, "ep": 2}, id="ep2-pp2", marks=slow),
 ]
 
 
-@pytest.mark.parametrize(("world", "micro_batches", "layout"), CASES)
+@pytest.mark.parametrize(("world", "family", "micro_batches", "layout"), CASES)
 def test_equals_reference(
-    world: int, micro_batches: int, layout: dict[str, Any], base: Path, tmp_path: Path
+    world: int, family: str, micro_batches: int, layout: dict[str, Any], bases: Path, tmp_path: Path
 ) -> None:
     data_parallel = world // (layout.get("tp", 1) * layout.get("pp", 1))
-    case = make_case(base, micro_batches, data_parallel, **layout)
+    case = make_case(bases / family, micro_batches, data_parallel, **layout)
     results = run_distributed(train_once, world, case, str(tmp_path))
     gradients = expectation(case)
     for rank, found in enumerate(results):
@@ -146,11 +153,12 @@ def test_equals_reference(
 def expectation(case: PipelineCase) -> dict[str, Tensor]:
     """The reference's gradients per supervised row, over all micro-batches."""
     (outputs,) = run_distributed(outputs_of_base, 1, dataclasses.replace(case, **UNDIVIDED))
+    config = case.draft.config
     total: dict[str, Tensor] = {}
     rows = 0
     for share, given in zip(outputs, case.micro_batches, strict=True):
         for (aux, final), (tokens, mask) in zip(share, given, strict=True):
-            reference = ReferenceEagle3(CONFIG, case.draft.embedding, case.draft.vocab_ids)
+            reference = ReferenceEagle3(config, case.draft.embedding, case.draft.vocab_ids)
             reference.load_state_dict(case.draft.weights, strict=False)
             found = reference.forward_ttt(aux, tokens, final @ case.draft.output_weight.t(), mask)
             (found["loss"] * found["counts"][0]).backward()

@@ -109,7 +109,9 @@ CASES = [
     pytest.param(2, {"norm_before_fc": True}, id="tp2-norm-before-fc"),
     pytest.param(2, EAGLE1, id="tp2-eagle1-two-layers"),
     pytest.param(2, {**LATENT, "sequence_parallel": True, "num_layers": 2}, id="tp2-sp-mla"),
-    pytest.param(1, {**LATENT, "q_lora_rank": 0}, id="tp1-mla-whole-queries"),
+    pytest.param(
+        1, {**LATENT, "q_lora_rank": 0}, id="tp1-mla-whole-queries", marks=pytest.mark.slow
+    ),
 ]
 
 
