@@ -80,7 +80,7 @@ def _rows(info: DraftInfo, facts: CardFacts, dtype: torch.dtype) -> list[tuple[s
     rows = [
         ("base", f"{info.base.name} ({info.base.family})"),
         ("captured layers (outputs, 0-based)", ", ".join(map(str, info.aux_layers)) or "none"),
-        ("draft layers", str(info.num_layers)),
+        ("draft layers", f"{info.num_layers}, {_attention(info)}"),
         ("trained for", f"{info.ttt_steps} draft steps"),
         ("training data", _data(info, facts)),
         ("draft vocabulary", vocabulary),
@@ -95,6 +95,10 @@ def _algorithm(info: DraftInfo) -> str:
     if info.options.algorithm == "p-eagle":
         return "P-EAGLE"
     return info.options.algorithm.replace("eagle", "EAGLE-")
+
+
+def _attention(info: DraftInfo) -> str:
+    return "multi-latent attention" if info.options.attention == "mla" else "grouped queries"
 
 
 def _data(info: DraftInfo, facts: CardFacts) -> str:

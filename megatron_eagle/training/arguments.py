@@ -68,7 +68,7 @@ def parse_eagle_args(options: EagleConfig) -> tuple[argparse.Namespace, BaseInfo
     sys.argv[1:] = [*_implied_flags(base, options, user), *user]
     args = parse_and_validate_args(extra_args_provider=add_eagle_flags)
     _check_dimensions(args, base)
-    _check_recompute(args)
+    _check_recompute(args, options)
     if options.reads_documents and args.eval_iters:
         flag = "train-data" if options.offline_features is None else "offline-features"
         raise ValueError(f"--eval-iters {args.eval_iters}: --eagle-{flag} has no validation")
@@ -137,7 +137,7 @@ def _check_packing(args: argparse.Namespace) -> None:
         )
 
 
-def _check_recompute(args: argparse.Namespace) -> None:
+def _check_recompute(args: argparse.Namespace, options: EagleConfig) -> None:
     """The base keeps no activations at all, so only the draft's layers are concerned."""
     if args.recompute_granularity == "full":
         raise ValueError(
@@ -148,6 +148,11 @@ def _check_recompute(args: argparse.Namespace) -> None:
         if args.recompute_granularity is not None and module not in RECOMPUTABLE:
             raise ValueError(
                 f"--recompute-modules {module} is not supported, only {' and '.join(RECOMPUTABLE)}"
+            )
+        if module == "mlp" and args.recompute_granularity is not None and options.num_experts:
+            raise ValueError(
+                f"--recompute-modules mlp: a draft of --eagle-num-experts {options.num_experts} "
+                "has none, and experts are not recomputed"
             )
 
 

@@ -11,6 +11,7 @@ from tests.distributed.harness import run_distributed
 from tests.e2e.conftest import Inputs
 from tests.e2e.launch import RECIPE
 
+SELECTIVE = ["--recompute-granularity", "selective", "--recompute-modules"]
 REFUSED = [
     (["--eagle-aux-layers", 2, 2], "--eagle-aux-layers names a layer twice"),
     (["--eagle-aux-layers", 1, 7], "--eagle-aux-layers 7 is out of range"),
@@ -30,9 +31,14 @@ REFUSED = [
         "--recompute-granularity full is not supported",
     ),
     (
-        ["--recompute-granularity", "selective", "--recompute-modules", "layernorm"],
+        [*SELECTIVE, "layernorm"],
         "--recompute-modules layernorm is not supported",
     ),
+    (
+        [*SELECTIVE, "mlp", "--eagle-num-experts", 4],
+        "--recompute-modules mlp: a draft of --eagle-num-experts 4 has none",
+    ),
+    (["--eagle-attention", "mla"], "--eagle-attention mla: the base has no multi-latent"),
 ]
 
 
