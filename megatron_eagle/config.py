@@ -13,12 +13,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_eagle.config_checks import ALGORITHMS, LOSSES, check_against_base, check_options
-from megatron_eagle.config_widths import ATTENTIONS, check_attention, layer_widths
+from megatron_eagle.config_widths import (
+    ATTENTIONS,
+    MOE_BALANCE,
+    MOE_TOPK,
+    check_attention,
+    expert_config,
+    layer_widths,
+)
 
 REGRESSION_WEIGHT = 10.0
 LK_DECAY = 3.0
-MOE_TOPK = 2
-MOE_BALANCE = 0.01
 
 
 def _option(default: Any, help_text: str, **flag: Any) -> Any:
@@ -200,6 +205,23 @@ class EagleConfig:
         "interval",
         metavar="FILE",
     )
+    eval_prompts: str | None = _option(
+        None,
+        "JSONL of prompts, as tools/eval_acceptance.py reads them: the draft's accepted length on "
+        "them is measured while training and logged, and the best draft kept in SAVE/best",
+        metavar="FILE",
+    )
+    eval_interval: int = _option(
+        1000, "iterations between these measurements; the last is always measured", type=int
+    )
+    eval_new_tokens: int = _option(
+        64, "tokens that each of --eagle-eval-prompts is continued by", type=int
+    )
+    eval_draft_tokens: int | None = _option(
+        None,
+        "tokens drafted per verification in these measurements (default: --eagle-ttt-steps)",
+        type=int,
+    )
     compile: bool = _option(
         False, "torch.compile the draft's collective-free regions; falls back to eager if it fails"
     )
@@ -251,17 +273,7 @@ class EagleConfig:
     def expert_config(self) -> dict[str, Any]:
         """The experts of the draft's layers under the names of Megatron's TransformerConfig;
         nothing for dense layers."""
-        if self.num_experts is None:
-            return {}
-        topk, balance = self.moe_router_topk, self.moe_aux_loss_coeff
-        found: dict[str, Any] = {
-            "num_moe_experts": self.num_experts,
-            "moe_router_topk": MOE_TOPK if topk is None else topk,
-            "moe_aux_loss_coeff": MOE_BALANCE if balance is None else balance,
-        }
-        if self.moe_ffn_hidden_size is not None:
-            found["moe_ffn_hidden_size"] = self.moe_ffn_hidden_size
-        return found
+        return expert_config(self)
 
     def check_against_base(self, base_layers: int, vocab_size: int, seq_length: int) -> None:
         """Raise ``ValueError`` for options that a base of these dimensions cannot honour."""

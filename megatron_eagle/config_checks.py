@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 ALGORITHMS = ("eagle1", "eagle3", "eagle3.1", "p-eagle")
 LOSSES = ("kl", "ce", "reverse-kl", "tv", "lk-alpha", "lk-lambda")
 EXPERT_OPTIONS = ("moe_router_topk", "moe_ffn_hidden_size", "moe_aux_loss_coeff")
+EVALUATION = ("eval_interval", "eval_new_tokens", "eval_draft_tokens")
 _NOT_EAGLE1 = (
     "aux_layers",
     "norm_before_fc",
@@ -23,12 +24,14 @@ _NOT_EAGLE1 = (
 def check_options(options: EagleConfig) -> None:
     """Raise ``ValueError`` for the first impossible option or combination."""
     least = {"ttt_steps": 1, "num_layers": 1, "logits_budget_mib": 0, "teacher_memory": 0}
+    least |= {"eval_interval": 1, "eval_new_tokens": 1}
     for name, least_value in least.items():
         if getattr(options, name) < least_value:
             raise ValueError(
                 f"{flag_name(name)} must be at least {least_value}, not {getattr(options, name)}"
             )
-    for name in ("draft_vocab_size", "num_experts", *EXPERT_OPTIONS[:2]):
+    at_least_one = ("draft_vocab_size", "num_experts", "eval_draft_tokens", *EXPERT_OPTIONS[:2])
+    for name in at_least_one:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise ValueError(f"{flag_name(name)} must be at least 1, not {value}")
@@ -47,6 +50,7 @@ def check_options(options: EagleConfig) -> None:
     if options.aux_layers is not None:
         _check_aux_layers(options.aux_layers)
     _check_algorithm(options)
+    _check_evaluation(options)
     _check_loss(options)
     _check_experts(options)
 
@@ -154,6 +158,20 @@ def _check_algorithm(options: EagleConfig) -> None:
         raise ValueError(
             "--eagle-norm-before-fc: --eagle-algorithm eagle3.1 has a norm per captured layer "
             "there already"
+        )
+
+
+def _check_evaluation(options: EagleConfig) -> None:
+    if options.eval_prompts is None:
+        defaults = type(options)
+        for name in EVALUATION:
+            if getattr(options, name) != getattr(defaults, name):
+                given = shown_flag(name, getattr(options, name))
+                raise ValueError(f"{given} needs --eagle-eval-prompts")
+    elif options.offline_features is not None:
+        raise ValueError(
+            "--eagle-eval-prompts: with --eagle-offline-features there is no base to decode with; "
+            "measure the saved draft by tools/eval_acceptance.py"
         )
 
 

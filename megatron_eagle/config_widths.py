@@ -1,4 +1,4 @@
-"""The draft's attention and the widths of its layers: the base's, or what flags say."""
+"""The draft's attention, experts and widths of layers: the base's, or what flags say."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from megatron_eagle.config_checks import flag_name, shown_flag
 if TYPE_CHECKING:
     from megatron_eagle.config import EagleConfig
 
+MOE_TOPK = 2
+MOE_BALANCE = 0.01
 ATTENTIONS = ("gqa", "mla")
 GROUPED_WIDTHS = ("num_query_groups", "kv_channels")
 LATENT_WIDTHS = (
@@ -74,3 +76,18 @@ def check_attention(options: EagleConfig) -> None:
 
 def _widths_of_others(options: EagleConfig) -> tuple[str, ...]:
     return GROUPED_WIDTHS if options.attention == "mla" else LATENT_WIDTHS
+
+
+def expert_config(options: EagleConfig) -> dict[str, Any]:
+    """See :meth:`~megatron_eagle.config.EagleConfig.expert_config`."""
+    if options.num_experts is None:
+        return {}
+    topk, balance = options.moe_router_topk, options.moe_aux_loss_coeff
+    found: dict[str, Any] = {
+        "num_moe_experts": options.num_experts,
+        "moe_router_topk": MOE_TOPK if topk is None else topk,
+        "moe_aux_loss_coeff": MOE_BALANCE if balance is None else balance,
+    }
+    if options.moe_ffn_hidden_size is not None:
+        found["moe_ffn_hidden_size"] = options.moe_ffn_hidden_size
+    return found

@@ -65,7 +65,8 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="CKPT",
-        help="directory training saved to (its latest iteration is taken), or one iter_ directory",
+        help="directory training saved to (its latest iteration is taken), its best/, or one iter_ "
+        "directory",
     )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="DIR", help="directory to create"
@@ -86,7 +87,8 @@ def _parser() -> argparse.ArgumentParser:
         "--eval",
         type=Path,
         metavar="FILE",
-        help="--output of tools/eval_acceptance.py: accepted length, for the model card",
+        help="--output of tools/eval_acceptance.py: accepted length, for the model card (default: "
+        "what training measured, of a draft in SAVE/best)",
     )
     parser.add_argument(
         "--verify",

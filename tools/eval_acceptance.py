@@ -1,7 +1,10 @@
 """Greedy speculative decoding with base and draft: accepted length, acceptance, speed, equality.
 
     python tools/eval_acceptance.py --base BASE --draft DRAFT --prompts prompts.jsonl
-    torchrun --nproc-per-node TP tools/eval_acceptance.py ...     (the same, tensor-parallel)
+    torchrun --nproc-per-node 8 tools/eval_acceptance.py ...     (the same, tensor-parallel)
+
+Other layouts by Megatron's flags. Ranks that neither tensor, pipeline nor expert parallelism ties
+together decode prompts of their own, context-parallel ones too; the figures are of all prompts.
 
 Exit status: 0; 1 when a speculative answer is not the greedy one (the prompts are named); 2 for a
 user's mistake. Accepted length is 1 + accepted drafts per verification, the mean over all
@@ -23,6 +26,13 @@ from megatron_eagle.platform import enable
 from megatron_eagle.platform.mistakes import report_mistake
 
 NO_DRAFT = "none"
+_SIZES = {
+    "tensor-model": "default: all processes that the other sizes leave",
+    "pipeline-model": "stages; layers that they do not divide evenly go to the first",
+    "context": "decodes prompts of its own: no sequence is cut",
+    "expert-model": "ranks over which the base's experts are spread",
+    "expert-tensor": "ranks that share an expert (default: as in training)",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--draft", required=True, metavar="CKPT",
-        help=f"directory training saved to, or {NO_DRAFT!r} to time the base alone",
+        help=f"directory training saved to, its best/, or {NO_DRAFT!r} to time the base alone",
     )  # fmt: skip
     parser.add_argument(
         "--reinitialize", action="store_true",
@@ -67,13 +77,16 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-size", type=int, default=16,
         help="prompts decoded together; 1 shows the latency gain, more finish sooner",
     )  # fmt: skip
+    for name, text in _SIZES.items():
+        parser.add_argument(f"--{name}-parallel-size", type=int, metavar="N", help=text)
     parser.add_argument("--seed", type=int, default=0, help="of --reinitialize")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
     return parser
 
 
 def _check(args: argparse.Namespace) -> None:
-    for name in ("max_new_tokens", "draft_tokens", "limit", "batch_size"):
+    sizes = [f"{name.replace('-', '_')}_parallel_size" for name in _SIZES]
+    for name in ("max_new_tokens", "draft_tokens", "limit", "batch_size", *sizes):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
@@ -81,28 +94,73 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--reinitialize needs --draft CKPT, not {NO_DRAFT!r}")
 
 
+def _sizes(args: argparse.Namespace, base: Any) -> dict[str, Any]:
+    """The layout for ``start``, checked before any rank can wait for another."""
+    from megatron_eagle.training.layout import check_processes
+
+    pipeline, context, expert = (
+        getattr(args, f"{name}_parallel_size") or 1
+        for name in ("pipeline_model", "context", "expert_model")
+    )
+    rest = {
+        "pipeline-model-parallel": pipeline,
+        "context-parallel": context,
+        "expert-model-parallel": expert,
+    }
+    if (expert > 1 or args.expert_tensor_parallel_size) and not base.megatron_args.get(
+        "num_experts"
+    ):
+        raise ValueError(f"--expert-model-parallel-size {expert}: the base has no experts")
+    tensor = args.tensor_model_parallel_size
+    if tensor is None:
+        check_processes(rest)
+        tensor = int(os.environ.get("WORLD_SIZE", "1")) // (pipeline * context * expert)
+    check_processes({"tensor-model-parallel": tensor, **rest, "expert-model-parallel": 1})
+    expert_tensor = args.expert_tensor_parallel_size or base.megatron_args.get(
+        "expert_tensor_parallel_size"
+    )
+    check_processes({
+        "expert-model-parallel": expert,
+        "expert-tensor-parallel": expert_tensor or tensor,
+        "pipeline-model-parallel": pipeline,
+    })  # fmt: skip
+    return {
+        "tensor_parallel": tensor,
+        "pipeline": pipeline,
+        "context": context,
+        "expert": expert,
+        "expert_tensor_parallel": expert_tensor,
+    }
+
+
 def _run(args: argparse.Namespace, first: bool) -> int:
     from megatron_eagle.checkpoint_dir import load_base_json
     from megatron_eagle.decode.acceptance import evaluate_acceptance
     from megatron_eagle.decode.load import fresh_draft, load_base, load_draft, read_draft_info
     from megatron_eagle.decode.prompts import read_prompt_ids, stop_ids
+    from megatron_eagle.decode.shares import PromptShare, lockstep_groups
+    from megatron_eagle.parallel.stage_links import StageLinks
     from megatron_eagle.training.standalone import start
 
     base = load_base_json(args.base)
     prompts = read_prompt_ids(args.prompts, args.tokenizer, base.vocab_size)[: args.limit]
     about = None if args.draft == NO_DRAFT else read_draft_info(args.draft, base)
-    groups = start(args.seed, base.megatron_args.get("expert_tensor_parallel_size"))
-    gpt = load_base(args.base, base, groups)
+    sizes = _sizes(args, base)
+    groups = start(args.seed, **sizes)
+    frozen = load_base(args.base, base, groups, about.info.aux_layers if about else ())
+    links = StageLinks(groups.pp) if groups.pp.size() > 1 else None
     draft = None
-    if about is not None:
-        fresh = args.reinitialize
-        draft = fresh_draft(about, gpt) if fresh else load_draft(about, gpt, args.draft)
+    if about is not None and args.reinitialize:
+        draft = fresh_draft(about, frozen, links)
+    elif about is not None:
+        draft = load_draft(about, frozen, args.draft)
+    share = PromptShare.of(lockstep_groups(groups))
     report = evaluate_acceptance(
-        gpt,
+        frozen,
         draft,
         prompts,
-        vocab_size=base.vocab_size,
-        aux_layers=about.info.aux_layers if about else (),
+        links=links,
+        share=share,
         max_new_tokens=args.max_new_tokens,
         draft_tokens=args.draft_tokens,
         batch_size=args.batch_size,
@@ -110,11 +168,11 @@ def _run(args: argparse.Namespace, first: bool) -> int:
         progress=(lambda text: print(text, flush=True)) if first else lambda _: None,
     )
     if first:
-        _present(args, report)
+        _present(args, report, sizes)
     return 1 if report.mismatches else 0
 
 
-def _present(args: argparse.Namespace, report: Any) -> None:
+def _present(args: argparse.Namespace, report: Any, sizes: dict[str, Any]) -> None:
     figures = report.as_dict()
     tokens = f"{report.tokens} tokens of {report.prompts} prompts, --batch-size {args.batch_size}"
     print(f"{tokens}, --max-new-tokens {args.max_new_tokens}, fp32")
@@ -138,13 +196,12 @@ def _present(args: argparse.Namespace, report: Any) -> None:
             file=sys.stderr,
         )
     if args.output is not None:
-        _write(args.output, {**figures, **_settings(args)})
+        _write(args.output, {**figures, **_settings(args), "layout": sizes})
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
     names = ("base", "draft", "reinitialize", "max_new_tokens", "draft_tokens", "batch_size")
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    return {name: getattr(args, name) for name in names} | {"tensor_parallel": ranks}
+    return {name: getattr(args, name) for name in names}
 
 
 def _speed(name: str, figures: dict[str, Any]) -> str:

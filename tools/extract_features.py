@@ -94,7 +94,6 @@ def _extract(args: argparse.Namespace) -> None:
     from megatron_eagle.data.documents import FittedDocuments, open_documents
     from megatron_eagle.data.extract import begin, extract, finish
     from megatron_eagle.decode.load import load_base
-    from megatron_eagle.teacher.base import FrozenBase
     from megatron_eagle.training.standalone import start
 
     info = load_base_json(args.base)
@@ -105,8 +104,8 @@ def _extract(args: argparse.Namespace) -> None:
         raise ValueError(f"--seq-length {args.seq_length} exceeds the base's positions")
     documents = FittedDocuments(open_documents(args.data, info.vocab_size), args.seq_length)
     groups = start(0, args.tensor_model_parallel_size)
-    gpt = load_base(args.base, info, groups).to(getattr(torch, args.dtype))
-    base = FrozenBase(gpt, layers.captured_layers(count), info.vocab_size)
+    base = load_base(args.base, info, groups, layers.captured_layers(count))
+    base.to(getattr(torch, args.dtype))
     plan, total = _plan(args, info, documents, base)
     first = torch.distributed.get_rank() == 0
     progress = (lambda line: print(line, flush=True)) if first else lambda _: None

@@ -9,16 +9,23 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 
 from megatron_eagle.decode.base import CachedBase
-from megatron_eagle.decode.cache import KeyValueCache
 from megatron_eagle.decode.chain import DraftChain
-from megatron_eagle.decode.greedy import greedy_decode
-from megatron_eagle.decode.speculative import ChainCounts, speculative_decode
+from megatron_eagle.decode.greedy import greedy_steps
+from megatron_eagle.decode.shares import PromptShare
+from megatron_eagle.decode.speculative import ChainCounts, speculative_steps
+from megatron_eagle.decode.waves import Steps, together
 from megatron_eagle.draft.model import EagleDraft
+from megatron_eagle.parallel.stage_links import StageLinks
+from megatron_eagle.teacher.base import FrozenBase
+
+EVERYTHING = PromptShare()
+Batch = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -42,8 +49,7 @@ class AcceptanceReport:
     counts: ChainCounts
     prompts: int = 0
     tokens: int = 0
-    greedy_seconds: float = 0.0
-    speculative_seconds: float = 0.0
+    seconds: dict[str, float] = field(default_factory=lambda: {"greedy": 0.0, "speculative": 0.0})
     mismatches: list[Mismatch] = field(default_factory=list)
 
     @property
@@ -64,6 +70,14 @@ class AcceptanceReport:
         pairs = zip(self.counts.accepted, self.counts.reached, strict=True)
         return [a / max(1, r) for a, r in pairs]
 
+    def merge(self, other: AcceptanceReport) -> None:
+        """Add what was found of other prompts at the same time."""
+        self.counts.merge(other.counts)
+        self.prompts += other.prompts
+        self.tokens += other.tokens
+        self.seconds = {name: max(s, other.seconds[name]) for name, s in self.seconds.items()}
+        self.mismatches += other.mismatches
+
     def as_dict(self) -> dict[str, Any]:
         """All figures, JSON-serialisable."""
         return {
@@ -73,71 +87,96 @@ class AcceptanceReport:
             "verifications": self.counts.verifications,
             "prompts": self.prompts,
             "tokens": self.tokens,
-            "greedy_seconds": self.greedy_seconds,
-            "speculative_seconds": self.speculative_seconds,
-            "greedy_tokens_per_second": self.tokens / max(1e-9, self.greedy_seconds),
-            "speculative_tokens_per_second": self.tokens / max(1e-9, self.speculative_seconds),
+            **{f"{name}_seconds": seconds for name, seconds in self.seconds.items()},
+            **{
+                f"{name}_tokens_per_second": self.tokens / max(1e-9, seconds)
+                for name, seconds in self.seconds.items()
+            },
             "equal_to_greedy": not self.mismatches,
             "mismatches": [vars(mismatch) for mismatch in self.mismatches],
         }
 
 
 def evaluate_acceptance(
-    gpt: Any,
+    base: FrozenBase,
     draft: EagleDraft | None,
     prompts: Sequence[Sequence[int]],
     *,
-    vocab_size: int,
-    aux_layers: Sequence[int],
+    links: StageLinks | None = None,
+    share: PromptShare = EVERYTHING,
     max_new_tokens: int = 64,
     draft_tokens: int = 3,
     batch_size: int = 16,
     stop_ids: Iterable[int] = (),
+    compare: bool = True,
     progress: Callable[[str], None] = lambda _: None,
 ) -> AcceptanceReport:
-    """Continue ``prompts`` greedily, alone and with ``draft`` (None: alone only), and compare.
+    """Continue this rank's ``share`` of ``prompts`` greedily, alone and with ``draft`` (None:
+    alone only), and compare; without ``compare`` with the draft only.
 
-    ``gpt`` and ``draft`` are as training holds them, on one tensor-parallel group, all of whose
-    ranks call this with the same arguments; ``vocab_size`` is the base's, unpadded. The report is
-    the same on every rank but for the seconds. Raises ``ValueError`` under sequence parallelism
-    and for an answer that would leave the base's positions.
+    ``base`` and ``draft`` are as training holds them, in any layout, ``links`` those between the
+    base's pipeline stages, of which each has a batch of its own under way. All ranks of the world
+    call this with the same arguments but for the share, and get the same report. Raises
+    ``ValueError`` for an answer that would leave the base's positions.
     """
-    _check_lengths(prompts, max_new_tokens, gpt.max_sequence_length)
-    stops = list(stop_ids)
-    base = CachedBase(gpt, vocab_size, aux_layers)
-    plain = CachedBase(gpt, vocab_size)
-    report = AcceptanceReport(ChainCounts(draft_tokens))
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for first in range(0, len(order), batch_size):
-        indices = order[first : first + batch_size]
-        batch = [prompts[i] for i in indices]
-        started = time.perf_counter()
-        greedy = greedy_decode(plain, batch, max_new_tokens, stops)
-        report.greedy_seconds += time.perf_counter() - started
-        report.prompts += len(batch)
-        report.tokens += sum(map(len, greedy))
-        if draft is not None:
+    assert compare or draft is not None
+    check_lengths(prompts, max_new_tokens, base.gpt.max_sequence_length)
+    stops, report = list(stop_ids), AcceptanceReport(ChainCounts(draft_tokens))
+    cached, plain = CachedBase(base, links), CachedBase(base, links, captures=False)
+
+    def greedy(batch: Batch) -> Steps[list[list[int]]]:
+        return greedy_steps(plain, batch, max_new_tokens, stops)
+
+    def speculative(batch: Batch) -> Steps[list[list[int]]]:
+        assert draft is not None
+        chain_of = partial(DraftChain, draft, cached, draft_tokens)
+        return speculative_steps(
+            cached, chain_of, batch, max_new_tokens, draft_tokens, report.counts, stops
+        )
+
+    ways = [("greedy", greedy)] if compare else []
+    ways += [("speculative", speculative)] if draft is not None else []
+    order = share.take(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
+    for wave in _waves(order, batch_size, cached.stages.count):
+        indices, answers = list(chain.from_iterable(wave)), []
+        for name, steps in ways:
             started = time.perf_counter()
-            answers = speculative_decode(
-                base,
-                partial(DraftChain, draft, base, draft_tokens),
-                batch, max_new_tokens, draft_tokens, report.counts, stops,
-            )  # fmt: skip
-            report.speculative_seconds += time.perf_counter() - started
-            for i, expected, found in zip(indices, greedy, answers, strict=True):
-                if expected != found:
-                    report.mismatches.append(_mismatch(plain, i, prompts[i], expected, found))
-        progress(f"{report.prompts} of {len(prompts)} prompts, {report.tokens} tokens")
-    return report
+            found = together(steps([prompts[i] for i in batch]) for batch in wave)
+            report.seconds[name] += time.perf_counter() - started
+            answers.append(list(chain.from_iterable(found)))
+        report.prompts += len(indices)
+        report.tokens += sum(map(len, answers[0]))
+        for i, expected, other in zip(indices, answers[0], answers[-1], strict=True):
+            if expected != other:
+                report.mismatches.append(_mismatch(plain, i, prompts[i], expected, other))
+        progress(f"{report.prompts} of {len(order)} prompts, {report.tokens} tokens")
+    whole, *others = share.gather(report)
+    for another in others:
+        whole.merge(another)
+    return whole
 
 
-def _check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, positions: int) -> None:
+def _waves(order: Sequence[int], batch_size: int, stages: int) -> list[list[Sequence[int]]]:
+    """Batches of at most ``batch_size`` prompts, as many at a time as there are stages."""
+    size = max(1, min(batch_size, -(-len(order) // stages)))
+    batches = [order[first : first + size] for first in range(0, len(order), size)]
+    return [batches[first : first + stages] for first in range(0, len(batches), stages)]
+
+
+def check_lengths(
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    positions: int,
+    flag: str = "--max-new-tokens",
+) -> None:
+    """Raise ``ValueError`` for a prompt whose answer of ``max_new_tokens``, which ``flag`` gave,
+    would leave the base's ``positions``."""
     for index, prompt in enumerate(prompts):
         if not prompt:
             raise ValueError(f"prompt {index} is empty")
         if len(prompt) + max_new_tokens > positions:
             raise ValueError(
-                f"prompt {index}: {len(prompt)} tokens and --max-new-tokens {max_new_tokens} "
+                f"prompt {index}: {len(prompt)} tokens and {flag} {max_new_tokens} "
                 f"exceed the base's {positions} positions"
             )
 
@@ -154,7 +193,7 @@ def _mismatch(
         return Mismatch(prompt, index, first_id, second_id, logit_gap=None)
     prefix = torch.tensor([[*tokens, *greedy[:index]]], device=base.device)
     positions = torch.arange(prefix.shape[1], device=base.device).unsqueeze(0)
-    _, final = base.run(prefix, positions, KeyValueCache(prefix.shape[1]))
+    _, final = base.run(prefix, positions, base.new_cache(prefix.shape[1]))
     pair = torch.tensor([greedy[index], found[index]], device=base.device)
     first, second = base.logits_of(final[-1, 0], pair).tolist()
     return Mismatch(prompt, index, greedy[index], found[index], first - second)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.decode.base import CachedBase
-from megatron_eagle.decode.cache import KeyValueCache
 from megatron_eagle.decode.greedy import select_rows
 from megatron_eagle.decode.vocab_argmax import vocab_argmax
 from megatron_eagle.draft.model import EagleDraft
@@ -50,20 +49,24 @@ class DraftChain:
     def __init__(self, draft: EagleDraft, base: CachedBase, length: int, capacity: int) -> None:
         assert length >= 1
         self.draft, self.base, self.length = draft, base, length
-        self.cache = KeyValueCache(capacity)
+        self.cache = base.new_cache(capacity)
 
     def keep(self, sequences: Tensor) -> None:
         """Go on with only these of the B sequences."""
         self.cache.keep(sequences)
 
     def propose(self, verified: Verified) -> Tensor:
-        """Extend the trunk and draft: base ids [B, length], the same on every TP rank.
+        """Extend the trunk and draft: base ids [B, length], the same on every TP rank and every
+        pipeline stage.
 
         Collectives: ``length`` passes of the draft's layers (P-EAGLE: one), each with an embedding
-        look-up and an argmax.
+        look-up and an argmax; one broadcast over the pipeline.
         """
         if self.draft.mask_token is not None:
-            return self._propose_at_once(verified, self.draft.mask_token)
+            return self.base.stages.agreed(self._propose_at_once(verified, self.draft.mask_token))
+        return self.base.stages.agreed(self._propose_in_turn(verified))
+
+    def _propose_in_turn(self, verified: Verified) -> Tensor:
         rows = torch.arange(verified.next_tokens.shape[1], device=verified.start.device)
         output, hidden = self._step(
             self.draft.start(verified.features),
@@ -98,13 +101,16 @@ class DraftChain:
     def _step(self, hidden: Tensor, tokens: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         """hidden [n, B, H] with tokens [B, n] at positions [B, n] -> what the head and what the
         next step reads, [n, B, H] each."""
+        rows, asked = self.base.rows, tokens.shape[1]
+        tokens, positions = rows.padded(tokens, positions)
         self.cache.place(positions)
-        return self.draft.step(
-            self.base.embed(tokens, positions),
-            hidden,
+        output, fed_back = self.draft.step(
+            self.base.embed(tokens),
+            rows.cut(hidden),
             self.draft.rotary(self.cache.capacity)[:, 0][positions.t()],
             self.cache,
         )
+        return rows.whole(output, asked), rows.whole(fed_back, asked)
 
     def _choose(self, output: Tensor) -> Tensor:
         """output [n, B, H] -> base ids [B, n]."""

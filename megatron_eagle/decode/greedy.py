@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.decode.base import CachedBase
-from megatron_eagle.decode.cache import KeyValueCache
 from megatron_eagle.decode.sequences import Sequences
+from megatron_eagle.decode.waves import Steps, together
 
 
-@torch.no_grad()
 def greedy_decode(
     base: CachedBase,
     prompts: Sequence[Sequence[int]],
@@ -20,9 +19,22 @@ def greedy_decode(
     stop_ids: Iterable[int] = (),
 ) -> list[list[int]]:
     """The base's greedy continuation of each prompt, all prompts in one batch."""
+    (answers,) = together([greedy_steps(base, prompts, max_new_tokens, stop_ids)])
+    return answers
+
+
+def greedy_steps(
+    base: CachedBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stop_ids: Iterable[int] = (),
+) -> Steps[list[list[int]]]:
+    """:func:`greedy_decode` for :func:`~megatron_eagle.decode.waves.together`."""
     sequences = Sequences(prompts, max_new_tokens, stop_ids, base.device)
-    cache = KeyValueCache(sequences.capacity)
-    _, final = prefill(base, sequences, cache)
+    cache = base.new_cache(sequences.capacity)
+    forward = base.begin(*sequences.padded_prompts(), cache)
+    yield
+    final = select_rows(base.finish(forward)[1], sequences.lengths - 1)
     while True:
         sequences.append(base.argmax(final).unsqueeze(1), torch.ones_like(sequences.lengths))
         if sequences.finished:
@@ -31,15 +43,10 @@ def greedy_decode(
         if kept is not None:
             cache.keep(kept)
         positions = sequences.lengths.unsqueeze(1) - 1
-        final = base.run(sequences.tokens.gather(1, positions), positions, cache)[1][0]
-
-
-def prefill(base: CachedBase, sequences: Sequences, cache: KeyValueCache) -> tuple[Tensor, Tensor]:
-    """Run the prompts: what a draft reads of them (see :meth:`CachedBase.run`) and the final hidden
-    of each last token [B, H]."""
-    tokens, positions = sequences.padded_prompts()
-    features, final = base.run(tokens, positions, cache)
-    return features, select_rows(final, sequences.lengths - 1)
+        yield
+        forward = base.begin(sequences.tokens.gather(1, positions), positions, cache)
+        yield
+        final = base.finish(forward)[1][0]
 
 
 def select_rows(hidden: Tensor, rows: Tensor) -> Tensor:

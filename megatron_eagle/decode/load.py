@@ -1,11 +1,11 @@
-"""Base and draft from their checkpoints, at this run's tensor parallelism, without the trainer.
+"""Base and draft from their checkpoints, in this run's layout, without the trainer.
 
 fp32, modules of Megatron-Core alone, no sequence parallelism: what decoding checks is exact.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_eagle.attention.backend import local_backend
-from megatron_eagle.attention.latent import position_rotary
 from megatron_eagle.checkpoint_dir import BaseInfo
 from megatron_eagle.compat import dist_checkpointing
 from megatron_eagle.draft.layer_config import Rotary, draft_config, draft_rotary
@@ -23,10 +22,13 @@ from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.draft.vocab import check_vocab_ids
 from megatron_eagle.hf.dcp_reader import DraftCheckpoint
 from megatron_eagle.hf.draft_info import BASE_SIZES, DraftInfo, parse_draft_info
-from megatron_eagle.teacher.base import FrozenBase, output_rows
+from megatron_eagle.parallel.stage_links import StageLinks
+from megatron_eagle.parallel.stage_replicas import as_replica, equal_start
+from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.build import base_config, build_base, reason_of
 from megatron_eagle.teacher.build import load_base as load_base_weights
 from megatron_eagle.teacher.targets import draft_vocab_shard
+from megatron_eagle.teacher.vocab_shards import VocabShards
 
 
 @dataclass(frozen=True)
@@ -38,27 +40,57 @@ class DraftCheckpointInfo:
     metadata: Tensor
 
 
-def load_base(directory: str | Path, base: BaseInfo, pg_collection: Any) -> Any:
-    """The base's GPTModel with its weights, in eval mode, no gradients. A collective of all ranks.
+def load_base(
+    directory: str | Path, base: BaseInfo, pg_collection: Any, captured: Sequence[int] = ()
+) -> FrozenBase:
+    """The base with its weights, or this pipeline stage's layers of it. A collective of all ranks.
 
-    Raises ``ValueError`` when the ranks do not divide its heads, or naming the directory when it
-    cannot be loaded.
+    Layers that the stages do not divide evenly go to the first one. Raises ``ValueError`` when
+    the tensor-parallel ranks do not divide its heads, when it has fewer layers than there are
+    stages, or naming the directory when it cannot be loaded.
     """
-    ranks = pg_collection.tp.size()
+    args, groups = base.megatron_args, pg_collection
+    ranks, stages, experts = groups.tp.size(), groups.pp.size(), groups.ep.size()
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        if base.megatron_args[name] % ranks:
+        if args[name] % ranks:
             raise ValueError(
-                f"--nproc-per-node {ranks} does not divide the base's {name} = "
-                f"{base.megatron_args[name]}"
+                f"--tensor-model-parallel-size {ranks} does not divide the base's {name} = "
+                f"{args[name]}"
             )
-    config = base_config(base, ranks)
+    if args["num_layers"] < stages:
+        raise ValueError(
+            f"--pipeline-model-parallel-size {stages} exceeds the base's {args['num_layers']} "
+            "layers"
+        )
+    if experts > 1 and (args.get("num_experts") or 0) % experts:
+        raise ValueError(
+            f"--expert-model-parallel-size {experts} does not divide the base's "
+            f"{args['num_experts']} experts"
+        )
+    config = base_config(
+        base,
+        ranks,
+        pipeline_model_parallel_size=stages,
+        pipeline_dtype=torch.float32,
+        num_layers_in_first_pipeline_stage=_first_stage(args["num_layers"], stages),
+        context_parallel_size=groups.cp.size(),
+        expert_model_parallel_size=experts,
+    )
     config.perform_initialization = False
-    gpt = build_base(config, base, local_backend(), pg_collection)
+    ends = (groups.pp.rank() == 0, groups.pp.rank() == stages - 1)
+    gpt = build_base(config, base, local_backend(), groups, *ends)
+    shards = VocabShards(gpt)
     try:
-        load_base_weights(gpt, directory)
+        load_base_weights(gpt, directory, shards)
     except ValueError as error:
         raise ValueError(str(error).replace("--eagle-base-checkpoint", "--base")) from error
-    return gpt.cuda(torch.cuda.current_device()).requires_grad_(False).eval()
+    frozen = FrozenBase(gpt, captured, base.vocab_size, shards)
+    return frozen.cuda(torch.cuda.current_device())
+
+
+def _first_stage(layers: int, stages: int) -> int | None:
+    """Layers of the first stage; None if all have as many."""
+    return None if layers % stages == 0 else layers - (stages - 1) * (layers // stages)
 
 
 def read_draft(directory: str | Path, source: str) -> DraftCheckpointInfo:
@@ -85,28 +117,36 @@ def read_draft_info(directory: str | Path, base: BaseInfo) -> DraftCheckpointInf
     return about
 
 
-def fresh_draft(about: DraftCheckpointInfo, gpt: Any) -> EagleDraft:
+def fresh_draft(
+    about: DraftCheckpointInfo, base: FrozenBase, links: StageLinks | None = None
+) -> EagleDraft:
     """A draft of the checkpoint's shape and vocabulary as training starts it: random weights from
-    this process's generators, captured layers scaled to one size."""
-    draft = _build(about, gpt, initialize=True)
-    base = FrozenBase(gpt, about.info.aux_layers, about.info.base.vocab_size)
-    draft.start_evenly(base.layer_sizes)
+    this process's generators (on pipeline stages the first one's), captured layers scaled to one
+    size."""
+    draft = _build(about, base, initialize=True)
+    draft.start_evenly(lambda: base.layer_sizes(links))
+    if links is not None:
+        equal_start(draft, links.group)
     return draft
 
 
-def load_draft(about: DraftCheckpointInfo, gpt: Any, directory: str | Path) -> EagleDraft:
-    """The draft that training saved, whatever layout it was trained in. A collective of all ranks.
+def load_draft(about: DraftCheckpointInfo, base: FrozenBase, directory: str | Path) -> EagleDraft:
+    """The draft that training saved, whatever layout it was trained in, whole on every pipeline
+    stage. A collective of all ranks.
 
     Raises ``ValueError`` naming the directory when it cannot be loaded.
     """
-    return restore(_build(about, gpt, initialize=False), directory)
+    stage = base.gpt.pg_collection.pp.rank()
+    return restore(_build(about, base, initialize=False), directory, stage)
 
 
-def restore(draft: EagleDraft, directory: str | Path) -> EagleDraft:
-    """``draft`` with the weights of the checkpoint in ``directory``; strict, a collective."""
+def restore(draft: EagleDraft, directory: str | Path, stage: int = 0) -> EagleDraft:
+    """``draft``, a replica on pipeline stage ``stage``, with the weights of the checkpoint in
+    ``directory``; strict, a collective."""
     path = DraftCheckpoint.open(directory).directory
+    sharded = as_replica(draft.sharded_state_dict(prefix="draft."), stage)
     try:
-        state = dist_checkpointing.load(draft.sharded_state_dict(prefix="draft."), str(path))
+        state = dist_checkpointing.load(sharded, str(path))
     except (Exception, CheckpointException) as error:  # readers fail in many ways
         raise ValueError(f"--draft {directory}: cannot be loaded: {reason_of(error)}") from error
     own = {key.removeprefix("draft."): value for key, value in state.items()}
@@ -117,15 +157,21 @@ def restore(draft: EagleDraft, directory: str | Path) -> EagleDraft:
     return draft
 
 
-def _build(about: DraftCheckpointInfo, gpt: Any, initialize: bool) -> EagleDraft:
-    embedding, options = gpt.embedding.word_embeddings.weight, about.info.options
+def _build(about: DraftCheckpointInfo, base: FrozenBase, initialize: bool) -> EagleDraft:
+    options, device = about.info.options, base.embedding_weight.device
+    ranks = base.gpt.pg_collection.ep.size()
+    if (options.num_experts or 0) % ranks:
+        raise ValueError(
+            f"--expert-model-parallel-size {ranks} does not divide the draft's "
+            f"{options.num_experts} experts"
+        )
     return build_draft(
         about,
-        gpt.config,
-        gpt.pg_collection,
-        embedding.shape[0],
-        base_head=lambda: output_rows(gpt),
-        rotary=draft_rotary(position_rotary(gpt), about.info.base, options, embedding.device),
+        base.config,
+        base.gpt.pg_collection,
+        base.output_weight.shape[0],
+        base_head=lambda: base.output_weight,
+        rotary=draft_rotary(base.rotary, about.info.base, options, device),
         initialize=initialize,
     )
 

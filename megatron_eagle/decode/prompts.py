@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_eagle.checkpoint_dir import BaseInfo, token_ids
 
 
-def read_prompt_ids(path: Path, tokenizer_dir: str | None, vocab_size: int) -> list[list[int]]:
+def read_prompt_ids(
+    path: Path,
+    tokenizer_dir: str | None,
+    vocab_size: int,
+    flag: str = "--prompts",
+    tokenizer_flag: str = "--tokenizer",
+) -> list[list[int]]:
     """Token ids per line: ``prompt_ids``, or ``prompt`` encoded by the tokenizer of
-    ``tokenizer_dir`` as plain text. Raises ``ValueError`` naming file and line."""
+    ``tokenizer_dir`` as plain text. Raises ``ValueError`` naming file and line, and the flags that
+    gave them."""
     if not path.is_file():
-        raise ValueError(f"--prompts {path}: no such file")
+        raise ValueError(f"{flag} {path}: no such file")
     tokenizer = None
     if tokenizer_dir is not None:
-        tokenizer = _tokenizer(tokenizer_dir)
+        tokenizer = _tokenizer(tokenizer_dir, tokenizer_flag)
     prompts = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                where = f"--prompts {path}: line {number}"
-                prompts.append(_checked(_ids(line, tokenizer, where), vocab_size, where))
+                where = f"{flag} {path}: line {number}"
+                ids = _ids(line, tokenizer, where, tokenizer_flag)
+                prompts.append(_checked(ids, vocab_size, where))
     if not prompts:
-        raise ValueError(f"--prompts {path}: holds no prompt")
+        raise ValueError(f"{flag} {path}: holds no prompt")
     return prompts
+
+
+def digest(prompts: Sequence[Sequence[int]]) -> str:
+    """SHA-256 of the ids: which prompts a figure is of."""
+    return hashlib.sha256(json.dumps(list(map(list, prompts))).encode()).hexdigest()
 
 
 def stop_ids(base: BaseInfo) -> list[int]:
@@ -33,15 +48,15 @@ def stop_ids(base: BaseInfo) -> list[int]:
     return token_ids(base.hf_config, "eos_token_id")
 
 
-def _tokenizer(directory: str) -> Any:
+def _tokenizer(directory: str, flag: str) -> Any:
     if not Path(directory).is_dir():
-        raise ValueError(f"--tokenizer {directory}: no such directory")
+        raise ValueError(f"{flag} {directory}: no such directory")
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(directory)
 
 
-def _ids(line: str, tokenizer: Any, where: str) -> Any:
+def _ids(line: str, tokenizer: Any, where: str, tokenizer_flag: str) -> Any:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -53,7 +68,7 @@ def _ids(line: str, tokenizer: Any, where: str) -> Any:
     if not isinstance(record.get("prompt"), str):
         raise ValueError(f"{where}: has neither prompt_ids nor prompt")
     if tokenizer is None:
-        raise ValueError(f"{where}: holds text, which needs --tokenizer")
+        raise ValueError(f"{where}: holds text, which needs {tokenizer_flag}")
     return tokenizer(record["prompt"])["input_ids"]
 
 

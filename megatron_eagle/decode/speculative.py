@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.decode.base import CachedBase
-from megatron_eagle.decode.cache import KeyValueCache
 from megatron_eagle.decode.chain import Verified
-from megatron_eagle.decode.greedy import prefill
+from megatron_eagle.decode.greedy import select_rows
 from megatron_eagle.decode.sequences import Sequences
+from megatron_eagle.decode.waves import Steps, together
 
 
 class Proposer(Protocol):
@@ -51,8 +51,13 @@ class ChainCounts:
             for position, count in enumerate((values * growing.unsqueeze(1)).sum(0).tolist()):
                 store[position] += count
 
+    def merge(self, other: ChainCounts) -> None:
+        """Add the counts of other prompts."""
+        self.verifications += other.verifications
+        for mine, theirs in ((self.reached, other.reached), (self.accepted, other.accepted)):
+            mine[:] = [a + b for a, b in zip(mine, theirs, strict=True)]
 
-@torch.no_grad()
+
 def speculative_decode(
     base: CachedBase,
     make_proposer: Callable[[int], Proposer],
@@ -66,9 +71,28 @@ def speculative_decode(
 
     ``make_proposer(capacity)`` gives what drafts ``draft_tokens`` tokens at a time.
     """
+    steps = speculative_steps(
+        base, make_proposer, prompts, max_new_tokens, draft_tokens, counts, stop_ids
+    )
+    (answers,) = together([steps])
+    return answers
+
+
+def speculative_steps(
+    base: CachedBase,
+    make_proposer: Callable[[int], Proposer],
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    draft_tokens: int,
+    counts: ChainCounts,
+    stop_ids: Iterable[int] = (),
+) -> Steps[list[list[int]]]:
+    """:func:`speculative_decode` for :func:`~megatron_eagle.decode.waves.together`."""
     sequences = Sequences(prompts, max_new_tokens, stop_ids, base.device, spare=draft_tokens)
-    cache = KeyValueCache(sequences.capacity)
-    verified = _start(base, sequences, cache)
+    cache = base.new_cache(sequences.capacity)
+    forward = base.begin(*sequences.padded_prompts(), cache)
+    yield
+    verified = _begun(base, sequences, *base.finish(forward))
     proposer = make_proposer(sequences.capacity)
     while not sequences.finished:
         kept = sequences.compact()
@@ -77,30 +101,39 @@ def speculative_decode(
             proposer.keep(kept)
             verified = verified.keep(kept)
         drafts = proposer.propose(verified)
-        verified = _verify(base, sequences, cache, drafts, counts)
+        yield
+        forward = base.begin(*_questions(sequences, drafts), cache)
+        yield
+        verified = _judged(base, sequences, drafts, counts, *base.finish(forward))
     return sequences.answers()
 
 
-def _start(base: CachedBase, sequences: Sequences, cache: KeyValueCache) -> Verified:
+def _begun(base: CachedBase, sequences: Sequences, features: Tensor, final: Tensor) -> Verified:
+    """After the prompts' forward."""
     lengths = sequences.lengths.clone()
-    features, final = prefill(base, sequences, cache)
-    sequences.append(base.argmax(final).unsqueeze(1), torch.ones_like(lengths))
+    chosen = base.argmax(select_rows(final, lengths - 1))
+    sequences.append(chosen.unsqueeze(1), torch.ones_like(lengths))
     following = sequences.tokens[:, 1 : features.shape[0] + 1]
     return Verified(features, following, torch.zeros_like(lengths), lengths - 1)
 
 
-def _verify(
+def _questions(sequences: Sequences, drafts: Tensor) -> tuple[Tensor, Tensor]:
+    """The newest token and ``drafts`` [B, k], and their positions, [B, k + 1] each."""
+    start = (sequences.lengths - 1).unsqueeze(1)
+    rows = torch.arange(drafts.shape[1] + 1, device=drafts.device)
+    return torch.cat([sequences.tokens.gather(1, start), drafts], dim=1), start + rows
+
+
+def _judged(
     base: CachedBase,
     sequences: Sequences,
-    cache: KeyValueCache,
     drafts: Tensor,
     counts: ChainCounts,
+    features: Tensor,
+    final: Tensor,
 ) -> Verified:
-    """Verify ``drafts`` [B, k] with one base forward of k + 1 rows and append what holds."""
+    """After the forward of the k + 1 rows: append what holds of ``drafts`` [B, k]."""
     start = sequences.lengths - 1
-    newest = sequences.tokens.gather(1, start.unsqueeze(1))
-    rows = torch.arange(drafts.shape[1] + 1, device=drafts.device)
-    features, final = base.run(torch.cat([newest, drafts], dim=1), start.unsqueeze(1) + rows, cache)
     said = base.argmax(final).t()  # [B, k + 1]: the base's own token after each row
     hits = said[:, :-1] == drafts
     accepted = hits.long().cumprod(1).sum(1)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from megatron_eagle.checkpoint_dir import ACCEPTED_LENGTH_NAME
 from megatron_eagle.hf.draft_formats import SERVER_NAMES, Format
 from megatron_eagle.hf.draft_info import DraftInfo
 from megatron_eagle.hf.safetensors_dir import read_json
@@ -16,8 +17,8 @@ from megatron_eagle.hf.safetensors_dir import read_json
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the checkpoint does not say of itself. ``evaluation`` is the JSON of
-    tools/eval_acceptance.py; ``data`` describes the training data."""
+    """What the draft's tensors do not say. ``evaluation`` is the JSON of tools/eval_acceptance.py,
+    or what training measured; ``data`` describes the training data."""
 
     checkpoint: str
     data: str | None = None
@@ -34,15 +35,30 @@ def read_evaluation(path: Path) -> dict[str, Any]:
         figures = read_json(path)
     except ValueError as error:
         raise ValueError(f"--eval {error}") from None
-    kinds = {"accepted_length": float, "prompts": int, "draft_tokens": int, "acceptance": list}
-    for key, kind in kinds.items():
-        if type(figures.get(key)) is not kind:
-            raise ValueError(f"--eval {path}: {key} is missing; is it tools/eval_acceptance.py's?")
+    if lacking := _lacking(figures):
+        raise ValueError(f"--eval {path}: {lacking} is missing; is it tools/eval_acceptance.py's?")
     if figures.get("reinitialize"):
         raise ValueError(f"--eval {path}: measured with --reinitialize, not with trained weights")
     if figures.get("equal_to_greedy") is not True:
         raise ValueError(f"--eval {path}: its answers were not the greedy ones")
     return figures
+
+
+def measured_in_training(iteration: Path) -> dict[str, Any] | None:
+    """The figures that --eagle-eval-prompts left beside the draft in directory ``iteration``, if
+    it did. Raises ValueError naming the file when they are damaged."""
+    path = iteration / ACCEPTED_LENGTH_NAME
+    if not path.is_file():
+        return None
+    figures = read_json(path)
+    if lacking := _lacking(figures):
+        raise ValueError(f"{path}: {lacking} is missing")
+    return figures
+
+
+def _lacking(figures: dict[str, Any]) -> str | None:
+    kinds = {"accepted_length": float, "prompts": int, "draft_tokens": int, "acceptance": list}
+    return next((key for key, kind in kinds.items() if type(figures.get(key)) is not kind), None)
 
 
 def model_card(info: DraftInfo, facts: CardFacts, layout: Format, dtype: torch.dtype) -> str:
@@ -111,11 +127,12 @@ def _figures(evaluation: dict[str, Any] | None) -> list[tuple[str, str]]:
         return [("accepted length", "not measured (tools/eval_acceptance.py)")]
     drafts, prompts = evaluation["draft_tokens"], evaluation["prompts"]
     shares = ", ".join(f"{share:.3f}" for share in evaluation["acceptance"])
+    when = ", while training" if "iteration" in evaluation else ""
     return [
         (
             "accepted length",
             f"{evaluation['accepted_length']:.3f} tokens per verification, greedy, chains of "
-            f"{drafts} drafts, {prompts} prompts",
+            f"{drafts} drafts, {prompts} prompts{when}",
         ),
         ("accepted drafts per position", shares),
     ]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_eagle.draft.vocab import check_vocab_ids
 from megatron_eagle.hf.dcp_reader import DraftCheckpoint
-from megatron_eagle.hf.draft_card import CardFacts, model_card
+from megatron_eagle.hf.draft_card import CardFacts, measured_in_training, model_card
 from megatron_eagle.hf.draft_config import draft_config_json, is_exported_draft
 from megatron_eagle.hf.draft_formats import FORMATS, Format, check_servers
 from megatron_eagle.hf.draft_info import DraftInfo, parse_draft_info
@@ -45,8 +45,8 @@ def export_draft(
 
     `output` gets model.safetensors, config.json and README.md, all at once by a rename, after
     `check` has passed on the finished files; `overwrite` replaces an earlier export. `dtype` None
-    keeps the saved one. `data` and `evaluation` go to the model card, see `CardFacts`. Memory:
-    about twice the draft.
+    keeps the saved one. `data` and `evaluation` go to the model card, see `CardFacts`; without the
+    latter, what training measured of this draft. Memory: about twice the draft.
 
     Raises ValueError, with the file at fault, for anything but a complete draft of finite weights
     that the servers of `layout` can run.
@@ -56,6 +56,7 @@ def export_draft(
     info = read_info(checkpoint)
     _check_convertible(info, f"{checkpoint.directory}: {METADATA}")
     check_servers(layout, info)
+    evaluation = evaluation or measured_in_training(checkpoint.directory)
     progress(f"reading {checkpoint.directory}")
     tensors = convert(checkpoint, info, dtype, layout)
     weights = tensors["fc.weight"].dtype

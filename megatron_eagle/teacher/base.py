@@ -20,13 +20,6 @@ from megatron_eagle.teacher.taps import Taps
 from megatron_eagle.teacher.vocab_shards import VocabShards
 
 
-def output_rows(gpt: Any) -> Tensor:
-    """[Vp, H]: this rank's rows of a GPTModel's output layer (the embedding's, when tied)."""
-    if gpt.share_embeddings_and_output_weights:
-        return gpt.embedding.word_embeddings.weight
-    return gpt.output_layer.weight
-
-
 class FrozenBase(MegatronModule):
     """A GPTModel that only looks: always in eval mode, no gradients, hidden states for logits.
 

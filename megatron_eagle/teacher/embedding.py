@@ -45,21 +45,41 @@ def step_embeddings(
         ]
     )
     rows = windows.transpose(1, 2).flatten(0, 1)  # [parts * R * (S' / R + K - 1), B]
-    found = _partial_lookup(rows, weight, vocab_size, group)
-    sum_over_ranks = (
-        reduce_scatter_to_sequence_parallel_region
-        if parts > 1
-        else reduce_from_tensor_model_parallel_region
-    )
-    return sum_over_ranks(found, group=group).unflatten(0, (len(spans), -1))
+    found = _lookup(rows, weight, vocab_size, group, sequence_parallel)
+    return found.unflatten(0, (len(spans), -1))
+
+
+@torch.no_grad()
+def token_embeddings(
+    tokens: Tensor,
+    weight: Tensor,
+    vocab_size: int,
+    group: ProcessGroup,
+    sequence_parallel: bool = False,
+) -> Tensor:
+    """Embeddings [n, B, H] of tokens [B, n] from this rank's rows ``weight`` [Vp, H] of the base's,
+    or under sequence parallelism this rank's part of them. One all-reduce or reduce-scatter over
+    TP."""
+    return _lookup(tokens.t(), weight, vocab_size, group, sequence_parallel)
 
 
 @torch.no_grad()
 def token_embedding(token: int, weight: Tensor, vocab_size: int, group: ProcessGroup) -> Tensor:
     """[H]: the embedding of one token, on every rank. One all-reduce over ``group``."""
     ids = torch.tensor([token], device=weight.device)
+    return _lookup(ids, weight, vocab_size, group, sequence_parallel=False)[0]
+
+
+def _lookup(
+    ids: Tensor, weight: Tensor, vocab_size: int, group: ProcessGroup, sequence_parallel: bool
+) -> Tensor:
     found = _partial_lookup(ids, weight, vocab_size, group)
-    return reduce_from_tensor_model_parallel_region(found, group=group)[0]
+    sum_over_ranks = (
+        reduce_scatter_to_sequence_parallel_region
+        if sequence_parallel and group.size() > 1
+        else reduce_from_tensor_model_parallel_region
+    )
+    return sum_over_ranks(found, group=group)
 
 
 def _partial_lookup(ids: Tensor, weight: Tensor, vocab_size: int, group: ProcessGroup) -> Tensor:

@@ -27,7 +27,7 @@ def check_layout(user: Sequence[str], base: BaseInfo, options: EagleConfig) -> N
     given = _layout(user)
     _check_pipeline(given)
     tensor = given.tensor_model_parallel_size
-    _check_processes(
+    check_processes(
         {
             "tensor-model-parallel": tensor,
             "context-parallel": given.context_parallel_size,
@@ -120,7 +120,8 @@ def _layout(user: Sequence[str]) -> argparse.Namespace:
     return parser.parse_known_args(user)[0]
 
 
-def _check_processes(sizes: dict[str, int]) -> None:
+def check_processes(sizes: dict[str, int]) -> None:
+    """Raise ``ValueError`` naming the flags if ``sizes``, by flag, do not divide the processes."""
     world, product, shown = int(os.environ.get("WORLD_SIZE", "1")), 1, []
     for name, size in sizes.items():
         shown.append(f"--{name}-size {size}")
@@ -178,7 +179,7 @@ def _check_base_experts(given: argparse.Namespace, experts: int | None) -> None:
             "--moe-token-dispatcher-type allgather: with --expert-model-parallel-size "
             f"{size} micro-batches differ in length, use alltoall"
         )
-    _check_processes(
+    check_processes(
         {
             "expert-model-parallel": size,
             "expert-tensor-parallel": tensor or given.tensor_model_parallel_size,

@@ -44,6 +44,7 @@ def _train() -> None:
     from megatron_eagle.training.arguments import parse_eagle_args, show_help
     from megatron_eagle.training.builder import ModelBuilder
     from megatron_eagle.training.data import DatasetProvider
+    from megatron_eagle.training.evaluation import AcceptanceEvaluation
     from megatron_eagle.training.metrics_log import MetricsLog
     from megatron_eagle.training.step import ForwardStep, replace_schedule
     from megatron_eagle.training.vocab import draft_vocab_ids
@@ -57,8 +58,11 @@ def _train() -> None:
     compile_regions(options.compile)
     mark_ranges(options.nvtx)
     replace_schedule(options)
-    if options.log_file is not None:
-        MetricsLog(options.log_file).attach()
+    log = None if options.log_file is None else MetricsLog(options.log_file)
+    if log is not None:
+        log.attach()
+    if options.eval_prompts is not None:
+        AcceptanceEvaluation(args, options, base, log).attach()
     vocab_ids = draft_vocab_ids(args, options, base, stored)
     pretrain(
         pretrain_cfg_container_from_args(args),

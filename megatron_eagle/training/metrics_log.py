@@ -21,7 +21,8 @@ class MetricsLog:
 
     A line holds ``iteration``, ``consumed_samples``, ``learning_rate``, ``grad_norm``, ``seconds``
     since the start, ``supervised_rows`` summed since the start of this run, and the means over the
-    interval of every other metric. Written by the last rank.
+    interval of every other metric. Lines of --eagle-eval-prompts are of another kind: they have
+    ``eval_accepted_length`` and no loss. Written by the last rank.
     """
 
     def __init__(self, file: str) -> None:
@@ -50,7 +51,7 @@ class MetricsLog:
     def _record(
         self, metrics: dict[str, Tensor], rate: Any, iteration: int, grad_norm: Any
     ) -> None:
-        if torch.distributed.get_rank() != torch.distributed.get_world_size() - 1:
+        if not _is_last_rank():
             return
         self._interval.append(metrics)
         args = get_args()
@@ -68,5 +69,14 @@ class MetricsLog:
             **{key: value / len(self._interval) for key, value in sums.items()},
         }
         self._interval.clear()
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        self.write(line)
+
+    def write(self, line: dict[str, Any]) -> None:
+        """Append a line; on other ranks than the last do nothing."""
+        if _is_last_rank():
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def _is_last_rank() -> bool:
+    return torch.distributed.get_rank() == torch.distributed.get_world_size() - 1

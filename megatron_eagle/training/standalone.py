@@ -13,12 +13,19 @@ from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
 
 def start(
-    seed: int, tensor_parallel: int | None = None, expert_tensor_parallel: int | None = None
+    seed: int,
+    tensor_parallel: int | None = None,
+    expert_tensor_parallel: int | None = None,
+    *,
+    pipeline: int = 1,
+    context: int = 1,
+    expert: int = 1,
 ) -> Any:
     """Megatron's process groups, from torchrun's environment or for this process alone, and its
-    random generators. All ranks are one tensor-parallel group, or groups of ``tensor_parallel``
-    that are data-parallel to each other; ``expert_tensor_parallel`` ranks share an expert, by
-    default a whole such group. Call :func:`megatron_eagle.platform.enable` before."""
+    random generators. By default all ranks that the other sizes leave are one tensor-parallel
+    group; groups of ``tensor_parallel`` are data-parallel to each other. ``expert_tensor_parallel``
+    ranks share an expert, by default a whole such group. Call
+    :func:`megatron_eagle.platform.enable` before."""
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
     if "MASTER_ADDR" not in os.environ:
@@ -27,8 +34,12 @@ def start(
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    left = torch.distributed.get_world_size() // (pipeline * context * expert)
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_parallel or torch.distributed.get_world_size(),
+        tensor_model_parallel_size=tensor_parallel or left,
+        pipeline_model_parallel_size=pipeline,
+        context_parallel_size=context,
+        expert_model_parallel_size=expert,
         expert_tensor_parallel_size=expert_tensor_parallel,
     )
     torch.manual_seed(seed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -66,30 +67,38 @@ def make_reference(embedding: Tensor, output: Tensor, changes: dict[str, Any]) -
     return reference
 
 
-def propose(rank: int, world: int, directory: str, cases: dict[str, Case]) -> dict[str, Any]:
+def propose(
+    rank: int, world: int, directory: str, cases: dict[str, Case], layout: dict[str, Any]
+) -> dict[str, Any]:
     """The first chain after prefilling the prompts: the base's tokens and each draft's."""
-    groups = megatron_parallel(tp=world)
+    sequence_parallel = layout.get("sp", False)
+    groups = megatron_parallel(**{name: size for name, size in layout.items() if name != "sp"})
     from megatron_eagle.config import EagleConfig
+    from megatron_eagle.decode import load
     from megatron_eagle.decode.base import CachedBase
     from megatron_eagle.decode.chain import DraftChain
-    from megatron_eagle.decode.load import DraftCheckpointInfo, fresh_draft, load_base
     from megatron_eagle.decode.speculative import ChainCounts, speculative_decode
     from megatron_eagle.draft.metadata import encode_metadata
     from megatron_eagle.hf.draft_info import DraftInfo
+    from megatron_eagle.parallel.stage_links import StageLinks
 
     base = load_base_json(directory)
-    gpt = load_base(directory, base, groups)
+    links = StageLinks(groups.pp) if groups.pp.size() > 1 else None
+    # The tools decode without sequence parallelism, training with it.
+    load.base_config = partial(load.base_config, sequence_parallel=sequence_parallel)
     result = {}
     for name, case in cases.items():
         options = EagleConfig(**draft_options(case.config))
         captured = () if case.config.eagle1 else AUX_LAYERS
         size = case.vocab_ids.numel()
         info = DraftInfo(case.config.num_layers, captured, DRAFTS, size, base, options)
-        about = DraftCheckpointInfo(info, case.vocab_ids, encode_metadata({}))
-        draft = fresh_draft(about, gpt)
-        load_reference_weights(draft, case)
-        gpt.post_process = True  # fresh_draft measured the base's layers without its head
-        cached = CachedBase(gpt, VOCAB, captured)
+        about = load.DraftCheckpointInfo(info, case.vocab_ids, encode_metadata({}))
+        frozen = load.load_base(directory, base, groups, captured)
+        draft = load.fresh_draft(about, frozen, links)
+        load_reference_weights(
+            draft, dataclasses.replace(case, sequence_parallel=sequence_parallel)
+        )
+        cached = CachedBase(frozen, links)
         chains: list[Tensor] = []
 
         class Spy(DraftChain):
@@ -108,16 +117,21 @@ def propose(rank: int, world: int, directory: str, cases: dict[str, Case]) -> di
 FAMILIES = {"llama": ({}, GROUPED_VARIANTS), "deepseek_v3": (SCALED, LATENT_VARIANTS)}
 
 
-@pytest.mark.parametrize(
-    ("family", "world"),
-    [
-        ("llama", 1),
-        ("llama", 2),
-        pytest.param("deepseek_v3", 1, marks=pytest.mark.slow),
-        ("deepseek_v3", 2),
-    ],
-)
-def test_chains_are_the_reference_s(family: str, world: int, tmp_path: Path) -> None:
+SP = {"tp": 2, "sp": True}
+LAYOUTS = [
+    pytest.param("llama", {}, id="llama-1"),
+    pytest.param("llama", {"tp": 2}, id="llama-tp2"),
+    pytest.param("llama", SP, id="llama-tp2-sp", marks=pytest.mark.slow),
+    pytest.param("llama", {"pp": 2}, id="llama-pp2", marks=pytest.mark.slow),
+    pytest.param("deepseek_v3", {}, id="deepseek_v3-1", marks=pytest.mark.slow),
+    pytest.param("deepseek_v3", {"tp": 2}, id="deepseek_v3-tp2"),
+    pytest.param("deepseek_v3", SP, id="deepseek_v3-tp2-sp", marks=pytest.mark.slow),
+    pytest.param("deepseek_v3", {"pp": 2}, id="deepseek_v3-pp2", marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("family", "layout"), LAYOUTS)
+def test_chains_are_the_reference_s(family: str, layout: dict[str, Any], tmp_path: Path) -> None:
     fields, variants = FAMILIES[family]
     model = make_base(tmp_path / "hf", family, num_hidden_layers=4, **fields)
     import_base(tmp_path / "hf", tmp_path / "base")
@@ -132,7 +146,8 @@ def test_chains_are_the_reference_s(family: str, world: int, tmp_path: Path) -> 
         cases[name] = Case(
             reference.config, weights, ids, embedding, output, none, none, none, none
         )
-    found = run_distributed(propose, world, str(tmp_path / "base"), cases)[0]
+    world = 2 if layout else 1
+    found = run_distributed(propose, world, str(tmp_path / "base"), cases, layout)[0]
     for name, reference in references.items():
         for row, prompt in enumerate(PROMPTS):
             with torch.no_grad():

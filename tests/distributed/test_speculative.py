@@ -65,7 +65,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 
 
 def build(world: int, directory: str, case: Case) -> tuple[Any, Any]:
-    """The base's GPTModel and the draft, on this rank."""
+    """The base and the draft, on this rank."""
     groups = megatron_parallel(tp=world)
     from megatron_eagle.config import EagleConfig
     from megatron_eagle.decode.load import DraftCheckpointInfo, fresh_draft, load_base
@@ -80,10 +80,10 @@ def build(world: int, directory: str, case: Case) -> tuple[Any, Any]:
         "config": options.to_mapping(), "aux_layers": list(AUX_LAYERS), "ttt_steps": DRAFTS,
         "num_layers": layers, "draft_vocab_size": size, "base": base.as_dict(),
     })  # fmt: skip
-    gpt = load_base(directory, base, groups)
-    draft = fresh_draft(DraftCheckpointInfo(info, case.vocab_ids, metadata), gpt)
+    frozen = load_base(directory, base, groups, AUX_LAYERS)
+    draft = fresh_draft(DraftCheckpointInfo(info, case.vocab_ids, metadata), frozen)
     load_reference_weights(draft, case)
-    return gpt, draft
+    return frozen, draft
 
 
 class Prompted:
@@ -117,13 +117,13 @@ class Prompted:
 
 def decode(rank: int, world: int, directory: str, case: Case, prompts: list[list[int]]) -> Any:
     """Greedy answers, speculative answers with ragged acceptance, and what the chain drafted."""
-    gpt, draft = build(world, directory, case)
+    frozen, draft = build(world, directory, case)
     from megatron_eagle.decode.base import CachedBase
     from megatron_eagle.decode.chain import DraftChain
     from megatron_eagle.decode.greedy import greedy_decode
     from megatron_eagle.decode.speculative import ChainCounts, speculative_decode
 
-    base = CachedBase(gpt, VOCAB, AUX_LAYERS)
+    base = CachedBase(frozen)
     free = greedy_decode(base, prompts, NEW_TOKENS)
     stops = [free[0][5], free[1][9]]
     result: dict[str, Any] = {"free": free, "stops": stops}
@@ -219,20 +219,18 @@ def test_a_perfect_draft_and_a_hopeless_one(decoded: list[dict[str, Any]]) -> No
 def report_on_a_wrong_answer(
     rank: int, world: int, directory: str, case: Case, prompts: list[list[int]]
 ) -> Any:
-    gpt, draft = build(world, directory, case)
+    base, draft = build(world, directory, case)
     from megatron_eagle.decode import acceptance
 
-    decode_truly = acceptance.speculative_decode
+    decode_truly = acceptance.speculative_steps
 
-    def decode_wrongly(*args: Any) -> list[list[int]]:
-        answers = decode_truly(*args)
+    def decode_wrongly(*args: Any) -> Any:
+        answers = yield from decode_truly(*args)
         answers[0][4] = (answers[0][4] + 1) % VOCAB  # of the shortest prompt in the batch
         return answers
 
-    acceptance.speculative_decode = decode_wrongly
-    report = acceptance.evaluate_acceptance(
-        gpt, draft, prompts, vocab_size=VOCAB, aux_layers=AUX_LAYERS, max_new_tokens=8
-    )
+    acceptance.speculative_steps = decode_wrongly
+    report = acceptance.evaluate_acceptance(base, draft, prompts, max_new_tokens=8)
     return report.as_dict()
 
 

@@ -76,4 +76,5 @@ def train(ranks: int, log: Path | None, *words: object, script: Path = EXAMPLE) 
     if log is None or not log.exists():
         return run
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    return Run(run.returncode, run.output, {line["iteration"]: line for line in lines})
+    steps = {line["iteration"]: line for line in lines if "loss" in line}
+    return Run(run.returncode, run.output, steps)

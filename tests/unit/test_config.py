@@ -69,6 +69,9 @@ def test_default_captured_layers() -> None:
         ({"algorithm": "eagle1", "regression_weight": -1.0}, "weight must not be negative: -1.0"),
         ({"regression_weight": 1.0}, "--eagle-regression-weight 1.0: only .* eagle1"),
         ({"algorithm": "eagle3.1", "norm_before_fc": True}, "--eagle-norm-before-fc: .*eagle3.1"),
+        ({"eval_interval": 5}, "--eagle-eval-interval 5 needs --eagle-eval-prompts"),
+        ({"eval_prompts": "p", "eval_draft_tokens": 0}, "--eagle-eval-draft-tokens must be at l"),
+        ({"eval_prompts": "p", "offline_features": "f"}, "--eagle-eval-prompts: .* no base"),
     ],
 )
 def test_impossible_options(changes: dict, message: str) -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import tools.eval_acceptance as tool
+from megatron_eagle.checkpoint_dir import BaseInfo
 from megatron_eagle.decode.cache import KeyValueCache
 from megatron_eagle.decode.prompts import read_prompt_ids
 from megatron_eagle.decode.sequences import Sequences
+from megatron_eagle.decode.shares import PromptShare, joined_ranks
 from megatron_eagle.decode.speculative import ChainCounts
 
 CPU = torch.device("cpu")
@@ -113,6 +116,56 @@ def test_chain_counts() -> None:
     assert (counts.verifications, counts.reached, counts.accepted) == (3, [3, 2, 1], [3, 1, 1])
 
 
+def test_counts_of_other_prompts_add_up() -> None:
+    counts = ChainCounts(2)
+    counts.add(torch.tensor([[1, 0]]).bool(), torch.zeros(1, 2).bool(), torch.tensor([True]))
+    other = ChainCounts(2)
+    other.add(torch.ones(3, 2).bool(), torch.zeros(3, 2).bool(), torch.ones(3).bool())
+    counts.merge(other)
+    assert (counts.verifications, counts.reached, counts.accepted) == (4, [4, 4], [4, 3])
+
+
+def test_ranks_that_a_group_links_share_prompts() -> None:
+    """8 ranks: pairs, two of the pairs joined by another group."""
+    pairs = [(0, 1), (2, 3), (4, 5), (6, 7)]
+    assert joined_ranks([*pairs, (3, 4)]) == [{0, 1}, {2, 3, 4, 5}, {6, 7}]
+    shares = [PromptShare(i, 3).take("abcdefgh") for i in range(3)]
+    assert shares == ["adg", "beh", "cf"]
+
+
+def base_with(**args: int) -> BaseInfo:
+    return BaseInfo("llama", "tiny", "0", 61, {}, args)
+
+
+@pytest.mark.parametrize(
+    ("processes", "flags", "base", "sizes"),
+    [
+        (8, "", {}, (8, 1, 1, 1, None)),
+        (8, "--pipeline-model-parallel-size 2", {}, (4, 2, 1, 1, None)),
+        (8, "--tensor-model-parallel-size 2 --context-parallel-size 2", {}, (2, 1, 2, 1, None)),
+        (8, "--expert-model-parallel-size 4", {"num_experts": 8}, (2, 1, 1, 4, None)),
+        (2, "--expert-model-parallel-size 2 --tensor-model-parallel-size 2",
+         {"num_experts": 8, "expert_tensor_parallel_size": 1}, (2, 1, 1, 2, 1)),
+        (6, "--pipeline-model-parallel-size 4", {}, "does not divide the 6 processes"),
+        (8, "--tensor-model-parallel-size 3", {}, "-size 3 does not divide the 8 processes"),
+        (2, "--expert-model-parallel-size 2 --tensor-model-parallel-size 2", {"num_experts": 8},
+         "--expert-tensor-parallel-size 2 does not divide the 2 processes"),
+        (2, "--expert-model-parallel-size 2", {}, "the base has no experts"),
+    ],
+)  # fmt: skip
+def test_the_tool_s_layout(
+    processes: int, flags: str, base: dict[str, int], sizes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    words = ["--base", "b", "--draft", "d", "--prompts", "p", *flags.split()]
+    args = tool._parser().parse_args(words)
+    if isinstance(sizes, str):
+        with pytest.raises(ValueError, match=sizes):
+            tool._sizes(args, base_with(**base))
+    else:
+        assert tuple(tool._sizes(args, base_with(**base)).values()) == sizes
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -138,6 +191,7 @@ def test_bad_prompts_are_named(tmp_path: Path, line: str, message: str) -> None:
         ("--draft none --draft-tokens 0", "--draft-tokens must be at least 1, not 0"),
         ("--draft none --reinitialize", "--reinitialize needs --draft CKPT"),
         ("--draft none", "no such base checkpoint directory"),
+        ("--draft none --context-parallel-size 0", "--context-parallel-size must be at least 1"),
     ],
 )
 def test_the_tool_refuses_in_one_line(

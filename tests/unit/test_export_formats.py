@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig
 
+from megatron_eagle.checkpoint_dir import ACCEPTED_LENGTH_NAME
 from megatron_eagle.hf.draft_card import read_evaluation
 from megatron_eagle.hf.draft_formats import FORMATS
 from megatron_eagle.hf.export_draft import export_draft
@@ -215,6 +216,22 @@ def test_the_card_says_what_was_measured(tmp_path: Path) -> None:
     export_draft(tmp_path / "ckpt", tmp_path / "own", data="10,000 chats")
     card = (tmp_path / "own" / "README.md").read_text()
     assert "| training data | 10,000 chats |" in card and "not measured" in card
+
+
+def test_the_card_says_what_training_measured(tmp_path: Path) -> None:
+    """Of a draft in SAVE/best, unless the tool's figures are given."""
+    iteration = TrainedDraft.make().save(tmp_path / "best")
+    measured = {**FIGURES, "iteration": 120, "accepted_length": 3.25}
+    (iteration / ACCEPTED_LENGTH_NAME).write_text(json.dumps(measured))
+    export_draft(tmp_path / "best", tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "3.250 tokens per verification, greedy, chains of 3 drafts, 40 prompts, while tr" in card
+    export_draft(tmp_path / "best", tmp_path / "own", evaluation=FIGURES)
+    card = (tmp_path / "own" / "README.md").read_text()
+    assert "2.346 tokens per verification" in card and "while training" not in card
+    (iteration / ACCEPTED_LENGTH_NAME).write_text("{}")
+    with pytest.raises(ValueError, match=f"{ACCEPTED_LENGTH_NAME}: accepted_length is missing"):
+        export_draft(tmp_path / "best", tmp_path / "broken")
 
 
 @pytest.mark.parametrize(
