@@ -5,12 +5,14 @@ A line holds ``prompt_ids`` and ``answer_ids``; the answer is supervised, the pr
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from megatron_eagle.data.jsonl_chunks import parse_lines
 
 
 class AnswerDocuments:
@@ -41,20 +43,21 @@ def read_answers(file: str, vocab_size: int) -> list[tuple[np.ndarray, np.ndarra
     if not path.is_file():
         raise ValueError(f"--eagle-train-data {file}: no such file")
     conversations = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip():
-                conversations.append(_parse(line, vocab_size, f"{file}:{number}"))
+            for _, record in parse_lines(line, number):
+                conversations.append(_parse(record, vocab_size, f"{file}:{number}"))
     if not conversations:
         raise ValueError(f"--eagle-train-data {file}: the data set is empty")
     return conversations
 
 
-def _parse(line: str, vocab_size: int, where: str) -> tuple[np.ndarray, np.ndarray]:
+def _parse(record: Any, vocab_size: int, where: str) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(record, ValueError):
+        raise ValueError(f"{where}: {record}")
     try:
-        record = json.loads(line)
         prompt, answer = record["prompt_ids"], record["answer_ids"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise ValueError(
             f"{where}: not a JSON object with prompt_ids and answer_ids ({error!r})"
         ) from None

@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -93,7 +94,7 @@ def _make_parts(
         # Imported once, for all workers.
         modules = ["transformers.models.auto.tokenization_auto", __name__]
         context.set_forkserver_preload(modules)
-        pool = ProcessPoolExecutor(workers, context, initializer=_one_thread)
+        pool = ProcessPoolExecutor(workers, context, initializer=_start_worker)
         results = pool.map(_make_part_of, jobs)
     else:
         results = map(_make_part_of, jobs)
@@ -118,8 +119,17 @@ def _make_parts(
             pool.shutdown(cancel_futures=True)
 
 
-def _one_thread() -> None:
+def _start_worker() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed cannot stop its workers, which would wait for jobs for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 _readers: dict[RecordOptions, RecordReader] = {}

@@ -15,6 +15,9 @@ from megatron_eagle.data.conversations import parse_conversation
 from megatron_eagle.data.masked_tokens import Document, mask_tokens
 from megatron_eagle.data.text_tokenizer import load_tokenizer
 
+_MAX_IDS = 2**31
+"""What a token takes on disk is at most an int32."""
+
 
 @dataclass(frozen=True)
 class RecordOptions:
@@ -122,6 +125,8 @@ def _answer(record: Mapping[str, Any]) -> Document:
         ids = record.get(name)
         if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
             raise ValueError(f"{name} must be a non-empty list of token ids")
+        if abs(worst := max(ids, key=abs)) >= _MAX_IDS:
+            raise ValueError(f"token id {worst} is outside any vocabulary")
         parts.append(np.asarray(ids, dtype=np.int64))
     mask = np.zeros(len(parts[0]) + len(parts[1]), dtype=bool)
     mask[len(parts[0]) :] = True

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from megatron_eagle.data.jsonl_chunks import parse_lines
+
 Progress = Callable[[str], None]
 
 
@@ -35,14 +37,10 @@ def read_prompts(file: Path) -> dict[str, list[dict[str, str]]]:
     if not file.is_file():
         raise ValueError(f"--prompts {file}: no such file")
     prompts: dict[str, list[dict[str, str]]] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
+    for number, record in parse_lines(file.read_bytes(), 1):
         where = f"--prompts {file}:{number}"
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error})") from None
+        if isinstance(record, ValueError):
+            raise ValueError(f"{where}: {record}")
         messages = _messages(record, where)
         name = str(record.get("id", number))
         if name in prompts:

@@ -62,7 +62,9 @@ def test_counts_are_of_answers_only(file: str) -> None:
     ("text", "message"),
     [
         ("", "the data set is empty"),
-        ('{"prompt_ids": [1], "answ', ":1: not a JSON object"),
+        ('{"prompt_ids": [1], "answ', r":1: not JSON \("),
+        ('{"prompt_ids": [1], "answer_ids": [2]}\n"\udcff"', r":2: not JSON \('utf-8' codec"),
+        ("[" * 100_000, ":1: not JSON .*recursion"),
         ("[1, 2]", ":1: not a JSON object"),
         ('{"prompt_ids": [1]}', ":1: not a JSON object with prompt_ids and answer_ids"),
         ('{"prompt_ids": [], "answer_ids": [2]}', ":1: prompt_ids must be a non-empty list"),
@@ -73,7 +75,7 @@ def test_counts_are_of_answers_only(file: str) -> None:
 )
 def test_bad_lines_are_named(text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.jsonl"
-    path.write_text(text)
+    path.write_text(text, errors="surrogateescape")
     with pytest.raises(ValueError, match=message) as raised:
         read_answers(str(path), 20)
     assert str(path) in str(raised.value)

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +23,7 @@ from megatron_eagle.data.text_tokenizer import load_tokenizer
 from tests import chat_templates as templates
 from tools.prepare_data import main
 
+ROOT = Path(__file__).resolve().parents[2]
 QUESTION = {"role": "user", "content": "What is the weather in Paris?"}
 
 
@@ -92,6 +99,7 @@ BAD = [
     {"messages": [QUESTION, QUESTION]},
     {"messages": [QUESTION]},
     {"prompt_ids": [1], "answer_ids": [999]},
+    {"prompt_ids": [-(2**70)], "answer_ids": [9]},
     {"question": "?"},
     "[]",
     chat("It is windy."),
@@ -99,7 +107,8 @@ BAD = [
 REASONS = [
     ":2: not JSON (", ":3: the conversation is empty", ":4: message 2: roles out of order",
     ":5: no assistant message", ":6: token id 999 is outside the vocabulary's 0 to ",
-    ":7: the record has none of messages", ":8: not a JSON object",
+    f":7: token id -{2**70} is outside any", ":8: the record has none of messages",
+    ":9: not a JSON object",
 ]  # fmt: skip
 
 
@@ -118,7 +127,7 @@ def test_bad_lines_are_counted_and_listed_when_skipped(tokenizer: str, tmp_path:
     summary = prepare(
         [file], str(tmp_path / "out"), RecordOptions(tokenizer), skip_bad=True, chunk_bytes=1
     )
-    assert summary["bad_lines"] == 7 and summary["documents"] == 2
+    assert summary["bad_lines"] == 8 and summary["documents"] == 2
     listed = (tmp_path / "out.bad.txt").read_text().splitlines()
     assert len(listed) == len(REASONS)
     for line, reason in zip(listed, REASONS, strict=True):
@@ -182,6 +191,42 @@ def test_two_processes_write_the_same_bytes(tokenizer: str, tmp_path: Path) -> N
     assert (tmp_path / "one.bin").read_bytes() == (tmp_path / "two.bin").read_bytes()
     mask = "_loss_mask.bin"
     assert (tmp_path / f"one{mask}").read_bytes() == (tmp_path / f"two{mask}").read_bytes()
+
+
+@pytest.mark.slow
+def test_workers_end_with_a_killed_run(tokenizer: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "in.jsonl", [chat(f"It is {i} degrees. " * 300) for i in range(2000)])
+    command = [sys.executable, "tools/prepare_data.py", "--input", file, "--tokenizer", tokenizer]
+    command += ["--output-prefix", str(tmp_path / "out"), "--workers", "2"]
+    with subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True
+    ) as run:
+        until(lambda: len(list((tmp_path / "out.parts").glob("*.npz"))) > 1)
+        run.kill()
+    until(lambda: not of_session(run.pid))
+    assert not (tmp_path / "out.idx").exists()
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (
+        done.returncode == 0 and json.loads((tmp_path / "out.json").read_text())["records"] == 2000
+    )
+
+
+def until(condition: Callable[[], Any], seconds: float = 100) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def of_session(leader: int) -> list[int]:
+    """Processes of the session that ``leader`` started and that still run."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, _, session = stat.read_text().rpartition(")")[2].split()[:4]
+            if int(session) == leader and state != "Z":
+                found.append(int(stat.parent.name))
+    return found
 
 
 def test_other_options_do_not_reuse_chunks(tokenizer: str, tmp_path: Path) -> None:

@@ -181,7 +181,7 @@ def test_conversations_lose_their_last_answer(tmp_path: Path) -> None:
     [
         (None, "no such file"),
         ("\n", "no prompts"),
-        ('{"prompt": "x"}\n{"prompt": \n', ":2: not JSON"),
+        ('{"prompt": "x\u2028y"}\n{"prompt": \n', ":2: not JSON"),
         ('{"prompt": " "}\n', ":1: neither"),
         ('{"messages": [{"role": "user"}]}\n', ":1: a message needs"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}\n', ":1: nothing to answer"),
