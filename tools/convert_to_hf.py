@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_eagle.hf.draft_card import read_evaluation
+from megatron_eagle.hf.draft_card import algorithm_name, read_evaluation
 from megatron_eagle.hf.draft_formats import FORMATS
 from megatron_eagle.hf.export_draft import DTYPES, export_draft
 
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"EAGLE-3 draft for {info.base.name!r} is in {args.output}")
+    print(f"{algorithm_name(info)} draft for {info.base.name!r} is in {args.output}")
     return 0
 
 

@@ -58,21 +58,25 @@ def largest_difference(draft: EagleDraft, exported: Path, dtype: torch.dtype) ->
     inputs = width if draft.is_eagle1 else draft.num_aux * width
     features = torch.randn(ROWS, inputs, generator=generator)
     embeddings = torch.randn(ROWS + STEPS - 1, width, generator=generator)
-    expected = PlainDraft(exported).run(features, embeddings, STEPS)
-    found = _run(draft, features, embeddings)
+    mask = torch.randn(width, generator=generator) if draft.mask_token is not None else None
+    expected = PlainDraft(exported).run(features, embeddings, STEPS, mask)
+    found = _run(draft, features, embeddings, mask)
     differences = [
         (a - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)
     ]
     return float(torch.stack(differences).max())
 
 
-def _run(draft: EagleDraft, features: Tensor, embeddings: Tensor) -> list[Tensor]:
+def _run(
+    draft: EagleDraft, features: Tensor, embeddings: Tensor, mask: Tensor | None
+) -> list[Tensor]:
     device = draft.vocab_ids.device
     inputs = DraftInputs(
         features=features.unsqueeze(1).to(device),
         embeddings=embeddings[None, :, None].to(device),
         rotary=draft.rotary(ROWS + STEPS - 1).to(device),
         spans=[(0, ROWS)],
+        mask_embedding=None if mask is None else mask.to(device),
     )
     outputs = [output[:, 0] for output in unroll(draft, inputs, STEPS)]
     if not draft.is_eagle1:
@@ -84,8 +88,6 @@ def check_export(
     about: DraftCheckpointInfo, checkpoint: str | Path, exported: Path, pg_collection: Any
 ) -> float:
     """The :func:`largest_difference`; raises ``ValueError`` if it is more than rounding."""
-    if about.info.options.algorithm == "p-eagle":
-        raise ValueError("--verify: a P-EAGLE draft has no steps that follow each other to compare")
     draft = checkpoint_draft(about, checkpoint, pg_collection)
     weights = PlainDraft(exported).layer_config
     dtype = getattr(torch, weights.get("torch_dtype") or "float32")

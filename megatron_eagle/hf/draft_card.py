@@ -70,7 +70,7 @@ tags:
 - {info.options.algorithm}
 - speculative-decoding
 ---
-# {_algorithm(info)} draft for {info.base.name}
+# {algorithm_name(info)} draft for {info.base.name}
 
 | | |
 |---|---|
@@ -106,7 +106,7 @@ def _rows(info: DraftInfo, facts: CardFacts, dtype: torch.dtype) -> list[tuple[s
     return rows + _figures(facts.evaluation)
 
 
-def _algorithm(info: DraftInfo) -> str:
+def algorithm_name(info: DraftInfo) -> str:
     """EAGLE-1, EAGLE-3, EAGLE-3.1, P-EAGLE."""
     if info.options.algorithm == "p-eagle":
         return "P-EAGLE"

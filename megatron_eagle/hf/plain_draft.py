@@ -45,18 +45,29 @@ class PlainDraft:
             self.rope = _rotary(self.layer_config)
 
     @torch.no_grad()
-    def run(self, features: Tensor, embeddings: Tensor, steps: int) -> list[Tensor]:
+    def run(
+        self,
+        features: Tensor,
+        embeddings: Tensor,
+        steps: int,
+        mask_embedding: Tensor | None = None,
+    ) -> list[Tensor]:
         """Logits over the draft vocabulary of ``steps`` TTT steps, [S, D] each; for EAGLE-1, whose
         head is the base's, the hidden states [S, H].
 
         features [S, A * H]: captured layers (EAGLE-1: final hidden [S, H]). embeddings
-        [S + steps - 1, H]: step t consumes rows t onwards.
+        [S + steps - 1, H]: step t consumes rows t onwards. ``mask_embedding`` [H]: of the mask
+        token, which P-EAGLE's later steps consume instead.
         """
         rows = features.shape[0]
         seen: list[KeyValues] = [[] for _ in range(self.layer_config["num_hidden_layers"])]
         hidden, outputs = self._start(features), []
         for step in range(steps):
             embedding = embeddings[step : step + rows]
+            if step > 0 and "mask_hidden" in self.tensors:
+                assert mask_embedding is not None
+                embedding = mask_embedding.expand_as(embedding)
+                hidden = self._start(self.tensors["mask_hidden"]).expand_as(embedding)
             for layer, known in enumerate(seen):
                 hidden = self._layer(layer, embedding, hidden, step, known)
             normed = hidden if self.is_eagle1 else self._norm("norm.weight", hidden)

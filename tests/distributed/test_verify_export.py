@@ -36,6 +36,7 @@ DRAFTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "speculators": ("speculators", {}),
     "mla": ("hf", MLA),
+    "p-eagle": ("vllm", {"algorithm": "p-eagle", "mask_token": 4, "layers": 2}),
 }
 
 
@@ -69,6 +70,16 @@ def test_an_export_gives_the_same_logits(name: str, tmp_path: Path) -> None:
 def test_rounding_to_bf16_is_no_difference(tmp_path: Path) -> None:
     (difference,) = run_distributed(_verify, 1, *exported(tmp_path, "hf", torch.bfloat16))
     assert isinstance(difference, float) and difference < 1e-4, difference
+
+
+def test_a_wrong_mask_hidden_is_seen(tmp_path: Path) -> None:
+    changes = {"algorithm": "p-eagle", "mask_token": 4}
+    checkpoint, files = exported(tmp_path, "vllm", None, **changes)
+    tensors = load_file(files / "model.safetensors")
+    tensors["mask_hidden"] = tensors["mask_hidden"].roll(1, 1)
+    save_file(tensors, files / "model.safetensors")
+    (refusal,) = run_distributed(_verify, 1, checkpoint, files)
+    assert isinstance(refusal, str) and refusal.startswith("--verify: the exported files give")
 
 
 @pytest.mark.parametrize("tensor", ["self_attn.k_proj.weight", "hidden_norm.weight"])
