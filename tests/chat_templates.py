@@ -209,3 +209,15 @@ def make_tokenizer(directory: Path, template: str | None = None) -> Path:
         tokenizer.chat_template = template
     tokenizer.save_pretrained(directory)
     return directory
+
+
+def make_sentencepiece(folder: Path) -> Path:
+    """A SentencePiece BPE model trained on the same text."""
+    import sentencepiece
+
+    (folder / "text.txt").write_text(TEXT)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "text.txt"), model_prefix=str(folder / "tok"), model_type="bpe",
+        vocab_size=330, byte_fallback=True, minloglevel=2, hard_vocab_limit=False,
+    )  # fmt: skip
+    return folder / "tok.model"

@@ -253,14 +253,7 @@ def test_bad_conversations_are_named(messages: list, reason: str) -> None:
 
 
 def test_sentencepiece_control_pieces_and_offsets(tmp_path: Path) -> None:
-    import sentencepiece
-
-    (tmp_path / "text.txt").write_text(templates.TEXT)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tok"), model_type="bpe",
-        vocab_size=330, byte_fallback=True, minloglevel=2, hard_vocab_limit=False,
-    )  # fmt: skip
-    tokenizer = load_tokenizer(tmp_path / "tok.model")
+    tokenizer = load_tokenizer(templates.make_sentencepiece(tmp_path))
     chat = ChatTemplate(templates.MISTRAL, tokenizer.names, {})
     [sample] = chat.samples(parse_conversation({"messages": CHAT}))
     document = mask_tokens(sample, tokenizer)

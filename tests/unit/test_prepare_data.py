@@ -92,6 +92,18 @@ def test_templates_options_and_unstable_turns(
     ]
 
 
+def test_a_sentencepiece_model_with_a_template_of_the_user_s(tmp_path: Path) -> None:
+    model = str(templates.make_sentencepiece(tmp_path))
+    file = write(tmp_path / "in.jsonl", [chat("It is sunny."), {"text": "Hello there"}])
+    (tmp_path / "mistral.jinja").write_text(templates.MISTRAL)
+    words = ["--input", file, "--tokenizer", model, "--output-prefix", str(tmp_path / "out")]
+    assert main([*words, "--chat-template", str(tmp_path / "mistral.jinja")]) == 0
+    tokenizer = load_tokenizer(model)
+    data = IndexedDocuments(str(tmp_path / "out"), tokenizer.vocab_size)
+    spoken = [tokenizer.decode(ids[mask].tolist()) for ids, mask in (data[0], data[1])]
+    assert spoken == ["It is sunny.</s>", "Hello there</s>"]
+
+
 BAD = [
     chat("It is sunny."),
     '{"messages": [{"role": "us',
