@@ -74,7 +74,12 @@ CASES = [
     pytest.param(2, {**EAGLE31, "sequence_parallel": True}, id="tp2-sp-eagle3.1"),
     pytest.param(2, {"norm_before_fc": True, "norm_before_residual": True}, id="tp2-norms"),
     pytest.param(2, {**LATENT, "num_layers": 2}, id="tp2-mla-two-layers"),
-    pytest.param(2, {**LATENT, **EAGLE31, "sequence_parallel": True}, id="tp2-sp-mla"),
+    pytest.param(
+        2,
+        {**LATENT, **EAGLE31, "sequence_parallel": True},
+        id="tp2-sp-mla",
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
