@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 WIDE = {"ffn_hidden_size": 96, "num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 16}
+WIDE_LATENT = {"ffn_hidden_size": 96, "q_lora_rank": 30, "kv_lora_rank": 40, "v_head_dim": 8}
 LAYOUTS = [
     pytest.param({}, id="one-layer"),
     pytest.param({"layers": 3}, id="three-layers"),
@@ -33,6 +34,7 @@ LAYOUTS = [
     pytest.param({"norm_before_fc": True}, id="norm-before-fc"),
     pytest.param({"base": WIDE}, id="own-widths"),
     pytest.param({"latent": LATENT, "algorithm": "eagle3.1"}, id="mla-eagle3.1"),
+    pytest.param({"latent": LATENT, "base": WIDE_LATENT}, id="mla-own-widths"),
 ]
 
 

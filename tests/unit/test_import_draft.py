@@ -65,6 +65,7 @@ LAYOUTS = [
 
 EAGLE1 = {"algorithm": "eagle1", "draft_vocab": 53, "layers": 2}
 RESIDUAL = {"norm_before_residual": True}
+WIDE_LATENT = {"num_attention_heads": 8, "q_lora_rank": 30, "qk_head_dim": 12}
 MLA = {"latent": LATENT, "rope": {"rope_theta": 50000.0, "rope_scaling": DEEPSEEK_YARN}}
 CASES = [
     *[
@@ -75,6 +76,7 @@ CASES = [
     *[pytest.param(EAGLE1, name, id=f"eagle1-{name}") for name in ("vllm", "sglang")],
     *[pytest.param(MLA, name, id=f"mla-{name}") for name in ("hf", "vllm", "sglang", "trtllm")],
     pytest.param({**MLA, "layers": 2, **RESIDUAL}, "vllm", id="mla-two-layers-vllm"),
+    pytest.param({**MLA, "base": WIDE_LATENT}, "hf", id="mla-own-widths-hf"),
     *[pytest.param(RESIDUAL, name, id=f"residual-{name}") for name in ("vllm", "speculators")],
 ]
 
