@@ -139,4 +139,6 @@ def _judged(
     accepted = hits.long().cumprod(1).sum(1)
     counts.add(hits, sequences.is_stop(said[:, :-1]), sequences.growing)
     sequences.append(said, accepted + 1)
-    return Verified(features, said, start, accepted)
+    # Of a sequence that ended, no more than was appended: its chain must stay in the cache.
+    last = (sequences.lengths - 2 - start).clamp(min=0)
+    return Verified(features, said, start, last)

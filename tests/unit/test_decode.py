@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 
 import tools.eval_acceptance as tool
 from megatron_eagle.checkpoint_dir import BaseInfo
+from megatron_eagle.decode import speculative
 from megatron_eagle.decode.cache import KeyValueCache
 from megatron_eagle.decode.prompts import read_prompt_ids
 from megatron_eagle.decode.sequences import Sequences
@@ -104,6 +106,22 @@ def test_only_the_first_counts_tokens_are_appended() -> None:
     sequences.append(torch.tensor([[5, 6], [7, 8]]), torch.tensor([1, 2]))
     sequences.append(torch.tensor([[9] * 9] * 2), torch.tensor([9, 9]))
     assert sequences.answers() == [[5, 9, 9, 9, 9], [7, 8, 9, 9, 9]]
+
+
+def test_chains_of_ended_sequences_stay_in_the_cache() -> None:
+    """A draft that is always right leads beyond the first sequence's limit while the second, that
+    accepts none, still grows."""
+    chain, limit = 3, 3
+    base: Any = SimpleNamespace(argmax=lambda said: said)
+    sequences = Sequences([[1] * 5, [1]], limit, (), torch.device("cpu"), spare=chain)
+    said, drafts = torch.full((2, chain + 1), 7), torch.tensor([[7] * chain, [8] * chain])
+    counts, features = ChainCounts(chain), torch.empty(chain + 1, 2, 1)
+    for _ in range(limit):
+        verified = speculative._judged(base, sequences, drafts, counts, features, said.t())
+        newest = verified.start + verified.last
+        assert int(newest.max()) + chain - 1 < sequences.capacity
+        assert int(newest[1]) == int(sequences.lengths[1]) - 2
+    assert sequences.finished
 
 
 def test_chain_counts() -> None:
