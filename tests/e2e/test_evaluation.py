@@ -97,7 +97,7 @@ LAYOUTS = [
     pytest.param(2, ["--tensor-model-parallel-size", 2, "--sequence-parallel"], id="tp2-sp"),
     pytest.param(2, OVERLAP, id="dp2-do"),
     pytest.param(2, ["--context-parallel-size", 2], id="cp2"),
-    pytest.param(4, [*PP2, *OVERLAP], id="pp2-dp2-do"),
+    pytest.param(4, [*PP2, *OVERLAP, "--global-batch-size", 8], id="pp2-dp2-do"),
     pytest.param(2, ["--bf16", *OVERLAP], id="dp2-do-bf16"),
 ]
 
