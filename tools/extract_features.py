@@ -3,22 +3,30 @@
     torchrun --nproc-per-node 8 tools/extract_features.py --base BASE --data data/chats \\
         --seq-length 2048 --dtype bfloat16 --tensor-model-parallel-size 4 --output FEATURES
 
-Ranks beyond the tensor-parallel ones share the shards. A run that was stopped goes on where it was.
+The base runs in any layout, by Megatron's flags; replicas of it share the shards. A run that was
+stopped goes on where it was, in any layout.
 `--verify FEATURES` recomputes the checksums of finished features.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from megatron_eagle.checkpoint_dir import BaseInfo, load_base_json
+from megatron_eagle.config import EagleConfig
 from megatron_eagle.data.feature_rows import STORED_DTYPES
 from megatron_eagle.platform import enable
 from megatron_eagle.platform.mistakes import report_mistake
+
+SIZES = {
+    "tensor-model": "ranks that share every layer",
+    "pipeline-model": "stages; layers that they do not divide evenly go to the first",
+    "context": "ranks over which every sequence is cut",
+    "expert-model": "ranks over which the base's experts are spread",
+}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -57,7 +65,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--store", choices=STORED_DTYPES, help="of the files (default: the one it computes in)"
     )
-    parser.add_argument("--tensor-model-parallel-size", type=int, default=1)
+    for name, text in SIZES.items():
+        parser.add_argument(f"--{name}-parallel-size", type=int, default=1, metavar="N", help=text)
     parser.add_argument("--shard-mib", type=int, default=1024, help="size of a shard, about")
     parser.add_argument(
         "--verify", type=Path, metavar="DIR", help="check features, do nothing else"
@@ -69,15 +78,27 @@ def _check(args: argparse.Namespace) -> None:
     for name in ("base", "data", "output", "seq_length"):
         if getattr(args, name) is None:
             raise ValueError(f"--{name.replace('_', '-')} is needed")
-    for name in ("seq_length", "tensor_model_parallel_size", "shard_mib"):
+    sizes = [f"{name.replace('-', '_')}_parallel_size" for name in SIZES]
+    for name in ("seq_length", "shard_mib", *sizes):
         if getattr(args, name) < 1:
             flag = "--" + name.replace("_", "-")
             raise ValueError(f"{flag} must be at least 1, not {getattr(args, name)}")
-    world, size = int(os.environ.get("WORLD_SIZE", "1")), args.tensor_model_parallel_size
-    if world % size:
-        raise ValueError(
-            f"--tensor-model-parallel-size {size} does not divide the {world} processes"
-        )
+
+
+def _check_layout(args: argparse.Namespace, info: BaseInfo) -> None:
+    """Before any rank can wait for another."""
+    from megatron_eagle.training.layout import check_processes
+
+    tensor, pipeline, context, expert = (
+        getattr(args, f"{name.replace('-', '_')}_parallel_size") for name in SIZES
+    )
+    if expert > 1 and not info.megatron_args.get("num_experts"):
+        raise ValueError(f"--expert-model-parallel-size {expert}: the base has no experts")
+    names = [f"{name}-parallel" for name in SIZES]
+    check_processes(dict(zip(names[:3], (tensor, pipeline, context), strict=True)))
+    if expert > 1:  # which tensor-parallel ranks share, or not
+        shared = info.megatron_args.get("expert_tensor_parallel_size") or tensor
+        check_processes(dict(zip(names, (shared, pipeline, 1, expert), strict=True)))
 
 
 def _verify(directory: Path) -> int:
@@ -89,61 +110,51 @@ def _verify(directory: Path) -> int:
 
 
 def _extract(args: argparse.Namespace) -> None:
-    from megatron_eagle.checkpoint_dir import load_base_json
-    from megatron_eagle.config import EagleConfig
+    from megatron_eagle.data.base_rows import BaseRows
     from megatron_eagle.data.documents import FittedDocuments, open_documents
-    from megatron_eagle.data.extract import begin, extract, finish
+    from megatron_eagle.data.extract import Replica, begin, extract, finish, plan_features
     from megatron_eagle.decode.load import load_base
+    from megatron_eagle.parallel.stage_links import StageLinks
     from megatron_eagle.training.standalone import start
 
     info = load_base_json(args.base)
-    layers = EagleConfig(aux_layers=args.aux_layers and tuple(args.aux_layers))
-    count = info.megatron_args["num_layers"]
-    layers.check_against_base(count, info.vocab_size, max(args.seq_length, layers.ttt_steps + 2))
-    if args.seq_length > info.megatron_args["max_position_embeddings"]:
-        raise ValueError(f"--seq-length {args.seq_length} exceeds the base's positions")
+    _check_layout(args, info)
+    layers = _captured_layers(args, info)
     documents = FittedDocuments(open_documents(args.data, info.vocab_size), args.seq_length)
-    groups = start(0, args.tensor_model_parallel_size)
-    base = load_base(args.base, info, groups, layers.captured_layers(count))
-    base.to(getattr(torch, args.dtype))
-    plan, total = _plan(args, info, documents, base)
+    groups = start(
+        0,
+        args.tensor_model_parallel_size,
+        info.megatron_args.get("expert_tensor_parallel_size"),
+        pipeline=args.pipeline_model_parallel_size,
+        context=args.context_parallel_size,
+        expert=args.expert_model_parallel_size,
+    )
+    base = load_base(args.base, info, groups, layers).to(getattr(torch, args.dtype))
+    links = StageLinks(groups.pp) if groups.pp.size() > 1 else None
+    stored = args.store or args.dtype
+    plan, total = plan_features(
+        base, links, info, documents, str(args.data), stored, args.shard_mib << 20
+    )
     first = torch.distributed.get_rank() == 0
     progress = (lambda line: print(line, flush=True)) if first else lambda _: None
     if first:
         begin(plan, args.output, total, progress)
     torch.distributed.barrier()  # a mistake found there stops the launcher, and all ranks
-    replica = (groups.dp.rank(), groups.dp.size())
-    extract(base, documents, plan, args.output, replica, progress)
+    replica = Replica(groups.dp.rank(), groups.dp.size(), groups.ep.size() > 1)
+    extract(BaseRows(base, links), documents, plan, args.output, replica, progress)
     torch.distributed.barrier()
     if first:
         finish(args.output)
         progress(f"{args.output}: train with --eagle-offline-features {args.output}")
 
 
-def _plan(args: argparse.Namespace, info: Any, documents: Any, base: Any) -> tuple[Any, int]:
-    """What will be written, and its bytes."""
-    from megatron_eagle.data.extract import cut_into_shards, survey
-    from megatron_eagle.data.feature_rows import RowCodec
-    from megatron_eagle.data.feature_store import FeaturePlan
-
-    stored, width = args.store or args.dtype, base.config.hidden_size
-    codecs = [RowCodec(stored, blocks, width) for blocks in (len(base.taps.layers), 1)]
-    sizes, digest = survey(documents, (codecs[0].row_bytes, codecs[1].row_bytes))
-    plan = FeaturePlan(
-        base=info.name,
-        fingerprint=info.fingerprint,
-        source=str(args.data),
-        documents=digest,
-        seq_length=args.seq_length,
-        aux_layers=base.taps.layers,
-        hidden_size=width,
-        vocab_size=info.vocab_size,
-        stored=stored,
-        computed=args.dtype,
-        layer_sizes=tuple(base.layer_sizes().tolist()),
-        shards=cut_into_shards(sizes, args.shard_mib << 20),
-    )
-    return plan, sum(sizes)
+def _captured_layers(args: argparse.Namespace, info: BaseInfo) -> tuple[int, ...]:
+    options = EagleConfig(aux_layers=args.aux_layers and tuple(args.aux_layers))
+    count = info.megatron_args["num_layers"]
+    options.check_against_base(count, info.vocab_size, max(args.seq_length, options.ttt_steps + 2))
+    if args.seq_length > info.megatron_args["max_position_embeddings"]:
+        raise ValueError(f"--seq-length {args.seq_length} exceeds the base's positions")
+    return options.captured_layers(count)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,13 @@ def append_halo(rows: Tensor, halo: int, group: ProcessGroup) -> Tensor:
     return torch.cat([first, after[rank + 1], second, after[2 * world - rank]])
 
 
+@torch.no_grad()
+def gather_sequence(rows: Tensor, group: ProcessGroup) -> Tensor:
+    """This rank's two pieces [S / CP, ...] as the whole sequence [S, ...], on every rank. One
+    all-gather over ``group``; ``rows`` itself when CP is 1."""
+    return rows if group.size() == 1 else _in_order(_all_gather(rows, group), group.size())
+
+
 class _GatherSequence(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: ProcessGroup) -> Tensor:

@@ -75,7 +75,8 @@ def parse_eagle_args(options: EagleConfig) -> tuple[argparse.Namespace, BaseInfo
     if options.offline_features is not None and args.pipeline_model_parallel_size > 1:
         raise ValueError(
             f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}: with "
-            "--eagle-offline-features no layers are there to be cut"
+            "--eagle-offline-features there are no base layers to cut; leave it out, and these "
+            "ranks are data-parallel"
         )
     check_micro_batches(args)
     if options.pack:

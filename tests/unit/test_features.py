@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.data import extract as module
+from megatron_eagle.data.base_rows import BaseRows
 from megatron_eagle.data.datasets import DocumentDataset
 from megatron_eagle.data.documents import AnswerDocuments, FittedDocuments
-from megatron_eagle.data.extract import begin, cut_into_shards, extract, finish, survey
+from megatron_eagle.data.extract import Replica, begin, cut_into_shards, extract, finish, survey
 from megatron_eagle.data.feature_rows import RowCodec
 from megatron_eagle.data.feature_store import FeatureDocuments, FeaturePlan, verify
-from megatron_eagle.teacher.routing import BaseOutputs
 
 HIDDEN, LAYERS = 6, (1, 2)
 
@@ -26,15 +26,18 @@ HIDDEN, LAYERS = 6, (1, 2)
 class CountingBase:
     """Hidden states that tell token and position, as a base without attention would give."""
 
-    tp_group = SimpleNamespace(rank=lambda: 0)
+    tp_group = cp_group = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
     embedding_weight = torch.zeros(1)
-    config = SimpleNamespace(multi_latent_attention=False, window_size=None, softmax_type="vanilla")
+    taps = SimpleNamespace(layers_here=LAYERS)
 
-    def __call__(self, tokens: Tensor, packing: Any) -> BaseOutputs:
+    def run_stage(self, tokens: Tensor, hidden: None, packing: Any) -> tuple[dict, Tensor]:
         length = tokens.shape[1]
         positions = torch.arange(length) if packing is None else packing.positions[0]
-        final = (tokens[0] * 100 + positions).float().unsqueeze(-1).repeat(1, HIDDEN)
-        return BaseOutputs(torch.cat([final + 0.25, final + 0.5], -1).unsqueeze(1), final[:, None])
+        final = (tokens[0] * 100 + positions).float().unsqueeze(-1).repeat(1, HIDDEN).unsqueeze(1)
+        return {2: final + 0.5, 1: final + 0.25}, final
+
+
+ROWS = BaseRows(CountingBase(), None)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -65,7 +68,7 @@ def write(documents: FittedDocuments, folder: Path, stored: str = "float32") -> 
     plan, total = plan_for(documents, stored)
     begin(plan, folder, total, len)
     for replica in range(2):
-        extract(CountingBase(), documents, plan, folder, (replica, 2), len)  # type: ignore[arg-type]
+        extract(ROWS, documents, plan, folder, Replica(replica, 2), len)
     finish(folder)
     return plan
 
@@ -113,7 +116,7 @@ def test_a_killed_extraction_goes_on(
 ) -> None:
     plan, total = plan_for(documents)
     begin(plan, tmp_path / "features", total, len)
-    finished = module._ShardWriter.finish
+    finished = module.ShardWriter.finish
     done = []
 
     def killed_after_two(writer: Any) -> None:
@@ -122,16 +125,16 @@ def test_a_killed_extraction_goes_on(
         done.append(writer.shard)
         finished(writer)
 
-    monkeypatch.setattr(module._ShardWriter, "finish", killed_after_two)
+    monkeypatch.setattr(module.ShardWriter, "finish", killed_after_two)
     with pytest.raises(KeyboardInterrupt):
-        extract(CountingBase(), documents, plan, tmp_path / "features", (0, 1), len)  # type: ignore[arg-type]
-    monkeypatch.setattr(module._ShardWriter, "finish", finished)
+        extract(ROWS, documents, plan, tmp_path / "features", Replica(), len)
+    monkeypatch.setattr(module.ShardWriter, "finish", finished)
     with pytest.raises(ValueError, match=r"unfinished; run tools/extract_features\.py again"):
         FeatureDocuments(str(tmp_path / "features"), "abc", 20)
     said: list[str] = []
     begin(plan, tmp_path / "features", total, said.append)
     assert f"{len(plan.shards) - 2} shards to write" in said[0]
-    extract(CountingBase(), documents, plan, tmp_path / "features", (0, 1), len)  # type: ignore[arg-type]
+    extract(ROWS, documents, plan, tmp_path / "features", Replica(), len)
     finish(tmp_path / "features")
     write(documents, tmp_path / "whole")
     for file in (tmp_path / "whole").iterdir():
