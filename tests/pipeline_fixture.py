@@ -18,12 +18,12 @@ from tests.draft_fixture import Case, draft_options, load_reference_weights
 @dataclass(frozen=True)
 class PipelineCase:
     """``draft`` holds the draft's weights and sizes; ``micro_batches`` per data-parallel rank the
-    (tokens, loss mask) of each."""
+    (tokens, loss mask) of each, and the positions in their documents if they are packed."""
 
     draft: Case
     base: str
     captured: tuple[int, ...]
-    micro_batches: list[list[tuple[Tensor, Tensor]]]
+    micro_batches: list[list[tuple[Tensor, ...]]]
     tp: int = 1
     pp: int = 1
     cp: int = 1
@@ -48,18 +48,20 @@ class GivenStep:
     def read(self, iterator: Any) -> Any:
         from megatron_eagle.objective.batch import EagleBatch
 
-        tokens, mask = next(iterator)
+        tokens, mask, *positions = next(iterator)
         multiple = self.case.tp * (2 * self.case.cp if self.case.cp > 1 else 1)
         return EagleBatch.build(
             tokens, mask, self.case.draft.config.ttt_steps, multiple, trim=True,
-            context=(self.cp_rank, self.case.cp),
+            context=(self.cp_rank, self.case.cp), positions=positions[0] if positions else None,
         )  # fmt: skip
 
 
-def build_pipeline(case: PipelineCase, **experts: Any) -> tuple[Any, Any, Any]:
-    """(model wrapped for data parallelism, step, process groups) on this rank. With ``experts``,
-    fields of the TransformerConfig, the base is a random MoE of the checkpoint's dimensions."""
-    groups = megatron_parallel(tp=case.tp, pp=case.pp, cp=case.cp, ep=case.ep)
+def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tuple[Any, Any, Any]:
+    """(model wrapped for data parallelism, step, process groups) on this rank, whose ``groups`` are
+    made if they are not given. With ``experts``, fields of the TransformerConfig, the base is a
+    random MoE of the checkpoint's dimensions."""
+    random_base = bool(experts)
+    groups = groups or megatron_parallel(tp=case.tp, pp=case.pp, cp=case.cp, ep=case.ep)
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.enums import ModelType
 
@@ -78,6 +80,8 @@ def build_pipeline(case: PipelineCase, **experts: Any) -> tuple[Any, Any, Any]:
     from megatron_eagle.training.model import EagleGPTModel
 
     info = load_base_json(case.base)
+    if case.ep > 1:
+        experts["moe_token_dispatcher_type"] = "alltoall"
     config = base_config(
         info, case.tp, pipeline_model_parallel_size=case.pp, pipeline_dtype=torch.float32,
         context_parallel_size=case.cp, sequence_parallel=case.sequence_parallel,
@@ -90,12 +94,16 @@ def build_pipeline(case: PipelineCase, **experts: Any) -> tuple[Any, Any, Any]:
     ends = (groups.pp.rank() == 0, groups.pp.rank() == case.pp - 1)
     gpt = build_base(config, info, local_backend(), groups, *ends)
     shards = VocabShards(gpt)
-    if not experts:
+    if not random_base:
         load_base(gpt, case.base, shards)
     base = FrozenBase(gpt, case.captured, info.vocab_size, shards)
     reference = case.draft.config
     options = EagleConfig(
-        ttt_steps=reference.ttt_steps, step_decay=reference.step_decay, **draft_options(reference)
+        ttt_steps=reference.ttt_steps,
+        step_decay=reference.step_decay,
+        mask_out_of_vocab=reference.mask_out_of_vocab,
+        detach_steps=reference.detach_steps,
+        **draft_options(reference),
     )
     shard = draft_vocab_shard(
         case.draft.vocab_ids.numel(), info.vocab_size, base.output_weight.shape[0], groups.tp
@@ -103,7 +111,7 @@ def build_pipeline(case: PipelineCase, **experts: Any) -> tuple[Any, Any, Any]:
     draft = EagleDraft(
         draft_config(config, options), local_backend(), options, len(case.captured),
         case.draft.vocab_ids, shard, encode_metadata({}), groups, lambda: base.output_weight,
-        draft_rotary(base.rotary, info, options, torch.device("cpu")),
+        draft_rotary(base.rotary, info, options, base.output_weight.device),
     )  # fmt: skip
     if links is None or links.is_first:
         load_reference_weights(draft, case.draft)

@@ -176,7 +176,7 @@ def run(
     started = time.monotonic()
     done = subprocess.run(
         command,
-        env={**os.environ, **recommended_environment(layout.processes)},
+        env={**recommended_environment(layout.processes), **os.environ},
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
     if done.returncode:

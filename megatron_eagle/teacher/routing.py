@@ -49,6 +49,7 @@ class TapRouter:
         captured: the captured layers, ascending.
         layers_by_stage: per stage, those it holds.
         new_buffer: makes an uninitialised [S', B, width] for a micro-batch.
+        leaving: what is on its way to each owner already, from the iteration before.
     """
 
     def __init__(
@@ -58,29 +59,32 @@ class TapRouter:
         layers_by_stage: Sequence[Sequence[int]],
         hidden_size: int,
         new_buffer: Callable[[int, int], Tensor],
+        leaving: dict[int, list[Message]],
     ) -> None:
         self.links, self.captured = links, tuple(captured)
         self.layers_by_stage, self.hidden_size = layers_by_stage, hidden_size
         self.new_buffer = new_buffer
         self._owned: dict[int, _Parts] = {}
-        self._leaving: dict[int, list[Message]] = {}
+        self.leaving = leaving
 
     @property
     def held(self) -> int:
         """Owned micro-batches whose taps are here or expected."""
         return len(self._owned)
 
-    def expect(self, micro_batch: int) -> None:
-        """Post the receives of a micro-batch that this stage owns."""
-        parts = self._owned.setdefault(micro_batch, _Parts())
-        for stage, layers in enumerate(self.layers_by_stage):
+    def expect(self, micro_batch: int, senders: range) -> None:
+        """Post the receives of a micro-batch that this stage owns from the stages ``senders``."""
+        parts = self._parts(micro_batch)
+        for stage in senders:
+            layers = self.layers_by_stage[stage]
             if stage != self.links.stage and layers:
                 width = len(layers) * self.hidden_size
                 buffer = self.new_buffer(micro_batch, width)
                 parts.taps[stage] = self.links.receive_tap(buffer, stage)
-        if not self.links.is_last:
+        last = self.links.stages - 1
+        if last in senders and not self.links.is_last:
             buffer = self.new_buffer(micro_batch, self.hidden_size)
-            parts.final = self.links.receive_tap(buffer, self.links.stages - 1)
+            parts.final = self.links.receive_tap(buffer, last)
 
     def deliver(self, micro_batch: int, taps: dict[int, Tensor], output: Tensor) -> None:
         """Hand on what this stage's base made of ``micro_batch``: its captured layers, and on the
@@ -88,7 +92,7 @@ class TapRouter:
         owner = owner_of(micro_batch, self.links.stages)
         tensors = [torch.cat([taps[i] for i in sorted(taps)], dim=-1)] if taps else []
         if owner == self.links.stage:
-            parts = self._owned.setdefault(micro_batch, _Parts())
+            parts = self._parts(micro_batch)
             if tensors:
                 parts.taps[owner] = tensors[0]
             if self.links.is_last:
@@ -96,9 +100,14 @@ class TapRouter:
             return
         if self.links.is_last:
             tensors.append(output)
-        for message in self._leaving.pop(owner, []):
+        for message in self.leaving.pop(owner, []):
             message.wait()
-        self._leaving[owner] = [self.links.send_tap(tensor, owner) for tensor in tensors]
+        self.leaving[owner] = [self.links.send_tap(tensor, owner) for tensor in tensors]
+
+    def _parts(self, micro_batch: int) -> _Parts:
+        parts = self._owned.setdefault(micro_batch, _Parts())
+        assert self.held <= 2, "the one that is trained on, and the next"
+        return parts
 
     def collect(self, micro_batch: int) -> BaseOutputs:
         """The whole of an owned micro-batch, which is then forgotten; waits for what is missing."""
@@ -111,12 +120,15 @@ class TapRouter:
         return BaseOutputs.of([by_layer[i] for i in self.captured], _arrived(parts.final))
 
     def finish(self) -> None:
-        """Until everything sent has left."""
-        for messages in self._leaving.values():
+        """Until everything that was posted has left or arrived, which is then forgotten."""
+        for messages in self.leaving.values():
             for message in messages:
                 message.wait()
-        self._leaving.clear()
-        assert not self._owned
+        for parts in self._owned.values():
+            for part in (*parts.taps.values(), parts.final):
+                _arrived(part)
+        self.leaving.clear()
+        self._owned.clear()
 
 
 def _arrived(part: Any) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from megatron.core import mpu
+from megatron.training import get_args
 from torch import Tensor
 
 from megatron_eagle.compat import replace, require
@@ -49,10 +50,11 @@ def replace_schedule(options: EagleConfig) -> None:
     sums meet the other ranks in a single all-reduce. Must run before ``pretrain()``.
     """
     get_schedule = require(_SCHEDULE)
+    pipeline = PipelineSchedule(another_follows=_another_iteration_follows)
 
     def get_forward_backward_func(*args: Any, **kwargs: Any) -> Callable[..., Any]:
         stages = mpu.get_pipeline_model_parallel_world_size()
-        schedule = PipelineSchedule() if stages > 1 else get_schedule(*args, **kwargs)
+        schedule = pipeline if stages > 1 else get_schedule(*args, **kwargs)
 
         def forward_backward(**call: Any) -> list[dict[str, Tensor]]:
             with nvtx_range("forward_backward"):
@@ -78,3 +80,11 @@ def replace_schedule(options: EagleConfig) -> None:
         return forward_backward
 
     replace(_SCHEDULE, get_forward_backward_func)
+
+
+def _another_iteration_follows() -> bool:
+    """Whether training goes on after the current iteration, as far as the flags say."""
+    args = get_args()
+    done = args.curr_iteration + 1
+    exits = args.exit_interval is not None and done % args.exit_interval == 0
+    return done < args.train_iters and not exits

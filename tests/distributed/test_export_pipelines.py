@@ -12,7 +12,7 @@ from megatron_eagle.hf.export_draft import export_draft
 from megatron_eagle.hf.import_base import import_base
 from tests.distributed.harness import run_distributed
 from tests.distributed.test_export_layouts import metadata_of
-from tests.distributed.test_pipeline import LAYERS, make_case
+from tests.pipeline_case import LAYERS, make_case
 from tests.pipeline_fixture import PipelineCase, build_pipeline
 from tests.reference_eagle3 import ReferenceEagle3
 from tests.tiny_hf import make_base

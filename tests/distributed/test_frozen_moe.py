@@ -10,6 +10,7 @@ import torch
 
 from megatron_eagle.hf.import_base import import_base
 from tests.distributed.harness import run_distributed
+from tests.pipeline_case import make_case, schedule_of
 from tests.pipeline_fixture import PipelineCase, build_pipeline
 from tests.tiny_hf import make_base
 
@@ -47,14 +48,7 @@ def train_beside_experts(rank: int, world: int, case: PipelineCase, router: dict
         case, num_moe_experts=4, moe_ffn_hidden_size=24, moe_router_topk=2,
         moe_token_dispatcher_type="alltoall", **router,
     )  # fmt: skip
-    from megatron_eagle.training.pipeline import PipelineSchedule
-
-    eagle = model.module
-    schedule = (
-        PipelineSchedule()
-        if eagle.links is not None
-        else require("megatron.core.pipeline_parallel.schedules:forward_backward_no_pipelining")
-    )
+    eagle, schedule = model.module, schedule_of(model)
     model.train()
     base, draft = _tensors(eagle.base), _tensors(eagle.draft)
     share = case.micro_batches[groups.dp.rank()]
@@ -103,8 +97,6 @@ def _tensors(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_router_state_and_buffers_stay(
     world: int, layout: dict[str, Any], router: str, dense_base: Path
 ) -> None:
-    from tests.distributed.test_pipeline import make_case
-
     data_parallel = world // (layout.get("tp", 1) * layout.get("pp", 1))
     case = make_case(dense_base.parent, "base", 2, data_parallel, **layout)
     for found in run_distributed(train_beside_experts, world, case, ROUTERS[router]):

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from megatron_eagle.hf.import_base import import_base
 from tests.distributed.harness import run_distributed
-from tests.distributed.test_pipeline import CAPTURED, LENGTH, outputs_of_base
-from tests.distributed.test_pipeline import CONFIG as DENSE
 from tests.distributed.test_reference_parity import close
 from tests.draft_fixture import Case, local_part, megatron_names
+from tests.pipeline_case import CAPTURED, LENGTH, outputs_of_base
+from tests.pipeline_case import CONFIG as DENSE
 from tests.pipeline_fixture import PipelineCase, build_pipeline
 from tests.reference_eagle3 import ReferenceEagle3
 from tests.tiny_hf import make_base
@@ -156,8 +156,11 @@ def expectation(case: PipelineCase) -> dict[str, Tensor]:
     config = case.draft.config
     total: dict[str, Tensor] = {}
     rows = 0
-    for share, given in zip(outputs, case.micro_batches, strict=True):
-        for (aux, final), (tokens, mask) in zip(share, given, strict=True):
+    rest = iter(outputs)
+    for share in case.micro_batches:
+        for tokens, mask in share:
+            sequences = [next(rest) for _ in tokens]
+            aux, final = (torch.cat(parts) for parts in zip(*sequences, strict=True))
             reference = ReferenceEagle3(config, case.draft.embedding, case.draft.vocab_ids)
             reference.load_state_dict(case.draft.weights, strict=False)
             found = reference.forward_ttt(aux, tokens, final @ case.draft.output_weight.t(), mask)

@@ -29,6 +29,10 @@ BASE = BaseInfo(
 )
 PP3 = ["--pipeline-model-parallel-size", 3]
 LAYOUTS = [
+    (
+        ["--tensor-model-parallel-size", 3],
+        "--tensor-model-parallel-size 3 does not divide the base's num_attention_heads = 8",
+    ),
     (["--context-parallel-size", 2], "--context-parallel-size 2 does not divide the 3 processes"),
     (["--context-parallel-size", 3], "--seq-length 32 is not a multiple of 6"),
     (
@@ -82,6 +86,15 @@ def test_layouts_that_experts_do_not_fit(
     layout = ["--seq-length", "32", "--tensor-model-parallel-size", "2", *words]
     with pytest.raises(ValueError, match=re.escape(message)):
         check_layout(layout, BASE, options)
+
+
+def test_key_value_heads_that_tensor_parallelism_does_not_divide(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    layout = ["--seq-length", "32", "--tensor-model-parallel-size", "8"]
+    with pytest.raises(ValueError, match="8 does not divide the base's num_query_groups = 4"):
+        check_layout(layout, BASE, EagleConfig())
 
 
 def test_the_draft_s_own_widths_are_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,103 @@
+"""Base forwards of the next iteration, run at the end of this one: nothing else changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_eagle.parallel.stage_plan import stage_actions
+from tests.distributed.harness import run_distributed
+from tests.distributed.test_pipeline import SleepingStages
+from tests.pipeline_case import import_bases, make_case
+from tests.pipeline_fixture import PipelineCase, build_pipeline
+
+MICRO_BATCHES = [5, 7, 4, 6, 5]
+"""Of each iteration: their number may change, and need not be a multiple of the stages'."""
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return import_bases(tmp_path_factory.mktemp("bases"))
+
+
+def train(rank: int, world: int, case: PipelineCase, ahead: bool) -> dict[str, Any]:
+    """Iterations with an evaluation after the first, one that is replayed and one that is skipped;
+    what each gave, and what was done."""
+    from megatron.core.rerun_state_machine import (
+        RerunDataIterator,
+        RerunMode,
+        initialize_rerun_state_machine,
+    )
+
+    from megatron_eagle.training.pipeline import PipelineSchedule
+
+    initialize_rerun_state_machine(mode=RerunMode.VALIDATE_RESULTS)
+    model, step, groups = build_pipeline(case)
+    kinds: list[str] = []
+    observer = SleepingStages(0.0, 0.0)
+    left = len(MICRO_BATCHES)
+    schedule = PipelineSchedule(observer, lambda: ahead and left > 1)
+    samples = case.micro_batches[0]
+    iterator = RerunDataIterator(iter(samples))
+    found = []
+
+    def call(iterator: Any, count: int, **options: Any) -> None:
+        model.zero_grad_buffer()
+        observer.events.clear()
+        reports = schedule(
+            forward_step_func=step,
+            data_iterator=iterator,
+            model=[model],
+            num_microbatches=count,
+            pg_collection=groups,
+            **options,
+        )
+        kinds.append("".join(kind[0] for kind, *_ in observer.events if kind != "wait"))
+        gradients = [p.main_grad.clone() for p in model.module.draft.parameters()]
+        found.append([*(report["eagle_sums"].detach() for report in reports), *gradients])
+
+    for number, count in enumerate(MICRO_BATCHES):
+        if number == 3:  # Megatron skips an iteration: its samples are taken and not used
+            for _ in range(count):
+                next(iterator)
+            left -= 1
+            continue
+        iterator.advance()
+        call(iterator, count)
+        if number == 1:  # Megatron doubts a result: the same samples once more
+            iterator.rewind()
+            call(iterator, count)
+            assert all(map(torch.equal, found[-1], found[-2]))
+        with torch.no_grad():
+            for parameter in model.module.draft.parameters():
+                parameter -= 0.1 * parameter.main_grad
+        if number == 0:
+            call(iter(samples[:3]), 3, forward_only=True)
+        left -= 1
+    return {"found": found, "kinds": kinds, "exhausted": next(iterator, None) is None}
+
+
+def test_nothing_changes(bases: Path) -> None:
+    """Bit-equal losses and gradients; every sample is taken exactly once."""
+    case = make_case(bases, "untied", sum(MICRO_BATCHES), 1, pp=3, first=3)
+    plain = run_distributed(train, 3, case, False)
+    ahead = run_distributed(train, 3, case, True)
+    for stage, (without, with_it) in enumerate(zip(plain, ahead, strict=True)):
+        assert without["exhausted"] and with_it["exhausted"]
+        for one, other in zip(without["found"], with_it["found"], strict=True):
+            assert len(one) == len(other) and all(map(torch.equal, one, other))
+        first, evaluation, second, replayed, third, last = with_it["kinds"]
+        assert evaluation == without["kinds"][1]
+        for done, count, begun, goes_on in (
+            (first, 5, False, True),
+            (second, 7, True, True),
+            (replayed, 7, False, True),
+            (third, 4, True, True),
+            (last, 5, False, False),  # after a skipped iteration
+        ):
+            plan = stage_actions(stage, 3, count, begun=begun, goes_on=goes_on)
+            assert done == "".join(action.kind[0] for action in plan)
+    assert "a" in ahead[0]["kinds"][0]

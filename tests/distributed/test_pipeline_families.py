@@ -1,0 +1,80 @@
+"""Every algorithm, loss, base and packing on pipeline stages and context-parallel ranks: losses and
+gradients equal the reference's."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_eagle.hf.import_base import import_base
+from tests.distributed.harness import run_distributed
+from tests.pipeline_case import CAPTURED, CONFIG, compare, import_bases, make_case, train_once
+from tests.pipeline_fixture import PipelineCase
+from tests.tiny_hf import make_base
+
+FULL_VOCAB = {"draft_vocab_size": CONFIG.vocab_size}
+EAGLE31 = {"fc_norm": True, "norm_output": True}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "eagle1": {"eagle1": True, "num_aux": 1, "captured": (), **FULL_VOCAB},
+    "eagle3.1": EAGLE31,
+    "two-layers": {"num_layers": 2},
+    "norms": {"norm_before_fc": True, "norm_before_residual": True},
+    "p-eagle": {"mask_token": 7},
+    "mask-out-of-vocab": {"mask_out_of_vocab": True},
+    "detached": {"detach_steps": True},
+    "ce": {"loss": "ce"},
+    "reverse-kl": {"loss": "reverse-kl"},
+    "tv": {"loss": "tv", **FULL_VOCAB},
+    "lk-alpha": {"loss": "lk-alpha"},
+    "lk-lambda": {"loss": "lk-lambda", "lk_decay": 2.0},
+    "packed": {"packed": True, "ttt_steps": 4},
+    "packed-eagle1": {"packed": True, "eagle1": True, "num_aux": 1, "captured": (), **FULL_VOCAB},
+    "packed-eagle3.1": {"packed": True, **EAGLE31},
+    "packed-p-eagle": {"packed": True, "mask_token": 7},
+    "latent-base": {"base": "latent", "captured": (0, 1, 3), "num_kv_heads": 8, "first": 1},
+}
+"""Fields of the reference's configuration, or of the case."""
+SP = {"tp": 2, "sequence_parallel": True}
+LAYOUTS = [
+    pytest.param(2, {"pp": 2, "first": 3}, id="pp2"),
+    pytest.param(2, {"cp": 2}, id="cp2"),
+    pytest.param(4, {"pp": 2, "first": 3, "cp": 2}, id="pp2-cp2", marks=pytest.mark.slow),
+    pytest.param(4, {"pp": 2, "first": 3, **SP}, id="tp2-sp-pp2", marks=pytest.mark.slow),
+]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = import_bases(tmp_path_factory.mktemp("bases"))
+    make_base(folder / "latent_hf", "deepseek_v3")
+    import_base(folder / "latent_hf", folder / "latent")
+    return folder
+
+
+def family_case(bases: Path, family: str, layout: dict[str, Any]) -> PipelineCase:
+    given = {"base": "untied", "captured": CAPTURED, "packed": False, **FAMILIES[family]}
+    known = {field.name for field in dataclasses.fields(CONFIG)}
+    config = dataclasses.replace(CONFIG, **{k: v for k, v in given.items() if k in known})
+    if "first" in given and "first" in layout:
+        layout = {**layout, "first": given["first"]}
+    return make_case(
+        bases, given["base"], 3, 1, config=config, captured=given["captured"],
+        packed=given["packed"], **layout,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(("world", "layout"), LAYOUTS)
+def test_equals_reference(world: int, layout: dict[str, Any], bases: Path) -> None:
+    """One start of the ranks for all families."""
+    cases = [family_case(bases, family, layout) for family in FAMILIES]
+    results = run_distributed(train_once, world, cases)
+    wrong = []
+    for number, (family, case) in enumerate(zip(FAMILIES, cases, strict=True)):
+        try:
+            compare(case, [found[number] for found in results])
+        except AssertionError as error:
+            wrong.append(f"{family}: {error}")
+    assert not wrong, "\n".join(wrong)
