@@ -49,8 +49,9 @@ LAYOUTS = [
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = import_bases(tmp_path_factory.mktemp("bases"))
-    make_base(folder / "latent_hf", "deepseek_v3")
-    import_base(folder / "latent_hf", folder / "latent")
+    for name, family in (("latent", "deepseek_v3"), ("experts", "mixtral")):
+        make_base(folder / f"{name}_hf", family, num_hidden_layers=4)
+        import_base(folder / f"{name}_hf", folder / name)
     return folder
 
 
@@ -78,3 +79,17 @@ def test_equals_reference(world: int, layout: dict[str, Any], bases: Path) -> No
         except AssertionError as error:
             wrong.append(f"{family}: {error}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("world", "dp", "layout"),
+    [
+        pytest.param(2, 2, {"ep": 2}, id="ep2"),
+        pytest.param(4, 2, {"ep": 2, "pp": 2, "first": 1}, id="ep2-pp2", marks=pytest.mark.slow),
+        pytest.param(4, 2, {"ep": 2, **SP}, id="tp2-sp-ep2", marks=pytest.mark.slow),
+    ],
+)
+def test_a_base_of_experts(world: int, dp: int, layout: dict[str, Any], bases: Path) -> None:
+    config = dataclasses.replace(CONFIG, rope_theta=1e6)  # Mixtral's
+    case = make_case(bases, "experts", 3, dp, config=config, captured=(0, 1, 3), **layout)
+    compare(case, [found for (found,) in run_distributed(train_once, world, [case])])
