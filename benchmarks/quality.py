@@ -29,12 +29,16 @@ DRAFT_TOKENS = 3
 COMMON = {"--eagle-ttt-steps": "3", "--eagle-draft-vocab-size": "8192"}
 VARIANTS: dict[str, dict[str, str | None]] = {
     "kl-k3": {},
+    "kl-k3, seed 2": {"--seed": "4321"},
     "kl-k1": {"--eagle-ttt-steps": "1"},
     "kl-k5": {"--eagle-ttt-steps": "5"},
     "lk-alpha": {"--eagle-loss": "lk-alpha"},
     "lk-lambda": {"--eagle-loss": "lk-lambda"},
     "eagle3.1": {"--eagle-algorithm": "eagle3.1"},
     "base-init": {"--eagle-init-from-base": ""},
+    "base-init, lk-lambda": {"--eagle-init-from-base": "", "--eagle-loss": "lk-lambda"},
+    "base-init, 2 layers": {"--eagle-init-from-base": "", "--eagle-num-layers": "2"},
+    "base-init, lr 1e-3": {"--eagle-init-from-base": "", "--lr": "1e-3"},
     "vocab-4k": {"--eagle-draft-vocab-size": "4096"},
     "vocab-full": {"--eagle-draft-vocab-size": None},
 }
@@ -49,7 +53,7 @@ def main() -> int:
     parser.add_argument("--base-hf", type=Path, default=QUICKSTART / "base_hf", metavar="DIR")
     parser.add_argument("--train-data", type=Path, default=DATA / "train.jsonl", metavar="FILE")
     parser.add_argument("--prompts", type=Path, default=DATA / "eval.jsonl", metavar="FILE")
-    parser.add_argument("--train-iters", type=int, default=800, help="one answer per iteration")
+    parser.add_argument("--train-iters", type=int, default=600, help="one answer per iteration")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=2, metavar="TP")
     parser.add_argument("--only", nargs="+", choices=VARIANTS, metavar="VARIANT")
     args = parser.parse_args()
@@ -64,7 +68,7 @@ def main() -> int:
         print(f"error: {error.cmd[-1]} and the log beside it tell why", file=sys.stderr)
         return 1
     folders = {name: _folder(name, args) for name in VARIANTS}
-    write_results(args.runs, folders, {name: flags_of(name) for name in VARIANTS})
+    write_results(args.runs, folders, VARIANTS)
     return 0
 
 
@@ -77,7 +81,7 @@ def flags_of(name: str) -> list[str]:
 
 def _folder(name: str, args: argparse.Namespace) -> Path:
     runs: Path = args.runs.resolve()
-    return runs / f"{name}-{args.train_iters}"
+    return runs / f"{name.replace(', ', '-').replace(' ', '-')}-{args.train_iters}"
 
 
 def run_variant(name: str, args: argparse.Namespace) -> None:
@@ -98,12 +102,13 @@ def run_variant(name: str, args: argparse.Namespace) -> None:
         --tokenizer-type HuggingFaceTokenizer
     """.split()
     draft = folder / "draft"
-    _torchrun(
-        args, folder / "train.log", "examples/pretrain_eagle.py", *recipe, *flags_of(name),
-        "--tokenizer-model", args.base_hf, "--eagle-base-checkpoint", args.base,
-        "--eagle-train-data", args.train_data, "--eagle-log-file", folder / "curve.jsonl",
-        "--save", draft, "--load", draft,
-    )  # fmt: skip
+    if not (draft / f"iter_{args.train_iters:07d}" / "metadata.json").exists():
+        _torchrun(
+            args, folder / "train.log", "examples/pretrain_eagle.py", *recipe, *flags_of(name),
+            "--tokenizer-model", args.base_hf, "--eagle-base-checkpoint", args.base,
+            "--eagle-train-data", args.train_data, "--eagle-log-file", folder / "curve.jsonl",
+            "--save", draft, "--load", draft,
+        )  # fmt: skip
     partial = folder / "eval.partial.json"
     _torchrun(
         args, folder / "eval.log", "tools/eval_acceptance.py", "--base", args.base,

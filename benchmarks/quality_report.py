@@ -10,10 +10,12 @@ SMOOTHING = 10
 """Logged points that a drawn point of a training curve is the mean of."""
 
 
-def write_results(runs: Path, folders: dict[str, Path], flags: dict[str, list[str]]) -> None:
+def write_results(
+    runs: Path, folders: dict[str, Path], variants: dict[str, dict[str, str | None]]
+) -> None:
     """results.json, quality.md and quality.png in ``runs``, of the variants that are finished."""
     found = {
-        name: {"flags": " ".join(flags[name]), **_result(folder)}
+        name: {"flags": _flags(variants[name]), **_result(folder)}
         for name, folder in folders.items()
         if (folder / "eval.json").exists()
     }
@@ -22,6 +24,14 @@ def write_results(runs: Path, folders: dict[str, Path], flags: dict[str, list[st
     (runs / "quality.md").write_text(table)
     print(table, end="")
     _plot(found, runs / "quality.png")
+
+
+def _flags(variant: dict[str, str | None]) -> str:
+    shown = (
+        f"no `{flag}`" if value is None else f"`{flag} {value}`".replace(" `", "`")
+        for flag, value in variant.items()
+    )
+    return ", ".join(shown)
 
 
 def _result(folder: Path) -> dict[str, Any]:
@@ -41,11 +51,11 @@ def _table(found: dict[str, dict[str, Any]]) -> str:
     rows = [
         f"| {name} | {of['accepted_length']:.3f} | "
         f"{' '.join(f'{x:.2f}' for x in of['acceptance'])} | {of['supervised_rows']:,} | "
-        f"`{of['flags']}` |"
+        f"{of['flags']} |"
         for name, of in found.items()
     ]
     head = [
-        "| variant | accepted length | acceptance per position | supervised rows | flags |",
+        "| variant | accepted length | acceptance per position | supervised rows | other flags |",
         "|---|---|---|---|---|",
     ]
     return "\n".join([*head, *rows]) + "\n"
@@ -64,6 +74,7 @@ def _plot(found: dict[str, dict[str, Any]], file: Path) -> None:
     bars.barh(names, lengths)
     bars.bar_label(bars.containers[0], fmt="%.3f", padding=2, fontsize=8)
     bars.set(xlabel="accepted length, held-out prompts", xlim=(1.0, max(lengths) + 0.1))
+    curves.set_prop_cycle(color=pyplot.get_cmap("tab20")(range(20)))
     for name, of in found.items():
         iterations, values = zip(*of["curve"], strict=True)
         means = [

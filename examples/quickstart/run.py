@@ -111,10 +111,10 @@ class Quickstart:
         flags = f"""
             --tensor-model-parallel-size {self.tp} --seq-length 192
             --micro-batch-size 1 --global-batch-size 1 --train-iters {iterations}
-            --lr 2e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-fraction 0.04
+            --lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-fraction 0.04
             --weight-decay 0 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0
             --eagle-ttt-steps {TTT_STEPS} --eagle-step-decay 0.8
-            --eagle-draft-vocab-size {DRAFT_VOCABULARY}
+            --eagle-draft-vocab-size {DRAFT_VOCABULARY} --eagle-init-from-base
             --log-interval 10 --save-interval 500 --num-workers 0 --seed 1234
         """.split()
         self._torchrun(
