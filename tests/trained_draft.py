@@ -213,7 +213,6 @@ def metadata_json(shape: Shape) -> dict[str, Any]:
         },
         "aux_layers": layers,
         "ttt_steps": 4,
-        "num_layers": shape.layers,
         "draft_vocab_size": shape.draft_vocab,
         "base": {
             "format": "megatron_eagle.base",

@@ -33,13 +33,14 @@ def main(argv: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--adapt", action="store_true",
-        help="accept a rotary embedding or norm epsilon other than the base's, which replace them",
+        help="accept a rotary embedding, norm epsilon or token embedding other than the base's, "
+        "which replace them",
     )  # fmt: skip
     args = parser.parse_args(argv)
     try:
         base = load_base_json(args.base)
         given = tuple(args.aux_layers) if args.aux_layers else None
-        stored = open_hf_draft(args.hf, base, given, args.adapt)
+        stored = open_hf_draft(args.hf, base, given, args.adapt, args.base)
         write_draft_checkpoint(stored, args.save)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

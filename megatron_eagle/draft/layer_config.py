@@ -76,9 +76,10 @@ class Rotary:
 def draft_rotary(
     base_rotary: Callable[[int], Tensor], base: BaseInfo, options: EagleConfig, device: torch.device
 ) -> Rotary:
-    """The base's angles, or for heads of another size angles of the same frequencies' law. A
-    draft of grouped queries beside multi-latent attention, which rotates a few channels of its own,
-    has plain angles of the base's rope_theta: servers give a Llama-type draft no other."""
+    """The base's angles, or for heads of another size angles of the same frequencies' law: a draft
+    turns all channels of its heads, also beside a base that turns a part of its own. A draft of
+    grouped queries beside multi-latent attention, which rotates a few channels of its own, has
+    plain angles of the base's rope_theta: servers give a Llama-type draft no other."""
     same_kind = (options.attention == "mla") == _is_latent(base)
     if same_kind and rotary_channels(base, options) == _base_channels(base):
         return Rotary(base_rotary, attention_factor(base.rope))
@@ -90,7 +91,7 @@ def own_rotary(base: BaseInfo, options: EagleConfig, device: torch.device) -> Ro
     args = base.megatron_args
     rope = RotaryEmbedding(
         rotary_channels(base, options),
-        args["rotary_percent"],
+        1.0,
         rotary_base=args["rotary_base"],
         rope_scaling=args.get("use_rope_scaling", False),
         rope_scaling_factor=args.get("rope_scaling_factor", 8.0),
@@ -109,7 +110,8 @@ def rotary_channels(base: BaseInfo, options: EagleConfig) -> int:
 
 
 def _base_channels(base: BaseInfo) -> int:
-    return base.megatron_args[ROTARY_WIDTHS["mla" if _is_latent(base) else "gqa"]]
+    width = base.megatron_args[ROTARY_WIDTHS["mla" if _is_latent(base) else "gqa"]]
+    return int(width * base.megatron_args["rotary_percent"])
 
 
 def _is_latent(base: BaseInfo) -> bool:

@@ -30,7 +30,6 @@ def draft_metadata(
         "config": options.to_mapping(),
         "aux_layers": list(aux_layers),
         "ttt_steps": options.ttt_steps,
-        "num_layers": options.num_layers,
         "draft_vocab_size": vocab_size,
         "base": base.as_dict(),
     }
@@ -61,7 +60,14 @@ def decode_metadata(tensor: Tensor, source: str) -> dict[str, Any]:
 
 
 _SAME = (
-    *("algorithm", "attention", "norm_before_fc", "norm_before_residual", "mask_token"),
+    *(
+        "algorithm",
+        "num_layers",
+        "attention",
+        "norm_before_fc",
+        "norm_before_residual",
+        "mask_token",
+    ),
     *("num_experts", "moe_router_topk", "moe_ffn_hidden_size"),
 )
 """Options that decide what the weights mean, beside the widths and what has a key of its own."""
@@ -80,9 +86,11 @@ def check_same_draft(saved: dict[str, Any], now: dict[str, Any], source: str) ->
             raise ValueError(
                 f"{flag_name(option)}: this run has {is_now}, the draft in {source} {then}"
             )
-    for flag, key in (("--eagle-aux-layers", "aux_layers"), ("--eagle-num-layers", "num_layers")):
-        if saved[key] != now[key]:
-            raise ValueError(f"{flag}: this run has {now[key]}, the draft in {source} {saved[key]}")
+    if saved["aux_layers"] != now["aux_layers"]:
+        raise ValueError(
+            f"--eagle-aux-layers: this run has {now['aux_layers']}, "
+            f"the draft in {source} {saved['aux_layers']}"
+        )
     # Another base of the same dimensions would go on training a draft for nobody.
     if any(saved["base"][key] != now["base"][key] for key in ("megatron_args", "fingerprint")):
         raise ValueError(

@@ -113,6 +113,17 @@ class DraftCheckpoint:
             result[(slice(int(here[0]), int(here[-1]) + 1), *region)] = part[wanted[here] - first]
         return result
 
+    def first_rows(self, key: str) -> Tensor:
+        """The block of `key` that begins at row 0, all columns; raises as `load` does, and for
+        columns that are cut."""
+        shape = self._record(key).shape
+        for chunk in self._checked_chunks(key):
+            if not any(chunk.offsets) and chunk.sizes[1:] == tuple(shape[1:]):
+                self._check_file(chunk.file, [(key, chunk)])
+                with (self.directory / chunk.file).open("rb") as stream:
+                    return self._read(stream, key, chunk)
+        raise ValueError(f"{self.directory}: {key} is not stored in blocks of rows")
+
     def _record(self, key: str) -> StoredTensor:
         if key not in self._tensors:
             raise ValueError(f"{self.directory}: no tensor {key!r} in this checkpoint")

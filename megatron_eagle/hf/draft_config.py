@@ -162,7 +162,9 @@ def draft_rope(base: BaseInfo, latent: bool) -> dict[str, Any]:
     if base.megatron_args.get("multi_latent_attention") and not latent:
         given = {}  # the draft has plain angles, see draft.layer_config
     kind = given.get("rope_type", given.get("type", "default"))
-    scaling = {key: value for key, value in given.items() if key not in ("rope_theta", "type")}
+    # A draft turns all channels of its heads: readers disagree about partial_rotary_factor.
+    others = ("rope_theta", "type", "partial_rotary_factor")
+    scaling = {key: value for key, value in given.items() if key not in others}
     theta = float(base.megatron_args["rotary_base"])
     fields: dict[str, Any] = {"rope_theta": theta}
     if kind != "default":

@@ -79,7 +79,7 @@ class DraftFiles:
             content,
         )
 
-    def tensor(self, name: str) -> Tensor:
-        """The tensor on the CPU."""
+    def tensor(self, name: str, rows: int | None = None) -> Tensor:
+        """The tensor on the CPU, or its first ``rows``."""
         source = self._source
-        return source[name] if isinstance(source, dict) else source.tensor(name)
+        return source[name][:rows] if isinstance(source, dict) else source.tensor(name, 0, rows)

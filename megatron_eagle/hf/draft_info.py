@@ -27,12 +27,16 @@ BASE_SIZES = (
 class DraftInfo:
     """`aux_layers`: 0-based base layers whose OUTPUTS are captured, ascending; none for EAGLE-1."""
 
-    num_layers: int
     aux_layers: tuple[int, ...]
     ttt_steps: int
     draft_vocab_size: int
     base: BaseInfo
     options: EagleConfig = field(default_factory=EagleConfig)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the draft."""
+        return self.options.num_layers
 
     @property
     def compressed(self) -> bool:
@@ -71,7 +75,6 @@ def parse_draft_info(tensor: Tensor, source: str) -> DraftInfo:
     _check_base(base, f"{source}: base")
     options = _options(content, source)
     info = DraftInfo(
-        num_layers=_positive(content, "num_layers", source),
         aux_layers=_aux_layers(content, options, base.megatron_args["num_layers"], source),
         ttt_steps=_positive(content, "ttt_steps", source),
         draft_vocab_size=_positive(content, "draft_vocab_size", source),

@@ -11,17 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_eagle.hf import moe_args
-from megatron_eagle.hf.entries import (
-    Entry,
-    Source,
-    join_interleaved,
-    join_rows,
-    join_transposed,
-    one,
-    qkv,
-    rows,
-)
-from megatron_eagle.hf.latent_tables import LATENT_ATTENTION, ROUTER_BIAS, SHARED_EXPERTS
+from megatron_eagle.hf.entries import Entry, one, qkv, rows
+from megatron_eagle.hf.expert_tables import BIASED_MOE, DEEPSEEK_MOE, GPT_OSS_MOE, moe
+from megatron_eagle.hf.latent_tables import LATENT_ATTENTION
 from megatron_eagle.hf.window_args import (
     WindowLayers,
     every_layer,
@@ -48,7 +40,7 @@ ATTENTION = (
         "self_attention.linear_proj.bias",
         [("self_attn.o_proj.bias", "H")],
         when="add_bias_linear",
-        given="attention_bias",
+        given="output_bias",
     ),
 )
 DENSE = (
@@ -72,54 +64,6 @@ DENSE = (
 )
 
 
-def moe(block: str, router: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
-    """The table of a MoE layer whose block holds one matrix per expert and projection."""
-    expert = f"{block}.experts.{{}}"
-    return (
-        one("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
-        one("mlp.router.weight", f"{block}.{router}.weight", "E", "H"),
-        rows(
-            "mlp.experts.experts.linear_fc1.weight",
-            [(f"{expert}.{gate}.weight", "M"), (f"{expert}.{up}.weight", "M")],
-            "H",
-        ),
-        one("mlp.experts.experts.linear_fc2.weight", f"{expert}.{down}.weight", "H", "M"),
-    )
-
-
-GPT_OSS_MOE = (
-    one("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
-    one("mlp.router.weight", "mlp.router.weight", "E", "H"),
-    one("mlp.router.bias", "mlp.router.bias", "E"),
-    Entry(
-        "mlp.experts.experts.linear_fc1.weight",
-        ("G", "H"),
-        (Source("mlp.experts.gate_up_proj", ("E", "H", "G")),),
-        join_interleaved,
-    ),
-    Entry(
-        "mlp.experts.experts.linear_fc1.bias",
-        ("G",),
-        (Source("mlp.experts.gate_up_proj_bias", ("E", "G")),),
-        join_interleaved,
-    ),
-    Entry(
-        "mlp.experts.experts.linear_fc2.weight",
-        ("H", "M"),
-        (Source("mlp.experts.down_proj", ("E", "M", "H")),),
-        join_transposed,
-    ),
-    Entry(
-        "mlp.experts.experts.linear_fc2.bias",
-        ("H",),
-        (Source("mlp.experts.down_proj_bias", ("E", "H")),),
-        join_rows,
-    ),
-)
-
-DEEPSEEK_MOE = (*moe("mlp", "gate", "gate_proj", "up_proj", "down_proj"), *SHARED_EXPERTS)
-
-
 @dataclass(frozen=True)
 class Family:
     """A Hugging Face architecture: its name tables, and what its config.json means.
@@ -127,8 +71,8 @@ class Family:
     `attention` repeats in every layer, `dense` and `moe` are the two kinds of MLP, `model` occurs
     once. `defaults` are the values of its configuration class where they are not everyone's;
     `fixed` says what the class does without asking config.json; `moe_args` reads its experts,
-    `latent` has multi-latent attention, `window_flag` and `window_layers` say which layers see a
-    sliding window.
+    `latent` has multi-latent attention, `partial_rotary` turns a part of each head, `window_flag`
+    and `window_layers` say which layers see a sliding window.
     """
 
     name: str
@@ -143,6 +87,7 @@ class Family:
     activation: Mapping[str, Any] = field(default_factory=lambda: {"swiglu": True})
     moe_args: Callable[[Mapping[str, Any], str], dict[str, Any]] | None = None
     latent: bool = False
+    partial_rotary: bool = False
     window_flag: str = "use_sliding_window"
     window_layers: WindowLayers = every_layer
 
@@ -242,6 +187,26 @@ FAMILIES = {
             window_layers=every_other_layer,
         ),
         Family(
+            "glm4_moe",
+            "Glm4MoeForCausalLM",
+            moe=BIASED_MOE,
+            moe_args=moe_args.deepseek_v3,
+            fixed={"mlp_bias": False, "output_bias": False},
+            partial_rotary=True,
+            defaults={
+                "num_key_value_heads": 8,
+                "rms_norm_eps": 1e-5,
+                "partial_rotary_factor": 0.5,
+                "moe_intermediate_size": 1408,
+                "num_experts_per_tok": 8,
+                "n_routed_experts": 128,
+                "n_shared_experts": 1,
+                "n_group": 1,
+                "topk_group": 1,
+                "first_k_dense_replace": 1,
+            },
+        ),
+        Family(
             "deepseek_v2",
             "DeepseekV2ForCausalLM",
             attention=LATENT_ATTENTION,
@@ -255,7 +220,7 @@ FAMILIES = {
             "deepseek_v3",
             "DeepseekV3ForCausalLM",
             attention=LATENT_ATTENTION,
-            moe=(*DEEPSEEK_MOE, ROUTER_BIAS),
+            moe=BIASED_MOE,
             moe_args=moe_args.deepseek_v3,
             latent=True,
             fixed=NO_BIAS,

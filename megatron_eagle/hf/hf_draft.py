@@ -149,6 +149,8 @@ def rope_of(config: dict[str, Any], source: str) -> dict[str, Any]:
     given = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
         raise ValueError(f"{source}: rope parameters per layer type are not supported: {given}")
+    if given.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+        raise ValueError(f"{source}: partial_rotary_factor is not supported, only 1.0")
     kind = given.get("rope_type", given.get("type", "default"))
     if kind not in ROPE_KEYS:
         raise ValueError(

@@ -19,6 +19,7 @@ from megatron_eagle.checkpoint_dir import BaseInfo
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.vocab import check_vocab_ids
 from megatron_eagle.hf.draft_config import draft_rope
+from megatron_eagle.hf.draft_embedding import check_embedding
 from megatron_eagle.hf.draft_files import DraftFiles
 from megatron_eagle.hf.draft_formats import Format
 from megatron_eagle.hf.draft_info import DraftInfo
@@ -45,13 +46,18 @@ class StoredDraft:
 
 
 def open_hf_draft(
-    directory: str | Path, base: BaseInfo, aux_layers: tuple[int, ...] | None, adapt: bool
+    directory: str | Path,
+    base: BaseInfo,
+    aux_layers: tuple[int, ...] | None,
+    adapt: bool,
+    base_directory: str | Path | None = None,
 ) -> StoredDraft:
     """Check the draft in `directory` against `base`, from headers; nothing large is read yet.
 
-    `aux_layers` must agree with the file, or say what the file does not. With `adapt` the base's
-    rotary embedding and norm epsilon may differ from the draft's. Raises ValueError with the file
-    at fault.
+    `aux_layers` must agree with the file, or say what the file does not. An embedding among the
+    draft's tensors is compared with that of the base's checkpoint, if `base_directory` is given.
+    With `adapt` the base's rotary embedding, norm epsilon and embedding may differ from the
+    draft's. Raises ValueError with the file at fault.
     """
     files = DraftFiles.open(directory)
     source = str(files.path / "config.json")
@@ -62,6 +68,8 @@ def open_hf_draft(
     order, vocab_ids = _vocabulary(files, draft)
     entries = draft_entries(info, _layout(files))
     _check_tensors(files, entries, info)
+    if base_directory is not None and not adapt:
+        check_embedding(files, base_directory)
     dtypes = {files.dtypes[part.name] for entry in entries for part in entry.sources}
     return StoredDraft(
         str(files.path),
@@ -133,9 +141,7 @@ def _info(draft: HfDraft, base: BaseInfo, captured: tuple[int, ...], source: str
         options.layer_widths(base.megatron_args)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    return DraftInfo(
-        draft.num_layers, captured, options.ttt_steps, draft.draft_vocab_size, base, options
-    )
+    return DraftInfo(captured, options.ttt_steps, draft.draft_vocab_size, base, options)
 
 
 def _own_widths(draft: HfDraft, base: BaseInfo) -> dict[str, Any]:

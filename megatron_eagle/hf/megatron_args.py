@@ -19,7 +19,6 @@ from megatron_eagle.hf.window_args import window_args
 # Fields that would change the network in a way no table here maps, and the one value accepted.
 REQUIRED_VALUES = {
     "hidden_act": "silu",
-    "partial_rotary_factor": 1.0,
     "quantization_config": None,
 }
 
@@ -68,11 +67,11 @@ def megatron_args(config: dict[str, Any], family: Family, source: str) -> dict[s
         "norm_epsilon": number(config, "rms_norm_eps", 1e-6, source),
         **family.activation,
         "position_embedding_type": "rope",
-        **rope_args(config, source),
+        **rope_args(config, family.partial_rotary, source),
         # Megatron has one switch for all biases: where only some exist, the others are zeros.
-        "add_bias_linear": bias["attention_bias"] or bias["mlp_bias"],
+        "add_bias_linear": bias["output_bias"] or bias["mlp_bias"],
         "add_qkv_bias": bias["qkv_bias"],
-        "qk_layernorm": family.fixed.get("qk_norm", False),
+        "qk_layernorm": family.fixed.get("qk_norm", switch(config, "use_qk_norm", False, source)),
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
@@ -85,7 +84,7 @@ def megatron_args(config: dict[str, Any], family: Family, source: str) -> dict[s
 
 
 def biases(config: Mapping[str, Any], family: Family, source: str) -> dict[str, bool]:
-    """Which linear layers have a bias: attention_bias (the output projection), qkv_bias, mlp_bias.
+    """Which linear layers have a bias: qkv_bias, output_bias (of the attention), mlp_bias.
 
     A configuration class that has no such field says so in the family's `fixed`.
     """
@@ -97,7 +96,12 @@ def biases(config: Mapping[str, Any], family: Family, source: str) -> dict[str, 
     for key, value in given.items():
         if config.get(key) not in (None, value):
             raise ValueError(f"{source}: {key} = {config[key]} is not supported, only {value}")
-    return given | {"qkv_bias": family.fixed.get("qkv_bias", given["attention_bias"])}
+    attention = given["attention_bias"]
+    return {
+        "qkv_bias": family.fixed.get("qkv_bias", attention),
+        "output_bias": family.fixed.get("output_bias", attention),
+        "mlp_bias": given["mlp_bias"],
+    }
 
 
 def facts_of(config: dict[str, Any], family: Family, source: str) -> dict[str, Any]:

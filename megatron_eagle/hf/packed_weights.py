@@ -27,8 +27,10 @@ Load = Callable[[str, int, int | None], Tensor]
 class PackedWeight(Protocol):
     """One weight, made of several tensors of the files."""
 
-    shape: tuple[int, ...]
-    """Of the weight it stands for."""
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight it stands for."""
+        ...
 
     @property
     def parts(self) -> tuple[str, str]:

@@ -16,13 +16,15 @@ MEGATRON_LLAMA3 = {
 }
 
 
-def rope_args(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Megatron argparse names -> values."""
+def rope_args(config: Mapping[str, Any], partial: bool, source: str) -> dict[str, Any]:
+    """Megatron argparse names -> values; `partial`: the model's class reads
+    partial_rotary_factor."""
     rope = described_rope(config, source)
     base = rope["rope_theta"]
     if base != int(base):
         raise ValueError(f"{source}: rope_theta = {base}, but --rotary-base is an integer")
-    args: dict[str, Any] = {"rotary_base": int(base), "rotary_percent": 1.0}
+    percent = _rotary_percent(config, partial, source)
+    args: dict[str, Any] = {"rotary_base": int(base), "rotary_percent": percent}
     if _is_megatrons(rope):
         args |= {"use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
     return args
@@ -33,6 +35,18 @@ def rope_beyond_flags(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     :func:`rope_args` say all."""
     rope = described_rope(config, source)
     return {} if rope["rope_type"] == "default" or _is_megatrons(rope) else rope
+
+
+def _rotary_percent(config: Mapping[str, Any], partial: bool, source: str) -> float:
+    """The part of a head's channels that positions turn."""
+    name = "partial_rotary_factor"
+    part = number({name: config.get(name), **rope_fields(config)}, name, 1.0, source)
+    if part > 1.0 or (part != 1.0 and not partial):
+        raise ValueError(
+            f"{source}: {name} = {part} is not supported: transformers' class of this model turns "
+            "whole heads, other readers do not"
+        )
+    return float(part)
 
 
 def _is_megatrons(rope: Mapping[str, Any]) -> bool:
@@ -51,8 +65,6 @@ def described_rope(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     rope = rope_fields(config)
     if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
         raise ValueError(f"{source}: rope parameters per layer type are not supported: {rope}")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"{source}: partial_rotary_factor is not supported, only 1.0")
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = float(number({**config, **rope}, "rope_theta", 10000.0, source))
     described: dict[str, Any] = {"rope_type": kind, "rope_theta": theta}

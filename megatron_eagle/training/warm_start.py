@@ -121,7 +121,9 @@ def _open(options: EagleConfig, base: BaseInfo) -> StoredDraft:
     directory = Path(options.warm_start)
     try:
         if (directory / "config.json").is_file():
-            return open_hf_draft(directory, base, options.aux_layers, adapt=False)
+            return open_hf_draft(
+                directory, base, options.aux_layers, False, options.base_checkpoint
+            )
         stored = open_checkpoint_draft(directory)
         _check_base(stored, base)
     except ValueError as error:

@@ -91,7 +91,7 @@ def propose(
         options = EagleConfig(**draft_options(case.config))
         captured = () if case.config.eagle1 else AUX_LAYERS
         size = case.vocab_ids.numel()
-        info = DraftInfo(case.config.num_layers, captured, DRAFTS, size, base, options)
+        info = DraftInfo(captured, DRAFTS, size, base, options)
         about = load.DraftCheckpointInfo(info, case.vocab_ids, encode_metadata({}))
         frozen = load.load_base(directory, base, groups, captured)
         draft = load.fresh_draft(about, frozen, links)

@@ -136,7 +136,7 @@ def load(setup: Setup, layout: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     options = EagleConfig(**draft_options(setup.draft.config))
     size = setup.draft.vocab_ids.numel()
     about = DraftCheckpointInfo(
-        DraftInfo(1, CAPTURED, DRAFTS, size, info, options), setup.draft.vocab_ids,
+        DraftInfo(CAPTURED, DRAFTS, size, info, options), setup.draft.vocab_ids,
         encode_metadata({}),
     )  # fmt: skip
     draft = fresh_draft(about, base, links)

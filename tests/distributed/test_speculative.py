@@ -75,10 +75,10 @@ def build(world: int, directory: str, case: Case) -> tuple[Any, Any]:
     base = load_base_json(directory)
     layers, size = case.config.num_layers, case.vocab_ids.numel()
     options = EagleConfig(num_layers=layers)
-    info = DraftInfo(layers, AUX_LAYERS, DRAFTS, size, base, options)
+    info = DraftInfo(AUX_LAYERS, DRAFTS, size, base, options)
     metadata = encode_metadata({
         "config": options.to_mapping(), "aux_layers": list(AUX_LAYERS), "ttt_steps": DRAFTS,
-        "num_layers": layers, "draft_vocab_size": size, "base": base.as_dict(),
+        "draft_vocab_size": size, "base": base.as_dict(),
     })  # fmt: skip
     frozen = load_base(directory, base, groups, AUX_LAYERS)
     draft = fresh_draft(DraftCheckpointInfo(info, case.vocab_ids, metadata), frozen)

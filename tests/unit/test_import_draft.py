@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_eagle.checkpoint_dir import BASE_JSON_NAME, BaseInfo, parse_base
+from megatron_eagle.checkpoint_dir import BASE_JSON_NAME, TRACKER_NAME, BaseInfo, parse_base
 from megatron_eagle.hf.dcp_reader import DraftCheckpoint
 from megatron_eagle.hf.draft_checkpoint import open_checkpoint_draft, write_draft_checkpoint
 from megatron_eagle.hf.draft_formats import FORMATS
 from megatron_eagle.hf.export_draft import export_draft, read_info
 from megatron_eagle.hf.import_draft import StoredDraft, open_hf_draft
+from megatron_eagle.hf.torch_dist_writer import Chunk, write_torch_dist
 from tests.trained_draft import TrainedDraft
 from tests.trained_latent import DEEPSEEK_YARN, LATENT
 
@@ -245,6 +247,37 @@ def test_a_rope_of_its_own_is_adapted_on_demand(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rotary embedding .* is not the base's .*--adapt"):
         imported(directory, draft)
     assert imported(directory, draft, adapt=True).info.base == base_of(draft)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "factor", "refused"),
+    [(torch.float32, 1.0, False), (torch.bfloat16, 1.0, False), (torch.float32, 1.02, True)],
+)
+def test_an_embedding_beside_the_draft_must_be_the_bases(
+    tmp_path: Path, dtype: torch.dtype, factor: float, refused: bool
+) -> None:
+    """Up to rounding; a base that is not there is not asked."""
+    draft, directory = exported(tmp_path)
+    embedding = torch.randn(53, 24)
+    rows = [(0, 20), (20, 53)]
+    chunks = [
+        Chunk("embedding.word_embeddings.weight", (53, 24), (a, 0), (b - a, 24), torch.float32,
+              partial(embedding.__getitem__, slice(a, b)))
+        for a, b in rows
+    ]  # fmt: skip
+    write_torch_dist(tmp_path / "base" / "release", chunks, {}, {})
+    (tmp_path / "base" / TRACKER_NAME).write_text("release")
+
+    def with_embedding(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        tensors["model.embed_tokens.weight"] = (factor * embedding).to(dtype)
+
+    rewrite(directory, with_embedding)
+    assert imported(directory, draft).info.base == base_of(draft)
+    where = {"base_directory": tmp_path / "base"}
+    if refused:
+        with pytest.raises(ValueError, match=r"model.embed_tokens.weight is not the embedding of"):
+            imported(directory, draft, **where)
+    assert imported(directory, draft, adapt=refused, **where).info.base == base_of(draft)
 
 
 def test_command_line(tmp_path: Path) -> None:

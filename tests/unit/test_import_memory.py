@@ -21,22 +21,31 @@ print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
-def write_base(folder: Path, layers: int) -> int:
-    """A Llama base of fp32 weights, one file a layer; returns its bytes."""
+def write_base(folder: Path, layers: int, packed: bool = False) -> int:
+    """A Llama base of fp32 weights, or of FP8 ones in its layers, one file a layer; returns the
+    bytes of the floats, in bf16 if packed."""
     folder.mkdir()
     config = {
         "architectures": ["LlamaForCausalLM"], "hidden_size": HIDDEN, "intermediate_size": FFN,
         "num_hidden_layers": layers, "num_attention_heads": 16, "vocab_size": VOCAB,
         "max_position_embeddings": 64, "tie_word_embeddings": True,
     }  # fmt: skip
+    if packed:
+        config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     (folder / "config.json").write_text(json.dumps(config))
     weight_map: dict[str, str] = {}
 
     def save(file: str, shapes: dict[str, tuple[int, ...]]) -> int:
         tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        if packed and file != "ends.safetensors":
+            for name in [name for name, shape in shapes.items() if len(shape) == 2]:
+                blocks = [side // 128 for side in shapes[name]]
+                tensors[f"{name}_scale_inv"] = torch.rand(blocks)
+                tensors[name] = tensors[name].to(torch.float8_e4m3fn)
         save_file(tensors, folder / file)
         weight_map.update(dict.fromkeys(tensors, file))
-        return sum(tensor.nbytes for tensor in tensors.values())
+        return size // 2 if packed else size
 
     ends = {"model.embed_tokens.weight": (VOCAB, HIDDEN), "model.norm.weight": (HIDDEN,)}
     size = save("ends.safetensors", ends)
@@ -67,4 +76,14 @@ def test_peak_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     size = write_base(tmp_path / "large", LAYERS)
     grown = peak(tmp_path / "large", tmp_path / "b") - peak(tmp_path / "small", tmp_path / "a")
     assert size > 1.5e9
+    assert grown < 0.1 * size, f"{grown / 2**20:.0f} MiB more for {size / 2**20:.0f} MiB"
+
+
+@pytest.mark.slow
+def test_unpacking_takes_the_memory_of_a_few_tensors(tmp_path: Path) -> None:
+    """Against a small base of plain weights, which unpacks nothing."""
+    write_base(tmp_path / "small", 1)
+    size = write_base(tmp_path / "large", LAYERS, packed=True)
+    grown = peak(tmp_path / "large", tmp_path / "b") - peak(tmp_path / "small", tmp_path / "a")
+    assert size > 0.75e9
     assert grown < 0.1 * size, f"{grown / 2**20:.0f} MiB more for {size / 2**20:.0f} MiB"
