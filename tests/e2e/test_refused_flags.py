@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -39,7 +41,14 @@ REFUSED = [
         "--recompute-modules mlp: a draft of --eagle-num-experts 4 has none",
     ),
     (["--eagle-attention", "mla"], "--eagle-attention mla: the base has no multi-latent"),
+    (["--eagle-eval-prompts", "/absent.jsonl"], "--eagle-eval-prompts /absent.jsonl: no such file"),
+    (["--eagle-eval-prompts", "TEXT"], "line 1: holds text, which needs --tokenizer-type Hugging"),
+    (
+        ["--eagle-eval-prompts", "IDS", "--eagle-eval-new-tokens", 64],
+        "prompt 0: 1 tokens and --eagle-eval-new-tokens 64 exceed the base's 64 positions",
+    ),
 ]
+PROMPTS = {"TEXT": {"prompt": "Hello"}, "IDS": {"prompt_ids": [1]}}
 
 
 def _refusal(rank: int, world: int, words: list[str]) -> str:
@@ -52,14 +61,22 @@ def _refusal(rank: int, world: int, words: list[str]) -> str:
     sys.argv[1:] = words
     enable()
     try:
-        parse_eagle_args(adopt_warm_start(parse_eagle_flags(words), words)[0])
+        options = adopt_warm_start(parse_eagle_flags(words), words)[0]
+        args, base = parse_eagle_args(options)
+        if options.eval_prompts is not None:
+            from megatron_eagle.training.evaluation import AcceptanceEvaluation
+
+            AcceptanceEvaluation(args, options, base, None)
     except ValueError as error:
         return str(error)
     return "accepted"
 
 
 @pytest.mark.parametrize(("words", "message"), REFUSED, ids=lambda value: str(value)[:40])
-def test_refused_in_one_line(words: list, message: str, inputs: Inputs) -> None:
+def test_refused_in_one_line(words: list, message: str, inputs: Inputs, tmp_path: Path) -> None:
+    for name, prompt in PROMPTS.items():
+        (tmp_path / name).write_text(json.dumps(prompt) + "\n")
+    words = [tmp_path / word if word in PROMPTS else word for word in words]
     line = [str(word) for word in [*RECIPE, *inputs.flags, *words]]
     (refusal,) = run_distributed(_refusal, 1, line)
     assert message in refusal and "\n" not in refusal
