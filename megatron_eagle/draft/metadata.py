@@ -23,10 +23,17 @@ SIZE = 16384
 
 
 def draft_metadata(
-    options: EagleConfig, base: BaseInfo, aux_layers: Sequence[int], vocab_size: int
+    options: EagleConfig,
+    base: BaseInfo,
+    aux_layers: Sequence[int],
+    vocab_size: int,
+    expert_parallel: int = 1,
 ) -> dict[str, Any]:
-    """What a checkpoint of this draft says: its options, its captured layers and its base."""
+    """What a checkpoint of this draft says: its options, its captured layers and its base; over how
+    many ranks the experts of a MoE draft were cut."""
+    cut = {} if options.num_experts is None else {"expert_parallel": expert_parallel}
     return {
+        **cut,
         "config": options.to_mapping(),
         "aux_layers": list(aux_layers),
         "ttt_steps": options.ttt_steps,
@@ -57,6 +64,17 @@ def decode_metadata(tensor: Tensor, source: str) -> dict[str, Any]:
             f"{content.get('format')!r} version {content.get('version')!r}"
         )
     return content
+
+
+def check_same_experts(saved: dict[str, Any], now: dict[str, Any], source: str) -> None:
+    """Raise ``ValueError`` if the optimizer of ``source`` cannot be resumed: Megatron loads that of
+    a MoE draft only with its experts cut as they were."""
+    then, is_now = (content.get("expert_parallel", 1) for content in (saved, now))
+    if then != is_now:
+        raise ValueError(
+            f"--expert-model-parallel-size {is_now}: the MoE draft in {source} was trained with "
+            f"{then}; resume with that, or give --no-load-optim for its weights alone"
+        )
 
 
 _SAME = (

@@ -152,7 +152,10 @@ class ModelBuilder:
             base.output_weight.shape[0],
             pg_collection.tp,
         )
-        metadata = draft_metadata(self.options, self.base, base.taps.layers, self.vocab_ids.numel())
+        metadata = draft_metadata(
+            self.options, self.base, base.taps.layers, self.vocab_ids.numel(),
+            pg_collection.ep.size() if self.options.num_experts is not None else 1,
+        )  # fmt: skip
         return EagleDraft(
             draft_config(config, self.options),
             backend,

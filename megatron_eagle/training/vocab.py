@@ -10,7 +10,12 @@ from torch import Tensor
 
 from megatron_eagle.checkpoint_dir import TRACKER_NAME, BaseInfo
 from megatron_eagle.config import EagleConfig
-from megatron_eagle.draft.metadata import check_same_draft, decode_metadata, draft_metadata
+from megatron_eagle.draft.metadata import (
+    check_same_draft,
+    check_same_experts,
+    decode_metadata,
+    draft_metadata,
+)
 from megatron_eagle.draft.vocab import check_vocab_ids, choose_vocab_ids, load_vocab_ids
 from megatron_eagle.hf.dcp_reader import DraftCheckpoint
 from megatron_eagle.hf.import_draft import StoredDraft
@@ -26,7 +31,8 @@ def draft_vocab_ids(
     from other data would scramble the head without a trace in the metrics. So does a warm start.
     """
     captured = options.captured_layers(args.num_layers)
-    resumed = _resumed_vocab_ids(args.load, draft_metadata(options, base, captured, 0))
+    now = draft_metadata(options, base, captured, 0, args.expert_model_parallel_size)
+    resumed = _resumed_vocab_ids(args.load, now, optimizer=not args.no_load_optim)
     if resumed is not None:
         check_vocab_ids(resumed, base.vocab_size, f"--load {args.load}")
         if options.draft_vocab_size not in (None, resumed.numel()):
@@ -54,11 +60,14 @@ def draft_vocab_ids(
     return choose_vocab_ids(counts, options.draft_vocab_size, always)
 
 
-def _resumed_vocab_ids(load: str | None, now: dict[str, Any]) -> Tensor | None:
+def _resumed_vocab_ids(load: str | None, now: dict[str, Any], optimizer: bool) -> Tensor | None:
     """The ids of the draft in ``load``, checked to be this run's draft, if there is one."""
     if load is None or not (Path(load) / TRACKER_NAME).is_file():
         return None
     source = f"--load {load}"
     saved = DraftCheckpoint.open(load).load(["draft.vocab_ids", "draft.metadata"])
-    check_same_draft(decode_metadata(saved["draft.metadata"], source), now, source)
+    then = decode_metadata(saved["draft.metadata"], source)
+    check_same_draft(then, now, source)
+    if optimizer:
+        check_same_experts(then, now, source)
     return saved["draft.vocab_ids"]
