@@ -15,7 +15,7 @@ from megatron_eagle.hf.draft_files import DraftFiles
 
 NAME = "embed_tokens.weight"
 BASE_NAME = "embedding.word_embeddings.weight"
-ROUNDING = {"rtol": 2**-7, "atol": 1e-6}
+RTOL, ATOL = 2**-7, 1e-6
 """What a copy in another 16-bit dtype may differ by."""
 
 
@@ -29,7 +29,7 @@ def check_embedding(files: DraftFiles, base_directory: str | Path) -> None:
         if name.endswith(NAME):
             expected = DraftCheckpoint.open(base_directory).first_rows(BASE_NAME).float()
             found = files.tensor(name, expected.shape[0]).float()
-            if found.shape != expected.shape or not torch.allclose(found, expected, **ROUNDING):
+            if found.shape != expected.shape or not torch.allclose(found, expected, RTOL, ATOL):
                 raise ValueError(
                     f"{files.path}: {name} is not the embedding of {base_directory}, which "
                     "training would use: the draft is another base's or trained its own "

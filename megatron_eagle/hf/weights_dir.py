@@ -124,6 +124,7 @@ def _fp8_weights(headers: Headers, block: tuple[int, int] | None) -> dict[str, P
         if len(header.shape) != 2:
             raise ValueError(f"{header.file}: {name} of shape {list(header.shape)} is no matrix")
         rows, columns = header.shape
+        known: dict[tuple[int, ...], tuple[int, int]]
         if block is not None:
             known = {(-(-rows // block[0]), -(-columns // block[1])): block}
         else:
