@@ -38,13 +38,14 @@ def _eagle3_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
 
     Captured layers appear in both conventions, because each server reads another field: inside
     eagle_config id i is the output of layer i, at the top level it is the state after i layers.
+    No target_hidden_size, which is hidden_size where it is missing: beside one SafeAILab's code
+    does not read the base's embedding, and runs with a random one.
     """
     outputs = list(info.aux_layers)
     norms = _norm_flags(info)
     return {
         "architectures": [LATENT if info.options.attention == "mla" else ARCHITECTURE],
         **_layer_config(info, dtype),
-        "target_hidden_size": info.base.megatron_args["hidden_size"],
         "draft_vocab_size": info.draft_vocab_size,
         "num_aux_hidden_states": len(outputs),
         "eagle_aux_hidden_state_layer_ids": [i + 1 for i in outputs],

@@ -83,7 +83,6 @@ def test_config(tmp_path: Path) -> None:
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
         "hidden_size": 24,
-        "target_hidden_size": 24,
         "intermediate_size": 14,
         "num_hidden_layers": 1,
         "num_attention_heads": 6,

@@ -113,7 +113,7 @@ def test_import_of_an_export_is_bit_equal(
 def safeailab(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Its own embedding, no captured layers, the base's architecture name."""
     for name in ("eagle_config", "eagle_aux_hidden_state_layer_ids", "num_aux_hidden_states",
-                 "target_hidden_size", "rope_parameters"):  # fmt: skip
+                 "rope_parameters"):  # fmt: skip
         del config[name]
     config["architectures"] = ["LlamaForCausalLM"]
     tensors["embed_tokens.weight"] = torch.zeros(53, 24)
