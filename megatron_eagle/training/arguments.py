@@ -72,12 +72,6 @@ def parse_eagle_args(options: EagleConfig) -> tuple[argparse.Namespace, BaseInfo
     if options.reads_documents and args.eval_iters:
         flag = "train-data" if options.offline_features is None else "offline-features"
         raise ValueError(f"--eval-iters {args.eval_iters}: --eagle-{flag} has no validation")
-    if options.offline_features is not None and args.pipeline_model_parallel_size > 1:
-        raise ValueError(
-            f"--pipeline-model-parallel-size {args.pipeline_model_parallel_size}: with "
-            "--eagle-offline-features there are no base layers to cut; leave it out, and these "
-            "ranks are data-parallel"
-        )
     check_micro_batches(args)
     if options.pack:
         _check_packing(args)

@@ -25,6 +25,12 @@ def check_layout(user: Sequence[str], base: BaseInfo, options: EagleConfig) -> N
     """Raise ``ValueError`` naming the flag if the layout in ``user`` does not fit the number of
     processes, the base or the sequence length."""
     given = _layout(user)
+    stages = given.pipeline_model_parallel_size
+    if options.offline_features is not None and stages > 1:
+        raise ValueError(
+            f"--pipeline-model-parallel-size {stages}: with --eagle-offline-features there are no "
+            "base layers to cut; leave it out, and these ranks are data-parallel"
+        )
     _check_pipeline(given)
     tensor = given.tensor_model_parallel_size
     check_processes(

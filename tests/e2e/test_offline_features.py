@@ -82,7 +82,8 @@ def test_bf16_training_equals_bf16_training_beside_the_base(inputs: Inputs, tmp_
 def test_training_in_other_layouts(
     layout: tuple, inputs: Inputs, features: Path, tmp_path: Path
 ) -> None:
-    compare(inputs, features, tmp_path, 2e-6, "--micro-batch-size", 1, layout=layout)
+    """The features are of a base at TP 2, whose rounding is another."""
+    compare(inputs, features, tmp_path, 1e-5, "--micro-batch-size", 1, layout=layout)
 
 
 LAYOUTS: dict[str, tuple[int, tuple]] = {
