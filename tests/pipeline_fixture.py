@@ -60,7 +60,6 @@ def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tu
     """(model wrapped for data parallelism, step, process groups) on this rank, whose ``groups`` are
     made if they are not given. With ``experts``, fields of the TransformerConfig, the base is a
     random MoE of the checkpoint's dimensions."""
-    random_base = bool(experts)
     groups = groups or megatron_parallel(tp=case.tp, pp=case.pp, cp=case.cp, ep=case.ep)
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.enums import ModelType
@@ -80,8 +79,6 @@ def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tu
     from megatron_eagle.training.model import EagleGPTModel
 
     info = load_base_json(case.base)
-    if case.ep > 1:
-        experts["moe_token_dispatcher_type"] = "alltoall"
     config = base_config(
         info, case.tp, pipeline_model_parallel_size=case.pp, pipeline_dtype=torch.float32,
         context_parallel_size=case.cp, sequence_parallel=case.sequence_parallel,
@@ -94,7 +91,7 @@ def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tu
     ends = (groups.pp.rank() == 0, groups.pp.rank() == case.pp - 1)
     gpt = build_base(config, info, local_backend(), groups, *ends)
     shards = VocabShards(gpt)
-    if not random_base:
+    if not experts:
         load_base(gpt, case.base, shards)
     base = FrozenBase(gpt, case.captured, info.vocab_size, shards)
     reference = case.draft.config

@@ -41,8 +41,8 @@ def base_config(info: BaseInfo, tensor_parallel: int, **parallelism: Any) -> Any
     given = {_FIELDS.get(name, name): value for name, value in info.megatron_args.items()}
     given["gated_linear_unit"] = True
     given.setdefault("q_lora_rank", None)
-    if parallelism.get("expert_model_parallel_size", 1) > 1:
-        given["moe_token_dispatcher_type"] = "alltoall"  # ranks' sequences differ in length
+    if parallelism.get("expert_model_parallel_size", 1) > 1:  # ranks' sequences differ in length
+        parallelism.setdefault("moe_token_dispatcher_type", "alltoall")
     return kind(
         **{name: value for name, value in given.items() if name in known},
         activation_func=quick_gelu if info.megatron_args.get("quick_geglu") else silu,

@@ -39,6 +39,7 @@ def test_a_run_that_is_evaluated_stopped_and_resumed(tmp_path: Path) -> None:
     assert sorted(resumed.metrics) == list(range(11, 21))
     for iteration, line in resumed.metrics.items():
         assert line["loss"] == whole.metrics[iteration]["loss"]
-    stopped = train(2, tmp_path / "stop.jsonl", *flags, *stages, "--exit-duration-in-mins", 0)
+    # At once, and not foreseen: the second iteration has begun.
+    stopped = train(2, tmp_path / "stop.jsonl", *flags, *stages, "--exit-duration-in-mins", -1)
     assert stopped.returncode == 0, stopped.output[-3000:]
     assert list(stopped.metrics) == [1]
