@@ -152,7 +152,7 @@ def test_d2t_is_the_offset_of_ascending_ids(tmp_path: Path) -> None:
 
 
 def test_the_oracle_is_independent() -> None:
-    allowed = {"__future__", "collections", "dataclasses", "json", "pathlib", "typing",
+    allowed = {"__future__", "collections", "dataclasses", "json", "math", "pathlib", "typing",
                "torch", "safetensors", "tests"}  # fmt: skip
     files = sorted(TESTS.glob("reference_*.py"))
     assert {f.name for f in files} >= {"reference_eagle3.py", "reference_decode.py"}
