@@ -11,6 +11,7 @@ import pytest
 
 from megatron_eagle.hf.import_base import import_base
 from tests.distributed.harness import run_distributed
+from tests.distributed.test_reference_parity import TOLERANCE
 from tests.pipeline_case import CAPTURED, CONFIG, compare, import_bases, make_case, train_once
 from tests.pipeline_fixture import PipelineCase
 from tests.tiny_hf import make_base
@@ -72,10 +73,12 @@ def test_equals_reference(world: int, layout: dict[str, Any], bases: Path) -> No
     """One start of the ranks for all families."""
     cases = [family_case(bases, family, layout) for family in FAMILIES]
     results = run_distributed(train_once, world, cases)
+    # The reference reads what an undivided base gives; one whose layers are cut rounds otherwise.
+    cut = layout.get("cp", 1) * layout.get("tp", 1) > 1
     wrong = []
     for number, (family, case) in enumerate(zip(FAMILIES, cases, strict=True)):
         try:
-            compare(case, [found[number] for found in results])
+            compare(case, [found[number] for found in results], (3 if cut else 1) * TOLERANCE)
         except AssertionError as error:
             wrong.append(f"{family}: {error}")
     assert not wrong, "\n".join(wrong)
