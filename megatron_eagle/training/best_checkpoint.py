@@ -53,8 +53,9 @@ class BestCheckpoint:
         """Keep the draft if it is better than the best so far; whether it was. A collective of all
         ranks, whose ``figures`` must be equal.
 
-        Whenever the run may die, ``directory`` holds a whole checkpoint: the tracker changes by a
-        rename, after the new draft is there and before the old one goes.
+        Should the run die, ``directory`` holds a whole checkpoint: the tracker changes by a rename,
+        after the new draft is there and before the old one goes. Only a draft that takes the place
+        of one of the same iteration (of a resumed run) leaves an instant between two renames.
         """
         if figures["accepted_length"] <= self.accepted_length:
             return False
