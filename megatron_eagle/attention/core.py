@@ -24,11 +24,10 @@ from megatron_eagle.attention.blocks import (
 from megatron_eagle.attention.trunk_branch import trunk_branch_attention
 from megatron_eagle.compat import (
     MegatronModule,
-    ensure_metadata_has_dp_cp_group,
     is_layer_window_attention,
-    make_sharded_tensors_for_checkpoint,
 )
 from megatron_eagle.parallel.context import ContextShard, gather_key_value
+from megatron_eagle.parallel.sharded_tensors import sharded_tensors
 
 
 class AttentionState(Protocol):
@@ -170,14 +169,8 @@ class EagleCoreAttention(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        return make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {"softmax_offset": 0},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
-        )
+        tensors, axes = self.state_dict(prefix="", keep_vars=True), {"softmax_offset": 0}
+        return sharded_tensors(tensors, axes, self.tp_group, prefix, sharded_offsets, metadata)
 
 
 def with_eagle_attention(layer_spec: Any) -> Any:

@@ -12,12 +12,11 @@ from torch import Tensor
 from megatron_eagle.compat import (
     MegatronModule,
     copy_to_tensor_model_parallel_region,
-    ensure_metadata_has_dp_cp_group,
     gather_from_tensor_model_parallel_region,
     get_cuda_rng_tracker,
-    make_sharded_tensors_for_checkpoint,
     set_tensor_model_parallel_attributes,
 )
+from megatron_eagle.parallel.sharded_tensors import sharded_tensors
 from megatron_eagle.platform.products import linear
 
 
@@ -61,14 +60,8 @@ class FeatureProjection(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        return make_sharded_tensors_for_checkpoint(
-            {"weight": self.weight},
-            prefix,
-            {"weight": 0} if self.sharded else {},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
-        )
+        tensors, axes = {"weight": self.weight}, {"weight": 0} if self.sharded else {}
+        return sharded_tensors(tensors, axes, self.tp_group, prefix, sharded_offsets, metadata)
 
 
 class NormWeight(MegatronModule):

@@ -22,10 +22,9 @@ from megatron_eagle.compat import (
     MultiLatentAttention,
     build_module,
     copy_to_tensor_model_parallel_region,
-    ensure_metadata_has_dp_cp_group,
-    make_sharded_tensors_for_checkpoint,
 )
 from megatron_eagle.draft.features import empty_parameter
+from megatron_eagle.parallel.sharded_tensors import sharded_tensors
 from megatron_eagle.platform.products import linear
 
 
@@ -53,14 +52,8 @@ class DownProjection(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        return make_sharded_tensors_for_checkpoint(
-            {"weight": self.weight},
-            prefix,
-            {},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=ensure_metadata_has_dp_cp_group(metadata)["dp_cp_group"],
-        )
+        weight = {"weight": self.weight}
+        return sharded_tensors(weight, {}, self.tp_group, prefix, sharded_offsets, metadata)
 
 
 class DraftLatentAttention(MLASelfAttention):
