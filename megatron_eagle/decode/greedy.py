@@ -9,18 +9,7 @@ from torch import Tensor
 
 from megatron_eagle.decode.base import CachedBase
 from megatron_eagle.decode.sequences import Sequences
-from megatron_eagle.decode.waves import Steps, together
-
-
-def greedy_decode(
-    base: CachedBase,
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    stop_ids: Iterable[int] = (),
-) -> list[list[int]]:
-    """The base's greedy continuation of each prompt, all prompts in one batch."""
-    (answers,) = together([greedy_steps(base, prompts, max_new_tokens, stop_ids)])
-    return answers
+from megatron_eagle.decode.waves import Steps
 
 
 def greedy_steps(
@@ -29,7 +18,8 @@ def greedy_steps(
     max_new_tokens: int,
     stop_ids: Iterable[int] = (),
 ) -> Steps[list[list[int]]]:
-    """:func:`greedy_decode` for :func:`~megatron_eagle.decode.waves.together`."""
+    """The base's greedy continuation of each prompt, all prompts in one batch; for
+    :func:`~megatron_eagle.decode.waves.together`."""
     sequences = Sequences(prompts, max_new_tokens, stop_ids, base.device)
     cache = base.new_cache(sequences.capacity)
     forward = base.begin(*sequences.padded_prompts(), cache)

@@ -16,7 +16,7 @@ from megatron_eagle.decode.base import CachedBase
 from megatron_eagle.decode.chain import Verified
 from megatron_eagle.decode.greedy import select_rows
 from megatron_eagle.decode.sequences import Sequences
-from megatron_eagle.decode.waves import Steps, together
+from megatron_eagle.decode.waves import Steps
 
 
 class Proposer(Protocol):
@@ -58,26 +58,6 @@ class ChainCounts:
             mine[:] = [a + b for a, b in zip(mine, theirs, strict=True)]
 
 
-def speculative_decode(
-    base: CachedBase,
-    make_proposer: Callable[[int], Proposer],
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    draft_tokens: int,
-    counts: ChainCounts,
-    stop_ids: Iterable[int] = (),
-) -> list[list[int]]:
-    """The greedy continuation of each prompt, all prompts in one batch; adds to ``counts``.
-
-    ``make_proposer(capacity)`` gives what drafts ``draft_tokens`` tokens at a time.
-    """
-    steps = speculative_steps(
-        base, make_proposer, prompts, max_new_tokens, draft_tokens, counts, stop_ids
-    )
-    (answers,) = together([steps])
-    return answers
-
-
 def speculative_steps(
     base: CachedBase,
     make_proposer: Callable[[int], Proposer],
@@ -87,7 +67,11 @@ def speculative_steps(
     counts: ChainCounts,
     stop_ids: Iterable[int] = (),
 ) -> Steps[list[list[int]]]:
-    """:func:`speculative_decode` for :func:`~megatron_eagle.decode.waves.together`."""
+    """The greedy continuation of each prompt, all prompts in one batch; adds to ``counts``. For
+    :func:`~megatron_eagle.decode.waves.together`.
+
+    ``make_proposer(capacity)`` gives what drafts ``draft_tokens`` tokens at a time.
+    """
     sequences = Sequences(prompts, max_new_tokens, stop_ids, base.device, spare=draft_tokens)
     cache = base.new_cache(sequences.capacity)
     forward = base.begin(*sequences.padded_prompts(), cache)

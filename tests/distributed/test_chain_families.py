@@ -77,7 +77,8 @@ def propose(
     from megatron_eagle.decode import load
     from megatron_eagle.decode.base import CachedBase
     from megatron_eagle.decode.chain import DraftChain
-    from megatron_eagle.decode.speculative import ChainCounts, speculative_decode
+    from megatron_eagle.decode.speculative import ChainCounts, speculative_steps
+    from megatron_eagle.decode.waves import together
     from megatron_eagle.draft.metadata import encode_metadata
     from megatron_eagle.hf.draft_info import DraftInfo
     from megatron_eagle.parallel.stage_links import StageLinks
@@ -109,7 +110,8 @@ def propose(
         def proposer(capacity: int, draft: Any = draft, cached: Any = cached) -> Spy:
             return Spy(draft, cached, DRAFTS, capacity)
 
-        speculative_decode(cached, proposer, PROMPTS, 2, DRAFTS, ChainCounts(DRAFTS))
+        counts = ChainCounts(DRAFTS)
+        together([speculative_steps(cached, proposer, PROMPTS, 2, DRAFTS, counts)])
         result[name] = chains[0]
     return result
 

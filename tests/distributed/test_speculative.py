@@ -120,14 +120,15 @@ def decode(rank: int, world: int, directory: str, case: Case, prompts: list[list
     frozen, draft = build(world, directory, case)
     from megatron_eagle.decode.base import CachedBase
     from megatron_eagle.decode.chain import DraftChain
-    from megatron_eagle.decode.greedy import greedy_decode
-    from megatron_eagle.decode.speculative import ChainCounts, speculative_decode
+    from megatron_eagle.decode.greedy import greedy_steps
+    from megatron_eagle.decode.speculative import ChainCounts, speculative_steps
+    from megatron_eagle.decode.waves import together
 
     base = CachedBase(frozen)
-    free = greedy_decode(base, prompts, NEW_TOKENS)
+    (free,) = together([greedy_steps(base, prompts, NEW_TOKENS)])
     stops = [free[0][5], free[1][9]]
     result: dict[str, Any] = {"free": free, "stops": stops}
-    result["greedy"] = greedy_decode(base, prompts, NEW_TOKENS, stops)
+    (result["greedy"],) = together([greedy_steps(base, prompts, NEW_TOKENS, stops)])
     texts = [p + a for p, a in zip(prompts, result["greedy"], strict=True)]
     hidden: list[Tensor] = []
     rng = random.Random(1)
@@ -141,7 +142,8 @@ def decode(rank: int, world: int, directory: str, case: Case, prompts: list[list
         return proposers[-1]
 
     counts = ChainCounts(DRAFTS)
-    result["answers"] = speculative_decode(base, ragged, prompts, NEW_TOKENS, DRAFTS, counts, stops)
+    steps = speculative_steps(base, ragged, prompts, NEW_TOKENS, DRAFTS, counts, stops)
+    (result["answers"],) = together([steps])
     result["counts"] = vars(counts)
     result["chains"] = proposers[0].chains
     result["first logits"] = torch.stack(hidden[:DRAFTS], dim=1) @ draft.lm_head().t()
@@ -153,7 +155,8 @@ def decode(rank: int, world: int, directory: str, case: Case, prompts: list[list
             return Prompted(texts, prompts, lambda _: right, None)
 
         # 21 tokens: one of the prefill and 5 whole verifications, all of them in the known text.
-        answers = speculative_decode(base, known, prompts, 21, DRAFTS, counts)
+        steps = speculative_steps(base, known, prompts, 21, DRAFTS, counts)
+        (answers,) = together([steps])
         result[name] = (answers == [a[:21] for a in free], vars(counts))
     return result
 
