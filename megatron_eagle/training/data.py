@@ -39,6 +39,16 @@ class DatasetProvider:
         self.options, self.base = options, base
 
     def __call__(self, num_samples: Sequence[int], vp_stage: int | None = None) -> tuple:
+        args, (train, valid, test) = get_args(), self._datasets(num_samples)
+        if args.iteration >= args.train_iters:  # Megatron's sampler takes no samples for a mistake
+            print_rank_0(
+                f"> nothing left to train: the checkpoint is at iteration {args.iteration} of "
+                f"--train-iters {args.train_iters}"
+            )
+            train = None
+        return train, valid, test
+
+    def _datasets(self, num_samples: Sequence[int]) -> tuple:
         args = get_args()
         if self.options.reads_documents:
             documents = training_documents(self.options, self.base)

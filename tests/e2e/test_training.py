@@ -67,6 +67,24 @@ def test_ten_and_ten_iterations_equal_twenty(
         assert line["accuracy_0"] == run.metrics[iteration]["accuracy_0"]
 
 
+@pytest.mark.slow
+def test_a_finished_run_started_again_says_so_and_keeps_its_draft(
+    whole: tuple[Run, Path], inputs: Inputs, tmp_path: Path
+) -> None:
+    """As schedulers do that start a job until it succeeds."""
+    copy = tmp_path / "draft"
+    shutil.copytree(whole[1], copy)
+    before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()}
+    again = train(
+        2, None, *inputs.flags, *DRAFT, "--tensor-model-parallel-size", 2,
+        "--load", copy, "--save", copy, "--save-interval", 10,
+    )  # fmt: skip
+    assert again.returncode == 0, again.output[-3000:]
+    told = "nothing left to train: the checkpoint is at iteration 20 of --train-iters 20"
+    assert again.output.count(told) == 1
+    assert {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()} == before
+
+
 def test_data_parallel_ranks_share_the_work(inputs: Inputs, tmp_path: Path) -> None:
     """DP 2 sees the same global batches as DP 1: same losses from the same start."""
     runs = []
