@@ -5,7 +5,7 @@ of a larger softmax (see :mod:`megatron_eagle.attention.blocks`) gives the exact
 this part inside that softmax, since it recomputes P = exp(q k - lse).
 
 Layout [B, n, S, d] for q, [B, g, L, d] for k and [B, g, L, dv] for v with g dividing n (grouped
-queries, K/V never repeated on a CPU) and dv <= d (MLA's values are narrower; the kernels want one
+queries; no kernel wants K/V repeated) and dv <= d (MLA's values are narrower; the kernels want one
 width and see zeros behind them); lse [B, n, S] fp32. ``causal`` needs S = L; otherwise every row
 sees every key. No mask tensor, no collective.
 """
@@ -29,7 +29,6 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tupl
         run = _aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = run(q, k, v, 0.0, causal, scale=scale)
     else:
-        k, v = _repeat_groups(q, k), _repeat_groups(q, v)
         run = _aten._scaled_dot_product_flash_attention
         out, lse = run(q, k, v, 0.0, causal, scale=scale)[:2]
     return out[..., :width], lse
@@ -57,10 +56,9 @@ def backward(
     else:
         unused = torch.zeros((), dtype=torch.int64, device=q.device)  # philox state: no dropout
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_backward(
-            grad_out, q, _repeat_groups(q, k), _repeat_groups(q, v), out, lse, None, None,
+            grad_out, q, k, v, out, lse.contiguous(), None, None,  # lse is read without strides
             q.shape[2], k.shape[2], 0.0, causal, unused, unused, scale=scale,
         )  # fmt: skip
-        dk, dv = _sum_groups(dk, k), _sum_groups(dv, v)
     return dq, dk, dv[..., :width]
 
 
