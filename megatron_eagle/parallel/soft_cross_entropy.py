@@ -30,10 +30,11 @@ from megatron_eagle.parallel.reduction import Reduced, reduce_shards, shard_shar
 from megatron_eagle.parallel.row_losses import Shares, SoftCrossEntropy, overlap_statistics
 from megatron_eagle.parallel.shard_softmax import draft_softmax_
 from megatron_eagle.parallel.vocab import even_chunks
-from megatron_eagle.platform.products import add_outer_, product
+from megatron_eagle.platform.products import add_outer_, onednn_is_faster, product
 
-CHUNK_BYTES = {"cpu": 32 << 20, "cuda": 512 << 20}
-"""Logits of teacher and draft that exist at a time, unless they are kept."""
+CHUNK_BYTES = {"cpu": (32 if onednn_is_faster() else 56) << 20, "cuda": 512 << 20}
+"""Logits of teacher and draft that exist at a time, unless they are kept. MKL wants more rows in a
+product than oneDNN does before it comes near the processor's speed (docs/log.md)."""
 
 
 class TeacherRows(Protocol):
@@ -218,8 +219,8 @@ class _Gradients:
 
     def add(self, rows: slice, grad_logits: Tensor, row_weight: Tensor) -> None:
         grad, scale = grad_logits.flatten(0, 1), row_weight.to(self.source.dtype).unsqueeze(-1)
-        part = product(grad, self.weight.t()).view_as(self.hidden[:, rows])
-        torch.mul(part, scale, out=self.hidden[:, rows])
+        target = self.hidden[:, rows]
+        torch.mul(product(grad, self.weight.t()).view_as(target), scale, out=target)
         if self.total is not None:
             weighted = (self.source[:, rows] * scale).flatten(0, 1)
             add_outer_(self.total, grad, weighted)

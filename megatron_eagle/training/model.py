@@ -135,9 +135,12 @@ class EagleGPTModel(MegatronModule):
         base = outputs_of_base or batch.base_outputs or self.base(batch.tokens, batch.packing)
         targets, wanted = self.targets(base.final_hidden, batch.target_rows)
         inputs = self.draft_inputs(batch.tokens, base.features, batch.packing)
-        outputs = unroll(self.draft, inputs, self.options.ttt_steps, self.options.detach_steps)
+        hidden = target_hidden(
+            self.draft,
+            unroll(self.draft, inputs, self.options.ttt_steps, self.options.detach_steps),
+            batch.step_rows,
+        )
         with nvtx_range("loss"):
-            hidden = target_hidden(self.draft, outputs, batch.step_rows)
             loss, sums, hits = soft_cross_entropy(
                 hidden,
                 self.draft.lm_head(),
