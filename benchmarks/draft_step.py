@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.given_logits import give_logits
 from benchmarks.measure import measure
 from benchmarks.problem import DTYPES, Problem, add_problem_flags, problem_from
 
@@ -150,6 +151,8 @@ def run_rank(rank: int, args: argparse.Namespace, store: str) -> None:
     if args.logits_budget_mib is not None:
         options["logits_budget_mib"] = args.logits_budget_mib
     forward, resting = build(problem, args.device, options)
+    if args.given_logits:
+        resting.append(give_logits(forward))
     result: dict[str, Any] = measure(forward, resting, args.iters)
     with CollectiveCounter() as counter:
         forward().backward()
@@ -175,6 +178,7 @@ def main(run: Callable[..., None] = run_rank) -> None:
     add_problem_flags(parser)
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel ranks")
     parser.add_argument("--sequence-parallel", action="store_true")
+    parser.add_argument("--given-logits", action="store_true", help="as the peers; one rank")
     parser.add_argument("--logits-budget-mib", type=int, help="as --eagle-logits-budget-mib")
     parser.add_argument(
         "--recompute", nargs="*", default=[], help="as --recompute-modules, such as mlp"
@@ -183,6 +187,8 @@ def main(run: Callable[..., None] = run_rank) -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--iters", type=int, default=5)
     args = parser.parse_args()
+    if args.given_logits and args.tp > 1:
+        parser.error("--given-logits: the logits are one rank's; leave out --tp")
     restart_with_recommended_environment(args.tp)
     with tempfile.TemporaryDirectory() as scratch:
         store = f"{scratch}/store"

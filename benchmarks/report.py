@@ -1,4 +1,4 @@
-"""Make the tables and plots of docs/benchmarks from its results.jsonl."""
+"""Make the tables and plots of docs/benchmarks from what suite.py measured on such a processor."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.problem import SIZES
-from benchmarks.suite import RESULTS, SWEEPS
+from benchmarks.suite import CAPABILITY, RESULTS, SWEEPS
 
-TABLES = RESULTS.parent / "tables.md"
+TABLES = RESULTS.parent / f"tables-{CAPABILITY}.md"
 STEP_DECAY = 0.8
 Line = dict[str, Any]
 
@@ -48,9 +48,10 @@ def _heading() -> str:
          if x.startswith("model name")), platform.processor(),
     )  # fmt: skip
     return (
-        "<!-- made by benchmarks/report.py from results.jsonl: do not edit -->\n"
-        f"{cpu}, torch {version('torch')}, megatron-core {version('megatron-core')}; fp32, medians "
-        "of a fresh process; load: jobs that ran or waited when it started.\n\n"
+        f"<!-- made by benchmarks/report.py from {RESULTS.name}: do not edit -->\n"
+        f"{cpu} ({CAPABILITY.upper()}), torch {version('torch')}, megatron-core "
+        f"{version('megatron-core')}; fp32, medians of a fresh process; "
+        "load: jobs that ran or waited when it started.\n\n"
     )
 
 
@@ -109,7 +110,7 @@ def _plot(lines: list[Line]) -> None:
             axis.set_ylabel({"cpu_ms": "CPU ms", "peak_mib": "peak MiB"}[measure])
     axes[0][0].legend()
     figure.tight_layout()
-    figure.savefig(RESULTS.parent / "sweeps.png", dpi=70)
+    figure.savefig(RESULTS.parent / f"sweeps-{CAPABILITY}.png", dpi=70)
 
 
 def _check_losses(lines: list[Line]) -> int:

@@ -3,8 +3,9 @@
     python benchmarks/suite.py               # ours
     python benchmarks/suite.py --peers       # the peers, with the environment of `make bench-peers`
 
-Lines go to docs/benchmarks/results.jsonl, a new one taking the place of an old one of the same
-case; benchmarks/report.py makes the table and the plots from them.
+Lines go to docs/benchmarks/results-avx2.jsonl or what else PyTorch calls this processor's vector
+instructions, which decide who is fast: a new line takes the place of an old one of the same case.
+benchmarks/report.py makes the table and the plots from them.
 """
 
 from __future__ import annotations
@@ -17,13 +18,16 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.problem import SIZES
 from megatron_eagle.platform import recommended_environment
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "docs" / "benchmarks" / "results.jsonl"
+CAPABILITY = torch.backends.cpu.get_cpu_capability().lower().replace(" ", "-")
+RESULTS = ROOT / "docs" / "benchmarks" / f"results-{CAPABILITY}.jsonl"
 PEER_PYTHON = ROOT / ".venv-peers" / "bin" / "python"
 PEERS_OF_SIZE = {
     "S": ("modelopt-before", "modelopt-eager", "modelopt-compiled", "specforge", "speculators"),
@@ -55,6 +59,10 @@ def cases(peers: bool) -> list[tuple[str, str, list[str]]]:
     found += [
         (size, "ours, recompute mlp", ["--size", size, "--recompute", "mlp"])
         for size in ("S", "M", "attention-2048")
+    ]
+    found += [
+        (size, "ours, given logits", ["--size", size, "--given-logits"])
+        for size in ("S", "S-D8000", "M", "attention-2048")
     ]
     found += [("S", "ours, compiled", ["--size", "S", "--compile"])]
     found += [("S", "ours, TP 2", ["--size", "S", "--tp", "2"])]

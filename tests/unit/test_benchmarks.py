@@ -76,6 +76,26 @@ def saved_bytes(rank: int, world: int) -> dict[tuple[int, int], int]:
     return found
 
 
+def losses_with_and_without_given_logits(rank: int, world: int) -> list[tuple[float, float]]:
+    megatron_parallel()
+    from benchmarks.draft_step import build
+    from benchmarks.given_logits import give_logits
+
+    found = []
+    for draft_vocab in (50, 90):
+        forward, _ = build(dataclasses.replace(TINY, draft_vocab=draft_vocab), "cpu", {})
+        plain = forward().item()
+        give_logits(forward)
+        found.append((plain, forward().item()))
+    return found
+
+
+def test_given_logits_give_the_same_loss() -> None:
+    (found,) = run_distributed(losses_with_and_without_given_logits, 1)
+    for plain, given in found:
+        assert given == pytest.approx(plain, rel=1e-6)
+
+
 def test_what_a_step_keeps_is_linear_in_length_and_steps() -> None:
     (found,) = run_distributed(saved_bytes, 1)
     by_length = found[256, 2] - found[128, 2], found[128, 2] - found[64, 2]
