@@ -53,5 +53,5 @@ def give_logits(step: DraftStep) -> Tensor:
     rows = model.base(batch.tokens, batch.packing).final_hidden.flatten(0, 1)
     logits = rows @ model.base.output_weight.t()
     teacher = GivenLogits(logits, batch.target_rows, model.draft.vocab_ids)
-    model.targets = lambda *_: (teacher, rows)  # type: ignore[method-assign]
+    model.targets = lambda *_: (teacher, rows)  # type: ignore[method-assign, assignment]
     return logits
