@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 if TYPE_CHECKING:  # importing Megatron waits for platform.enable()
@@ -34,17 +33,12 @@ class GivenLogits:
 
     def rows(self, chunk: slice) -> tuple[Tensor, Tensor]:
         """As :meth:`megatron_eagle.teacher.targets.TeacherTargets.rows`."""
-        from megatron_eagle.parallel.shard_softmax import shard_softmax_
+        from megatron_eagle.teacher.targets import softmax_and_statistics_
 
         full = self.logits[self.target_rows[chunk]].float()
-        draft = full
-        if self.draft_columns < self.full_columns:
-            draft = full[:, self.vocab_ids]
-            full_stats = shard_softmax_(full)
-        draft_stats = shard_softmax_(draft)
-        if draft is full:
-            full_stats = draft_stats
-        return draft, torch.cat([draft_stats[:, :2], full_stats[:, [0, 2, 1]]], dim=1)
+        whole = self.draft_columns == self.full_columns
+        draft = full if whole else full[:, self.vocab_ids]
+        return draft, softmax_and_statistics_(draft, full, 0)
 
 
 def give_logits(step: DraftStep) -> Tensor:

@@ -44,16 +44,19 @@ class TeacherTargets:
         over the full vocabulary's shard. No collective."""
         head, hidden = self.head, self.final_hidden[chunk]
         full = product(hidden, head.full_weight).float()
-        if head.draft_weight is head.full_weight:
-            draft = full
-            draft_stats = full_stats = shard_softmax_(full)
-        else:
-            draft = product(hidden, head.draft_weight).float()
-            draft_stats, full_stats = shard_softmax_(draft), shard_softmax_(full)
-        ids = full_stats[:, 2:] + head.full_shard.start
-        return draft, torch.cat(
-            [draft_stats[:, :2], full_stats[:, :1], ids, full_stats[:, 1:2]], dim=1
-        )
+        whole = head.draft_weight is head.full_weight
+        draft = full if whole else product(hidden, head.draft_weight).float()
+        return draft, softmax_and_statistics_(draft, full, head.full_shard.start)
+
+
+def softmax_and_statistics_(draft: Tensor, full: Tensor, start: int) -> Tensor:
+    """``draft`` [c, Dp] fp32 becomes its softmax, in place, and ``full`` [c, Vp], whose first id is
+    ``start``, is overwritten; they may be one tensor. Returns the statistics [c, 5] of
+    :meth:`TeacherTargets.rows`. No collective."""
+    draft_stats = shard_softmax_(draft)
+    full_stats = draft_stats if full is draft else shard_softmax_(full)
+    ids = full_stats[:, 2:] + start
+    return torch.cat([draft_stats[:, :2], full_stats[:, :1], ids, full_stats[:, 1:2]], dim=1)
 
 
 class TeacherHead:
