@@ -5,7 +5,7 @@ of a larger softmax (see :mod:`megatron_eagle.attention.blocks`) gives the exact
 this part inside that softmax, since it recomputes P = exp(q k - lse).
 
 Layout [B, n, S, d] for q, [B, g, L, d] for k and [B, g, L, dv] for v with g dividing n (grouped
-queries; no flash kernel wants K/V repeated) and dv <= d (MLA's values are narrower; kernels want one
+queries; no flash kernel wants K/V repeated) and dv <= d (MLA's are narrower; the kernels want one
 width and see zeros behind them); lse [B, n, S] fp32. ``causal`` needs S = L; otherwise every row
 sees every key. No mask tensor, no collective.
 """
