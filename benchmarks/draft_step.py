@@ -150,6 +150,8 @@ def run_rank(rank: int, args: argparse.Namespace, store: str) -> None:
     }
     if args.logits_budget_mib is not None:
         options["logits_budget_mib"] = args.logits_budget_mib
+    if args.loss_chunk_mib is not None:
+        options["loss_chunk_mib"] = args.loss_chunk_mib
     forward, resting = build(problem, args.device, options)
     if args.given_logits:
         resting.append(give_logits(forward))
@@ -180,6 +182,7 @@ def main(run: Callable[..., None] = run_rank) -> None:
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--given-logits", action="store_true", help="as the peers; one rank")
     parser.add_argument("--logits-budget-mib", type=int, help="as --eagle-logits-budget-mib")
+    parser.add_argument("--loss-chunk-mib", type=int, help="as --eagle-loss-chunk-mib")
     parser.add_argument(
         "--recompute", nargs="*", default=[], help="as --recompute-modules, such as mlp"
     )

@@ -89,9 +89,9 @@ def check_no_synchronisation(forward: Callable[[], Tensor]) -> None:
 def implementations(problem: Problem, device: str) -> dict[str, Callable[[], Run]]:
     from megatron_eagle.platform.compiler import compile_regions
 
-    def ours(compiled: bool) -> Run:
+    def ours(compiled: bool, **options: int) -> Run:
         compile_regions(compiled)
-        return build(problem, device, {})
+        return build(problem, device, options)
 
     def plain(before: bool, compiled: bool) -> Run:
         baseline = PlainModelOpt(problem, device, before, compiled)
@@ -99,6 +99,7 @@ def implementations(problem: Problem, device: str) -> dict[str, Callable[[], Run
 
     return {
         "ours": lambda: ours(False),
+        "ours, chunks of 512 MiB": lambda: ours(False, loss_chunk_mib=512),
         "ours, compiled": lambda: ours(True),
         "plain ModelOpt before": lambda: plain(True, False),
         "plain ModelOpt after": lambda: plain(False, False),

@@ -64,6 +64,7 @@ def cases(peers: bool) -> list[tuple[str, str, list[str]]]:
         (size, "ours, given logits", ["--size", size, "--given-logits"])
         for size in ("S", "S-D8000", "M", "attention-2048")
     ]
+    found += [("M", "ours, one chunk", ["--size", "M", "--loss-chunk-mib", "512"])]
     found += [("S", "ours, compiled", ["--size", "S", "--compile"])]
     found += [("S", "ours, TP 2", ["--size", "S", "--tp", "2"])]
     return found + [(name, "ours", flags) for name, flags in sweeps]

@@ -199,6 +199,12 @@ class EagleConfig:
         type=int,
         metavar="MIB",
     )
+    loss_chunk_mib: int | None = _option(
+        None,
+        "fp32 MiB per rank of draft and teacher logits that exist at a time: more rows in a matrix "
+        "product are faster and take more memory (default: 2048 on a GPU, 32 or 56 on a CPU)",
+        type=int,
+    )
     log_file: str | None = _option(
         None,
         "append the metrics to this JSONL file, one line per --log-interval, means over the "

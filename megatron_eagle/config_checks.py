@@ -30,7 +30,10 @@ def check_options(options: EagleConfig) -> None:
             raise ValueError(
                 f"{flag_name(name)} must be at least {least_value}, not {getattr(options, name)}"
             )
-    at_least_one = ("draft_vocab_size", "num_experts", "eval_draft_tokens", *EXPERT_OPTIONS[:2])
+    at_least_one = (
+        "draft_vocab_size", "num_experts", "eval_draft_tokens", "loss_chunk_mib",
+        *EXPERT_OPTIONS[:2],
+    )  # fmt: skip
     for name in at_least_one:
         value = getattr(options, name)
         if value is not None and value < 1:

@@ -31,6 +31,7 @@ class Case:
     loss_mask: Tensor
     sequence_parallel: bool = False
     logits_budget_mib: int = 256
+    loss_chunk_mib: int | None = None
     recompute_modules: tuple[str, ...] = ()
     trim: bool = False
     compile: bool = False
@@ -87,6 +88,7 @@ def build_model(case: Case) -> Any:
         mask_out_of_vocab=reference.mask_out_of_vocab,
         detach_steps=reference.detach_steps,
         logits_budget_mib=case.logits_budget_mib,
+        loss_chunk_mib=case.loss_chunk_mib,
         **draft_options(reference),
     )
     shard = draft_vocab_shard(

@@ -32,9 +32,11 @@ from megatron_eagle.parallel.shard_softmax import draft_softmax_
 from megatron_eagle.parallel.vocab import even_chunks
 from megatron_eagle.platform.products import add_outer_, onednn_is_faster, product
 
-CHUNK_BYTES = {"cpu": (32 if onednn_is_faster() else 56) << 20, "cuda": 512 << 20}
+CHUNK_BYTES = {"cpu": (32 if onednn_is_faster() else 56) << 20, "cuda": 2 << 30}
 """Logits of teacher and draft that exist at a time, unless they are kept. MKL wants more rows in a
-product than oneDNN does before it comes near the processor's speed (docs/log.md)."""
+product than oneDNN does before it comes near the processor's speed (docs/log.md). On a GPU every
+chunk reads and writes the weight's whole gradient, which takes as long as multiplying some 400 rows
+(docs/architecture.md)."""
 
 
 class TeacherRows(Protocol):
@@ -74,10 +76,12 @@ class LossRows:
 @dataclass(frozen=True)
 class Budgets:
     """Bytes per rank that draft logits and teacher targets may take between forward and backward
-    for the *kept* schedule."""
+    for the *kept* schedule; and what those of one ``chunk`` may take, by default ``CHUNK_BYTES``.
+    The chunks must be the same on every rank."""
 
     logits: int
     teacher: int
+    chunk: int | None = None
 
     def allow(self, hidden: Tensor, columns: int) -> bool:
         steps, count, _ = hidden.shape
@@ -115,7 +119,8 @@ def soft_cross_entropy(
     all-reduces more. None in backward.
     """
     gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    work = _Work(teacher, rows, group, loss or SoftCrossEntropy(), gradient)
+    chunk = budgets.chunk or CHUNK_BYTES[hidden.device.type]
+    work = _Work(teacher, rows, group, loss or SoftCrossEntropy(), gradient, chunk)
     keep = gradient and not work.alone and budgets.allow(hidden, teacher.draft_columns)
     return (_Kept if keep else _AtOnce).apply(hidden, weight, work)
 
@@ -127,6 +132,7 @@ class _Work:
     group: ProcessGroup
     loss: SoftCrossEntropy
     gradient: bool
+    chunk_bytes: int
 
     @property
     def alone(self) -> bool:
@@ -136,7 +142,7 @@ class _Work:
         """Equal chunks of target rows, the same on every rank."""
         steps, count, _ = hidden.shape
         row_bytes = 4 * (steps * self.teacher.draft_columns + self.teacher.full_columns)
-        return even_chunks(count, CHUNK_BYTES[hidden.device.type] // row_bytes)
+        return even_chunks(count, self.chunk_bytes // row_bytes)
 
     def row_weight(self, reduced: Reduced, chunk: slice) -> tuple[Tensor, Tensor]:
         """Mask and loss weight [K, c] of a chunk's rows."""

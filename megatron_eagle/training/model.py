@@ -52,7 +52,11 @@ class EagleGPTModel(MegatronModule):
         self.pre_process = self.post_process = True
         self.teacher: TeacherHead | None = None
         self._mask: Tensor | None = None
-        self.budgets = Budgets(options.logits_budget_mib << 20, options.teacher_memory << 20)
+        self.budgets = Budgets(
+            options.logits_budget_mib << 20,
+            options.teacher_memory << 20,
+            None if options.loss_chunk_mib is None else options.loss_chunk_mib << 20,
+        )
         self.row_loss = row_loss(options.loss, options.acceptance_decay)
         # No buffer: a bf16 model would round it.
         weights = [options.step_decay**t for t in range(options.ttt_steps)]

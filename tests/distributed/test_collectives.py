@@ -126,18 +126,18 @@ def count_loss_only(
     from megatron_eagle.parallel import soft_cross_entropy as module
     from megatron_eagle.parallel.row_losses import row_loss
 
-    module.CHUNK_BYTES["cpu"] = 4 * chunk_rows * (3 * 5 + GivenTeacher.full_columns)
     torch.manual_seed(rank)
     hidden, weight = torch.randn(3, 7, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
     mask, steps = torch.ones(3, 7, dtype=torch.bool), torch.ones(3)
     rows = module.LossRows(mask, steps, torch.arange(5), None)
     group = torch.distributed.group.WORLD
     assert group is not None
+    chunk_bytes = 4 * chunk_rows * (3 * 5 + GivenTeacher.full_columns)
+    budgets = module.Budgets(1 << 20, budget, chunk_bytes)
     with CollectiveCounter() as forward:
         loss, *_ = module.soft_cross_entropy(
-            hidden, weight, GivenTeacher(), rows, group, module.Budgets(1 << 20, budget),
-            row_loss(name, 3.0),
-        )  # fmt: skip
+            hidden, weight, GivenTeacher(), rows, group, budgets, row_loss(name, 3.0)
+        )
     with CollectiveCounter() as backward:
         loss.backward()
     return {
@@ -163,3 +163,14 @@ def test_beyond_the_budget_each_chunk_is_one_collective_and_nothing_else_changes
         assert other["forward"] == {"allgather_base": 4} and other["backward"] == {}
         assert sum(other["sent"]) == one["sent"][0], "the same bytes in all"
         torch.testing.assert_close(other["gradients"], one["gradients"], rtol=1e-5, atol=1e-6)
+
+
+def test_the_flag_sets_the_rows_of_a_chunk() -> None:
+    vocab = 16384
+    case, _ = make_case(
+        vocab_size=vocab, draft_vocab_size=vocab, logits_budget_mib=0, loss_chunk_mib=1
+    )
+    for found in run_distributed(count_micro_batch, 2, case):
+        rows = (1 << 20) // (4 * (3 + 1) * vocab // 2)
+        chunks = -(-found["targets"] // rows)
+        assert chunks > 2 and found["forward"]["allgather_base"] == 1 + chunks

@@ -38,6 +38,7 @@ def test_default_captured_layers() -> None:
         ({"ttt_steps": -2}, "--eagle-ttt-steps must be at least 1, not -2"),
         ({"num_layers": 0}, "--eagle-num-layers must be at least 1"),
         ({"draft_vocab_size": 0}, "--eagle-draft-vocab-size must be at least 1"),
+        ({"loss_chunk_mib": 0}, "--eagle-loss-chunk-mib must be at least 1, not 0"),
         ({"step_decay": 0.0}, r"--eagle-step-decay must be in \(0, 1\]"),
         ({"aux_layers": (3, 3)}, "--eagle-aux-layers names a layer twice: 3 3"),
         ({"aux_layers": (5, 2)}, "--eagle-aux-layers must ascend: 5 2"),

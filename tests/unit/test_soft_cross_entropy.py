@@ -45,9 +45,10 @@ def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, module.LossRows
     return hidden, weight, 2 * torch.randn(TARGETS, VOCAB), rows
 
 
-def run(dtype: torch.dtype) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+def run(dtype: torch.dtype, chunk_rows: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     hidden, weight, logits, rows = problem(dtype)
-    group, budgets = cast(Any, OneRank()), module.Budgets(0, 0)
+    chunk_bytes = 4 * chunk_rows * (STEPS + 1) * VOCAB
+    group, budgets = cast(Any, OneRank()), module.Budgets(0, 0, chunk_bytes)
     loss, sums, found_hits = module.soft_cross_entropy(
         hidden, weight, Teacher(logits), rows, group, budgets
     )
@@ -65,18 +66,16 @@ def expected(dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 4, 100])
-def test_equals_autograd(chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 4 * chunk_rows * (STEPS + 1) * VOCAB)
-    loss, sums, gradients = run(torch.float32)
+def test_equals_autograd(chunk_rows: int) -> None:
+    loss, sums, gradients = run(torch.float32, chunk_rows)
     wanted, wanted_gradients, hits = expected(torch.float32)
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients, wanted_gradients, rtol=1e-4, atol=1e-5)
     assert sums[2 * STEPS : 3 * STEPS].tolist() == hits.tolist()
 
 
-def test_bf16_keeps_fp32_statistics(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(module.CHUNK_BYTES, "cpu", 4 * 4 * (STEPS + 1) * VOCAB)
-    loss, _, gradients = run(torch.bfloat16)
+def test_bf16_keeps_fp32_statistics() -> None:
+    loss, _, gradients = run(torch.bfloat16, chunk_rows=4)
     wanted, wanted_gradients, _ = expected(torch.bfloat16)
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
     for found, other in zip(gradients, wanted_gradients, strict=True):
