@@ -1,9 +1,7 @@
 # Every target sets up the private environment first if it is missing or out of date.
 # Settings: VENV=dir of the environment, PYTHON=interpreter to build it with,
-#           ARGS='extra arguments' for test, test-all and train,
-#           JOBS=test processes at a time (0: in pytest's own, for --pdb and -s).
+#           ARGS='extra arguments' for test, test-all and train.
 VENV ?= .venv
-JOBS ?= 2
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 READERS := .venv-readers
@@ -12,8 +10,7 @@ SOURCES := $(wildcard megatron_eagle tools examples benchmarks)
 
 # The CPU suite must not change on a machine with GPUs; one thread a rank, for two cores.
 PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
-# Whole files to a process: what a file's tests share is made once.
-CPU_PYTEST := CUDA_VISIBLE_DEVICES= $(PYTEST) -n $(JOBS) --dist loadfile
+CPU_PYTEST := CUDA_VISIBLE_DEVICES= $(PYTEST)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup test test-all test-readers check train bench bench-peers clean
