@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import json
 import sys
 import tempfile
@@ -115,29 +116,30 @@ def compare(problem: Problem, device: str, iters: int, skip_compiled: bool) -> N
             continue
         size = problem
         while True:
+            error: Exception | None = None
             try:
-                forward, resting = implementations(size, device)[name]()
-                found = measure(forward, resting, iters)
+                found = measure(*implementations(size, device)[name](), iters)
+            except Exception as raised:  # a compiler that is not there, say: the others still count
+                error = raised.with_traceback(None)  # whose frames hold all tensors
+            _free(device)
+            if size.batch == 1 or not isinstance(error, torch.OutOfMemoryError):
                 break
-            except torch.OutOfMemoryError:
-                forward, resting = _nothing, []
-                torch.cuda.empty_cache()
-                if size.batch == 1:
-                    raise
-                size = dataclasses.replace(size, batch=size.batch // 2)
+            size = dataclasses.replace(size, batch=size.batch // 2)
+        if error is not None:
+            say(name, batch=size.batch, failed=f"{type(error).__name__}: {error}"[:300])
+            continue
         per_sequence = found["wall_ms"] / size.batch
         say(name, batch=size.batch, wall_ms_per_sequence=round(per_sequence, 3), **found)
-        del forward, resting
-        if device != "cpu":
-            torch.cuda.empty_cache()
 
 
-def _nothing() -> Tensor:
-    return torch.zeros(())
+def _free(device: str) -> None:
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
 
 
 def profile(problem: Problem, device: str) -> None:
-    forward, _ = build(problem, device, {})
+    forward, _ = implementations(problem, device)["ours"]()
     forward().backward()
     with torch.profiler.profile() as found:
         forward().backward()

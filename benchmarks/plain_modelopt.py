@@ -23,7 +23,8 @@ class PlainModelOpt:
         self.problem, self.before = problem, before
         dtype = DTYPES[problem.dtype]
         self.weights = {
-            name: x.to(device, dtype).requires_grad_() for name, x in problem.weights().items()
+            name: x.to(device, dtype).detach().requires_grad_()
+            for name, x in problem.weights().items()
         }
         inputs: Inputs = problem.inputs()
         self.aux = inputs.aux.to(device, dtype)

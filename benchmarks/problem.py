@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -36,8 +37,10 @@ class Problem:
     def head_dim(self) -> int:
         return self.hidden // self.heads
 
+    # Cached for one GPU's many builds, of ten seconds each.
+    @lru_cache(maxsize=1)  # noqa: B019
     def weights(self) -> dict[str, Tensor]:
-        """fp32, named as in EAGLE-3's Hugging Face files."""
+        """fp32, named as in EAGLE-3's Hugging Face files; not to be written to."""
         generator = torch.Generator().manual_seed(0)
         size, kv = self.hidden, self.kv_heads * self.head_dim
         shapes = {
@@ -60,8 +63,10 @@ class Problem:
         weights["norm.weight"] = torch.ones(size)
         return weights
 
+    @lru_cache(maxsize=1)  # noqa: B019
     def inputs(self) -> Inputs:
-        """What the base hands over, fp32; the first ``mask_fraction`` of a sequence is a prompt."""
+        """What the base hands over, fp32; the first ``mask_fraction`` of a sequence is a prompt.
+        Not to be written to."""
         generator = torch.Generator().manual_seed(1)
         size = self.hidden
 

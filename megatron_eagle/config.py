@@ -201,14 +201,13 @@ class EagleConfig:
     )
     loss_chunk_mib: int | None = _option(
         None,
-        "fp32 MiB per rank of draft and teacher logits that exist at a time: more rows in a matrix "
-        "product are faster and take more memory (default: 2048 on a GPU, 32 or 56 on a CPU)",
+        "MiB of logits that exist at a time, counted in fp32: more rows in a matrix product are "
+        "faster (default: 2048 on a GPU, 32 or 56 on a CPU)",
         type=int,
     )
     log_file: str | None = _option(
         None,
-        "append the metrics to this JSONL file, one line per --log-interval, means over the "
-        "interval",
+        "append the metrics to this JSONL file, one line of means per --log-interval",
         metavar="FILE",
     )
     eval_prompts: str | None = _option(
@@ -217,16 +216,12 @@ class EagleConfig:
         "them is measured while training and logged, and the best draft kept in SAVE/best",
         metavar="FILE",
     )
-    eval_interval: int = _option(
-        1000, "iterations between these measurements; the last is always measured", type=int
-    )
+    eval_interval: int = _option(1000, "iterations between these; the last always", type=int)
     eval_new_tokens: int = _option(
         64, "tokens that each of --eagle-eval-prompts is continued by", type=int
     )
     eval_draft_tokens: int | None = _option(
-        None,
-        "tokens drafted per verification in these measurements (default: --eagle-ttt-steps)",
-        type=int,
+        None, "tokens drafted per verification there (default: --eagle-ttt-steps)", type=int
     )
     compile: bool = _option(
         False, "torch.compile the draft's collective-free regions; falls back to eager if it fails"

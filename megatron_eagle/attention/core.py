@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_eagle.attention import flash
 from megatron_eagle.attention.blocks import (
     CAUSAL,
     Plan,
@@ -155,15 +156,15 @@ class EagleCoreAttention(MegatronModule):
             else:
                 out = block_attention(q, k, v, scale, plan)
         else:
-            width = v.shape[-1]  # PyTorch's fused kernels want values as wide as keys
+            # PyTorch's fused kernels want values as wide as keys.
             out = torch.nn.functional.scaled_dot_product_attention(
                 q,
                 k,
-                torch.nn.functional.pad(v, (0, q.shape[-1] - width)),
+                flash.widened(v, q),
                 is_causal=True,
                 scale=scale,
                 enable_gqa=q.shape[1] != k.shape[1],
-            )[..., :width]
+            )[..., : v.shape[-1]]
         return out.permute(2, 0, 1, 3).flatten(2).contiguous()
 
     def sharded_state_dict(

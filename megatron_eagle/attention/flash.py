@@ -24,7 +24,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tupl
     width, on_cpu = v.shape[-1], q.device.type == "cpu"
     if not on_cpu and not _has_cuda_flash(q):
         return _dense_forward(q, k, v, scale, causal)
-    v = _widened(v, q)
+    v = widened(v, q)
     if on_cpu:
         run = _aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = run(q, k, v, 0.0, causal, scale=scale)
@@ -48,7 +48,7 @@ def backward(
     width, on_cpu = v.shape[-1], q.device.type == "cpu"
     if not on_cpu and not _has_cuda_flash(q):
         return _dense_backward(grad_out, q, k, v, out, lse, scale, causal)
-    grad_out, v, out = (_widened(x, q) for x in (grad_out, v, out))
+    grad_out, v, out = (widened(x, q) for x in (grad_out, v, out))
     if on_cpu:
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, q, k, v, out, lse, 0.0, causal, scale=scale
@@ -62,7 +62,7 @@ def backward(
     return dq, dk, dv[..., :width]
 
 
-def _widened(x: Tensor, q: Tensor) -> Tensor:
+def widened(x: Tensor, q: Tensor) -> Tensor:
     """x [..., dv] as wide as q, by zeros."""
     missing = q.shape[-1] - x.shape[-1]
     return torch.nn.functional.pad(x, (0, missing)) if missing else x

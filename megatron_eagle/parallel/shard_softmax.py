@@ -65,27 +65,23 @@ def _blocks(count: int, columns: int, on_gpu: bool) -> list[slice]:
 @compilable
 def _softmax_block_(logits: Tensor, teacher: Tensor | None, subtract: bool) -> Tensor:
     top, index = row_max(logits)
-    if logits.dtype == torch.float32:
-        dot = top if teacher is None else torch.linalg.vecdot(logits, teacher)
-        softmax = torch.softmax(logits, -1, out=logits)
-    else:
-        dot = top if teacher is None else torch.linalg.vecdot(logits.float(), teacher)
-        softmax = torch.softmax(logits, -1, dtype=torch.float32)
+    wide = logits.float()  # fp32 logits themselves
+    dot = top if teacher is None else torch.linalg.vecdot(wide, teacher)
+    softmax = torch.softmax(wide, -1, out=wide)
     total = softmax.gather(-1, index.unsqueeze(-1)).squeeze(-1).reciprocal()
     if subtract:
         assert teacher is not None
-        softmax.sub_(teacher)
-    if softmax is not logits:
+        torch.sub(softmax, teacher, out=logits)
+    elif softmax is not logits:
         logits.copy_(softmax)
     return torch.stack([top.float(), total, dot, index.float()], -1)
 
 
 @compilable
 def _rescale_block_(softmax: Tensor, ratio: Tensor, teacher: Tensor, scale: Tensor) -> None:
-    if softmax.dtype == torch.float32:
-        softmax.mul_(ratio.unsqueeze(-1)).addcmul_(teacher, scale.unsqueeze(-1), value=-1.0)
-    else:
-        softmax.copy_(softmax * ratio.unsqueeze(-1) - teacher * scale.unsqueeze(-1))
+    ratio, scale = ratio.unsqueeze(-1), scale.unsqueeze(-1)
+    scaled = softmax.mul_(ratio) if softmax.dtype == torch.float32 else softmax * ratio
+    torch.addcmul(scaled, teacher, scale, value=-1.0, out=softmax)
 
 
 def row_max(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -50,6 +51,21 @@ class StageLinks:
             return mine
 
         self._hidden, self._later, self._earlier = (another_group() for _ in range(3))
+        self._connect()
+
+    def _connect(self) -> None:
+        """Exchange a number between every two stages in every group.
+
+        NCCL connects two ranks at their first message, and the host waits there for the other one:
+        posted in any order but one for all, first messages can wait for each other forever.
+        """
+        for group in (self._hidden, self._later, self._earlier):
+            for early, late in combinations(range(self.stages), 2):
+                number = torch.zeros(1, device=torch.cuda.current_device())
+                if self.stage == early:
+                    torch.distributed.send(number, self.ranks[late], group=group)
+                elif self.stage == late:
+                    torch.distributed.recv(number, self.ranks[early], group=group)
 
     @property
     def is_first(self) -> bool:

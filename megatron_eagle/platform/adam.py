@@ -12,7 +12,7 @@ from megatron_eagle.compat import replace, require
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """Adam or AdamW with Transformer Engine's state layout, on CPU tensors.
+    """Adam or AdamW with Transformer Engine's state layout.
 
     Per parameter: ``exp_avg`` and ``exp_avg_sq``. Per group: ``step``, absent before the first
     step and in groups without parameters. Megatron reads exactly this layout when it saves or
@@ -22,7 +22,7 @@ class FusedAdam(torch.optim.Optimizer):
         params: parameters or parameter groups.
         lr, betas, eps, weight_decay: as in ``torch.optim.AdamW``.
         adam_w_mode: decoupled weight decay (AdamW) when True, an L2 term (Adam) when False.
-        capturable: must be False, there are no CUDA graphs on a CPU.
+        capturable: must be False.
 
     Raises:
         ValueError: ``capturable`` is True.
@@ -39,7 +39,9 @@ class FusedAdam(torch.optim.Optimizer):
         capturable: bool = False,
     ) -> None:
         if capturable:
-            raise ValueError("--optimizer-cuda-graph needs a CUDA device")
+            raise ValueError(
+                "--optimizer-cuda-graph needs Transformer Engine's or Apex's optimizer"
+            )
         self.adam_w_mode = adam_w_mode
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "bias_correction": True})
@@ -55,8 +57,10 @@ class FusedAdam(torch.optim.Optimizer):
 
     def _update(self, group: dict[str, Any]) -> None:
         params = [param for param in group["params"] if param.grad is not None]
+        if not params:
+            return
         states = [self._state_of(param) for param in params]
-        done = torch.tensor(float(group["step"] - 1))
+        done = torch.full((), float(group["step"] - 1), device=params[0].device)
         adam(
             params,
             [param.grad for param in params],

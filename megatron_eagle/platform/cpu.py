@@ -35,8 +35,10 @@ def enable() -> bool:
     """Make Megatron's models, optimizers and ``pretrain()`` run on CPU with gloo.
 
     Call it before a model or an optimizer is built; calling it again changes nothing. Where
-    ``torch.cuda.is_available()``, it only keeps Megatron from building dataset helpers that its
-    wheel already holds, and lets the norms of local layers run under sequence parallelism.
+    ``torch.cuda.is_available()``, it does only what Megatron needs there too: it sets
+    ``CUDA_DEVICE_MAX_CONNECTIONS`` unless it is set, keeps Megatron from building dataset helpers
+    that its wheel already holds, lets the norms of local layers run under sequence parallelism, and
+    gives it an Adam whose state can be loaded where Transformer Engine and Apex are missing.
     ``--distributed-backend gloo`` and ``--transformer-impl local`` are still the caller's to pass.
 
     Returns:
@@ -46,25 +48,25 @@ def enable() -> bool:
         MovedSymbolError: this Megatron release lacks a name to be patched; the message names it.
     """
     global _enabled, _on_any_device
-    if not torch.cuda.is_available():
-        # Megatron imports it, and it tells every process that there is no CUDA runtime.
-        logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if not _on_any_device:
+        # validate_args insists on it for tensor, sequence and context parallelism.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        if not torch.cuda.is_available():
+            # Megatron imports it, and it tells every process that there is no CUDA runtime.
+            logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
         skip_helper_build_without_makefile()
         allow_sequence_parallel_torch_norm()
+        use_checkpointable_adam()
+        load_optimizer_state_without_grad()
         _on_any_device = True
     if _enabled:
         return True
     if torch.cuda.is_available():
         return False
-    # validate_args insists on it for tensor and sequence parallelism.
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     redirect_devices_to_cpu()
     provide_idle_device()
     share_the_cpu_generator()
-    use_checkpointable_adam()
     speed_up_linears()
-    load_optimizer_state_without_grad()
     pass_alltoall_splits_as_numpy()
     exchange_uneven_splits()
     allow_trainer_without_cuda()

@@ -1,4 +1,9 @@
-"""Taps to their owner: what the base's stages know of a micro-batch, brought to one of them."""
+"""Taps to their owner: what the base's stages know of a micro-batch, brought to one of them.
+
+A stage sends its captured layers side by side, the last stage the final hidden behind them, as one
+message: with ``CUDA_DEVICE_MAX_CONNECTIONS=1`` a second receive from the same rank, which waits for
+the first, would keep the device from work that comes after it and that the sender may wait for.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +35,10 @@ class BaseOutputs:
 
 @dataclass
 class _Parts:
-    """One owned micro-batch: per stage its captured layers, side by side, and the final hidden;
-    posted receives, or tensors of this stage's own."""
+    """One owned micro-batch: of each stage that knows something of it a posted receive, or a tensor
+    of this stage's own."""
 
     taps: dict[int, Message | Tensor] = field(default_factory=dict)
-    final: Message | Tensor | None = None
 
 
 class TapRouter:
@@ -59,7 +63,7 @@ class TapRouter:
         layers_by_stage: Sequence[Sequence[int]],
         hidden_size: int,
         new_buffer: Callable[[int, int], Tensor],
-        leaving: dict[int, list[Message]],
+        leaving: dict[int, Message],
     ) -> None:
         self.links, self.captured = links, tuple(captured)
         self.layers_by_stage, self.hidden_size = layers_by_stage, hidden_size
@@ -76,33 +80,31 @@ class TapRouter:
         """Post the receives of a micro-batch that this stage owns from the stages ``senders``."""
         parts = self._parts(micro_batch)
         for stage in senders:
-            layers = self.layers_by_stage[stage]
-            if stage != self.links.stage and layers:
-                width = len(layers) * self.hidden_size
+            width = self._hiddens(stage) * self.hidden_size
+            if stage != self.links.stage and width:
                 buffer = self.new_buffer(micro_batch, width)
                 parts.taps[stage] = self.links.receive_tap(buffer, stage)
-        last = self.links.stages - 1
-        if last in senders and not self.links.is_last:
-            buffer = self.new_buffer(micro_batch, self.hidden_size)
-            parts.final = self.links.receive_tap(buffer, last)
+
+    def _hiddens(self, stage: int) -> int:
+        """How many hidden states ``stage`` knows of each micro-batch."""
+        return len(self.layers_by_stage[stage]) + (stage == self.links.stages - 1)
 
     def deliver(self, micro_batch: int, taps: dict[int, Tensor], output: Tensor) -> None:
         """Hand on what this stage's base made of ``micro_batch``: its captured layers, and on the
         last stage the final hidden."""
         owner = owner_of(micro_batch, self.links.stages)
-        tensors = [torch.cat([taps[i] for i in sorted(taps)], dim=-1)] if taps else []
-        if owner == self.links.stage:
-            parts = self._parts(micro_batch)
-            if tensors:
-                parts.taps[owner] = tensors[0]
-            if self.links.is_last:
-                parts.final = output
-            return
+        known = [taps[i] for i in sorted(taps)]
         if self.links.is_last:
-            tensors.append(output)
-        for message in self.leaving.pop(owner, []):
-            message.wait()
-        self.leaving[owner] = [self.links.send_tap(tensor, owner) for tensor in tensors]
+            known.append(output)
+        if not known:
+            return
+        tensor = torch.cat(known, dim=-1)
+        if owner == self.links.stage:
+            self._parts(micro_batch).taps[owner] = tensor
+            return
+        if owner in self.leaving:
+            self.leaving[owner].wait()
+        self.leaving[owner] = self.links.send_tap(tensor, owner)
 
     def _parts(self, micro_batch: int) -> _Parts:
         parts = self._owned.setdefault(micro_batch, _Parts())
@@ -112,20 +114,22 @@ class TapRouter:
     def collect(self, micro_batch: int) -> BaseOutputs:
         """The whole of an owned micro-batch, which is then forgotten; waits for what is missing."""
         parts = self._owned.pop(micro_batch)
+        known = {
+            stage: _arrived(part).chunk(self._hiddens(stage), dim=-1)
+            for stage, part in parts.taps.items()
+        }
         by_layer: dict[int, Tensor] = {}
-        for stage, part in parts.taps.items():
-            layers = self.layers_by_stage[stage]
-            by_layer |= zip(layers, _arrived(part).chunk(len(layers), dim=-1), strict=True)
-        assert parts.final is not None
-        return BaseOutputs.of([by_layer[i] for i in self.captured], _arrived(parts.final))
+        for stage, hiddens in known.items():
+            by_layer |= zip(self.layers_by_stage[stage], hiddens, strict=False)
+        final = known[self.links.stages - 1][-1]
+        return BaseOutputs.of([by_layer[i] for i in self.captured], final)
 
     def finish(self) -> None:
         """Until everything that was posted has left or arrived, which is then forgotten."""
-        for messages in self.leaving.values():
-            for message in messages:
-                message.wait()
+        for message in self.leaving.values():
+            message.wait()
         for parts in self._owned.values():
-            for part in (*parts.taps.values(), parts.final):
+            for part in parts.taps.values():
                 _arrived(part)
         self.leaving.clear()
         self._owned.clear()

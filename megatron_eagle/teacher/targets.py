@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_eagle.parallel.shard_softmax import shard_softmax_
 from megatron_eagle.parallel.vocab import VocabShard
-from megatron_eagle.platform.products import product
+from megatron_eagle.platform.products import product_fp32
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class TeacherTargets:
         sum of exp over the draft shard; max, its id (exact in fp32 below 2**24) and sum of exp
         over the full vocabulary's shard. No collective."""
         head, hidden = self.head, self.final_hidden[chunk]
-        full = product(hidden, head.full_weight).float()
+        full = product_fp32(hidden, head.full_weight)
         whole = head.draft_weight is head.full_weight
-        draft = full if whole else product(hidden, head.draft_weight).float()
+        draft = full if whole else product_fp32(hidden, head.draft_weight)
         return draft, softmax_and_statistics_(draft, full, head.full_shard.start)
 
 

@@ -108,8 +108,8 @@ def _implied_flags(base: BaseInfo, options: EagleConfig, user: Sequence[str]) ->
         words += CPU_FLAGS
     if is_enabled() or _uses_local_layers(user):
         words += LOCAL_FLAGS
-        if find_spec("fused_weight_gradient_mlp_cuda") is None:  # Apex's
-            words += ["--no-gradient-accumulation-fusion"]
+    if find_spec("fused_weight_gradient_mlp_cuda") is None:  # Apex's, which both heads' layers want
+        words += ["--no-gradient-accumulation-fusion"]
     words += layout_flags(user)
     if options.reads_documents:
         # The file holds ids, and no validation split.

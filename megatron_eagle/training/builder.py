@@ -85,7 +85,8 @@ class ModelBuilder:
         assert self.options.base_checkpoint is not None
         print_rank_0(f"> loading the base from {self.options.base_checkpoint}")
         load_base(gpt, self.options.base_checkpoint, shards)
-        gpt.cuda(torch.cuda.current_device())  # it runs here, before Megatron moves the model
+        for part in (gpt, shards):  # they run here, before Megatron moves the model
+            part.cuda(torch.cuda.current_device())
         if plan is None:
             base = FrozenBase(gpt, captured, self.base.vocab_size, shards)
         else:

@@ -94,3 +94,21 @@ def test_a_forward_stays_on_the_device_and_never_asks_the_host(
 ) -> None:
     (found,) = run_distributed(_train_forward, 1, world, sequence_parallel, dtype)
     assert found == ("cuda:0", torch.float32, "cuda:0", torch.float32)
+
+
+def _adam_step(rank: int, _: int) -> set[torch.device]:
+    fake = fake_cuda(1)
+    from megatron_eagle.platform import adam as module
+    from megatron_eagle.platform.adam import FusedAdam
+
+    # torch takes step counts on the host, whose addresses its CUDA kernel would then read.
+    with fake, mock.patch.object(module, "adam", wraps=module.adam) as kernel:
+        weight = torch.zeros(3, 4, device=DEVICE, requires_grad=True)
+        weight.grad = torch.ones_like(weight)
+        adam = FusedAdam([{"params": [weight]}, {"params": []}])
+        adam.step()
+    return {tensor.device for tensors in kernel.call_args.args for tensor in tensors}
+
+
+def test_the_adam_steps_on_the_device() -> None:
+    assert run_distributed(_adam_step, 1) == [{DEVICE}]

@@ -6,11 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from megatron_eagle.platform import recommended_environment
+from tests.e2e.forked import run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "pretrain_eagle.py"
@@ -55,8 +57,14 @@ def cpu_environment(ranks: int) -> dict[str, str]:
     }
 
 
+def launch(script: Path, ranks: int, *words: object, timeout: float = 200) -> Run:
+    """Run ``script`` on ``ranks`` CPU processes, as ``torchrun`` does and faster."""
+    words = tuple(map(str, words))
+    return Run(*run_forked(script, ranks, words, cpu_environment(ranks), timeout))
+
+
 def torchrun(script: Path, ranks: int, *words: object, timeout: float = 200) -> Run:
-    """Run ``script`` on ``ranks`` CPU processes."""
+    """Run ``script`` on ``ranks`` CPU processes, as a user does."""
     result = subprocess.run(
         torchrun_command(script, ranks, *words),
         env=cpu_environment(ranks),
@@ -69,10 +77,16 @@ def torchrun(script: Path, ranks: int, *words: object, timeout: float = 200) -> 
     return Run(result.returncode, result.stdout)
 
 
-def train(ranks: int, log: Path | None, *words: object, script: Path = EXAMPLE) -> Run:
+def train(
+    ranks: int,
+    log: Path | None,
+    *words: object,
+    script: Path = EXAMPLE,
+    launcher: Callable[..., Run] = launch,
+) -> Run:
     """Train with the small recipe; ``words`` are added to it and win over it."""
     logged = () if log is None else ("--eagle-log-file", log)
-    run = torchrun(script, ranks, *RECIPE, *logged, *words)
+    run = launcher(script, ranks, *RECIPE, *logged, *words)
     if log is None or not log.exists():
         return run
     lines = [json.loads(line) for line in log.read_text().splitlines()]

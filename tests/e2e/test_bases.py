@@ -13,7 +13,7 @@ import pytest
 
 from megatron_eagle.hf.import_base import import_base
 from tests.e2e.conftest import write_answers
-from tests.e2e.launch import ROOT, torchrun, train
+from tests.e2e.launch import ROOT, launch, train
 from tests.tiny_hf import make_base
 
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "mscale": 0.7}
@@ -51,7 +51,7 @@ def test_train_and_decode(
     answers = (tmp_path / "answers.jsonl").read_text().splitlines()[:4]
     prompts = [json.dumps({"prompt_ids": json.loads(line)["prompt_ids"]}) for line in answers]
     (tmp_path / "prompts.jsonl").write_text("\n".join(prompts) + "\n")
-    decoded = torchrun(
+    decoded = launch(
         ROOT / "tools" / "eval_acceptance.py", 2, "--base", tmp_path / "base",
         "--draft", tmp_path / "draft", "--prompts", tmp_path / "prompts.jsonl",
         "--max-new-tokens", 12,

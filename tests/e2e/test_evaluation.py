@@ -13,7 +13,7 @@ import pytest
 from megatron_eagle.checkpoint_dir import ACCEPTED_LENGTH_NAME
 from megatron_eagle.hf.export_draft import export_draft
 from tests.e2e.conftest import Inputs
-from tests.e2e.launch import ROOT, Run, torchrun, train
+from tests.e2e.launch import ROOT, Run, launch, train
 from tests.tiny_hf import SIZES
 
 DRAFT = ["--eagle-draft-vocab-size", 24, "--eagle-ttt-steps", 3, "--lr", "2e-2"]
@@ -55,7 +55,7 @@ def same_training(run: Run, other: Run) -> None:
 def figures(draft: Path, inputs: Inputs, prompts: Path, ranks: int, *words: object) -> Any:
     """What the tool says of a saved draft."""
     output = draft.parent / "figures.json"
-    run = torchrun(
+    run = launch(
         ROOT / "tools" / "eval_acceptance.py", ranks, "--base", inputs.base, "--draft", draft,
         "--prompts", prompts, "--max-new-tokens", 12, "--output", output, *words,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_eagle.hf.import_base import import_base
 from tests.e2e.conftest import Inputs
-from tests.e2e.launch import ROOT, Run, torchrun, train
+from tests.e2e.launch import ROOT, Run, launch, train
 from tests.tiny_hf import make_base
 
 TOOL = ROOT / "tools" / "extract_features.py"
@@ -18,7 +18,7 @@ SHORT = ("--train-iters", 6, "--eagle-draft-vocab-size", 40)
 
 
 def extract(inputs: Inputs, output: Path, ranks: int, *words: object) -> Run:
-    return torchrun(
+    return launch(
         TOOL, ranks, "--base", inputs.base, "--data", inputs.answers, "--seq-length", 32,
         "--output", output, *words,
     )  # fmt: skip

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Inputs
-from tests.e2e.launch import ROOT, cpu_environment, torchrun, train
+from tests.e2e.launch import ROOT, cpu_environment, launch, train
 
 pytestmark = pytest.mark.slow
 
@@ -53,7 +53,7 @@ def test_its_files_are_vllm_s_and_give_the_same_logits(trained: Path, tmp_path: 
 def test_it_decodes_what_the_base_says(trained: Path, inputs: Inputs, tmp_path: Path) -> None:
     prompts = [json.dumps({"prompt_ids": [3 + i, 9, 20 + i]}) for i in range(4)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(prompts) + "\n")
-    run = torchrun(
+    run = launch(
         ROOT / "tools" / "eval_acceptance.py", 1, "--base", inputs.base, "--draft", trained,
         "--prompts", tmp_path / "prompts.jsonl", "--max-new-tokens", 12, "--draft-tokens", 3,
         "--output", tmp_path / "figures.json",

@@ -47,18 +47,23 @@ def test_importing_patches_nothing_and_enable_is_idempotent() -> None:
 
 
 def _enable_with_cuda(rank: int, world_size: int) -> None:
+    os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
     before = _patched_names()
     helpers = compat.require("megatron.core.datasets.utils:compile_helpers")
     with mock.patch("torch.cuda.is_available", return_value=True):
         assert not enable()
     assert not is_enabled()
-    norm = "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__"
+    everywhere = {
+        "megatron.core.optimizer:Adam",
+        "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__",
+    }
     after = _patched_names()
-    assert [path for path in before if after[path] is not before[path]] == [norm]
+    assert {path for path in before if after[path] is not before[path]} == everywhere
+    assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     assert compat.require("megatron.core.datasets.utils:compile_helpers") is not helpers
 
 
-def test_with_cuda_only_the_helper_build_and_the_local_norm_are_patched() -> None:
+def test_with_cuda_only_what_megatron_lacks_there_too_is_patched() -> None:
     run_distributed(_enable_with_cuda, 1)
 
 
