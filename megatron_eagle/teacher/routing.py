@@ -8,7 +8,7 @@ the first, would keep the device from work that comes after it and that the send
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,12 +33,9 @@ class BaseOutputs:
         return cls(features, final_hidden)
 
 
-@dataclass
-class _Parts:
-    """One owned micro-batch: of each stage that knows something of it a posted receive, or a tensor
-    of this stage's own."""
-
-    taps: dict[int, Message | Tensor] = field(default_factory=dict)
+_Parts = dict[int, Message | Tensor]
+"""One owned micro-batch: of each stage that knows something of it a posted receive, or a tensor of
+this stage's own."""
 
 
 class TapRouter:
@@ -83,7 +80,7 @@ class TapRouter:
             width = self._hiddens(stage) * self.hidden_size
             if stage != self.links.stage and width:
                 buffer = self.new_buffer(micro_batch, width)
-                parts.taps[stage] = self.links.receive_tap(buffer, stage)
+                parts[stage] = self.links.receive_tap(buffer, stage)
 
     def _hiddens(self, stage: int) -> int:
         """How many hidden states ``stage`` knows of each micro-batch."""
@@ -100,14 +97,14 @@ class TapRouter:
             return
         tensor = torch.cat(known, dim=-1)
         if owner == self.links.stage:
-            self._parts(micro_batch).taps[owner] = tensor
+            self._parts(micro_batch)[owner] = tensor
             return
         if owner in self.leaving:
             self.leaving[owner].wait()
         self.leaving[owner] = self.links.send_tap(tensor, owner)
 
     def _parts(self, micro_batch: int) -> _Parts:
-        parts = self._owned.setdefault(micro_batch, _Parts())
+        parts = self._owned.setdefault(micro_batch, {})
         assert self.held <= 2, "the one that is trained on, and the next"
         return parts
 
@@ -116,12 +113,12 @@ class TapRouter:
         parts = self._owned.pop(micro_batch)
         known = {
             stage: _arrived(part).chunk(self._hiddens(stage), dim=-1)
-            for stage, part in parts.taps.items()
+            for stage, part in parts.items()
         }
         by_layer: dict[int, Tensor] = {}
         for stage, hiddens in known.items():
             by_layer |= zip(self.layers_by_stage[stage], hiddens, strict=False)
-        final = known[self.links.stages - 1][-1]
+        final = known[self.links.stages - 1][-1].contiguous()  # without the layers beside it
         return BaseOutputs.of([by_layer[i] for i in self.captured], final)
 
     def finish(self) -> None:
@@ -129,7 +126,7 @@ class TapRouter:
         for message in self.leaving.values():
             message.wait()
         for parts in self._owned.values():
-            for part in parts.taps.values():
+            for part in parts.values():
                 _arrived(part)
         self.leaving.clear()
         self._owned.clear()
