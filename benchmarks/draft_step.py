@@ -147,11 +147,10 @@ def run_rank(rank: int, args: argparse.Namespace, store: str) -> None:
     options: dict[str, Any] = {
         "sequence_parallel": args.sequence_parallel,
         "recompute_modules": tuple(args.recompute),
+        "loss_chunk_mib": args.loss_chunk_mib,
     }
     if args.logits_budget_mib is not None:
         options["logits_budget_mib"] = args.logits_budget_mib
-    if args.loss_chunk_mib is not None:
-        options["loss_chunk_mib"] = args.loss_chunk_mib
     forward, resting = build(problem, args.device, options)
     if args.given_logits:
         resting.append(give_logits(forward))

@@ -108,9 +108,10 @@ def implementations(problem: Problem, device: str) -> dict[str, Callable[[], Run
     }
 
 
-def compare(problem: Problem, device: str, iters: int, skip_compiled: bool) -> None:
+def compare(problem: Problem, device: str, iters: int, skip_compiled: bool) -> bool:
     """Time and peak memory of each; a baseline that does not fit gets half the batch, until it
-    does, and its time counts per sequence."""
+    does, and its time counts per sequence. Whether all of them ran."""
+    all_ran = True
     for name in implementations(problem, device):
         if skip_compiled and "compiled" in name:
             continue
@@ -127,9 +128,11 @@ def compare(problem: Problem, device: str, iters: int, skip_compiled: bool) -> N
             size = dataclasses.replace(size, batch=size.batch // 2)
         if error is not None:
             say(name, batch=size.batch, failed=f"{type(error).__name__}: {error}"[:300])
+            all_ran = False
             continue
         per_sequence = found["wall_ms"] / size.batch
         say(name, batch=size.batch, wall_ms_per_sequence=round(per_sequence, 3), **found)
+    return all_ran
 
 
 def _free(device: str) -> None:
@@ -167,10 +170,10 @@ def main() -> int:
         right = check_correctness(TINY if args.tiny else SMALL, args.device)
         if args.device != "cpu":
             check_no_synchronisation(build(problem, args.device, {})[0])
-        compare(problem, args.device, args.iters, args.skip_compiled)
+        all_ran = compare(problem, args.device, args.iters, args.skip_compiled)
         profile(problem, args.device)
         torch.distributed.destroy_process_group()
-    return 0 if right else 1
+    return 0 if right and all_ran else 1
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class Problem:
     def head_dim(self) -> int:
         return self.hidden // self.heads
 
-    # Cached for one GPU's many builds, of ten seconds each.
+    # Cached: benchmarks/gpu.py builds many variants, and its numbers take seconds to draw.
     @lru_cache(maxsize=1)  # noqa: B019
     def weights(self) -> dict[str, Tensor]:
         """fp32, named as in EAGLE-3's Hugging Face files; not to be written to."""

@@ -206,9 +206,7 @@ class EagleConfig:
         type=int,
     )
     log_file: str | None = _option(
-        None,
-        "append the metrics to this JSONL file, one line of means per --log-interval",
-        metavar="FILE",
+        None, "append a line of metrics, means, per --log-interval to this JSONL", metavar="FILE"
     )
     eval_prompts: str | None = _option(
         None,
@@ -216,7 +214,9 @@ class EagleConfig:
         "them is measured while training and logged, and the best draft kept in SAVE/best",
         metavar="FILE",
     )
-    eval_interval: int = _option(1000, "iterations between these; the last always", type=int)
+    eval_interval: int = _option(
+        1000, "iterations between these measurements; the last is always measured", type=int
+    )
     eval_new_tokens: int = _option(
         64, "tokens that each of --eagle-eval-prompts is continued by", type=int
     )

@@ -59,9 +59,9 @@ class StageLinks:
         NCCL connects two ranks at their first message, and the host waits there for the other one:
         posted in any order but one for all, first messages can wait for each other forever.
         """
+        number = torch.zeros(1, device=torch.cuda.current_device())
         for group in (self._hidden, self._later, self._earlier):
             for early, late in combinations(range(self.stages), 2):
-                number = torch.zeros(1, device=torch.cuda.current_device())
                 if self.stage == early:
                     torch.distributed.send(number, self.ranks[late], group=group)
                 elif self.stage == late:

@@ -2,7 +2,7 @@
 
 A stage sends its captured layers side by side, the last stage the final hidden behind them, as one
 message: with ``CUDA_DEVICE_MAX_CONNECTIONS=1`` a second receive from the same rank, which waits for
-the first, would keep the device from work that comes after it and that the sender may wait for.
+the first, can keep the device from work that comes after it and that the sender may wait for.
 """
 
 from __future__ import annotations

@@ -62,23 +62,43 @@ def run_distributed(
         RankError: a rank raised or died; the others are stopped at once.
         TimeoutError: with the stack of every rank that was still running.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     call = pickle.dumps((fn, args))
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stop:
         connections: dict[Any, int] = {}
         for rank in range(world_size):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_rank_main, args=(rank, world_size, call, theirs, scratch, timeout)
-            )
-            with mock.patch.dict(os.environ, RANK_ENVIRONMENT):
-                process.start()
+            ours, theirs = multiprocessing.Pipe()
+            stop.callback(ours.close)
+            process = start_rank(_rank_main, rank, world_size, call, theirs, scratch, timeout)
+            stop.callback(stop_rank, process)
             theirs.close()
-            stop.callback(_stop, process, ours)
             connections[ours] = rank
         results = _collect(connections, timeout, Path(scratch))
     return [results[rank] for rank in range(world_size)]
+
+
+def start_rank(target: Callable[..., None], *args: Any) -> BaseProcess:
+    """``target(*args)`` in a process forked from the server, the leader of a process group of its
+    own, which :func:`stop_rank` ends as a whole."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=_as_leader, args=(target, *args))
+    with mock.patch.dict(os.environ, RANK_ENVIRONMENT):  # the first rank starts the server
+        process.start()
+    return process
+
+
+def _as_leader(target: Callable[..., None], *args: Any) -> None:
+    os.setsid()
+    target(*args)
+
+
+def stop_rank(process: BaseProcess) -> None:
+    """End a rank and what it has spawned: Megatron's checkpoint writers outlive their rank."""
+    assert process.pid is not None
+    with contextlib.suppress(ProcessLookupError):  # it may not lead a process group yet
+        os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
 
 
 def megatron_parallel(
@@ -127,7 +147,6 @@ def megatron_parallel(
 def _rank_main(
     rank: int, world_size: int, call: bytes, parent: Connection, scratch: str, timeout: float
 ) -> None:
-    os.setsid()  # the leader of its own process group, which _stop ends as a whole
     torch.set_num_threads(1)
     with open(_stack_file(Path(scratch), rank), "w") as stacks:
         faulthandler.dump_traceback_later(timeout, file=stacks)
@@ -182,13 +201,3 @@ def _describe_hang(ranks: list[int], timeout: float, scratch: Path) -> str:
 
 def _stack_file(scratch: Path, rank: int) -> Path:
     return scratch / f"stack of rank {rank}"
-
-
-def _stop(process: BaseProcess, connection: Connection) -> None:
-    """End a rank and what it has spawned: Megatron's checkpoint writers outlive their rank."""
-    assert process.pid is not None
-    with contextlib.suppress(ProcessLookupError):  # it may not lead a process group yet
-        os.killpg(process.pid, signal.SIGKILL)
-    process.kill()
-    process.join()
-    connection.close()

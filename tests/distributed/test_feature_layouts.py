@@ -81,7 +81,7 @@ def test_features_are_those_of_one_process(
             assert one.read_bytes() == other.read_bytes(), one.name
         found, expected = (np.fromfile(file, np.float32) for file in (other, one))
         # Products over half of the rows round otherwise, by the size of the whole residual.
-        bound = 1e-5 * np.abs(expected).max()
+        bound = 5e-6 * np.abs(expected).max()
         np.testing.assert_allclose(found, expected, rtol=0, atol=bound, err_msg=one.name)
         compared += found.size
     plans = [json.loads((tmp_path / name / "index.json").read_text()) for name in ("alone", "cut")]

@@ -3,16 +3,14 @@
 A launch of two ranks takes a second where ``torchrun`` takes ten, most of it imports. It does to
 them what ``torchrun`` does: the variables that tell a rank who it is, one output, and when a rank
 fails the others are stopped and the whole fails with 1. They cannot compile: see
-``RANK_ENVIRONMENT``.
+``RANK_ENVIRONMENT`` in tests/distributed/harness.py.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import runpy
-import signal
 import socket
 import sys
 import tempfile
@@ -21,9 +19,8 @@ from collections.abc import Mapping, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from unittest import mock
 
-from tests.distributed.harness import PRELOADED, RANK_ENVIRONMENT
+from tests.distributed.harness import start_rank, stop_rank
 
 
 def run_forked(
@@ -31,8 +28,6 @@ def run_forked(
 ) -> tuple[int, str]:
     """Run ``script`` with the arguments ``words`` on ``ranks`` processes: the exit status, and
     everything they printed. ``TimeoutError`` says what was printed until then."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stop:
         output = Path(scratch) / "output"
         shared = {
@@ -44,12 +39,8 @@ def run_forked(
         running: dict[int, BaseProcess] = {}
         for rank in range(ranks):
             own = {**environment, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            process = context.Process(
-                target=_rank_main, args=(str(script), list(words), own, str(output), os.getcwd())
-            )
-            with mock.patch.dict(os.environ, RANK_ENVIRONMENT):  # the first starts the server
-                process.start()
-            stop.callback(_stop, process)
+            process = start_rank(_rank_main, str(script), words, own, str(output), os.getcwd())
+            stop.callback(stop_rank, process)
             running[process.sentinel] = process
         failed = _wait(running, time.monotonic() + timeout)
         stop.close()
@@ -72,27 +63,17 @@ def _wait(running: dict[int, BaseProcess], deadline: float) -> bool | None:
         if not ready:
             return None
         for sentinel in ready:
-            process = running.pop(sentinel)  # type: ignore[call-overload]
+            assert isinstance(sentinel, int)
+            process = running.pop(sentinel)
             process.join()
             if process.exitcode:
                 return True
     return False
 
 
-def _stop(process: BaseProcess) -> None:
-    """End a rank, if it is still there, and what it has spawned."""
-    assert process.pid is not None
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        process.join(10)
-    process.close()
-
-
 def _rank_main(
-    script: str, words: list[str], environment: dict[str, str], output: str, folder: str
+    script: str, words: Sequence[str], environment: dict[str, str], output: str, folder: str
 ) -> None:
-    os.setsid()  # the leader of a process group, which _stop ends as a whole
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
