@@ -31,8 +31,8 @@ from benchmarks.measure import measure
 from benchmarks.problem import DTYPES, Problem, add_problem_flags, problem_from
 
 if TYPE_CHECKING:  # importing Megatron waits for platform.enable()
+    from megatron_eagle.model import EagleGPTModel
     from megatron_eagle.objective.batch import EagleBatch
-    from megatron_eagle.training.model import EagleGPTModel
 
 
 class CollectiveCounter(TorchDispatchMode):
@@ -75,8 +75,8 @@ class DraftStep:
 def build(problem: Problem, device: str, options: dict[str, Any]) -> tuple[DraftStep, list[Tensor]]:
     """(the forward pass, the tensors at rest) on this rank."""
     from megatron_eagle.objective.batch import EagleBatch
-    from tests.draft_fixture import Case, build_model
-    from tests.reference_layers import ReferenceConfig
+    from tests.helpers.draft_fixture import Case, build_model
+    from tests.reference.layers import ReferenceConfig
 
     inputs = problem.inputs()
     config = ReferenceConfig(

@@ -47,7 +47,7 @@ def say(name: str, **found: object) -> None:
 
 def check_correctness(problem: Problem, device: str) -> bool:
     """Loss and gradients in bf16 against the fp32 oracle of the tests."""
-    from tests.reference_eagle3 import ReferenceConfig, ReferenceEagle3
+    from tests.reference.eagle3 import ReferenceConfig, ReferenceEagle3
 
     inputs = problem.inputs()
     config = ReferenceConfig(

@@ -16,7 +16,7 @@ from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_eagle.parallel.stage_plan import Action, owner_of, stage_actions
+from megatron_eagle.pipeline.plan import Action, owner_of, stage_actions
 
 RATE, BANDWIDTH, LATENCY = 400e12, 40e9, 20e-6
 """FLOP/s of a stage, bytes/s and seconds of a message."""

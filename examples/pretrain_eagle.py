@@ -10,7 +10,7 @@ Every flag of Megatron's trainer works; ``--help`` lists them and the ``--eagle-
 dimensions come from its checkpoint.
 """
 
-from megatron_eagle.training.main import main
+from megatron_eagle.cli.train import main
 
 if __name__ == "__main__":
     main()

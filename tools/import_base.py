@@ -1,46 +1,6 @@
-"""Hugging Face model directory -> Megatron checkpoint of the frozen base.
+"""The same as ``megatron-eagle import-base``."""
 
-    python tools/import_base.py --hf DIR --save CKPT
-
-Needs no GPU and no torchrun; the result loads at any tensor- and pipeline-parallel size.
-"""
-
-from __future__ import annotations
-
-import argparse
-import shlex
-import sys
-import time
-from pathlib import Path
-
-from megatron_eagle.checkpoint_dir import BASE_JSON_NAME
-from megatron_eagle.hf.import_base import import_base
-from megatron_eagle.hf.megatron_args import flags
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 after one `error:` line on stderr."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--hf", type=Path, required=True, help="Hugging Face model directory")
-    parser.add_argument("--save", type=Path, required=True, help="checkpoint directory to create")
-    args = parser.parse_args(argv)
-    started = time.monotonic()
-
-    def progress(line: str) -> None:
-        print(f"[{time.monotonic() - started:6.1f} s] {line}", flush=True)
-
-    try:
-        base = import_base(args.hf, args.save, progress)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    progress(f"{base.family} base {base.name!r} is in {args.save}")
-    print("Megatron flags for this base:")
-    print(shlex.join(flags(base.megatron_args)))
-    if base.rope:
-        print(f"No flag says its rope: examples/pretrain_eagle.py reads it from {BASE_JSON_NAME}")
-    return 0
-
+from megatron_eagle.cli.import_base import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

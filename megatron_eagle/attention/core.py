@@ -23,12 +23,12 @@ from megatron_eagle.attention.blocks import (
     span_plan,
 )
 from megatron_eagle.attention.trunk_branch import trunk_branch_attention
+from megatron_eagle.checkpoint.sharded_tensors import sharded_tensors
 from megatron_eagle.compat import (
     MegatronModule,
     is_layer_window_attention,
 )
 from megatron_eagle.parallel.context import ContextShard, gather_key_value
-from megatron_eagle.parallel.sharded_tensors import sharded_tensors
 
 
 class AttentionState(Protocol):

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_eagle.data.bin_packing import pack
 from megatron_eagle.data.documents import FittedDocuments
-from megatron_eagle.data.feature_store import needed_rows
-from megatron_eagle.data.packing import pack
+from megatron_eagle.data.features.store import needed_rows
 
 
 class DocumentDataset(torch.utils.data.Dataset):

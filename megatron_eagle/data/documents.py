@@ -8,10 +8,10 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from megatron_eagle.checkpoint_dir import BaseInfo
+from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.data.answers import AnswerDocuments
-from megatron_eagle.data.feature_store import FeatureDocuments, needed_rows
+from megatron_eagle.data.features.store import FeatureDocuments, needed_rows
 from megatron_eagle.data.indexed import IndexedDocuments, dataset_exists
 
 

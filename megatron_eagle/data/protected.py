@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_eagle.checkpoint_dir import token_ids
+from megatron_eagle.checkpoint.directory import token_ids
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 

@@ -17,11 +17,11 @@ import torch
 from megatron_eagle.decode.base import CachedBase
 from megatron_eagle.decode.chain import DraftChain
 from megatron_eagle.decode.greedy import greedy_steps
-from megatron_eagle.decode.shares import PromptShare
+from megatron_eagle.decode.interleave import Steps, together
+from megatron_eagle.decode.prompt_shards import PromptShare
 from megatron_eagle.decode.speculative import ChainCounts, speculative_steps
-from megatron_eagle.decode.waves import Steps, together
 from megatron_eagle.draft.model import EagleDraft
-from megatron_eagle.parallel.stage_links import StageLinks
+from megatron_eagle.pipeline.links import StageLinks
 from megatron_eagle.teacher.base import FrozenBase
 
 EVERYTHING = PromptShare()

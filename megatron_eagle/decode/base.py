@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from megatron_eagle.attention.latent import position_rotary
+from megatron_eagle.attention.mla import position_rotary
 from megatron_eagle.decode.cache import KeyValueCache
-from megatron_eagle.decode.rows import RowLayout
-from megatron_eagle.decode.stages import StageExchange
+from megatron_eagle.decode.token_padding import RowLayout
 from megatron_eagle.decode.vocab_argmax import vocab_argmax
-from megatron_eagle.parallel.stage_links import Message, StageLinks
 from megatron_eagle.parallel.vocab import VocabShard
+from megatron_eagle.pipeline.exchange import StageExchange
+from megatron_eagle.pipeline.links import Message, StageLinks
 from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.embedding import token_embeddings
 
@@ -22,11 +22,12 @@ from megatron_eagle.teacher.embedding import token_embeddings
 @dataclass(frozen=True)
 class Forward:
     """A forward of ``rows`` rows whose part on this stage is done: its ``output``, this rank's rows
-    of [n, B, H], on its way to the next stage by ``message``, and the captured layers ``taps``."""
+    of [n, B, H], on its way to the next stage by ``message``, and ``aux_hidden``, this
+    stage's captured layers by id."""
 
     rows: int
     output: Tensor
-    taps: dict[int, Tensor]
+    aux_hidden: dict[int, Tensor]
     message: Message | None
 
 
@@ -45,7 +46,7 @@ class CachedBase:
         self, base: FrozenBase, links: StageLinks | None = None, captures: bool = True
     ) -> None:
         self.base, self.gpt = base, base.gpt
-        self.captured = base.taps.layers if captures else ()
+        self.captured = base.capture.layers if captures else ()
         self.tp_group = base.tp_group
         self.stages = StageExchange(base, links)
         self.rows = RowLayout.of(base.config, base.tp_group)
@@ -86,7 +87,7 @@ class CachedBase:
         tokens, positions = self.rows.padded(tokens, positions)
         cache.place(positions)
         output = self._run_stage(tokens, positions, cache)
-        return Forward(asked, output, self.base.taps.take(), self.stages.send(output))
+        return Forward(asked, output, self.base.capture.take(), self.stages.send(output))
 
     def finish(self, forward: Forward) -> tuple[Tensor, Tensor]:
         """What a draft reads and the final hidden [n, B, H]. A draft reads the captured layers
@@ -99,7 +100,7 @@ class CachedBase:
         final = self.rows.whole(self.stages.final(output), asked)
         if not self.captured:
             return final, final
-        layers = [self.rows.whole(x, asked) for x in self.stages.captured(forward.taps, output)]
+        layers = [self.rows.whole(x, asked) for x in self.stages.captured(forward.aux_hidden, output)]
         return torch.cat(layers, dim=-1), final
 
     def _run_stage(self, tokens: Tensor, positions: Tensor, cache: KeyValueCache) -> Tensor:
@@ -111,12 +112,12 @@ class CachedBase:
         else:
             received = self.stages.receive(tokens.shape[1] // self.rows.parts, tokens.shape[0])
             self.gpt.decoder.set_input_tensor(received)
-        latent = self.gpt.config.multi_latent_attention
-        with self.gpt.latent_rotary.at(angles) if latent else nullcontext():
+        mla = self.gpt.config.multi_latent_attention
+        with self.gpt.mla_rotary.at(angles) if mla else nullcontext():
             return self.gpt.decoder(
                 hidden_states=hidden,
                 attention_mask=cache,
-                rotary_pos_emb=None if latent else angles,
+                rotary_pos_emb=None if mla else angles,
             )
 
     def argmax(self, hidden: Tensor) -> Tensor:

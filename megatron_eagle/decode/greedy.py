@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.decode.base import CachedBase
+from megatron_eagle.decode.interleave import Steps
 from megatron_eagle.decode.sequences import Sequences
-from megatron_eagle.decode.waves import Steps
 
 
 def greedy_steps(
@@ -19,7 +19,7 @@ def greedy_steps(
     stop_ids: Iterable[int] = (),
 ) -> Steps[list[list[int]]]:
     """The base's greedy continuation of each prompt, all prompts in one batch; for
-    :func:`~megatron_eagle.decode.waves.together`."""
+    :func:`~megatron_eagle.decode.interleave.together`."""
     sequences = Sequences(prompts, max_new_tokens, stop_ids, base.device)
     cache = base.new_cache(sequences.capacity)
     forward = base.begin(*sequences.padded_prompts(), cache)

@@ -14,16 +14,17 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
-from megatron_eagle.attention.backend import local_backend
-from megatron_eagle.checkpoint_dir import BaseInfo
+from megatron_eagle.checkpoint.directory import BaseInfo
+from megatron_eagle.checkpoint.reader import DraftCheckpoint
 from megatron_eagle.compat import dist_checkpointing
 from megatron_eagle.draft.layer_config import Rotary, draft_config, draft_rotary
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.draft.vocab import check_vocab_ids
-from megatron_eagle.hf.dcp_reader import DraftCheckpoint
-from megatron_eagle.hf.draft_info import BASE_SIZES, DraftInfo, parse_draft_info
-from megatron_eagle.parallel.stage_links import StageLinks
-from megatron_eagle.parallel.stage_replicas import as_replica, equal_start
+from megatron_eagle.hf.draft.info import BASE_SIZES, DraftInfo, parse_draft_info
+from megatron_eagle.layers.backend import local_backend
+from megatron_eagle.pipeline.exchange import ForwardPass
+from megatron_eagle.pipeline.links import StageLinks
+from megatron_eagle.pipeline.replicas import as_replica, equal_start
 from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.build import base_config, build_base, reason_of
 from megatron_eagle.teacher.build import load_base as load_base_weights
@@ -124,7 +125,7 @@ def fresh_draft(
     this process's generators (on pipeline stages the first one's), captured layers scaled to one
     size."""
     draft = _build(about, base, initialize=True)
-    draft.start_evenly(lambda: base.layer_sizes(links))
+    draft.start_evenly(lambda: base.layer_sizes(ForwardPass.over(base, links)))
     if links is not None:
         equal_start(draft, links.group)
     return draft

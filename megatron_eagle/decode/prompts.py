@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_eagle.checkpoint_dir import BaseInfo, token_ids
+from megatron_eagle.checkpoint.directory import BaseInfo, token_ids
 
 
 def read_prompt_ids(

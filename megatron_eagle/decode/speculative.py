@@ -15,8 +15,8 @@ from torch import Tensor
 from megatron_eagle.decode.base import CachedBase
 from megatron_eagle.decode.chain import Verified
 from megatron_eagle.decode.greedy import select_rows
+from megatron_eagle.decode.interleave import Steps
 from megatron_eagle.decode.sequences import Sequences
-from megatron_eagle.decode.waves import Steps
 
 
 class Proposer(Protocol):
@@ -68,7 +68,7 @@ def speculative_steps(
     stop_ids: Iterable[int] = (),
 ) -> Steps[list[list[int]]]:
     """The greedy continuation of each prompt, all prompts in one batch; adds to ``counts``. For
-    :func:`~megatron_eagle.decode.waves.together`.
+    :func:`~megatron_eagle.decode.interleave.together`.
 
     ``make_proposer(capacity)`` gives what drafts ``draft_tokens`` tokens at a time.
     """

@@ -1,7 +1,7 @@
 """Whether an exported draft is the one that was trained: the same logits from both.
 
 The checkpoint's draft runs in Megatron's modules, the exported files in
-:class:`~megatron_eagle.hf.plain_draft.PlainDraft`, on the same random inputs.
+:class:`~megatron_eagle.hf.draft.plain_draft.PlainDraft`, on the same random inputs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from megatron_eagle.attention.rope import attention_factor, set_attention_factor
 from megatron_eagle.decode.load import DraftCheckpointInfo, build_draft, restore
 from megatron_eagle.draft.layer_config import own_rotary
 from megatron_eagle.draft.model import EagleDraft
-from megatron_eagle.hf.plain_draft import PlainDraft
+from megatron_eagle.hf.draft.plain_draft import PlainDraft
 from megatron_eagle.objective.unroll import DraftInputs, unroll
 from megatron_eagle.teacher.build import base_config
 

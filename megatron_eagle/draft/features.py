@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_eagle.checkpoint.sharded_tensors import sharded_tensors
 from megatron_eagle.compat import (
     MegatronModule,
     copy_to_tensor_model_parallel_region,
@@ -16,7 +17,6 @@ from megatron_eagle.compat import (
     get_cuda_rng_tracker,
     set_tensor_model_parallel_attributes,
 )
-from megatron_eagle.parallel.sharded_tensors import sharded_tensors
 from megatron_eagle.platform.products import linear
 
 

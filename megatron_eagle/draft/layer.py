@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eagle.attention.backend import LayerBackend
 from megatron_eagle.compat import IdentityOp
 from megatron_eagle.config import EagleConfig
-from megatron_eagle.draft.experts import keep_balance_losses
-from megatron_eagle.draft.latent import use_latent_attention
+from megatron_eagle.draft.mla import use_mla
+from megatron_eagle.draft.moe import keep_balance_losses
+from megatron_eagle.layers.backend import LayerBackend
 
 
 class EmbeddingHiddenNorm(torch.nn.Module):
@@ -63,7 +63,7 @@ def draft_layer_specs(backend: LayerBackend, config: Any, options: EagleConfig) 
             keep_balance_losses(spec)
         if config.multi_latent_attention:
             widening = 1 if eagle1 or number else 2
-            use_latent_attention(spec, widening * config.hidden_size, backend.norm)
+            use_mla(spec, widening * config.hidden_size, backend.norm)
     if eagle1:
         _replace_input(specs[0], backend.column_linear, IdentityOp)
     else:

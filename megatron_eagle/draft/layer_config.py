@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.attention.rope import attention_factor, set_frequencies
-from megatron_eagle.checkpoint_dir import BaseInfo
+from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.compat import RotaryEmbedding
 from megatron_eagle.config import EagleConfig
 
@@ -80,7 +80,7 @@ def draft_rotary(
     turns all channels of its heads, also beside a base that turns a part of its own. A draft of
     grouped queries beside multi-latent attention, which rotates a few channels of its own, has
     plain angles of the base's rope_theta: servers give a Llama-type draft no other."""
-    same_kind = (options.attention == "mla") == _is_latent(base)
+    same_kind = (options.attention == "mla") == _has_mla(base)
     if same_kind and rotary_channels(base, options) == _base_channels(base):
         return Rotary(base_rotary, attention_factor(base.rope))
     return own_rotary(base, options, device)
@@ -97,7 +97,7 @@ def own_rotary(base: BaseInfo, options: EagleConfig, device: torch.device) -> Ro
         rope_scaling_factor=args.get("rope_scaling_factor", 8.0),
         use_cpu_initialization=device.type == "cpu",
     )
-    if base.rope and (options.attention == "mla") == _is_latent(base):
+    if base.rope and (options.attention == "mla") == _has_mla(base):
         set_frequencies(rope, base.rope)
     # packed_seq: not cut over CP.
     return Rotary(lambda length: rope(length, packed_seq=True), attention_factor(base.rope))
@@ -110,9 +110,9 @@ def rotary_channels(base: BaseInfo, options: EagleConfig) -> int:
 
 
 def _base_channels(base: BaseInfo) -> int:
-    width = base.megatron_args[ROTARY_WIDTHS["mla" if _is_latent(base) else "gqa"]]
+    width = base.megatron_args[ROTARY_WIDTHS["mla" if _has_mla(base) else "gqa"]]
     return int(width * base.megatron_args["rotary_percent"])
 
 
-def _is_latent(base: BaseInfo) -> bool:
+def _has_mla(base: BaseInfo) -> bool:
     return bool(base.megatron_args.get("multi_latent_attention"))

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eagle.checkpoint_dir import BaseInfo
+from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.config import EagleConfig
-from megatron_eagle.config_checks import flag_name
+from megatron_eagle.config.checks import flag_name
 
 FORMAT = "megatron_eagle.draft"
 VERSION = 1

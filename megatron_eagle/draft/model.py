@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eagle.attention.backend import LayerBackend
 from megatron_eagle.attention.core import AttentionState
-from megatron_eagle.attention.latent import LatentRotary
+from megatron_eagle.attention.mla import MLARotary
 from megatron_eagle.compat import (
     ColumnParallelLinear,
     MegatronModule,
@@ -31,9 +30,10 @@ from megatron_eagle.draft.features import (
     NormWeight,
     norm_features,
 )
-from megatron_eagle.draft.latent import share_rotary
 from megatron_eagle.draft.layer import draft_layer_specs
 from megatron_eagle.draft.layer_config import Rotary
+from megatron_eagle.draft.mla import share_rotary
+from megatron_eagle.layers.backend import LayerBackend
 from megatron_eagle.parallel.vocab import VocabShard
 
 
@@ -96,9 +96,9 @@ class EagleDraft(MegatronModule):
             )
             for number, spec in enumerate(draft_layer_specs(backend, config, options), start=1)
         )
-        self.latent_rotary: LatentRotary | None = None
+        self.mla_rotary: MLARotary | None = None
         if config.multi_latent_attention:
-            self.latent_rotary = share_rotary(self.layers, rotary.factor)
+            self.mla_rotary = share_rotary(self.layers, rotary.factor)
         self.norm = (
             torch.nn.Identity()
             if self.is_eagle1
@@ -152,7 +152,7 @@ class EagleDraft(MegatronModule):
 
     def _at(self, rotary: Tensor) -> AbstractContextManager[Tensor | None]:
         """Inside, the rows of the layers have these angles; gives what to hand to the layers."""
-        shared = self.latent_rotary
+        shared = self.mla_rotary
         return nullcontext(rotary) if shared is None else shared.at(rotary)
 
     def start_evenly(self, layer_sizes: Callable[[], Tensor]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from megatron_eagle.attention.packing import Packing
 from megatron_eagle.parallel.context import ContextShard
-from megatron_eagle.teacher.routing import BaseOutputs
+from megatron_eagle.teacher.outputs import BaseOutputs
 
 
 @dataclass(frozen=True)

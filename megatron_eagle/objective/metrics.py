@@ -34,7 +34,7 @@ def prefix_hits(hits: Tensor, step_rows: Tensor, rows: int) -> Tensor:
 
 def metric_sums(sums: Tensor, prefixes: Tensor, regression: Tensor | None = None) -> Tensor:
     """The vector [ROWS_PER_STEP * K + 2] of a micro-batch: ``sums`` [3 * K + 2] of
-    :func:`~megatron_eagle.parallel.soft_cross_entropy.soft_cross_entropy` with the prefix hits [K]
+    :func:`~megatron_eagle.loss.soft_cross_entropy.soft_cross_entropy` with the prefix hits [K]
     and EAGLE-1's smooth-L1 sums [K] behind its sums per step."""
     regression = torch.zeros_like(prefixes) if regression is None else regression
     return torch.cat([sums[:-2], prefixes, regression, sums[-2:]])

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from megatron_eagle.attention.latent import position_rotary
+from megatron_eagle.attention.mla import position_rotary
 from megatron_eagle.attention.packing import DocumentAttention, Packing
 from megatron_eagle.compat import MegatronModule, gather_from_sequence_parallel_region
 from megatron_eagle.parallel.context import ContextShard, append_halo
-from megatron_eagle.parallel.stage_links import StageLinks
 from megatron_eagle.platform.nvtx import nvtx_range
-from megatron_eagle.teacher.routing import BaseOutputs
-from megatron_eagle.teacher.taps import Taps
+from megatron_eagle.teacher.aux_capture import AuxCapture
+from megatron_eagle.teacher.outputs import BaseOutputs
 from megatron_eagle.teacher.vocab_shards import VocabShards
 
 
@@ -35,7 +34,7 @@ class FrozenBase(MegatronModule):
         self.gpt = gpt.requires_grad_(False).eval()
         self.shards = shards or VocabShards(gpt)
         self.vocab_size = vocab_size
-        self.taps = Taps(gpt.decoder, captured)
+        self.capture = AuxCapture(gpt.decoder, captured)
         self.tp_group, self.cp_group = gpt.pg_collection.tp, gpt.pg_collection.cp
         self._angles: Tensor | None = None
         # GPTModel counts positions from the sequence's start; packed documents have their own.
@@ -63,8 +62,8 @@ class FrozenBase(MegatronModule):
         """The base's outputs for whole sequences of tokens [B, S], packed of documents or not, all
         layers being here. S' are this rank's rows: S, cut over CP in Megatron's zigzag order, and
         over TP under sequence parallelism."""
-        taps, final = self.run_stage(tokens, None, packing)
-        return BaseOutputs.of([taps[i] for i in self.taps.layers], final)
+        aux_hidden, final = self.run_stage(tokens, None, packing)
+        return BaseOutputs.of([aux_hidden[i] for i in self.capture.layers], final)
 
     @torch.no_grad()
     def run_stage(
@@ -80,7 +79,7 @@ class FrozenBase(MegatronModule):
             out = self.gpt(
                 shard.take(tokens, 1), shard.take(positions, 1), attention_mask=attention
             )
-        return self.taps.take(), out
+        return self.capture.take(), out
 
     def rows(self, tokens: Tensor) -> int:
         """S' of whole sequences of tokens [B, S]."""
@@ -116,41 +115,41 @@ class FrozenBase(MegatronModule):
         return position_rotary(self.gpt)(length, packed_seq=True)
 
     @torch.no_grad()
-    def layer_sizes(self, links: StageLinks | None = None, length: int = 128) -> Tensor:
-        """[A] fp32: the typical RMS of each captured layer, the same on every rank.
+    def layer_sizes(self, stages: StageForward | None = None, length: int = 128) -> Tensor:
+        """Measure the typical RMS of each captured layer: [A] fp32, the same on every rank.
 
         Measured on random tokens, which need no data; medians over tokens, since first tokens carry
         massive activations. One all-gather per captured layer over each group that cuts the
         sequence, so that no layout changes the medians, and one all-reduce over pipeline stages,
-        to which ``links`` lead; beside the base's own communication.
+        whose layers ``stages`` runs; beside the base's own communication.
         """
         multiple = 2 * self.cp_group.size() * self.tp_group.size()
         length = -(-length // multiple) * multiple
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.vocab_size, (1, length), generator=generator)
-        taps = self._pass_through(tokens.to(self.embedding_weight.device), links)
-        sizes = torch.zeros(len(self.taps.layers), device=self.embedding_weight.device)
+        tokens = tokens.to(self.embedding_weight.device)
+        aux_hidden = self.run_stage(tokens, None)[0] if stages is None else stages.run(tokens)
+        sizes = torch.zeros(len(self.capture.layers), device=self.embedding_weight.device)
         groups = [self.cp_group, *([self.tp_group] if self.config.sequence_parallel else [])]
-        for layer, hidden in taps.items():
+        for layer, hidden in aux_hidden.items():
             rms = hidden.float().square().mean(-1).sqrt().flatten()
             for group in groups:
                 rms = _all_ranks(rms, group)
-            sizes[self.taps.layers.index(layer)] = rms.median()
-        if links is not None:
-            torch.distributed.all_reduce(sizes, group=links.group)
+            sizes[self.capture.layers.index(layer)] = rms.median()
+        if stages is not None:
+            torch.distributed.all_reduce(sizes, group=stages.group)
         return sizes
 
-    def _pass_through(self, tokens: Tensor, links: StageLinks | None) -> dict[int, Tensor]:
-        """This stage's taps of one forward through all stages."""
-        hidden = None
-        if links is not None and not links.is_first:
-            shape = (self.rows(tokens), tokens.shape[0], self.config.hidden_size)
-            buffer = self.embedding_weight.new_empty(shape)
-            hidden = links.receive_hidden(buffer).wait()
-        taps, out = self.run_stage(tokens, hidden)
-        if links is not None and not links.is_last:
-            links.send_hidden(out).wait()
-        return taps
+
+class StageForward(Protocol):
+    """One forward through all pipeline stages:
+    :class:`~megatron_eagle.pipeline.exchange.ForwardPass`."""
+
+    group: Any
+
+    def run(self, tokens: Tensor) -> dict[int, Tensor]:
+        """This stage's captured layers, by id, of tokens [B, S]."""
+        ...
 
 
 def _all_ranks(values: Tensor, group: Any) -> Tensor:

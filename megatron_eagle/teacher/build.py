@@ -9,10 +9,9 @@ from typing import Any
 from torch.distributed.checkpoint import CheckpointException
 from torch.nn.functional import silu
 
-from megatron_eagle.attention.backend import LayerBackend
-from megatron_eagle.attention.latent import mend_latent_attention
+from megatron_eagle.attention.mla import patch_mla_layers
 from megatron_eagle.attention.rope import attention_factor, set_attention_factor, set_frequencies
-from megatron_eagle.checkpoint_dir import BaseInfo, resolve_checkpoint
+from megatron_eagle.checkpoint.directory import BaseInfo, resolve_checkpoint
 from megatron_eagle.compat import (
     GPTModel,
     MLATransformerConfig,
@@ -21,6 +20,7 @@ from megatron_eagle.compat import (
     dist_checkpointing,
     quick_gelu,
 )
+from megatron_eagle.layers.backend import LayerBackend
 from megatron_eagle.teacher.vocab_shards import VocabShards
 
 _FIELDS = {
@@ -35,8 +35,8 @@ def base_config(info: BaseInfo, tensor_parallel: int, **parallelism: Any) -> Any
 
     ``parallelism``: further fields of it, such as ``pipeline_model_parallel_size``.
     """
-    latent = info.megatron_args.get("multi_latent_attention", False)
-    kind = MLATransformerConfig if latent else TransformerConfig
+    mla = info.megatron_args.get("multi_latent_attention", False)
+    kind = MLATransformerConfig if mla else TransformerConfig
     known = {item.name for item in fields(kind)}
     given = {_FIELDS.get(name, name): value for name, value in info.megatron_args.items()}
     given["gated_linear_unit"] = True
@@ -91,7 +91,7 @@ def build_base(
         pg_collection=pg_collection,
     )
     if config.multi_latent_attention:
-        mend_latent_attention(gpt, info.rope, args["rotary_base"], backend.norm)
+        patch_mla_layers(gpt, info.rope, args["rotary_base"], backend.norm)
     elif info.rope:
         set_frequencies(gpt.rotary_pos_emb, info.rope)
     return gpt

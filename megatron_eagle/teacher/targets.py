@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_eagle.parallel.shard_softmax import shard_softmax_
+from megatron_eagle.loss.shard_softmax import shard_softmax_
 from megatron_eagle.parallel.vocab import VocabShard
 from megatron_eagle.platform.products import product_fp32
 

@@ -14,13 +14,13 @@ from importlib.util import find_spec
 
 from megatron.training.arguments import parse_and_validate_args
 
-from megatron_eagle.checkpoint_dir import BaseInfo, load_base_json
+from megatron_eagle.checkpoint.directory import BaseInfo, load_base_json
 from megatron_eagle.config import EagleConfig
-from megatron_eagle.config_flags import add_eagle_flags
-from megatron_eagle.hf.base_start import check_base_start
-from megatron_eagle.hf.megatron_args import ABSENT
-from megatron_eagle.hf.megatron_args import flags as megatron_flags
+from megatron_eagle.config.flags import add_eagle_flags
+from megatron_eagle.hf.base.megatron_args import ABSENT
+from megatron_eagle.hf.base.megatron_args import flags as megatron_flags
 from megatron_eagle.platform import is_enabled
+from megatron_eagle.training.base_start import check_base_start
 from megatron_eagle.training.layout import check_layout, check_micro_batches, layout_flags
 
 CPU_FLAGS = [

@@ -14,7 +14,11 @@ from typing import Any
 
 import torch
 
-from megatron_eagle.checkpoint_dir import ACCEPTED_LENGTH_NAME, TRACKER_NAME, resolve_checkpoint
+from megatron_eagle.checkpoint.directory import (
+    ACCEPTED_LENGTH_NAME,
+    TRACKER_NAME,
+    resolve_checkpoint,
+)
 from megatron_eagle.compat import dist_checkpointing
 
 

@@ -13,29 +13,30 @@ from megatron.training import get_args, print_rank_0
 from megatron.training.arguments import core_transformer_config_from_args
 from torch import Tensor
 
-from megatron_eagle.attention.backend import (
+from megatron_eagle.attention.rope import attention_factor, set_attention_factor
+from megatron_eagle.checkpoint.directory import BaseInfo
+from megatron_eagle.config import EagleConfig
+from megatron_eagle.data.features.store import FeaturePlan, read_plan
+from megatron_eagle.draft.layer_config import draft_config, draft_rotary
+from megatron_eagle.draft.metadata import draft_metadata, encode_metadata
+from megatron_eagle.draft.model import EagleDraft
+from megatron_eagle.hf.draft.import_hf import StoredDraft
+from megatron_eagle.layers.backend import (
     LayerBackend,
     local_backend,
     transformer_engine_backend,
 )
-from megatron_eagle.attention.rope import attention_factor, set_attention_factor
-from megatron_eagle.checkpoint_dir import BaseInfo
-from megatron_eagle.config import EagleConfig
-from megatron_eagle.data.feature_store import FeaturePlan, read_plan
-from megatron_eagle.draft.layer_config import draft_config, draft_rotary
-from megatron_eagle.draft.metadata import draft_metadata, encode_metadata
-from megatron_eagle.draft.model import EagleDraft
-from megatron_eagle.hf.base_start import BaseStart, left_out
-from megatron_eagle.hf.import_draft import StoredDraft
-from megatron_eagle.parallel.soft_cross_entropy import teacher_bytes
-from megatron_eagle.parallel.stage_links import StageLinks
-from megatron_eagle.parallel.stage_replicas import FinalizeReplicas, equal_start
+from megatron_eagle.loss.soft_cross_entropy import teacher_bytes
+from megatron_eagle.model import EagleGPTModel
+from megatron_eagle.pipeline.exchange import ForwardPass
+from megatron_eagle.pipeline.links import StageLinks
+from megatron_eagle.pipeline.replicas import FinalizeReplicas, equal_start
 from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.build import build_base, load_base
 from megatron_eagle.teacher.offline import OfflineBase, config_without_layers, without_layers
 from megatron_eagle.teacher.targets import draft_vocab_shard
 from megatron_eagle.teacher.vocab_shards import VocabShards
-from megatron_eagle.training.model import EagleGPTModel
+from megatron_eagle.training.base_start import BaseStart, left_out
 from megatron_eagle.training.warm_start import load_base_start, load_warm_start
 
 
@@ -97,9 +98,9 @@ class ModelBuilder:
             print_rank_0(f"> starting from the draft in {self.warm_start.source}")
             load_warm_start(draft, self.warm_start)
         elif self.options.init_from_base:
-            self._start_as_base(draft, lambda: base.layer_sizes(links))
+            self._start_as_base(draft, lambda: base.layer_sizes(ForwardPass.over(base, links)))
         else:
-            draft.start_evenly(lambda: base.layer_sizes(links))
+            draft.start_evenly(lambda: base.layer_sizes(ForwardPass.over(base, links)))
         if links is not None:
             equal_start(draft, links.group)
         print_rank_0(
@@ -154,14 +155,14 @@ class ModelBuilder:
             pg_collection.tp,
         )
         metadata = draft_metadata(
-            self.options, self.base, base.taps.layers, self.vocab_ids.numel(),
+            self.options, self.base, base.capture.layers, self.vocab_ids.numel(),
             pg_collection.ep.size() if self.options.num_experts is not None else 1,
         )  # fmt: skip
         return EagleDraft(
             draft_config(config, self.options),
             backend,
             self.options,
-            len(base.taps.layers),
+            len(base.capture.layers),
             self.vocab_ids.to(base.output_weight.device),
             shard,
             encode_metadata(metadata).to(base.output_weight.device),

@@ -18,7 +18,7 @@ from megatron.training import get_args, get_tokenizer, print_rank_0
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
-from megatron_eagle.checkpoint_dir import BaseInfo
+from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.data.datasets import DocumentDataset
 from megatron_eagle.data.documents import FittedDocuments, training_documents
@@ -26,7 +26,7 @@ from megatron_eagle.data.indexed import MASK_SUFFIX, dataset_exists
 from megatron_eagle.data.protected import config_token_ids, special_and_byte_ids
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.parallel.context import ContextShard
-from megatron_eagle.teacher.routing import BaseOutputs
+from megatron_eagle.teacher.outputs import BaseOutputs
 from megatron_eagle.training.token_counts import TrainingBlend, count_tokens
 
 

@@ -22,16 +22,16 @@ from megatron.training import (
     print_rank_last,
 )
 
-from megatron_eagle.checkpoint_dir import BaseInfo
+from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.compat import replace, require, unwrap_model
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.decode.acceptance import AcceptanceReport, check_lengths, evaluate_acceptance
+from megatron_eagle.decode.prompt_shards import PromptShare, lockstep_groups
 from megatron_eagle.decode.prompts import digest, read_prompt_ids, stop_ids
-from megatron_eagle.decode.shares import PromptShare, lockstep_groups
+from megatron_eagle.model import EagleGPTModel
 from megatron_eagle.platform.nvtx import nvtx_range
 from megatron_eagle.training.best_checkpoint import BestCheckpoint
 from megatron_eagle.training.metrics_log import MetricsLog
-from megatron_eagle.training.model import EagleGPTModel
 
 _TRAINER = "megatron.training.training"
 _AFTER_STEP = f"{_TRAINER}:post_training_step_callbacks"

@@ -9,10 +9,10 @@ import argparse
 import os
 from collections.abc import Sequence
 
-from megatron_eagle.checkpoint_dir import BaseInfo
+from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.config import EagleConfig
-from megatron_eagle.config_checks import flag_name
-from megatron_eagle.config_widths import SHARDED_WIDTHS
+from megatron_eagle.config.checks import flag_name
+from megatron_eagle.config.widths import SHARDED_WIDTHS
 
 _VIRTUAL_FLAGS = (
     "--num-layers-per-virtual-pipeline-stage",

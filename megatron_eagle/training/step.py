@@ -14,9 +14,9 @@ from megatron_eagle.compat import replace, require
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.objective.metrics import ROWS_PER_STEP, reduce_metrics
+from megatron_eagle.pipeline.schedule import PipelineSchedule
 from megatron_eagle.platform.nvtx import nvtx_range
 from megatron_eagle.training.data import next_batch
-from megatron_eagle.training.pipeline import PipelineSchedule
 
 _SCHEDULE = "megatron.training.training:get_forward_backward_func"
 _SUMS = "eagle_sums"

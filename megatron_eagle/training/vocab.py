@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eagle.checkpoint_dir import TRACKER_NAME, BaseInfo
+from megatron_eagle.checkpoint.directory import TRACKER_NAME, BaseInfo
+from megatron_eagle.checkpoint.reader import DraftCheckpoint
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.metadata import (
     check_same_draft,
@@ -17,8 +18,7 @@ from megatron_eagle.draft.metadata import (
     draft_metadata,
 )
 from megatron_eagle.draft.vocab import check_vocab_ids, choose_vocab_ids, load_vocab_ids
-from megatron_eagle.hf.dcp_reader import DraftCheckpoint
-from megatron_eagle.hf.import_draft import StoredDraft
+from megatron_eagle.hf.draft.import_hf import StoredDraft
 from megatron_eagle.training.data import count_supervised, protected_ids
 
 

@@ -14,16 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eagle.checkpoint_dir import BaseInfo, load_base_json
+from megatron_eagle.checkpoint.directory import BaseInfo, load_base_json
 from megatron_eagle.compat import ShardedTensor, apply_factories, nested_values
 from megatron_eagle.config import EagleConfig
-from megatron_eagle.config_checks import flag_name
-from megatron_eagle.config_flags import given_options
-from megatron_eagle.config_widths import LAYER_WIDTHS
+from megatron_eagle.config.checks import flag_name
+from megatron_eagle.config.flags import given_options
+from megatron_eagle.config.widths import LAYER_WIDTHS
 from megatron_eagle.draft.model import EagleDraft
-from megatron_eagle.hf.base_start import BaseStart, Tensors
-from megatron_eagle.hf.draft_checkpoint import open_checkpoint_draft
-from megatron_eagle.hf.import_draft import StoredDraft, open_hf_draft
+from megatron_eagle.hf.draft.checkpoint import open_checkpoint_draft
+from megatron_eagle.hf.draft.import_hf import StoredDraft, open_hf_draft
+from megatron_eagle.training.base_start import BaseStart, Tensors
 
 # What the weights decide; a flag of the user's that says something else is an error.
 DECIDED = (

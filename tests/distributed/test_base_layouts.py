@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_eagle.checkpoint_dir import load_base_json
-from megatron_eagle.hf.import_base import import_base
-from tests.distributed.harness import megatron_parallel, run_distributed
-from tests.tiny_hf import SIZES, make_base
+from megatron_eagle.checkpoint.directory import load_base_json
+from megatron_eagle.hf.base.import_base import import_base
+from megatron_eagle.testing.harness import megatron_parallel, run_distributed
+from tests.helpers.tiny_hf import SIZES, make_base
 
 STARTS = [[0, 9, 13, 24], [0, 2, 3, 17, 24]]
 
@@ -38,8 +38,8 @@ def outputs(rank: int, world: int, base: str, calls: list[tuple[Tensor, Any]]) -
     """The base's final hidden [S, B, H] of (tokens, documents' starts), put together over
     ``world`` context-parallel ranks."""
     groups = megatron_parallel(cp=world)
-    from megatron_eagle.attention.backend import local_backend
     from megatron_eagle.attention.packing import Packing
+    from megatron_eagle.layers.backend import local_backend
     from megatron_eagle.parallel.context import ContextShard
     from megatron_eagle.teacher.base import FrozenBase
     from megatron_eagle.teacher.build import base_config, build_base, load_base

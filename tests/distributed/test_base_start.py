@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_eagle.checkpoint_dir import load_base_json
+from megatron_eagle.checkpoint.directory import load_base_json
 from megatron_eagle.config import EagleConfig
-from megatron_eagle.hf.base_start import check_base_start
-from megatron_eagle.hf.import_base import import_base
-from tests.distributed.harness import megatron_parallel, run_distributed
-from tests.tiny_hf import SIZES, make_base
+from megatron_eagle.hf.base.import_base import import_base
+from megatron_eagle.testing.harness import megatron_parallel, run_distributed
+from megatron_eagle.training.base_start import check_base_start
+from tests.helpers.tiny_hf import SIZES, make_base
 
 IDS = torch.tensor([2, 3, 7, 20, 31, 44, 60])
 SIZES_OF_LAYERS = torch.tensor([1.0, 2.0, 6.0])
@@ -27,12 +27,12 @@ def started(
 ) -> dict[str, Tensor]:
     """This rank's parameters of a draft that started as the base in ``directory``."""
     groups = megatron_parallel(tp=world)
-    from megatron_eagle.attention.backend import local_backend
     from megatron_eagle.draft.layer_config import draft_config
     from megatron_eagle.draft.model import EagleDraft
-    from megatron_eagle.hf.base_start import BaseStart
+    from megatron_eagle.layers.backend import local_backend
     from megatron_eagle.teacher.build import base_config
     from megatron_eagle.teacher.targets import draft_vocab_shard
+    from megatron_eagle.training.base_start import BaseStart
     from megatron_eagle.training.warm_start import load_base_start
 
     info = load_base_json(directory)

@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_eagle.checkpoint_dir import load_base_json
-from megatron_eagle.hf.import_base import import_base
-from tests.distributed.harness import megatron_parallel, run_distributed
-from tests.draft_fixture import Case, draft_options, load_reference_weights
-from tests.reference_decode import draft_chain
-from tests.reference_eagle3 import ReferenceConfig, ReferenceEagle3
-from tests.tiny_hf import SIZES, make_base
+from megatron_eagle.checkpoint.directory import load_base_json
+from megatron_eagle.hf.base.import_base import import_base
+from megatron_eagle.testing.harness import megatron_parallel, run_distributed
+from tests.helpers.draft_fixture import Case, draft_options, load_reference_weights
+from tests.helpers.tiny_hf import SIZES, make_base
+from tests.reference.decode import draft_chain
+from tests.reference.eagle3 import ReferenceConfig, ReferenceEagle3
 
 AUX_LAYERS, DRAFTS, VOCAB = (0, 2), 3, SIZES["vocab_size"]
 PROMPTS = [[5, 9, 2, 40, 11], [7], [3, 3, 8]]
@@ -26,8 +26,8 @@ YARN = {
     **{"factor": 4.0, "original_max_position_embeddings": 8, "beta_fast": 4.0, "beta_slow": 1.0},
     **{"mscale": 0.7, "mscale_all_dim": 0.5},
 }
-LATENT = {"q_lora_rank": 20, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "v_head_dim": 8}
-LATENT |= {"head_dim": 6, "rope_scaling": YARN}  # as the base's
+MLA = {"q_lora_rank": 20, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "v_head_dim": 8}
+MLA |= {"head_dim": 6, "rope_scaling": YARN}  # as the base's
 SCALED = {"rope_parameters": {"rope_theta": 10000.0, **YARN}}
 GROUPED_VARIANTS: dict[str, dict[str, Any]] = {
     "eagle1": {"eagle1": True, "num_aux": 1, "draft_vocab_size": VOCAB, "num_layers": 2},
@@ -37,12 +37,12 @@ GROUPED_VARIANTS: dict[str, dict[str, Any]] = {
     "moe": {"num_experts": 4, "topk": 2, "num_layers": 2},
     "norms": {"norm_before_fc": True, "norm_before_residual": True},
 }
-LATENT_VARIANTS: dict[str, dict[str, Any]] = {
-    "mla": {**LATENT, "num_layers": 2},
-    "mla-moe": {**LATENT, "num_experts": 4, "topk": 2},
-    "mla-p-eagle": {**LATENT, "mask_token": 2},
+MLA_VARIANTS: dict[str, dict[str, Any]] = {
+    "mla": {**MLA, "num_layers": 2},
+    "mla-moe": {**MLA, "num_experts": 4, "topk": 2},
+    "mla-p-eagle": {**MLA, "mask_token": 2},
     "mla-own-widths": {
-        **{**LATENT, "q_lora_rank": 0, "kv_lora_rank": 9, "num_heads": 4, "head_dim": 10},
+        **{**MLA, "q_lora_rank": 0, "kv_lora_rank": 9, "num_heads": 4, "head_dim": 10},
         **{"qk_rope_head_dim": 6, "v_head_dim": 5, "intermediate_size": 20},
     },
 }
@@ -77,11 +77,11 @@ def propose(
     from megatron_eagle.decode import load
     from megatron_eagle.decode.base import CachedBase
     from megatron_eagle.decode.chain import DraftChain
+    from megatron_eagle.decode.interleave import together
     from megatron_eagle.decode.speculative import ChainCounts, speculative_steps
-    from megatron_eagle.decode.waves import together
     from megatron_eagle.draft.metadata import encode_metadata
-    from megatron_eagle.hf.draft_info import DraftInfo
-    from megatron_eagle.parallel.stage_links import StageLinks
+    from megatron_eagle.hf.draft.info import DraftInfo
+    from megatron_eagle.pipeline.links import StageLinks
 
     base = load_base_json(directory)
     links = StageLinks(groups.pp) if groups.pp.size() > 1 else None
@@ -116,7 +116,7 @@ def propose(
     return result
 
 
-FAMILIES = {"llama": ({}, GROUPED_VARIANTS), "deepseek_v3": (SCALED, LATENT_VARIANTS)}
+FAMILIES = {"llama": ({}, GROUPED_VARIANTS), "deepseek_v3": (SCALED, MLA_VARIANTS)}
 
 
 SP = {"tp": 2, "sp": True}

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.distributed.harness import megatron_parallel, run_distributed
+from megatron_eagle.testing.harness import megatron_parallel, run_distributed
 from tests.distributed.test_reference_parity import make_case
-from tests.draft_fixture import Case, build_model
+from tests.helpers.draft_fixture import Case, build_model
 
 
 class CollectiveCounter(TorchDispatchMode):
@@ -123,8 +123,8 @@ def test_losses_of_the_acceptance_are_one_collective_more() -> None:
 def count_loss_only(
     rank: int, world: int, chunk_rows: int, budget: int, name: str = "kl"
 ) -> dict[str, Any]:
-    from megatron_eagle.parallel import soft_cross_entropy as module
-    from megatron_eagle.parallel.row_losses import row_loss
+    from megatron_eagle.loss import soft_cross_entropy as module
+    from megatron_eagle.loss.row_losses import row_loss
 
     torch.manual_seed(rank)
     hidden, weight = torch.randn(3, 7, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_eagle.checkpoint_dir import load_base_json
-from megatron_eagle.hf.import_base import import_base
-from tests.distributed.harness import megatron_parallel, run_distributed
-from tests.draft_fixture import Case, draft_options, load_reference_weights
-from tests.pipeline_fixture import PipelineCase, build_pipeline
-from tests.reference_eagle3 import ReferenceConfig, ReferenceEagle3
-from tests.tiny_hf import SIZES, make_base
+from megatron_eagle.checkpoint.directory import load_base_json
+from megatron_eagle.hf.base.import_base import import_base
+from megatron_eagle.testing.harness import megatron_parallel, run_distributed
+from tests.helpers.draft_fixture import Case, draft_options, load_reference_weights
+from tests.helpers.pipeline_fixture import PipelineCase, build_pipeline
+from tests.helpers.tiny_hf import SIZES, make_base
+from tests.reference.eagle3 import ReferenceConfig, ReferenceEagle3
 
 LAYERS, CAPTURED, NEW_TOKENS, DRAFTS, VOCAB = 7, (0, 3, 6), 16, 3, SIZES["vocab_size"]
 slow = pytest.mark.slow
@@ -96,7 +96,7 @@ def evaluate(rank: int, world: int, setup: Setup, layout: dict[str, Any]) -> dic
         base, draft, links, groups = load(setup, layout)
     from megatron_eagle.compat import get_cuda_rng_tracker
     from megatron_eagle.decode import acceptance
-    from megatron_eagle.decode.shares import PromptShare, lockstep_groups
+    from megatron_eagle.decode.prompt_shards import PromptShare, lockstep_groups
 
     def random_states() -> list[torch.Tensor]:
         tracked = get_cuda_rng_tracker().get_states()
@@ -127,8 +127,8 @@ def load(setup: Setup, layout: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     from megatron_eagle.config import EagleConfig
     from megatron_eagle.decode.load import DraftCheckpointInfo, fresh_draft, load_base
     from megatron_eagle.draft.metadata import encode_metadata
-    from megatron_eagle.hf.draft_info import DraftInfo
-    from megatron_eagle.parallel.stage_links import StageLinks
+    from megatron_eagle.hf.draft.info import DraftInfo
+    from megatron_eagle.pipeline.links import StageLinks
 
     info = load_base_json(setup.base)
     base = load_base(setup.base, info, groups, CAPTURED)

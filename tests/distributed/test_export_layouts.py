@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_eagle.hf.draft_formats import FORMATS
-from megatron_eagle.hf.export_draft import export_draft
-from tests.distributed.harness import megatron_parallel, run_distributed
-from tests.distributed.test_reference_parity import LATENT, make_case
-from tests.draft_fixture import Case, build_model
-from tests.reference_eagle3 import ReferenceConfig, ReferenceEagle3
-from tests.trained_draft import Shape, metadata_json, metadata_tensor
+from megatron_eagle.hf.draft.export import export_draft
+from megatron_eagle.hf.draft.formats import FORMATS
+from megatron_eagle.testing.harness import megatron_parallel, run_distributed
+from tests.distributed.test_reference_parity import MLA, make_case
+from tests.helpers.draft_fixture import Case, build_model
+from tests.helpers.trained_draft import Shape, metadata_json, metadata_tensor
+from tests.reference.eagle3 import ReferenceConfig, ReferenceEagle3
 
 
 def save_case(rank: int, world: int, case: Case, metadata: torch.Tensor, directory: str) -> None:
@@ -30,7 +30,7 @@ def save_case(rank: int, world: int, case: Case, metadata: torch.Tensor, directo
     dist_checkpointing.save(model.sharded_state_dict(), directory)
 
 
-def latent_of(config: ReferenceConfig) -> dict[str, int]:
+def mla_of(config: ReferenceConfig) -> dict[str, int]:
     if not config.kv_lora_rank:
         return {}
     return {
@@ -53,7 +53,7 @@ def metadata_of(config: ReferenceConfig) -> dict[str, Any]:
         vocab=config.vocab_size,
         draft_vocab=config.draft_vocab_size,
         rope={"rope_theta": config.rope_theta},
-        latent=latent_of(config),
+        mla=mla_of(config),
         algorithm="eagle1" if config.eagle1 else "eagle3.1" if config.fc_norm else "eagle3",
         norm_before_fc=config.norm_before_fc,
         norm_before_residual=config.norm_before_residual,
@@ -73,10 +73,10 @@ CASES = [
     pytest.param(2, {**EAGLE31, "num_layers": 2}, id="tp2-eagle3.1-two-layers"),
     pytest.param(2, {**EAGLE31, "sequence_parallel": True}, id="tp2-sp-eagle3.1"),
     pytest.param(2, {"norm_before_fc": True, "norm_before_residual": True}, id="tp2-norms"),
-    pytest.param(2, {**LATENT, "num_layers": 2}, id="tp2-mla-two-layers"),
+    pytest.param(2, {**MLA, "num_layers": 2}, id="tp2-mla-two-layers"),
     pytest.param(
         2,
-        {**LATENT, **EAGLE31, "sequence_parallel": True},
+        {**MLA, **EAGLE31, "sequence_parallel": True},
         id="tp2-sp-mla",
         marks=pytest.mark.slow,
     ),
@@ -91,8 +91,8 @@ def test_exported_equals_reference(tmp_path: Path, world: int, changes: dict[str
     (tmp_path / "ckpt" / "latest_checkpointed_iteration.txt").write_text("7")
     metadata = metadata_tensor(metadata_of(case.config))
     run_distributed(save_case, world, case, metadata, str(iteration))
-    several_latent = case.config.kv_lora_rank and case.config.num_layers > 1
-    layout = "vllm" if case.config.norm_before_residual or several_latent else "hf"
+    several_mla = case.config.kv_lora_rank and case.config.num_layers > 1
+    layout = "vllm" if case.config.norm_before_residual or several_mla else "hf"
     export_draft(tmp_path / "ckpt", tmp_path / "hf", layout=FORMATS[layout])
     exported = ReferenceEagle3.from_hf(tmp_path / "hf", case.embedding)
     assert exported.vocab_ids.equal(case.vocab_ids)

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_eagle.hf.export_draft import export_draft
-from megatron_eagle.hf.import_base import import_base
-from tests.distributed.harness import run_distributed
+from megatron_eagle.hf.base.import_base import import_base
+from megatron_eagle.hf.draft.export import export_draft
+from megatron_eagle.testing.harness import run_distributed
 from tests.distributed.test_export_layouts import metadata_of
-from tests.pipeline_case import LAYERS, make_case
-from tests.pipeline_fixture import PipelineCase, build_pipeline
-from tests.reference_eagle3 import ReferenceEagle3
-from tests.tiny_hf import make_base
-from tests.trained_draft import metadata_tensor
+from tests.helpers.pipeline_case import LAYERS, make_case
+from tests.helpers.pipeline_fixture import PipelineCase, build_pipeline
+from tests.helpers.tiny_hf import make_base
+from tests.helpers.trained_draft import metadata_tensor
+from tests.reference.eagle3 import ReferenceEagle3
 
 EXPERTS = {
     "num_moe_experts": 4, "moe_ffn_hidden_size": 24, "moe_router_topk": 2,

@@ -8,8 +8,8 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.distributed.harness import run_distributed
-from tests.fake_cuda import DEVICE, RecordedFunctions, fake_cuda
+from megatron_eagle.testing.harness import run_distributed
+from tests.helpers.fake_cuda import DEVICE, RecordedFunctions, fake_cuda
 
 VOCAB, HIDDEN = 61, 64
 BASE_ARGS = {
@@ -46,7 +46,7 @@ def _train_forward(rank: int, _: int, world: int, sequence_parallel: bool, dtype
     from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
 
-    from megatron_eagle.checkpoint_dir import BaseInfo
+    from megatron_eagle.checkpoint.directory import BaseInfo
     from megatron_eagle.config import EagleConfig
     from megatron_eagle.objective.batch import EagleBatch
     from megatron_eagle.platform import enable
@@ -79,7 +79,7 @@ def _train_forward(rank: int, _: int, world: int, sequence_parallel: bool, dtype
             loss, sums = model(batch.to(0))
         assert functions.check_gradients() >= {
             "megatron_eagle.attention.trunk_branch",
-            "megatron_eagle.parallel.soft_cross_entropy",
+            "megatron_eagle.loss.soft_cross_entropy",
         }
     assert {p.device for p in model.parameters()} == {DEVICE}
     return str(loss.device), loss.dtype, str(sums.device), sums.dtype

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_eagle.hf.import_base import import_base
-from tests.distributed.harness import megatron_parallel, run_distributed
+from megatron_eagle.hf.base.import_base import import_base
+from megatron_eagle.testing.harness import megatron_parallel, run_distributed
 from tests.e2e.conftest import write_answers
-from tests.tiny_hf import make_base
+from tests.helpers.tiny_hf import make_base
 
 LENGTH = 40
 
@@ -23,12 +23,12 @@ def extracted(
 ) -> None:
     """Write the features of ``answers`` in a layout of ``sizes``."""
     groups = megatron_parallel(**sizes)
-    from megatron_eagle.checkpoint_dir import load_base_json
-    from megatron_eagle.data.base_rows import BaseRows
+    from megatron_eagle.checkpoint.directory import load_base_json
     from megatron_eagle.data.documents import FittedDocuments, open_documents
-    from megatron_eagle.data.extract import Replica, begin, extract, finish, plan_features
+    from megatron_eagle.data.features.base_rows import BaseRows
+    from megatron_eagle.data.features.extract import Replica, begin, extract, finish, plan_features
     from megatron_eagle.decode.load import load_base
-    from megatron_eagle.parallel.stage_links import StageLinks
+    from megatron_eagle.pipeline.links import StageLinks
 
     info = load_base_json(base)
     frozen = load_base(base, info, groups, (0, 2))

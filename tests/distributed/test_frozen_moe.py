@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_eagle.hf.import_base import import_base
-from tests.distributed.harness import run_distributed
-from tests.pipeline_case import make_case, schedule_of
-from tests.pipeline_fixture import PipelineCase, build_pipeline
-from tests.tiny_hf import make_base
+from megatron_eagle.hf.base.import_base import import_base
+from megatron_eagle.testing.harness import run_distributed
+from tests.helpers.pipeline_case import make_case, schedule_of
+from tests.helpers.pipeline_fixture import PipelineCase, build_pipeline
+from tests.helpers.tiny_hf import make_base
 
 ROUTERS: dict[str, dict[str, Any]] = {
     "sigmoid-expert-bias": {

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed.harness import RankError, megatron_parallel, run_distributed
+from megatron_eagle.testing.harness import RankError, megatron_parallel, run_distributed
 
 
 def _sum_of_ranks(rank: int, world_size: int, start: torch.Tensor) -> tuple[int, torch.Tensor]:

@@ -12,11 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_eagle.checkpoint_dir import load_base_json, resolve_checkpoint
-from megatron_eagle.hf.import_base import import_base
-from tests.distributed.harness import megatron_parallel, run_distributed
-from tests.quantize import fp8_directory, mxfp4_directory
-from tests.tiny_hf import SIZES, logits_of, make_base
+from megatron_eagle.checkpoint.directory import load_base_json, resolve_checkpoint
+from megatron_eagle.hf.base.import_base import import_base
+from megatron_eagle.testing.harness import megatron_parallel, run_distributed
+from tests.helpers.quantize import fp8_directory, mxfp4_directory
+from tests.helpers.tiny_hf import SIZES, logits_of, make_base
 
 RELATIVE = 1e-4
 LENGTH, BATCH = 16, 2
@@ -141,7 +141,7 @@ def _logits(
 
 
 def _gpt(directory: str, layout: dict[str, int], groups: Any, first: bool, last: bool) -> Any:
-    from megatron_eagle.attention.backend import local_backend
+    from megatron_eagle.layers.backend import local_backend
     from megatron_eagle.teacher.build import base_config, build_base
 
     info = load_base_json(directory)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_eagle.parallel.stage_plan import stage_actions
-from tests.distributed.harness import run_distributed
+from megatron_eagle.pipeline.plan import stage_actions
+from megatron_eagle.testing.harness import run_distributed
 from tests.distributed.test_pipeline import SleepingStages
-from tests.pipeline_case import import_bases, make_case
-from tests.pipeline_fixture import PipelineCase, build_pipeline
+from tests.helpers.pipeline_case import import_bases, make_case
+from tests.helpers.pipeline_fixture import PipelineCase, build_pipeline
 
 MICRO_BATCHES = [5, 7, 4, 6, 5]
 """Of each iteration: their number may change, and need not be a multiple of the stages'."""
@@ -32,7 +32,7 @@ def train(rank: int, world: int, case: PipelineCase, ahead: bool) -> dict[str, A
         initialize_rerun_state_machine,
     )
 
-    from megatron_eagle.training.pipeline import PipelineSchedule
+    from megatron_eagle.pipeline.schedule import PipelineSchedule
 
     initialize_rerun_state_machine(mode=RerunMode.VALIDATE_RESULTS)
     model, step, groups = build_pipeline(case)

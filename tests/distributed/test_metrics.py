@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.distributed.harness import run_distributed
+from megatron_eagle.testing.harness import run_distributed
 from tests.distributed.test_collectives import CollectiveCounter
 
 STEPS = 2

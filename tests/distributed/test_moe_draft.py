@@ -11,22 +11,22 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_eagle.hf.import_base import import_base
-from tests.distributed.harness import run_distributed
+from megatron_eagle.hf.base.import_base import import_base
+from megatron_eagle.testing.harness import run_distributed
 from tests.distributed.test_reference_parity import close
-from tests.draft_fixture import Case, local_part, megatron_names
-from tests.pipeline_case import CAPTURED, LENGTH, outputs_of_base
-from tests.pipeline_case import CONFIG as DENSE
-from tests.pipeline_fixture import PipelineCase, build_pipeline
-from tests.reference_eagle3 import ReferenceEagle3
-from tests.tiny_hf import make_base
+from tests.helpers.draft_fixture import Case, local_part, megatron_names
+from tests.helpers.pipeline_case import CAPTURED, LENGTH, outputs_of_base
+from tests.helpers.pipeline_case import CONFIG as DENSE
+from tests.helpers.pipeline_fixture import PipelineCase, build_pipeline
+from tests.helpers.tiny_hf import make_base
+from tests.reference.eagle3 import ReferenceEagle3
 
 EXPERTS = {"num_experts": 4, "topk": 2, "balance": 0.5, "intermediate_size": 32}
 GROUPED = dataclasses.replace(DENSE, **EXPERTS, head_dim=12, num_layers=2)
-LATENT = dataclasses.replace(
+MLA = dataclasses.replace(
     DENSE, **EXPERTS, head_dim=6, q_lora_rank=20, kv_lora_rank=16, qk_rope_head_dim=4, v_head_dim=8
 )
-BASES = {"qwen3_moe": GROUPED, "deepseek_v3": LATENT}
+BASES = {"qwen3_moe": GROUPED, "deepseek_v3": MLA}
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +70,7 @@ def train_once(rank: int, world: int, case: PipelineCase, save: str) -> dict[str
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
     from megatron_eagle.compat import finalize_model_grads
-    from megatron_eagle.training.pipeline import PipelineSchedule
+    from megatron_eagle.pipeline.schedule import PipelineSchedule
 
     model, step, groups = build_pipeline(case)
     share = case.micro_batches[groups.dp.rank()]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.harness import megatron_parallel, run_distributed
+from megatron_eagle.testing.harness import megatron_parallel, run_distributed
 from tests.distributed.test_reference_parity import close, compare_with, make_case, run_case
-from tests.draft_fixture import Case
-from tests.reference_eagle3 import ReferenceEagle3
+from tests.helpers.draft_fixture import Case
+from tests.reference.eagle3 import ReferenceEagle3
 
 STARTS = [[0, 9, 13, 24], [0, 2, 3, 17, 24]]
 """Of two sequences of 24; one document has a single token, several are shorter than the unroll."""
@@ -131,13 +131,13 @@ def real_model(groups: Any, layout: dict[str, Any]) -> Any:
     from megatron.core.models.gpt import GPTModel
     from megatron.core.transformer import TransformerConfig
 
-    from megatron_eagle.attention.backend import local_backend
     from megatron_eagle.config import EagleConfig
     from megatron_eagle.draft.metadata import encode_metadata
     from megatron_eagle.draft.model import EagleDraft
+    from megatron_eagle.layers.backend import local_backend
+    from megatron_eagle.model import EagleGPTModel
     from megatron_eagle.teacher.base import FrozenBase
     from megatron_eagle.teacher.targets import draft_vocab_shard
-    from megatron_eagle.training.model import EagleGPTModel
 
     config = TransformerConfig(
         num_layers=3, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4,

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_eagle.parallel.stage_plan import stage_actions
-from tests.distributed.harness import run_distributed
-from tests.pipeline_case import compare, import_bases, make_case, train_once
-from tests.pipeline_fixture import PipelineCase, build_pipeline
+from megatron_eagle.pipeline.plan import stage_actions
+from megatron_eagle.testing.harness import run_distributed
+from tests.helpers.pipeline_case import compare, import_bases, make_case, train_once
+from tests.helpers.pipeline_fixture import PipelineCase, build_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +78,7 @@ def record_events(rank: int, world: int, case: PipelineCase, base: float, draft:
     """What happens in an iteration between two others."""
     from megatron.core.rerun_state_machine import RerunDataIterator
 
-    from megatron_eagle.training.pipeline import PipelineSchedule
+    from megatron_eagle.pipeline.schedule import PipelineSchedule
 
     model, step, groups = build_pipeline(case)
     observer, recorded = SleepingStages(base, draft), []

@@ -9,12 +9,19 @@ from typing import Any
 
 import pytest
 
-from megatron_eagle.hf.import_base import import_base
-from tests.distributed.harness import run_distributed
+from megatron_eagle.hf.base.import_base import import_base
+from megatron_eagle.testing.harness import run_distributed
 from tests.distributed.test_reference_parity import TOLERANCE
-from tests.pipeline_case import CAPTURED, CONFIG, compare, import_bases, make_case, train_once
-from tests.pipeline_fixture import PipelineCase
-from tests.tiny_hf import make_base
+from tests.helpers.pipeline_case import (
+    CAPTURED,
+    CONFIG,
+    compare,
+    import_bases,
+    make_case,
+    train_once,
+)
+from tests.helpers.pipeline_fixture import PipelineCase
+from tests.helpers.tiny_hf import make_base
 
 FULL_VOCAB = {"draft_vocab_size": CONFIG.vocab_size}
 EAGLE31 = {"fc_norm": True, "norm_output": True}

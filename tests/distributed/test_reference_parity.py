@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.harness import megatron_parallel, run_distributed
-from tests.draft_fixture import Case, build_model, local_part, megatron_names
-from tests.reference_eagle3 import ReferenceConfig, ReferenceEagle3
+from megatron_eagle.testing.harness import megatron_parallel, run_distributed
+from tests.helpers.draft_fixture import Case, build_model, local_part, megatron_names
+from tests.reference.eagle3 import ReferenceConfig, ReferenceEagle3
 
 HIDDEN, LENGTH, BATCH = 32, 24, 2
 TOLERANCE = 1e-5
@@ -156,7 +156,7 @@ FULL_VOCAB = {"draft_vocab_size": 61}
 EAGLE1 = {"eagle1": True, "num_aux": 1, **FULL_VOCAB}
 EXPERTS = {"num_experts": 4, "topk": 2, "balance": 0.5}
 EAGLE31 = {"fc_norm": True, "norm_output": True}
-LATENT = {
+MLA = {
     **{"q_lora_rank": 12, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "v_head_dim": 6},
     "head_dim": 8,
 }
@@ -200,27 +200,27 @@ CASES = [
     pytest.param(2, {**EXPERTS, "cp": 2, "mask_out_of_vocab": True}, id="cp2-moe"),
     pytest.param(
         4,
-        {**EXPERTS, **LATENT, "cp": 2, "sequence_parallel": True},
+        {**EXPERTS, **MLA, "cp": 2, "sequence_parallel": True},
         id="tp2-sp-cp2-mla-moe",
         marks=pytest.mark.slow,
     ),
-    pytest.param(1, {**LATENT, "rope_scaling": YARN, "num_layers": 2}, id="tp1-mla-yarn"),
-    pytest.param(2, LATENT, id="tp2-mla"),
-    pytest.param(1, {**LATENT, **EAGLE1}, id="tp1-mla-eagle1", marks=pytest.mark.slow),
+    pytest.param(1, {**MLA, "rope_scaling": YARN, "num_layers": 2}, id="tp1-mla-yarn"),
+    pytest.param(2, MLA, id="tp2-mla"),
+    pytest.param(1, {**MLA, **EAGLE1}, id="tp1-mla-eagle1", marks=pytest.mark.slow),
     pytest.param(
         2,
-        {**LATENT, **EAGLE31, "rope_scaling": YARN, "sequence_parallel": True, "mask_token": None},
+        {**MLA, **EAGLE31, "rope_scaling": YARN, "sequence_parallel": True, "mask_token": None},
         id="tp2-sp-mla-eagle31",
         marks=pytest.mark.slow,
     ),
     pytest.param(
         2,
-        {**LATENT, "mask_token": 7, "sequence_parallel": True},
+        {**MLA, "mask_token": 7, "sequence_parallel": True},
         id="tp2-sp-mla-p-eagle",
         marks=pytest.mark.slow,
     ),
-    pytest.param(2, {**LATENT, "sequence_parallel": True, "q_lora_rank": 0}, id="tp2-sp-mla"),
-    pytest.param(2, {**LATENT, "cp": 2, "recompute_modules": ("mlp",)}, id="cp2-mla-recompute"),
+    pytest.param(2, {**MLA, "sequence_parallel": True, "q_lora_rank": 0}, id="tp2-sp-mla"),
+    pytest.param(2, {**MLA, "cp": 2, "recompute_modules": ("mlp",)}, id="cp2-mla-recompute"),
     pytest.param(2, {"loss": "ce"}, id="tp2-ce"),
     pytest.param(2, {"loss": "tv", **FULL_VOCAB}, id="tp2-tv-full-vocab"),
     pytest.param(2, {"loss": "lk-alpha", "logits_budget_mib": 0}, id="tp2-lk-alpha-at-once"),

@@ -15,14 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_eagle.checkpoint_dir import TRACKER_NAME, load_base_json
-from megatron_eagle.hf.import_base import import_base
+from megatron_eagle.checkpoint.directory import TRACKER_NAME, load_base_json
+from megatron_eagle.hf.base.import_base import import_base
 from megatron_eagle.platform import recommended_environment
-from tests.distributed.harness import megatron_parallel, run_distributed
-from tests.draft_fixture import Case, load_reference_weights
-from tests.reference_decode import draft_chain
-from tests.reference_eagle3 import ReferenceConfig, ReferenceEagle3
-from tests.tiny_hf import SIZES, make_base
+from megatron_eagle.testing.harness import megatron_parallel, run_distributed
+from tests.helpers.draft_fixture import Case, load_reference_weights
+from tests.helpers.tiny_hf import SIZES, make_base
+from tests.reference.decode import draft_chain
+from tests.reference.eagle3 import ReferenceConfig, ReferenceEagle3
 
 ROOT = Path(__file__).parents[2]
 AUX_LAYERS, DRAFTS, NEW_TOKENS, VOCAB = (0, 1, 2), 3, 24, SIZES["vocab_size"]
@@ -70,7 +70,7 @@ def build(world: int, directory: str, case: Case) -> tuple[Any, Any]:
     from megatron_eagle.config import EagleConfig
     from megatron_eagle.decode.load import DraftCheckpointInfo, fresh_draft, load_base
     from megatron_eagle.draft.metadata import encode_metadata
-    from megatron_eagle.hf.draft_info import DraftInfo
+    from megatron_eagle.hf.draft.info import DraftInfo
 
     base = load_base_json(directory)
     layers, size = case.config.num_layers, case.vocab_ids.numel()
@@ -121,8 +121,8 @@ def decode(rank: int, world: int, directory: str, case: Case, prompts: list[list
     from megatron_eagle.decode.base import CachedBase
     from megatron_eagle.decode.chain import DraftChain
     from megatron_eagle.decode.greedy import greedy_steps
+    from megatron_eagle.decode.interleave import together
     from megatron_eagle.decode.speculative import ChainCounts, speculative_steps
-    from megatron_eagle.decode.waves import together
 
     base = CachedBase(frozen)
     (free,) = together([greedy_steps(base, prompts, NEW_TOKENS)])

@@ -9,9 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.distributed.harness import megatron_parallel, run_distributed
-from tests.trained_draft import TrainedDraft
-from tests.trained_latent import DEEPSEEK_YARN, LATENT
+from megatron_eagle.testing.harness import megatron_parallel, run_distributed
+from tests.helpers.trained_draft import TrainedDraft
+from tests.helpers.trained_mla import DEEPSEEK_YARN, MLA_SIZES
 
 BASE = {
     "make_vocab_size_divisible_by": 4,
@@ -22,7 +22,7 @@ BASE = {
     "rotary_percent": 1.0,
     "position_embedding_type": "rope",
 }
-MLA = {"latent": LATENT, "rope": {"rope_theta": 500.0, "rope_scaling": DEEPSEEK_YARN}}
+MLA = {"mla": MLA_SIZES, "rope": {"rope_theta": 500.0, "rope_scaling": DEEPSEEK_YARN}}
 DRAFTS: dict[str, tuple[str, dict[str, Any]]] = {
     "one layer": ("hf", {}),
     "two layers": ("hf", {"layers": 2}),
@@ -52,8 +52,8 @@ def _verify(rank: int, world: int, checkpoint: Path, exported: Path) -> float | 
 
 
 def exported(folder: Path, layout: str, dtype: torch.dtype | None, **changes: Any) -> list[Path]:
-    from megatron_eagle.hf.draft_formats import FORMATS
-    from megatron_eagle.hf.export_draft import export_draft
+    from megatron_eagle.hf.draft.export import export_draft
+    from megatron_eagle.hf.draft.formats import FORMATS
 
     TrainedDraft.make(**changes, base=BASE).save(folder / "draft")
     export_draft(folder / "draft", folder / "hf", dtype, layout=FORMATS[layout])

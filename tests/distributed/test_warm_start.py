@@ -10,14 +10,14 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_eagle.checkpoint_dir import parse_base
-from megatron_eagle.hf.draft_checkpoint import open_checkpoint_draft, write_draft_checkpoint
-from megatron_eagle.hf.import_draft import StoredDraft, open_hf_draft
-from tests.distributed.harness import megatron_parallel, run_distributed
+from megatron_eagle.checkpoint.directory import parse_base
+from megatron_eagle.hf.draft.checkpoint import open_checkpoint_draft, write_draft_checkpoint
+from megatron_eagle.hf.draft.import_hf import StoredDraft, open_hf_draft
+from megatron_eagle.testing.harness import megatron_parallel, run_distributed
 from tests.distributed.test_export_layouts import metadata_of
-from tests.distributed.test_reference_parity import LATENT, make_case
-from tests.draft_fixture import Case, build_model, local_part, megatron_names
-from tests.reference_eagle3 import ReferenceEagle3
+from tests.distributed.test_reference_parity import MLA, make_case
+from tests.helpers.draft_fixture import Case, build_model, local_part, megatron_names
+from tests.reference.eagle3 import ReferenceEagle3
 
 
 def open_stored(directory: str, case: Case) -> StoredDraft:
@@ -45,7 +45,7 @@ def resumed(rank: int, world: int, case: Case, directory: str) -> dict[str, torc
     megatron_parallel(tp=world)
     from megatron.core import dist_checkpointing
 
-    from megatron_eagle.checkpoint_dir import resolve_checkpoint
+    from megatron_eagle.checkpoint.directory import resolve_checkpoint
 
     model = build_model(case)
     with torch.no_grad():
@@ -108,10 +108,8 @@ CASES = [
     pytest.param(2, {**EAGLE31, "sequence_parallel": True}, id="tp2-sp-eagle3.1"),
     pytest.param(2, {"norm_before_fc": True}, id="tp2-norm-before-fc"),
     pytest.param(2, EAGLE1, id="tp2-eagle1-two-layers"),
-    pytest.param(2, {**LATENT, "sequence_parallel": True, "num_layers": 2}, id="tp2-sp-mla"),
-    pytest.param(
-        1, {**LATENT, "q_lora_rank": 0}, id="tp1-mla-whole-queries", marks=pytest.mark.slow
-    ),
+    pytest.param(2, {**MLA, "sequence_parallel": True, "num_layers": 2}, id="tp2-sp-mla"),
+    pytest.param(1, {**MLA, "q_lora_rank": 0}, id="tp1-mla-whole-queries", marks=pytest.mark.slow),
 ]
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eagle.hf.import_base import import_base
-from tests.tiny_hf import SIZES, make_base
+from megatron_eagle.hf.base.import_base import import_base
+from tests.helpers.tiny_hf import SIZES, make_base
 
 
 @dataclass(frozen=True)

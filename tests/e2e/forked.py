@@ -3,7 +3,7 @@
 A launch of two ranks takes a second where ``torchrun`` takes ten, most of it imports. It does to
 them what ``torchrun`` does: the variables that tell a rank who it is, one output, and when a rank
 fails the others are stopped and the whole fails with 1. They cannot compile: see
-``RANK_ENVIRONMENT`` in tests/distributed/harness.py.
+``RANK_ENVIRONMENT`` in megatron_eagle/testing/harness.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from tests.distributed.harness import start_rank, stop_rank
+from megatron_eagle.testing.harness import start_rank, stop_rank
 
 
 def run_forked(

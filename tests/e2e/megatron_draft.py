@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tests.distributed.harness import megatron_parallel, run_distributed
-from tests.draft_fixture import Case, build_model
-from tests.reference_layers import ReferenceConfig
+from megatron_eagle.testing.harness import megatron_parallel, run_distributed
+from tests.helpers.draft_fixture import Case, build_model
+from tests.reference.layers import ReferenceConfig
 
 
 def draft_logits(
@@ -33,8 +33,8 @@ def _logits(
     megatron_parallel(tp=world)
     from megatron.core import dist_checkpointing
 
-    from megatron_eagle.checkpoint_dir import resolve_checkpoint
-    from megatron_eagle.hf.dcp_reader import DraftCheckpoint
+    from megatron_eagle.checkpoint.directory import resolve_checkpoint
+    from megatron_eagle.checkpoint.reader import DraftCheckpoint
     from megatron_eagle.objective.unroll import unroll
 
     ids = DraftCheckpoint.open(checkpoint).load(["draft.vocab_ids"])["draft.vocab_ids"]
@@ -59,7 +59,7 @@ def _blank_case(
         num_layers=1, num_aux=3, rope_theta=10000.0, rms_eps=1e-5, ttt_steps=steps,
         step_decay=0.8, mask_out_of_vocab=False, detach_steps=False,
     )  # fmt: skip
-    from tests.reference_eagle3 import ReferenceEagle3
+    from tests.reference.eagle3 import ReferenceEagle3
 
     weights = ReferenceEagle3(config, embedding, ids).state_dict()
     zeros = torch.zeros(*tokens.shape, hidden)

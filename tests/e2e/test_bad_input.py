@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from megatron_eagle.hf.import_base import import_base
+from megatron_eagle.hf.base.import_base import import_base
 from tests.e2e.conftest import Inputs
 from tests.e2e.launch import torchrun, train
-from tests.tiny_hf import make_base
+from tests.helpers.tiny_hf import make_base
 
 
 def test_a_bad_flag(inputs: Inputs) -> None:

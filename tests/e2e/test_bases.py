@@ -11,21 +11,21 @@ from typing import Any
 
 import pytest
 
-from megatron_eagle.hf.import_base import import_base
+from megatron_eagle.hf.base.import_base import import_base
 from tests.e2e.conftest import write_answers
 from tests.e2e.launch import ROOT, launch, train
-from tests.tiny_hf import make_base
+from tests.helpers.tiny_hf import make_base
 
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "mscale": 0.7}
 SCALED = YARN | {"mscale_all_dim": 1.0, "original_max_position_embeddings": 16}
-LATENT = ["--eagle-attention", "mla"]
+MLA = ["--eagle-attention", "mla"]
 BASES = [
     pytest.param("qwen3_moe", {"mlp_only_layers": [0, 3]}, [], id="qwen3_moe"),
     pytest.param("gpt_oss", {}, [], id="gpt_oss"),
     pytest.param("deepseek_v2", {"q_lora_rank": None}, [], id="deepseek_v2"),
-    pytest.param("deepseek_v2", {"q_lora_rank": None}, LATENT, id="deepseek_v2-mla-draft"),
+    pytest.param("deepseek_v2", {"q_lora_rank": None}, MLA, id="deepseek_v2-mla-draft"),
     pytest.param("deepseek_v3", {"rope_parameters": SCALED}, [], id="deepseek_v3"),
-    pytest.param("deepseek_v3", {"rope_parameters": SCALED}, LATENT, id="deepseek_v3-mla-draft"),
+    pytest.param("deepseek_v3", {"rope_parameters": SCALED}, MLA, id="deepseek_v3-mla-draft"),
 ]
 
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from megatron_eagle.checkpoint_dir import ACCEPTED_LENGTH_NAME
-from megatron_eagle.hf.export_draft import export_draft
+from megatron_eagle.checkpoint.directory import ACCEPTED_LENGTH_NAME
+from megatron_eagle.hf.draft.export import export_draft
 from tests.e2e.conftest import Inputs
 from tests.e2e.launch import ROOT, Run, launch, train
-from tests.tiny_hf import SIZES
+from tests.helpers.tiny_hf import SIZES
 
 DRAFT = ["--eagle-draft-vocab-size", 24, "--eagle-ttt-steps", 3, "--lr", "2e-2"]
 PP2 = ["--pipeline-model-parallel-size", 2, "--decoder-first-pipeline-num-layers", 3]

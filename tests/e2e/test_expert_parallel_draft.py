@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eagle.hf.import_base import import_base
+from megatron_eagle.hf.base.import_base import import_base
 from tests.e2e.conftest import write_answers
 from tests.e2e.launch import train
-from tests.tiny_hf import make_base
+from tests.helpers.tiny_hf import make_base
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from megatron_eagle.config import EagleConfig
-from megatron_eagle.config_checks import flag_name
+from megatron_eagle.config.checks import flag_name
 from tests.e2e.launch import EXAMPLE, ROOT
 
 

@@ -8,7 +8,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_eagle.hf.export_draft import export_draft
+from megatron_eagle.hf.draft.export import export_draft
 from tests.e2e.conftest import Inputs
 from tests.e2e.launch import train
 

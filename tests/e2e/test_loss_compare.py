@@ -1,4 +1,4 @@
-"""tools/loss_compare.py: its verdict, and that the layouts agree in the whole trainer."""
+"""benchmarks/loss_compare.py: its verdict, and that the layouts agree in the whole trainer."""
 
 from __future__ import annotations
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_eagle.hf.dcp_reader import DraftCheckpoint
-from megatron_eagle.hf.import_base import import_base
+from megatron_eagle.checkpoint.reader import DraftCheckpoint
+from megatron_eagle.hf.base.import_base import import_base
 from tests.e2e.launch import ROOT, train
-from tests.tiny_hf import make_base
+from tests.helpers.tiny_hf import make_base
 
 VOCABULARY = 420
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from megatron_eagle.hf.import_base import import_base
+from megatron_eagle.hf.base.import_base import import_base
 from tests.e2e.conftest import Inputs
 from tests.e2e.launch import ROOT, Run, launch, train
-from tests.tiny_hf import make_base
+from tests.helpers.tiny_hf import make_base
 
 TOOL = ROOT / "tools" / "extract_features.py"
 SHORT = ("--train-iters", 6, "--eagle-draft-vocab-size", 40)

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import chat_templates as templates
+from megatron_eagle.cli.prepare_data import main as prepare_data
 from tests.e2e.conftest import Inputs
 from tests.e2e.launch import Run, train
-from tools.prepare_data import main as prepare_data
+from tests.helpers import chat_templates as templates
 
 pytestmark = pytest.mark.slow
 

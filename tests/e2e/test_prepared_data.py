@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tests import chat_templates as templates
+from megatron_eagle.cli.prepare_data import main as prepare_data
 from tests.e2e.conftest import Inputs
 from tests.e2e.launch import train
-from tools.prepare_data import main as prepare_data
+from tests.helpers import chat_templates as templates
 
 
 def prepared(inputs: Inputs, folder: Path) -> Path:

@@ -10,15 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.harness import megatron_parallel, run_distributed
+from megatron_eagle.testing.harness import megatron_parallel, run_distributed
 from tests.e2e.launch import ROOT
 
 
 def final_logits(rank: int, world: int, directory: str, tokens: Tensor) -> Tensor:
     """This rank's shard of the base's logits [B, S, Vp]."""
     groups = megatron_parallel(tp=world)
-    from megatron_eagle.attention.backend import local_backend
-    from megatron_eagle.checkpoint_dir import load_base_json
+    from megatron_eagle.checkpoint.directory import load_base_json
+    from megatron_eagle.layers.backend import local_backend
     from megatron_eagle.teacher.base import FrozenBase
     from megatron_eagle.teacher.build import base_config, build_base, load_base
 

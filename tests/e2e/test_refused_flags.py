@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.harness import run_distributed
+from megatron_eagle.testing.harness import run_distributed
 from tests.e2e.conftest import Inputs
 from tests.e2e.launch import RECIPE
 
@@ -53,7 +53,7 @@ PROMPTS = {"TEXT": {"prompt": "Hello"}, "IDS": {"prompt_ids": [1]}}
 
 def _refusal(rank: int, world: int, words: list[str]) -> str:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-    from megatron_eagle.config_flags import parse_eagle_flags
+    from megatron_eagle.config.flags import parse_eagle_flags
     from megatron_eagle.platform import enable
     from megatron_eagle.training.arguments import parse_eagle_args
     from megatron_eagle.training.warm_start import adopt_warm_start

@@ -120,9 +120,9 @@ def test_converted_draft_gives_the_same_logits(
     """The Hugging Face files alone, read by the reference, against the Megatron draft."""
     from safetensors.torch import load_file
 
-    from megatron_eagle.hf.export_draft import export_draft
+    from megatron_eagle.hf.draft.export import export_draft
     from tests.e2e.megatron_draft import draft_logits
-    from tests.reference_eagle3 import ReferenceEagle3
+    from tests.reference.eagle3 import ReferenceEagle3
 
     _, checkpoint = whole
     export_draft(checkpoint, tmp_path / "hf", None, False, lambda line: None)

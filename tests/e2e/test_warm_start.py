@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_eagle.hf.draft_formats import FORMATS
-from megatron_eagle.hf.export_draft import export_draft
-from tests.distributed.harness import run_distributed
+from megatron_eagle.hf.draft.export import export_draft
+from megatron_eagle.hf.draft.formats import FORMATS
+from megatron_eagle.testing.harness import run_distributed
 from tests.e2e.conftest import Inputs
 from tests.e2e.launch import RECIPE, train
 from tests.e2e.test_refused_flags import _refusal

@@ -8,8 +8,8 @@ from megatron_eagle.platform import enable
 
 enable()
 
+from megatron_eagle.cli.train import main  # noqa: E402
 from megatron_eagle.training.builder import ModelBuilder  # noqa: E402
-from megatron_eagle.training.main import main  # noqa: E402
 
 built: list = []
 build = ModelBuilder.__call__

@@ -10,11 +10,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_eagle.hf.draft_formats import FORMATS
-from megatron_eagle.hf.export_draft import export_draft
-from tests.reference_eagle3 import ReferenceConfig, ReferenceEagle3
-from tests.trained_draft import Shape, TrainedDraft, hf_tensors, megatron_tensors, metadata_json
-from tests.trained_latent import DEEPSEEK_YARN, LATENT
+from megatron_eagle.hf.draft.export import export_draft
+from megatron_eagle.hf.draft.formats import FORMATS
+from tests.helpers.trained_draft import (
+    Shape,
+    TrainedDraft,
+    hf_tensors,
+    megatron_tensors,
+    metadata_json,
+)
+from tests.helpers.trained_mla import DEEPSEEK_YARN, MLA_SIZES
+from tests.reference.eagle3 import ReferenceConfig, ReferenceEagle3
 
 LENGTH, STEPS = 14, 3
 LLAMA3 = {
@@ -39,15 +45,15 @@ DRAFTS: dict[str, dict[str, Any]] = {
     "norm-before-residual": {"norm_before_residual": True},
     "two-captures": {"aux_layers": (3, 7)},
     "one-capture": {"aux_layers": (7,)},
-    "mla": {"latent": LATENT},
+    "mla": {"mla": MLA_SIZES},
     "mla-yarn-eagle3.1": {
-        "latent": LATENT,
+        "mla": MLA_SIZES,
         "algorithm": "eagle3.1",
         "rope": {"rope_theta": 500.0, "rope_scaling": DEEPSEEK_YARN},
         **FULL,
     },
     "mla-two-layers-norm-before-residual": {
-        "latent": LATENT,
+        "mla": MLA_SIZES,
         "layers": 2,
         "norm_before_residual": True,
     },

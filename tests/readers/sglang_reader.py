@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DeepseekV3Config, LlamaConfig
 
-from tests.readers import stand_in_latent
 from tests.readers import stand_in_layers as layers
+from tests.readers import stand_in_mla as stand_in_mla
 from tests.readers.wheel_modules import WheelModules
 
 MODELS = "sglang.srt.models"
@@ -30,8 +30,8 @@ class DualGemm:
         return False
 
 
-LLAMA, LATENT = "LlamaForCausalLMEagle3", "Eagle3DeepseekV2ForCausalLM"
-FILES = {LLAMA: "llama_eagle3", LATENT: "kimi_k25_eagle3"}
+LLAMA, MLA = "LlamaForCausalLMEagle3", "Eagle3DeepseekV2ForCausalLM"
+FILES = {LLAMA: "llama_eagle3", MLA: "kimi_k25_eagle3"}
 
 
 class Gatherer:
@@ -68,8 +68,8 @@ STAND_INS: dict[str, dict[str, Any]] = {
         "get_embedding_tp_kwargs": dict,
     },
     f"{MODELS}.deepseek_v2": {
-        "DeepseekV2AttentionMLA": stand_in_latent.DeepseekV2AttentionMLA,
-        "DeepseekV2MLP": stand_in_latent.DeepseekV2MLP,
+        "DeepseekV2AttentionMLA": stand_in_mla.DeepseekV2AttentionMLA,
+        "DeepseekV2MLP": stand_in_mla.DeepseekV2MLP,
     },
     "sglang.srt.distributed.device_communicators": {
         "triton_symm_mem_ag": SimpleNamespace(
@@ -102,8 +102,8 @@ class SglangReader:
 
     def __init__(self, directory: Path, embedding: Tensor, base_head: Tensor) -> None:
         content = json.loads((directory / "config.json").read_text())
-        latent = content["model_type"] == "kimi_k2"
-        config = (DeepseekV3Config if latent else LlamaConfig).from_pretrained(directory)
+        mla = content["model_type"] == "kimi_k2"
+        config = (DeepseekV3Config if mla else LlamaConfig).from_pretrained(directory)
         (name,) = config.architectures
         module = importlib.import_module(f"{MODELS}.{FILES[name]}")
         self.model = getattr(module, name)(config)

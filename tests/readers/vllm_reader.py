@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DeepseekV3Config, LlamaConfig
 
-from tests.readers import stand_in_latent
 from tests.readers import stand_in_layers as layers
+from tests.readers import stand_in_mla as stand_in_mla
 from tests.readers.wheel_modules import WheelModules
 
 TARGET_LAYERS = 8
@@ -29,10 +29,10 @@ REAL = [
     f"{LAYERS}.mla",
     *(f"{CONFIGS}.{name}" for name in ("algos", "base")),
 ]
-LLAMA, LATENT = "LlamaForCausalLMEagle3", "Eagle3DeepseekV2ForCausalLM"
+LLAMA, MLA = "LlamaForCausalLMEagle3", "Eagle3DeepseekV2ForCausalLM"
 CLASSES = {
     LLAMA: ("llama_eagle3", "Eagle3LlamaForCausalLM"),
-    LATENT: ("deepseek_eagle3", LATENT),
+    MLA: ("deepseek_eagle3", MLA),
     "EagleLlamaForCausalLM": ("llama_eagle", "EagleLlamaForCausalLM"),
 }
 current: dict[str, Any] = {}
@@ -64,8 +64,8 @@ class PluggableLayer(torch.nn.Module):
 
 
 def get_rope(head_size: int, **fields: Any) -> Any:
-    latent = fields.get("is_neox_style") is False
-    return (stand_in_latent if latent else layers).get_rope(head_size, **fields)
+    mla = fields.get("is_neox_style") is False
+    return (stand_in_mla if mla else layers).get_rope(head_size, **fields)
 
 
 STAND_INS: dict[str, dict[str, Any]] = {
@@ -82,7 +82,7 @@ STAND_INS: dict[str, dict[str, Any]] = {
     f"{LAYERS}.activation": {"SiluAndMul": layers.SiluAndMul},
     f"{LAYERS}.attention": {
         "Attention": layers.Attention,
-        "MLAAttention": stand_in_latent.MLAAttention,
+        "MLAAttention": stand_in_mla.MLAAttention,
     },
     "vllm.envs": {"is_set": lambda name: False},
     "vllm.model_executor.custom_op": {"PluggableLayer": PluggableLayer},

@@ -16,8 +16,8 @@ from benchmarks import report
 from benchmarks.measure import _saved
 from benchmarks.plain_modelopt import DECAY, PlainModelOpt
 from benchmarks.problem import Problem
-from tests.distributed.harness import megatron_parallel, run_distributed
-from tests.reference_eagle3 import ReferenceConfig, ReferenceEagle3
+from megatron_eagle.testing.harness import megatron_parallel, run_distributed
+from tests.reference.eagle3 import ReferenceConfig, ReferenceEagle3
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = Problem(

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_eagle.checkpoint_dir import ACCEPTED_LENGTH_NAME, resolve_checkpoint
+from megatron_eagle.checkpoint.directory import ACCEPTED_LENGTH_NAME, resolve_checkpoint
 from megatron_eagle.training import best_checkpoint
 from megatron_eagle.training.best_checkpoint import BestCheckpoint
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from megatron_eagle.data.chat_template import ChatTemplate, RenderedSample
-from megatron_eagle.data.conversations import parse_conversation
-from megatron_eagle.data.masked_tokens import Document, mask_tokens
-from megatron_eagle.data.text_tokenizer import HuggingFaceTokenizer, load_tokenizer
-from tests import chat_templates as templates
+from megatron_eagle.data.chat.conversations import parse_conversation
+from megatron_eagle.data.chat.masked_tokens import Document, mask_tokens
+from megatron_eagle.data.chat.template import ChatTemplate, RenderedSample
+from megatron_eagle.data.chat.tokenizer import HuggingFaceTokenizer, load_tokenizer
+from tests.helpers import chat_templates as templates
 
 SYSTEM = {"role": "system", "content": "You are a helpful assistant."}
 CHAT = [

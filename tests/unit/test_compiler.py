@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from megatron_eagle.parallel.shard_softmax import draft_softmax_
+from megatron_eagle.loss.shard_softmax import draft_softmax_
 from megatron_eagle.platform.compiler import compilable, compile_regions
 
 

@@ -8,8 +8,8 @@ import dataclasses
 import pytest
 
 from megatron_eagle.config import EagleConfig
-from megatron_eagle.config_checks import flag_name
-from megatron_eagle.config_flags import add_eagle_flags, given_options, parse_eagle_flags
+from megatron_eagle.config.checks import flag_name
+from megatron_eagle.config.flags import add_eagle_flags, given_options, parse_eagle_flags
 
 
 def test_every_option_is_a_flag_and_comes_back() -> None:
@@ -106,13 +106,13 @@ def test_widths_are_the_base_s_unless_given() -> None:
         EagleConfig(num_query_groups=3).layer_widths(base)
 
 
-def test_widths_of_a_latent_draft() -> None:
+def test_widths_of_an_mla_draft() -> None:
     base = {"ffn_hidden_size": 96, "num_attention_heads": 8, "num_query_groups": 8}
-    latent = {"kv_lora_rank": 12, "qk_head_dim": 6, "qk_pos_emb_head_dim": 4, "v_head_dim": 5}
-    args = base | latent | {"kv_channels": 6, "multi_latent_attention": True}
+    mla = {"kv_lora_rank": 12, "qk_head_dim": 6, "qk_pos_emb_head_dim": 4, "v_head_dim": 5}
+    args = base | mla | {"kv_channels": 6, "multi_latent_attention": True}
     found = EagleConfig(attention="mla", num_attention_heads=4, v_head_dim=7).layer_widths(args)
     own = {"ffn_hidden_size": 96, "num_attention_heads": 4, "q_lora_rank": 0}
-    assert found == own | latent | {"v_head_dim": 7}
+    assert found == own | mla | {"v_head_dim": 7}
     with pytest.raises(ValueError, match=r"--eagle-v-head-dim 11: values are wider .* 6 \+ 4 chan"):
         EagleConfig(attention="mla", v_head_dim=11).layer_widths(args)
     with pytest.raises(ValueError, match="--eagle-attention mla: the base has no multi-latent"):

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from megatron_eagle.hf.base_chunks import BaseTensors
-from megatron_eagle.hf.families import FAMILIES, family_of
-from megatron_eagle.hf.megatron_args import facts_of
-from megatron_eagle.hf.weights_dir import WeightsDir
-from tests.refused_import import assert_refused
-from tests.tiny_hf import make_base
+from megatron_eagle.hf.base.chunks import BaseTensors
+from megatron_eagle.hf.base.families import FAMILIES, family_of
+from megatron_eagle.hf.base.megatron_args import facts_of
+from megatron_eagle.hf.files.weights_dir import WeightsDir
+from tests.helpers.refused_import import assert_refused
+from tests.helpers.tiny_hf import make_base
 
 INDEX = "model.safetensors.index.json"
 NAMES = [family.name for family in FAMILIES.values()]

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-import tools.eval_acceptance as tool
-from megatron_eagle.checkpoint_dir import BaseInfo
+import megatron_eagle.cli.evaluate as tool
+from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.decode import speculative
 from megatron_eagle.decode.cache import KeyValueCache
+from megatron_eagle.decode.prompt_shards import PromptShare, joined_ranks
 from megatron_eagle.decode.prompts import read_prompt_ids
 from megatron_eagle.decode.sequences import Sequences
-from megatron_eagle.decode.shares import PromptShare, joined_ranks
 from megatron_eagle.decode.speculative import ChainCounts
 
 CPU = torch.device("cpu")

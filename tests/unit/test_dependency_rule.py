@@ -1,7 +1,6 @@
-"""The package's dependency rule, read from its source: an import goes only to the left.
+"""The package's dependency rule, read from its source: an import only goes down.
 
-config, compat, platform -> checkpoint_dir -> parallel -> attention -> {teacher, draft} ->
-objective -> training, and {hf, data, decode} beside training.
+the floors of :data:`FLOORS`, from the ground up.
 """
 
 from __future__ import annotations
@@ -15,33 +14,33 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[2] / "megatron_eagle"
 OUTSIDE = {"examples", "tools", "tests", "benchmarks"}
 
-CONFIG = {"config", "config_checks", "config_flags", "config_widths"}
-BASICS = CONFIG | {"compat", "platform", "checkpoint_dir"}
-BELOW_DRAFT = BASICS | {"parallel", "attention"}
-BELOW_TRAINING = BELOW_DRAFT | {"teacher", "draft", "objective"}
-BESIDE_TRAINING = {"hf", "data", "decode"}
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("compat", "errors"),
+    ("config",),
+    ("platform", "checkpoint", "parallel"),
+    ("attention", "loss"),
+    ("layers",),
+    ("teacher", "draft"),
+    ("objective",),
+    ("pipeline",),
+    ("model",),
+    ("hf",),
+    ("data", "decode"),
+    ("training",),
+    ("cli",),
+)
+"""The rooms of the package, from the ground up. A file imports from its own room and from lower
+floors; rooms of one floor do not know each other."""
 
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 MAY_IMPORT: dict[str, set[str]] = {
-    "config": {"config_checks", "config_widths"},
-    "config_checks": {"config"},  # for type hints
-    "config_widths": {"config", "config_checks"},
-    "config_flags": {"config", "config_checks"},
-    "compat": set(),
-    "platform": {"config", "compat"},
-    "checkpoint_dir": {"config", "compat", "platform"},
-    "parallel": BASICS,
-    "attention": BASICS | {"parallel"},
-    "teacher": BELOW_DRAFT,
-    "draft": BELOW_DRAFT,
-    "objective": BELOW_DRAFT | {"teacher", "draft"},
-    "hf": BELOW_TRAINING | BESIDE_TRAINING,
-    "data": BELOW_TRAINING | BESIDE_TRAINING,
-    "decode": BELOW_TRAINING | BESIDE_TRAINING,
-    "training": BELOW_TRAINING | BESIDE_TRAINING,
-    "__init__": BELOW_TRAINING | BESIDE_TRAINING,  # importing us must not import the trainer
+    room: {other for other, number in FLOOR.items() if number < floor}
+    for room, floor in FLOOR.items()
 }
-IMPORTS_THE_TRAINER = {"training", "platform"}
-READS_GLOBAL_STATE = {"training"}
+MAY_IMPORT["__init__"] = {"config"}  # importing us must not import the trainer
+MAY_IMPORT["testing"] = {"platform"}
+IMPORTS_THE_TRAINER = {"training", "cli", "platform"}
+READS_GLOBAL_STATE = {"training", "cli", "testing"}
 GLOBAL_STATE = {"get_args", "parallel_state", "mpu"}
 
 

@@ -60,7 +60,7 @@ def sources() -> str:
 @cache
 def eagle_flags() -> frozenset[str]:
     """The flags made of EagleConfig's fields, read without importing anything."""
-    tree = ast.parse((ROOT / "megatron_eagle" / "config.py").read_text())
+    tree = ast.parse((ROOT / "megatron_eagle" / "config" / "eagle_config.py").read_text())
     [config] = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "EagleConfig"]
     names = [
         node.target.id.replace("_", "-")

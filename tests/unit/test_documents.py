@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_eagle.data.bin_packing import pack
+from megatron_eagle.data.chat.prepare import prepare
+from megatron_eagle.data.chat.records import RecordOptions
 from megatron_eagle.data.datasets import DocumentDataset
 from megatron_eagle.data.documents import Documents, FittedDocuments, open_documents
-from megatron_eagle.data.packing import pack
-from megatron_eagle.data.prepare import prepare
-from megatron_eagle.data.records import RecordOptions
-from tests import chat_templates as templates
+from tests.helpers import chat_templates as templates
 
 VOCABULARY = 600
 LINES = [

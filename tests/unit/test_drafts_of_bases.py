@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_eagle.checkpoint_dir import BaseInfo
+from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.layer_config import draft_config, draft_rotary, own_rotary
-from megatron_eagle.hf.draft_config import draft_config_json
-from megatron_eagle.hf.draft_formats import FORMATS
-from megatron_eagle.hf.draft_info import DraftInfo
-from megatron_eagle.hf.families import FAMILIES, family_of
-from megatron_eagle.hf.megatron_args import megatron_args
-from megatron_eagle.hf.rope_args import rope_beyond_flags
+from megatron_eagle.hf.base.families import FAMILIES, family_of
+from megatron_eagle.hf.base.megatron_args import megatron_args
+from megatron_eagle.hf.draft.config_json import draft_config_json
+from megatron_eagle.hf.draft.formats import FORMATS
+from megatron_eagle.hf.draft.info import DraftInfo
+from megatron_eagle.hf.tables.rope import rope_beyond_flags
 from megatron_eagle.teacher.build import base_config
-from tests.tiny_hf import CLASSES, FIELDS, SIZES
+from tests.helpers.tiny_hf import CLASSES, FIELDS, SIZES
 
 BASES = {family.name: {} for family in FAMILIES.values()} | {
     "qwen2-window": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},

@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
-from megatron_eagle.hf.export_draft import export_draft
-from tests.reference_eagle3 import ReferenceEagle3
-from tests.trained_draft import TrainedDraft
-from tests.trained_latent import LATENT
+from megatron_eagle.hf.draft.export import export_draft
+from tests.helpers.trained_draft import TrainedDraft
+from tests.helpers.trained_mla import MLA_SIZES
+from tests.reference.eagle3 import ReferenceEagle3
 
 ROOT = Path(__file__).parents[2]
 
 
 WIDE = {"ffn_hidden_size": 96, "num_attention_heads": 8, "num_query_groups": 4, "kv_channels": 16}
-WIDE_LATENT = {"ffn_hidden_size": 96, "q_lora_rank": 30, "kv_lora_rank": 40, "v_head_dim": 8}
+WIDE_MLA = {"ffn_hidden_size": 96, "q_lora_rank": 30, "kv_lora_rank": 40, "v_head_dim": 8}
 LAYOUTS = [
     pytest.param({}, id="one-layer"),
     pytest.param({"layers": 3}, id="three-layers"),
@@ -33,8 +33,8 @@ LAYOUTS = [
     pytest.param({"algorithm": "eagle3.1", "layers": 2}, id="eagle3.1-two-layers"),
     pytest.param({"norm_before_fc": True}, id="norm-before-fc"),
     pytest.param({"base": WIDE}, id="own-widths"),
-    pytest.param({"latent": LATENT, "algorithm": "eagle3.1"}, id="mla-eagle3.1"),
-    pytest.param({"latent": LATENT, "base": WIDE_LATENT}, id="mla-own-widths"),
+    pytest.param({"mla": MLA_SIZES, "algorithm": "eagle3.1"}, id="mla-eagle3.1"),
+    pytest.param({"mla": MLA_SIZES, "base": WIDE_MLA}, id="mla-own-widths"),
 ]
 
 

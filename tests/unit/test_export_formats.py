@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig
 
-from megatron_eagle.checkpoint_dir import ACCEPTED_LENGTH_NAME
-from megatron_eagle.hf.draft_card import read_evaluation
-from megatron_eagle.hf.draft_formats import FORMATS
-from megatron_eagle.hf.export_draft import export_draft
-from tests.reference_eagle3 import ReferenceEagle3
-from tests.trained_draft import TrainedDraft
+from megatron_eagle.checkpoint.directory import ACCEPTED_LENGTH_NAME
+from megatron_eagle.hf.draft.card import read_evaluation
+from megatron_eagle.hf.draft.export import export_draft
+from megatron_eagle.hf.draft.formats import FORMATS
+from tests.helpers.trained_draft import TrainedDraft
+from tests.reference.eagle3 import ReferenceEagle3
 
 FIGURES = {
     "accepted_length": 2.3456,

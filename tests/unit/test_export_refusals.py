@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_eagle.hf.export_draft import export_draft
-from tests.trained_draft import TrainedDraft, chunked, save_iteration
+from megatron_eagle.hf.draft.export import export_draft
+from tests.helpers.trained_draft import TrainedDraft, chunked, save_iteration
 
 
 def export_error(tmp_path: Path, draft: TrainedDraft, **options: Any) -> str:
@@ -177,7 +177,7 @@ def test_failing_write_leaves_the_earlier_export(
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("megatron_eagle.hf.export_draft.save_file", full_disk)
+    monkeypatch.setattr("megatron_eagle.hf.draft.export.save_file", full_disk)
     with pytest.raises(OSError, match="no space"):
         export_draft(tmp_path / "ckpt", tmp_path / "hf", overwrite=True)
     assert {path: path.read_bytes() for path in (tmp_path / "hf").iterdir()} == before

@@ -12,13 +12,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_eagle.data import extract as module
-from megatron_eagle.data.base_rows import BaseRows
 from megatron_eagle.data.datasets import DocumentDataset
 from megatron_eagle.data.documents import AnswerDocuments, FittedDocuments
-from megatron_eagle.data.extract import Replica, begin, cut_into_shards, extract, finish, survey
-from megatron_eagle.data.feature_rows import RowCodec
-from megatron_eagle.data.feature_store import FeatureDocuments, FeaturePlan, verify
+from megatron_eagle.data.features import extract as module
+from megatron_eagle.data.features.base_rows import BaseRows
+from megatron_eagle.data.features.codec import RowCodec
+from megatron_eagle.data.features.extract import (
+    Replica,
+    begin,
+    cut_into_shards,
+    extract,
+    finish,
+    survey,
+)
+from megatron_eagle.data.features.store import FeatureDocuments, FeaturePlan, verify
 
 HIDDEN, LAYERS = 6, (1, 2)
 
@@ -28,7 +35,7 @@ class CountingBase:
 
     tp_group = cp_group = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
     embedding_weight = torch.zeros(1)
-    taps = SimpleNamespace(layers_here=LAYERS)
+    capture = SimpleNamespace(layers_here=LAYERS)
 
     def run_stage(self, tokens: Tensor, hidden: None, packing: Any) -> tuple[dict, Tensor]:
         length = tokens.shape[1]

@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_eagle.attention.rope import attention_factor, inverse_frequencies
-from megatron_eagle.checkpoint_dir import load_base_json, resolve_checkpoint
-from megatron_eagle.hf import torch_dist_writer
-from megatron_eagle.hf.families import FAMILIES, family_of
-from megatron_eagle.hf.import_base import import_base
-from megatron_eagle.hf.megatron_args import flags, megatron_args
-from megatron_eagle.hf.rope_args import rope_beyond_flags
-from tests.tiny_hf import LATENT, SIZES, make_base
-from tools.import_base import main
+from megatron_eagle.checkpoint import writer as torch_dist_writer
+from megatron_eagle.checkpoint.directory import load_base_json, resolve_checkpoint
+from megatron_eagle.cli.import_base import main
+from megatron_eagle.hf.base.families import FAMILIES, family_of
+from megatron_eagle.hf.base.import_base import import_base
+from megatron_eagle.hf.base.megatron_args import flags, megatron_args
+from megatron_eagle.hf.tables.rope import rope_beyond_flags
+from tests.helpers.tiny_hf import MLA, SIZES, make_base
 
 ROOT = Path(__file__).parents[2]
 CONFIG: dict[str, Any] = {**SIZES, "architectures": ["LlamaForCausalLM"]}
@@ -114,7 +114,7 @@ def test_sharded_directory_and_row_blocks_give_the_same_tensors(
 ) -> None:
     import_base(hf, hf.parent / "whole")
     shard(hf)
-    monkeypatch.setattr("megatron_eagle.hf.base_chunks.CHUNK_BYTES", 7 * 48 * 4)
+    monkeypatch.setattr("megatron_eagle.hf.base.chunks.CHUNK_BYTES", 7 * 48 * 4)
     import_base(hf, hf.parent / "blocks")
     whole, blocks = stored_tensors(hf.parent / "whole"), stored_tensors(hf.parent / "blocks")
     assert whole.keys() == blocks.keys()
@@ -139,7 +139,7 @@ def test_printed_flags_are_megatrons(architecture: str, monkeypatch: pytest.Monk
         config |= {"num_local_experts": 4, "sliding_window": 16, "use_sliding_window": True}
         config |= {"max_window_layers": 1, "mlp_only_layers": [0], "first_k_dense_replace": 1}
         if "Deepseek" in architecture:
-            config |= {**LATENT, "num_hidden_layers": 2, "use_sliding_window": False}
+            config |= {**MLA, "num_hidden_layers": 2, "use_sliding_window": False}
             config["rope_scaling"] = None
         args = megatron_args(config, FAMILIES[architecture], "config.json")
         monkeypatch.setattr(sys, "argv", ["train", *flags(args)])
@@ -223,23 +223,23 @@ def test_llama3_rope_equals_hugging_face() -> None:
             "swiglu_limit = 5.0 is not supported",
         ),
         (
-            {"architectures": ["DeepseekV3ForCausalLM"], **LATENT, "norm_topk_prob": False},
+            {"architectures": ["DeepseekV3ForCausalLM"], **MLA, "norm_topk_prob": False},
             "norm_topk_prob = False is not supported",
         ),
         (
-            {"architectures": ["DeepseekV3ForCausalLM"], **LATENT, "num_key_value_heads": 4},
+            {"architectures": ["DeepseekV3ForCausalLM"], **MLA, "num_key_value_heads": 4},
             "num_key_value_heads must be num_attention_heads 8, found 4",
         ),
         (
-            {"architectures": ["DeepseekV3ForCausalLM"], **LATENT, "rope_scaling": LLAMA3},
+            {"architectures": ["DeepseekV3ForCausalLM"], **MLA, "rope_scaling": LLAMA3},
             "'llama3' is not supported with latent attention",
         ),
         (
-            {"architectures": ["DeepseekV3ForCausalLM"], **LATENT, "n_group": 3},
+            {"architectures": ["DeepseekV3ForCausalLM"], **MLA, "n_group": 3},
             "n_group 3 and topk_group 2 do not fit",
         ),
         (
-            {"architectures": ["DeepseekV2ForCausalLM"], **LATENT, "topk_method": "noaux_tc"},
+            {"architectures": ["DeepseekV2ForCausalLM"], **MLA, "topk_method": "noaux_tc"},
             "topk_method 'noaux_tc' is not supported",
         ),
         (

@@ -14,15 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_eagle.checkpoint_dir import BASE_JSON_NAME, TRACKER_NAME, BaseInfo, parse_base
-from megatron_eagle.hf.dcp_reader import DraftCheckpoint
-from megatron_eagle.hf.draft_checkpoint import open_checkpoint_draft, write_draft_checkpoint
-from megatron_eagle.hf.draft_formats import FORMATS
-from megatron_eagle.hf.export_draft import export_draft, read_info
-from megatron_eagle.hf.import_draft import StoredDraft, open_hf_draft
-from megatron_eagle.hf.torch_dist_writer import Chunk, write_torch_dist
-from tests.trained_draft import TrainedDraft
-from tests.trained_latent import DEEPSEEK_YARN, LATENT
+from megatron_eagle.checkpoint.directory import BASE_JSON_NAME, TRACKER_NAME, BaseInfo, parse_base
+from megatron_eagle.checkpoint.reader import DraftCheckpoint
+from megatron_eagle.checkpoint.writer import Chunk, write_torch_dist
+from megatron_eagle.hf.draft.checkpoint import open_checkpoint_draft, write_draft_checkpoint
+from megatron_eagle.hf.draft.export import export_draft, read_info
+from megatron_eagle.hf.draft.formats import FORMATS
+from megatron_eagle.hf.draft.import_hf import StoredDraft, open_hf_draft
+from tests.helpers.trained_draft import TrainedDraft
+from tests.helpers.trained_mla import DEEPSEEK_YARN, MLA_SIZES
 
 ROOT = Path(__file__).parents[2]
 Files = tuple[dict[str, Any], dict[str, Tensor]]
@@ -67,8 +67,8 @@ LAYOUTS = [
 
 EAGLE1 = {"algorithm": "eagle1", "draft_vocab": 53, "layers": 2}
 RESIDUAL = {"norm_before_residual": True}
-WIDE_LATENT = {"num_attention_heads": 8, "q_lora_rank": 30, "qk_head_dim": 12}
-MLA = {"latent": LATENT, "rope": {"rope_theta": 50000.0, "rope_scaling": DEEPSEEK_YARN}}
+WIDE_MLA = {"num_attention_heads": 8, "q_lora_rank": 30, "qk_head_dim": 12}
+MLA = {"mla": MLA_SIZES, "rope": {"rope_theta": 50000.0, "rope_scaling": DEEPSEEK_YARN}}
 CASES = [
     *[
         pytest.param(*case.values, name, id=f"{case.id}-{name}")
@@ -78,7 +78,7 @@ CASES = [
     *[pytest.param(EAGLE1, name, id=f"eagle1-{name}") for name in ("vllm", "sglang")],
     *[pytest.param(MLA, name, id=f"mla-{name}") for name in ("hf", "vllm", "sglang", "trtllm")],
     pytest.param({**MLA, "layers": 2, **RESIDUAL}, "vllm", id="mla-two-layers-vllm"),
-    pytest.param({**MLA, "base": WIDE_LATENT}, "hf", id="mla-own-widths-hf"),
+    pytest.param({**MLA, "base": WIDE_MLA}, "hf", id="mla-own-widths-hf"),
     *[pytest.param(RESIDUAL, name, id=f"residual-{name}") for name in ("vllm", "speculators")],
 ]
 
@@ -219,12 +219,12 @@ def test_a_moe_draft_is_neither_converted_nor_a_warm_start(tmp_path: Path) -> No
         open_checkpoint_draft(tmp_path / "ckpt")
 
 
-@pytest.mark.parametrize("latent", [False, True])
-def test_the_rope_is_that_of_a_draft_of_this_base(tmp_path: Path, latent: bool) -> None:
+@pytest.mark.parametrize("mla", [False, True])
+def test_the_rope_is_that_of_a_draft_of_this_base(tmp_path: Path, mla: bool) -> None:
     """Beside latent attention a draft has plain angles, whatever the base's scaling; a theta that
     the base's config.json leaves to its family's default counts too."""
     draft = TrainedDraft.make(rope={"rope_scaling": YARN})
-    if latent:
+    if mla:
         draft.metadata["base"]["megatron_args"] |= {
             "multi_latent_attention": True, "kv_lora_rank": 8, "qk_head_dim": 6,
             "qk_pos_emb_head_dim": 4, "v_head_dim": 6,
@@ -232,7 +232,7 @@ def test_the_rope_is_that_of_a_draft_of_this_base(tmp_path: Path, latent: bool) 
     draft.save(tmp_path / "ckpt")
     export_draft(tmp_path / "ckpt", tmp_path / "hf")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
-    assert ("rope_scaling" in config) != latent and config["rope_theta"] == 50000.0
+    assert ("rope_scaling" in config) != mla and config["rope_theta"] == 50000.0
     assert imported(tmp_path / "hf", draft).info.base == base_of(draft)
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_eagle.hf.draft_checkpoint import write_draft_checkpoint
+from megatron_eagle.hf.draft.checkpoint import write_draft_checkpoint
 from tests.unit.test_import_draft import exported, imported, rewrite
 
 Change = Callable[[dict[str, Any], dict[str, Tensor]], None]

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 HIDDEN, FFN, LAYERS, VOCAB = 1024, 4096, 24, 4096
 MEASURE = """
 import resource, sys
-from tools.import_base import main
+from megatron_eagle.cli.import_base import main
 assert main(["--hf", sys.argv[1], "--save", sys.argv[2]]) == 0
 print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """

@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from megatron_eagle.checkpoint_dir import BaseInfo
+from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.training.layout import check_layout, check_micro_batches, layout_flags
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_eagle.attention import lean_layers
+from megatron_eagle.layers import lean_layers
 from megatron_eagle.platform import products
 
 

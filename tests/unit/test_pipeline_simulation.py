@@ -11,7 +11,7 @@ sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 
 from pipeline_schedule import SHAPES, Shape, last_stage_plan, measure, simulate
 
-from megatron_eagle.parallel.stage_plan import stage_actions
+from megatron_eagle.pipeline.plan import stage_actions
 
 
 def test_one_stage_is_the_sum_of_its_work() -> None:

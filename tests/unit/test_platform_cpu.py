@@ -16,7 +16,7 @@ import torch
 from megatron_eagle import compat
 from megatron_eagle.platform import cpu, enable, is_enabled, recommended_environment
 from megatron_eagle.platform.adam import FusedAdam
-from tests.distributed.harness import megatron_parallel, run_distributed
+from megatron_eagle.testing.harness import megatron_parallel, run_distributed
 
 SEQUENCE, BATCH, VOCABULARY = 16, 2, 128
 

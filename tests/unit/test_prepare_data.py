@@ -15,13 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from megatron_eagle.data import prepare as module
+from megatron_eagle.cli.prepare_data import main
+from megatron_eagle.data.chat import prepare as module
+from megatron_eagle.data.chat.prepare import prepare
+from megatron_eagle.data.chat.records import RecordOptions
+from megatron_eagle.data.chat.tokenizer import load_tokenizer
 from megatron_eagle.data.indexed import IndexedDocuments
-from megatron_eagle.data.prepare import prepare
-from megatron_eagle.data.records import RecordOptions
-from megatron_eagle.data.text_tokenizer import load_tokenizer
-from tests import chat_templates as templates
-from tools.prepare_data import main
+from tests.helpers import chat_templates as templates
 
 ROOT = Path(__file__).resolve().parents[2]
 QUESTION = {"role": "user", "content": "What is the weather in Paris?"}

@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from megatron_eagle.checkpoint_dir import load_base_json
-from megatron_eagle.hf.base_chunks import BaseTensors
-from megatron_eagle.hf.families import family_of
-from megatron_eagle.hf.import_base import import_base
-from megatron_eagle.hf.megatron_args import facts_of, megatron_args
-from megatron_eagle.hf.packed_weights import Fp8Weight, Mxfp4Weight
-from megatron_eagle.hf.weights_dir import WeightsDir
-from tests.quantize import fp8_blocks, fp8_directory, mxfp4_directory
-from tests.refused_import import assert_refused
-from tests.tiny_hf import make_base
+from megatron_eagle.checkpoint.directory import load_base_json
+from megatron_eagle.hf.base.chunks import BaseTensors
+from megatron_eagle.hf.base.families import family_of
+from megatron_eagle.hf.base.import_base import import_base
+from megatron_eagle.hf.base.megatron_args import facts_of, megatron_args
+from megatron_eagle.hf.files.packed_weights import Fp8Weight, Mxfp4Weight
+from megatron_eagle.hf.files.weights_dir import WeightsDir
+from tests.helpers.quantize import fp8_blocks, fp8_directory, mxfp4_directory
+from tests.helpers.refused_import import assert_refused
+from tests.helpers.tiny_hf import make_base
 
 DTYPES = [torch.bfloat16, torch.float32, torch.float16]
 

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.reference_decode import draft_chain
-from tests.reference_eagle3 import ReferenceConfig, ReferenceEagle3
-from tests.reference_layers import query_aligned_mask
-from tests.reference_losses import row_loss, soft_cross_entropy
+from tests.reference.decode import draft_chain
+from tests.reference.eagle3 import ReferenceConfig, ReferenceEagle3
+from tests.reference.layers import query_aligned_mask
+from tests.reference.losses import row_loss, soft_cross_entropy
 
 BATCH, LENGTH = 2, 6
 CONFIG = ReferenceConfig(

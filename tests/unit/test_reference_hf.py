@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.reference_eagle3 import ReferenceConfig, ReferenceEagle3
+from tests.reference.eagle3 import ReferenceConfig, ReferenceEagle3
 
 TESTS = Path(__file__).parents[1]
 VOCAB_IDS = torch.tensor([0, 3, 4])
@@ -154,8 +154,8 @@ def test_d2t_is_the_offset_of_ascending_ids(tmp_path: Path) -> None:
 def test_the_oracle_is_independent() -> None:
     allowed = {"__future__", "collections", "dataclasses", "json", "math", "pathlib", "typing",
                "torch", "safetensors", "tests"}  # fmt: skip
-    files = sorted(TESTS.glob("reference_*.py"))
-    assert {f.name for f in files} >= {"reference_eagle3.py", "reference_decode.py"}
+    files = sorted((TESTS / "reference").glob("*.py"))
+    assert {f.name for f in files} >= {"eagle3.py", "decode.py"}
     for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
@@ -163,4 +163,4 @@ def test_the_oracle_is_independent() -> None:
                 names = [node.module or "."]
             for name in names:
                 assert name.split(".")[0] in allowed, f"{file.name} imports {name}"
-                assert not name.startswith("tests") or name.startswith("tests.reference_")
+                assert not name.startswith("tests") or name.startswith("tests.reference.")

@@ -12,10 +12,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from megatron_eagle.cli.regenerate import main
 from megatron_eagle.data import regenerate
 from megatron_eagle.data.regenerate import Generation, finished_ids, read_prompts
-from tests.tiny_hf import make_base
-from tools.regenerate import main
+from tests.helpers.tiny_hf import make_base
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_eagle.config_checks import LOSSES
-from megatron_eagle.parallel import soft_cross_entropy as module
-from megatron_eagle.parallel.row_losses import row_loss
-from megatron_eagle.parallel.shard_softmax import row_max, shard_softmax_
+from megatron_eagle.config.checks import LOSSES
+from megatron_eagle.loss import soft_cross_entropy as module
+from megatron_eagle.loss.row_losses import row_loss
+from megatron_eagle.loss.shard_softmax import row_max, shard_softmax_
 from megatron_eagle.parallel.vocab import even_chunks
 
 STEPS, TARGETS, SIZE, VOCAB = 3, 11, 16, 700

@@ -1,0 +1,1 @@
+"""Megatron checkpoints on disk: where they lie, how they are read and written."""

@@ -1,0 +1,102 @@
+"""Chat or text JSONL -> Megatron .bin/.idx with a loss mask, for --eagle-train-data.
+
+    python tools/prepare_data.py --input chats.jsonl --tokenizer HF_DIR --output-prefix data/chats
+
+Lines hold "messages" (OpenAI), "conversations" (ShareGPT), "text", or "prompt_ids" and
+"answer_ids". A run that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from megatron_eagle.data.chat.prepare import prepare
+from megatron_eagle.data.chat.records import RecordOptions
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Exit status: 0, or 2 after one `error:` line on stderr."""
+    args = _parser().parse_args(argv)
+    try:
+        summary = prepare(
+            args.input,
+            args.output_prefix,
+            _options(args),
+            workers=args.workers,
+            skip_bad=args.skip_bad_lines,
+            overwrite=args.overwrite,
+            progress=lambda line: print(line, flush=True),
+        )
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(
+        f"{args.output_prefix}: {summary['documents']:,} documents of {summary['records']:,} "
+        f"records, {summary['tokens']:,} tokens, {summary['supervised_tokens']:,} supervised, the "
+        f"longest {summary['longest_document']:,}"
+    )
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSONL files")
+    parser.add_argument(
+        "--tokenizer", required=True, metavar="PATH",
+        help="Hugging Face directory, or a SentencePiece .model file",
+    )  # fmt: skip
+    parser.add_argument("--output-prefix", required=True, metavar="PREFIX")
+    parser.add_argument(
+        "--chat-template", metavar="FILE", help="Jinja file instead of the tokenizer's template"
+    )
+    parser.add_argument(
+        "--thinking", choices=["on", "off"],
+        help="render with enable_thinking true or false (default: as the template does)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--template-options", default="{}", metavar="JSON",
+        help="object of further variables the template reads",
+    )  # fmt: skip
+    parser.add_argument(
+        "--vocab-size", type=int, help="of the base, if it is not the tokenizer's: ids are checked"
+    )
+    parser.add_argument(
+        "--no-append-eod", action="store_true", help="no end-of-sequence token after plain texts"
+    )
+    parser.add_argument("--workers", type=int, default=1, help="processes (default: 1)")
+    parser.add_argument(
+        "--skip-bad-lines", action="store_true",
+        help="leave bad lines out and list them in PREFIX.bad.txt, instead of stopping at one",
+    )  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier data set")
+    return parser
+
+
+def _options(args: argparse.Namespace) -> RecordOptions:
+    if args.workers < 1:
+        raise ValueError(f"--workers must be at least 1, not {args.workers}")
+    if args.vocab_size is not None and args.vocab_size < 1:
+        raise ValueError(f"--vocab-size must be at least 1, not {args.vocab_size}")
+    flag = f"--template-options {args.template_options}"
+    try:
+        variables: Any = json.loads(args.template_options)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{flag}: not JSON ({error})") from None
+    if not isinstance(variables, dict):
+        raise ValueError(f"{flag}: not a JSON object")
+    if args.thinking is not None:
+        variables["enable_thinking"] = args.thinking == "on"
+    return RecordOptions(
+        tokenizer=args.tokenizer,
+        template=args.chat_template,
+        template_options=json.dumps(variables, sort_keys=True),
+        vocab_size=args.vocab_size,
+        append_eod=not args.no_append_eod,
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,80 @@
+"""From a rendered conversation to token ids and the mask of what the model generated."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from megatron_eagle.data.chat.template import RenderedSample, Span
+from megatron_eagle.data.chat.tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True)
+class Document:
+    """ids [n] int64 and mask [n] bool: whether each token itself is supervised."""
+
+    ids: np.ndarray
+    mask: np.ndarray
+
+
+def mask_tokens(sample: RenderedSample, tokenizer: TextTokenizer) -> Document:
+    """The ids of ``sample.text`` and which of them lie inside its spans.
+
+    Where a span begins or ends inside a token (a merge across the boundary), the text is tokenized
+    in two parts there, as it is when a server tokenizes the prompt alone; where that would change
+    the text (SentencePiece's word starts), the token stays whole and unsupervised.
+
+    A span that the template did not mark itself ends with the end-of-turn token: the last special
+    token in it, provided only whitespace follows. The model writes no further, so neither does the
+    mask. Templates that end a turn without a special token keep what they end it with.
+    """
+    ids, starts, ends = _encode(sample, tokenizer)
+    mask = np.zeros(len(ids), dtype=bool)
+    special = np.isin(ids, list(tokenizer.special_ids))
+    for first, last in sample.spans:
+        inside = (starts >= first) & (ends <= last) & (ends > first)
+        if not sample.marked:
+            turn_ends = np.flatnonzero(inside & special)
+            if turn_ends.size and not sample.text[ends[turn_ends[-1]] : last].strip():
+                inside[turn_ends[-1] + 1 :] = False
+        mask |= inside
+    return Document(ids, mask)
+
+
+def _encode(
+    sample: RenderedSample, tokenizer: TextTokenizer
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    whole = _with_edges(*tokenizer.encode(sample.text), 0)
+    cuts = _inside_a_token(sample.spans, whole[1], len(sample.text))
+    if not cuts:
+        return whole
+    edges = [0, *cuts, len(sample.text)]
+    parts = [_with_edges(*tokenizer.encode(sample.text[a:b]), a) for a, b in pairwise(edges)]
+    split = tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
+    same = tokenizer.decode(split[0].tolist()) == tokenizer.decode(whole[0].tolist())
+    return (split[0], split[1], split[2]) if same else whole
+
+
+def _with_edges(
+    ids: list[int], offsets: list[tuple[int, int]], shift: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids, starts, ends) where a token also owns the characters that no token claims before it:
+    byte-level tokenizers leave a word's space out of its offsets. One without characters (a
+    character's first bytes, a word's start) belongs to the next."""
+    if not ids:
+        empty = np.empty(0, dtype=np.int64)
+        return empty, empty, empty
+    spans = np.asarray(offsets, dtype=np.int64).reshape(-1, 2)
+    ends = np.maximum.accumulate(spans[:, 1])
+    for i in np.flatnonzero(spans[:, 0] == spans[:, 1])[::-1]:
+        ends[i] = ends[min(i + 1, len(ends) - 1)]
+    starts = np.minimum(spans[:, 0], np.concatenate([[0], ends[:-1]]))
+    return np.asarray(ids, dtype=np.int64), starts + shift, ends + shift
+
+
+def _inside_a_token(spans: Iterable[Span], starts: np.ndarray, length: int) -> list[int]:
+    edges = {edge for span in spans for edge in span}
+    return sorted(edges - set(starts.tolist()) - {0, length})

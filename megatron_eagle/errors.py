@@ -1,0 +1,28 @@
+"""UserError: a mistake in what a user gave, told in the caller's own words."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+_PARAMETER = re.compile(r"<(\w+)>")
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend: one line that names the parameter or file at fault.
+
+    Library code knows parameters, not the flags that a command gave them by. So a message writes a
+    parameter as ``<name>``: ``UserError("<format> gguf: not one of hf, vllm")``. ``str()`` shows
+    its plain name, and a command shows its own flag through :meth:`named`.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.named(lambda parameter: parameter)
+
+    def named(self, flag_of: Callable[[str], str]) -> str:
+        """Return the message with ``flag_of(name)`` in place of every ``<name>``."""
+        return _PARAMETER.sub(lambda match: flag_of(match[1]), self.message)

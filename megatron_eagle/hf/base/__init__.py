@@ -1,0 +1,1 @@
+"""Hugging Face bases: config.json and weights to Megatron."""

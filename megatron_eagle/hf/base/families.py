@@ -1,0 +1,252 @@
+"""The name tables: which Hugging Face tensors make up which Megatron tensor, per family.
+
+A new family is one `Family` here (and, where its config.json has new fields, a few lines in
+`megatron_args`). `megatron_eagle.hf.tables.entries` explains a row and the letters of its shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_eagle.hf.base import moe_args
+from megatron_eagle.hf.base.mla_tables import MLA_ATTENTION
+from megatron_eagle.hf.base.moe_tables import BIASED_MOE, DEEPSEEK_MOE, GPT_OSS_MOE, moe
+from megatron_eagle.hf.base.window_args import (
+    WindowLayers,
+    every_layer,
+    every_other_layer,
+    upper_layers,
+)
+from megatron_eagle.hf.tables.entries import Entry, one, qkv, rows
+
+LAYER_PREFIX = "model.layers.{}."
+NORM_BEFORE_ATTENTION = one(
+    "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "H"
+)
+EMBEDDING = one("embedding.word_embeddings.weight", "model.embed_tokens.weight", "V", "H")
+OUTPUT = one("output_layer.weight", "lm_head.weight", "V", "H", when="untied")
+MODEL = (EMBEDDING, one("decoder.final_layernorm.weight", "model.norm.weight", "H"), OUTPUT)
+
+ATTENTION = (
+    NORM_BEFORE_ATTENTION,
+    qkv("weight", "H"),
+    qkv("bias", when="any_qkv_bias", given="qkv_bias"),
+    one("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "D", when="qk_layernorm"),
+    one("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "D", when="qk_layernorm"),
+    one("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H", "Q"),
+    rows(
+        "self_attention.linear_proj.bias",
+        [("self_attn.o_proj.bias", "H")],
+        when="add_bias_linear",
+        given="output_bias",
+    ),
+)
+DENSE = (
+    one("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "H"),
+    rows(
+        "mlp.linear_fc1.weight", [("mlp.gate_proj.weight", "F"), ("mlp.up_proj.weight", "F")], "H"
+    ),
+    one("mlp.linear_fc2.weight", "mlp.down_proj.weight", "H", "F"),
+    rows(
+        "mlp.linear_fc1.bias",
+        [("mlp.gate_proj.bias", "F"), ("mlp.up_proj.bias", "F")],
+        when="add_bias_linear",
+        given="mlp_bias",
+    ),
+    rows(
+        "mlp.linear_fc2.bias",
+        [("mlp.down_proj.bias", "H")],
+        when="add_bias_linear",
+        given="mlp_bias",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A Hugging Face architecture: its name tables, and what its config.json means.
+
+    `attention` repeats in every layer, `dense` and `moe` are the two kinds of MLP, `model` occurs
+    once. `defaults` are the values of its configuration class where they are not everyone's;
+    `fixed` says what the class does without asking config.json; `moe_args` reads its experts,
+    `mla` has multi-latent attention, `partial_rotary` turns a part of each head, `window_flag`
+    and `window_layers` say which layers see a sliding window.
+    """
+
+    name: str
+    architecture: str
+    attention: tuple[Entry, ...] = ATTENTION
+    dense: tuple[Entry, ...] = DENSE
+    moe: tuple[Entry, ...] = ()
+    model: tuple[Entry, ...] = MODEL
+    ignored_in_layer: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    activation: Mapping[str, Any] = field(default_factory=lambda: {"swiglu": True})
+    moe_args: Callable[[Mapping[str, Any], str], dict[str, Any]] | None = None
+    mla: bool = False
+    partial_rotary: bool = False
+    window_flag: str = "use_sliding_window"
+    window_layers: WindowLayers = every_layer
+
+    def layer(self, facts: Mapping[str, Any], moe: bool) -> list[Entry]:
+        """The rows of one layer."""
+        table = self.attention + (self.moe if moe else self.dense)
+        return [entry for entry in table if entry.exists(facts)]
+
+    def once(self, facts: Mapping[str, Any]) -> list[Entry]:
+        """The rows outside the layers."""
+        return [entry for entry in self.model if entry.exists(facts)]
+
+
+NO_BIAS = {"attention_bias": False, "mlp_bias": False, "qkv_bias": False}
+FAMILIES = {
+    family.architecture: family
+    for family in (
+        Family("llama", "LlamaForCausalLM"),
+        Family(
+            "mistral",
+            "MistralForCausalLM",
+            fixed=NO_BIAS,
+            defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+            window_flag="sliding_window",
+        ),
+        Family(
+            "qwen2",
+            "Qwen2ForCausalLM",
+            fixed=NO_BIAS | {"qkv_bias": True},
+            defaults={"num_key_value_heads": 32, "sliding_window": 4096},
+            window_layers=upper_layers,
+        ),
+        Family(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            fixed={"mlp_bias": False, "qk_norm": True},
+            defaults={"num_key_value_heads": 32, "head_dim": 128, "sliding_window": 4096},
+            window_layers=upper_layers,
+        ),
+        Family(
+            "mixtral",
+            "MixtralForCausalLM",
+            moe=moe("block_sparse_moe", "gate", "w1", "w3", "w2"),
+            moe_args=moe_args.softmax_after_topk,
+            fixed=NO_BIAS,
+            defaults={
+                "num_key_value_heads": 8,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 1e6,
+                "num_local_experts": 8,
+                "num_experts_per_tok": 2,
+            },
+            window_flag="sliding_window",
+        ),
+        Family(
+            "qwen3_moe",
+            "Qwen3MoeForCausalLM",
+            moe=moe("mlp", "gate", "gate_proj", "up_proj", "down_proj"),
+            moe_args=moe_args.qwen3_moe,
+            fixed={"mlp_bias": False, "qk_norm": True},
+            defaults={
+                "num_key_value_heads": 4,
+                "num_experts": 128,
+                "num_experts_per_tok": 8,
+                "moe_intermediate_size": 768,
+                "norm_topk_prob": False,
+                "sliding_window": 4096,
+            },
+        ),
+        Family(
+            "gpt_oss",
+            "GptOssForCausalLM",
+            attention=(
+                *ATTENTION,
+                one("self_attention.core_attention.softmax_offset", "self_attn.sinks", "N"),
+            ),
+            moe=GPT_OSS_MOE,
+            moe_args=moe_args.gpt_oss,
+            fixed={"mlp_bias": True},
+            activation={
+                "swiglu": False,
+                "quick_geglu": True,
+                "glu_linear_offset": 1.0,
+                "activation_func_clamp_value": 7.0,
+                "softmax_type": "learnable",
+            },
+            defaults={
+                "num_key_value_heads": 8,
+                "head_dim": 64,
+                "rms_norm_eps": 1e-5,
+                "rope_theta": 150000.0,
+                "attention_bias": True,
+                "num_experts_per_tok": 4,
+                "sliding_window": 128,
+            },
+            window_flag="sliding_window",
+            window_layers=every_other_layer,
+        ),
+        Family(
+            "glm4_moe",
+            "Glm4MoeForCausalLM",
+            moe=BIASED_MOE,
+            moe_args=moe_args.deepseek_v3,
+            fixed={"mlp_bias": False, "output_bias": False},
+            partial_rotary=True,
+            defaults={
+                "num_key_value_heads": 8,
+                "rms_norm_eps": 1e-5,
+                "partial_rotary_factor": 0.5,
+                "moe_intermediate_size": 1408,
+                "num_experts_per_tok": 8,
+                "n_routed_experts": 128,
+                "n_shared_experts": 1,
+                "n_group": 1,
+                "topk_group": 1,
+                "first_k_dense_replace": 1,
+            },
+        ),
+        Family(
+            "deepseek_v2",
+            "DeepseekV2ForCausalLM",
+            attention=MLA_ATTENTION,
+            moe=DEEPSEEK_MOE,
+            moe_args=moe_args.deepseek_v2,
+            mla=True,
+            fixed=NO_BIAS,
+            defaults={"q_lora_rank": 1536, "n_routed_experts": 64, "n_shared_experts": 2},
+        ),
+        Family(
+            "deepseek_v3",
+            "DeepseekV3ForCausalLM",
+            attention=MLA_ATTENTION,
+            moe=BIASED_MOE,
+            moe_args=moe_args.deepseek_v3,
+            mla=True,
+            fixed=NO_BIAS,
+            defaults={
+                "q_lora_rank": 1536,
+                "n_routed_experts": 256,
+                "n_shared_experts": 1,
+                "n_group": 8,
+                "topk_group": 4,
+                "num_experts_per_tok": 8,
+                "first_k_dense_replace": 3,
+                "routed_scaling_factor": 2.5,
+            },
+        ),
+    )
+}
+
+
+def family_of(config: dict[str, Any], source: str) -> Family:
+    """The family of a config.json; ValueError, naming `source`, for one that has no table."""
+    names = config.get("architectures")
+    if not isinstance(names, list) or len(names) != 1:
+        raise ValueError(f"{source}: architectures must name exactly one class, found {names!r}")
+    family = FAMILIES.get(names[0]) if isinstance(names[0], str) else None
+    if family is None:
+        raise ValueError(
+            f"{source}: architecture {names[0]!r} is not supported; known: {', '.join(FAMILIES)}"
+        )
+    return family

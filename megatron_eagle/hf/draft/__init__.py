@@ -1,0 +1,1 @@
+"""Hugging Face drafts: export, import and what each server reads."""

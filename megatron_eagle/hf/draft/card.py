@@ -1,0 +1,164 @@
+"""The model card of an exported draft: what it is, what it reached, how each server loads it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_eagle.checkpoint.directory import ACCEPTED_LENGTH_NAME
+from megatron_eagle.hf.draft.formats import SERVER_NAMES, Format
+from megatron_eagle.hf.draft.info import DraftInfo
+from megatron_eagle.hf.files.safetensors_dir import read_json
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the draft's tensors do not say. ``evaluation`` is the JSON of tools/eval_acceptance.py,
+    or what training measured; ``data`` describes the training data."""
+
+    checkpoint: str
+    data: str | None = None
+    evaluation: dict[str, Any] | None = None
+
+
+def read_evaluation(path: Path) -> dict[str, Any]:
+    """The figures that tools/eval_acceptance.py wrote to ``path``.
+
+    Raises ValueError naming --eval when they are not, or are those of an untrained draft or of
+    answers that were not the greedy ones.
+    """
+    try:
+        figures = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"--eval {error}") from None
+    if lacking := _lacking(figures):
+        raise ValueError(f"--eval {path}: {lacking} is missing; is it tools/eval_acceptance.py's?")
+    if figures.get("reinitialize"):
+        raise ValueError(f"--eval {path}: measured with --reinitialize, not with trained weights")
+    if figures.get("equal_to_greedy") is not True:
+        raise ValueError(f"--eval {path}: its answers were not the greedy ones")
+    return figures
+
+
+def measured_in_training(iteration: Path) -> dict[str, Any] | None:
+    """The figures that --eagle-eval-prompts left beside the draft in directory ``iteration``, if
+    it did. Raises ValueError naming the file when they are damaged."""
+    path = iteration / ACCEPTED_LENGTH_NAME
+    if not path.is_file():
+        return None
+    figures = read_json(path)
+    if lacking := _lacking(figures):
+        raise ValueError(f"{path}: {lacking} is missing")
+    return figures
+
+
+def _lacking(figures: dict[str, Any]) -> str | None:
+    kinds = {"accepted_length": float, "prompts": int, "draft_tokens": int, "acceptance": list}
+    return next((key for key, kind in kinds.items() if type(figures.get(key)) is not kind), None)
+
+
+def model_card(info: DraftInfo, facts: CardFacts, layout: Format, dtype: torch.dtype) -> str:
+    """README.md."""
+    commands = "\n".join(_command(server, info) for server in layout.servers)
+    rows = "\n".join(f"| {name} | {value} |" for name, value in _rows(info, facts, dtype))
+    return f"""---
+tags:
+- {info.options.algorithm}
+- speculative-decoding
+---
+# {algorithm_name(info)} draft for {info.base.name}
+
+| | |
+|---|---|
+{rows}
+
+The draft has no embedding of its own: servers share the base's. The tokenizer is the base's.
+
+## Serving
+
+`BASE` is the base model, `DRAFT` this directory.
+
+{commands}
+The conversion wrote and checked these files; it ran no server on them.
+"""
+
+
+def _rows(info: DraftInfo, facts: CardFacts, dtype: torch.dtype) -> list[tuple[str, str]]:
+    vocabulary = (
+        f"{info.draft_vocab_size:,} of the base's {info.base.vocab_size:,} token ids (`d2t`)"
+        if info.compressed
+        else f"the base's {info.base.vocab_size:,} token ids"
+    )
+    rows = [
+        ("base", f"{info.base.name} ({info.base.family})"),
+        ("captured layers (outputs, 0-based)", ", ".join(map(str, info.aux_layers)) or "none"),
+        ("draft layers", f"{info.num_layers}, {_attention(info)}"),
+        ("trained for", f"{info.ttt_steps} draft steps"),
+        ("training data", _data(info, facts)),
+        ("draft vocabulary", vocabulary),
+        ("dtype", str(dtype).removeprefix("torch.")),
+        ("converted from", f"`{facts.checkpoint}`"),
+    ]
+    return rows + _figures(facts.evaluation)
+
+
+def algorithm_name(info: DraftInfo) -> str:
+    """EAGLE-1, EAGLE-3, EAGLE-3.1, P-EAGLE."""
+    if info.options.algorithm == "p-eagle":
+        return "P-EAGLE"
+    return info.options.algorithm.replace("eagle", "EAGLE-")
+
+
+def _attention(info: DraftInfo) -> str:
+    return "multi-latent attention" if info.options.attention == "mla" else "grouped queries"
+
+
+def _data(info: DraftInfo, facts: CardFacts) -> str:
+    answers = info.options.train_data
+    return facts.data or (Path(answers).name if answers else "not recorded")
+
+
+def _figures(evaluation: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if evaluation is None:
+        return [("accepted length", "not measured (tools/eval_acceptance.py)")]
+    drafts, prompts = evaluation["draft_tokens"], evaluation["prompts"]
+    shares = ", ".join(f"{share:.3f}" for share in evaluation["acceptance"])
+    when = ", while training" if "iteration" in evaluation else ""
+    return [
+        (
+            "accepted length",
+            f"{evaluation['accepted_length']:.3f} tokens per verification, greedy, chains of "
+            f"{drafts} drafts, {prompts} prompts{when}",
+        ),
+        ("accepted drafts per position", shares),
+    ]
+
+
+def _command(server: str, info: DraftInfo) -> str:
+    steps = info.ttt_steps
+    method = "eagle" if info.options.algorithm == "eagle1" else "eagle3"
+    more = ', "parallel_drafting": true' if info.options.algorithm == "p-eagle" else ""
+    text = {
+        "vllm": f"""    vllm serve BASE --speculative-config \\
+      '{{"method": "{method}", "model": "DRAFT", "num_speculative_tokens": {steps}{more}}}'
+""",
+        "sglang": f"""    python -m sglang.launch_server --model-path BASE \\
+      --speculative-algorithm {method.upper()} --speculative-draft-model-path DRAFT \\
+      --speculative-num-steps {steps} --speculative-eagle-topk 1 \\
+      --speculative-num-draft-tokens {steps + 1}
+""",
+        "trtllm": f"""    cat > draft.yaml <<END
+    speculative_config:
+      decoding_type: Eagle3
+      max_draft_len: {steps}
+      speculative_model: DRAFT
+      eagle3_layers_to_capture: {json.dumps(list(info.aux_layers))}
+    END
+    trtllm-serve BASE --extra_llm_api_options draft.yaml
+""",
+    }[server]
+    return f"{SERVER_NAMES[server]}:\n\n{text}"

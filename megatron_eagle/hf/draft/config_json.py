@@ -1,0 +1,178 @@
+"""config.json of an exported draft."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from megatron_eagle.checkpoint.directory import BaseInfo
+from megatron_eagle.hf.draft.formats import Format
+from megatron_eagle.hf.draft.info import DraftInfo
+
+ARCHITECTURE = "LlamaForCausalLMEagle3"
+EAGLE1 = {"vllm": "EagleLlamaForCausalLM", "sglang": "LlamaForCausalLMEagle"}
+MLA = "Eagle3DeepseekV2ForCausalLM"
+SPECULATOR = "Eagle3DraftModel"
+SPECULATORS_VERSION = "0.9.0"
+
+
+def draft_config_json(info: DraftInfo, layout: Format, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of a draft in `layout`."""
+    if info.options.algorithm == "eagle1":
+        return {"architectures": [EAGLE1[layout.name]], **_layer_config(info, dtype)}
+    if layout.name == "speculators":
+        return _speculators_config(info, dtype)
+    return _eagle3_config(info, dtype)
+
+
+def is_exported_draft(config: dict[str, Any]) -> bool:
+    """Whether config.json is one that this module writes."""
+    return config.get("architectures") in [
+        [n] for n in (ARCHITECTURE, MLA, SPECULATOR, *EAGLE1.values())
+    ]
+
+
+def _eagle3_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
+    """Every field that vLLM, SGLang and TensorRT-LLM read of an EAGLE-3 draft.
+
+    Captured layers appear in both conventions, because each server reads another field: inside
+    eagle_config id i is the output of layer i, at the top level it is the state after i layers.
+    No target_hidden_size, which is hidden_size where it is missing: beside one SafeAILab's code
+    does not read the base's embedding, and runs with a random one.
+    """
+    outputs = list(info.aux_layers)
+    norms = _norm_flags(info)
+    return {
+        "architectures": [MLA if info.options.attention == "mla" else ARCHITECTURE],
+        **_layer_config(info, dtype),
+        "draft_vocab_size": info.draft_vocab_size,
+        "num_aux_hidden_states": len(outputs),
+        "eagle_aux_hidden_state_layer_ids": [i + 1 for i in outputs],
+        "eagle_config": {
+            "eagle_aux_hidden_state_layer_ids": outputs,
+            "use_aux_hidden_state": True,
+            # Where the servers look; the speculators library looks at the top level.
+            **{name: True for name in norms if name == "norm_before_fc"},
+        },
+        **norms,
+        **_parallel_drafting(info),
+    }
+
+
+def _parallel_drafting(info: DraftInfo) -> dict[str, int]:
+    """Where vLLM's parallel drafting finds the mask token of a P-EAGLE draft."""
+    token = info.options.mask_token
+    return {} if token is None else {"ptd_token_id": token, "pard_token": token}
+
+
+def _norm_flags(info: DraftInfo) -> dict[str, bool]:
+    """Flags that are set. `norm_output` must never be written as false: SpecForge would drop the
+    norm in front of the head."""
+    is_31 = info.options.algorithm == "eagle3.1"
+    flags = {
+        "fc_norm": is_31,
+        "norm_output": is_31,
+        "norm_before_fc": info.options.norm_before_fc,
+        "norm_before_residual": info.options.norm_before_residual,
+    }
+    return {name: True for name, value in flags.items() if value}
+
+
+def _speculators_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
+    """The form of the speculators library, which vLLM reads too: ids are states after i layers."""
+    return {
+        "architectures": [SPECULATOR],
+        "speculators_model_type": "eagle3",
+        "speculators_version": SPECULATORS_VERSION,
+        "torch_dtype": _name(dtype),
+        "draft_vocab_size": info.draft_vocab_size,
+        "eagle_aux_hidden_state_layer_ids": [i + 1 for i in info.aux_layers],
+        "norm_before_residual": False,  # vLLM's default in this form is True
+        **_norm_flags(info),
+        "transformer_layer_config": {
+            **_layer_config(info, dtype),
+            "num_aux_hidden_states": len(info.aux_layers),  # vLLM expects 3 otherwise
+        },
+        "speculators_config": {
+            "algorithm": "eagle3",
+            "default_proposal_method": "greedy",
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": info.ttt_steps}],
+            "verifier": {
+                "name_or_path": info.base.name,
+                "architectures": info.base.hf_config.get("architectures", []),
+            },
+        },
+    }
+
+
+def _layer_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
+    """The draft's layers as a Llama or DeepSeek configuration."""
+    args, base = info.layer_args, info.base.hf_config
+    mla = info.options.attention == "mla"
+    config = {
+        **(_mla_fields(info) if mla else _grouped_fields(info)),
+        "hidden_size": args["hidden_size"],
+        "intermediate_size": args["ffn_hidden_size"],
+        "num_hidden_layers": info.num_layers,
+        "num_attention_heads": args["num_attention_heads"],
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rms_norm_eps": args["norm_epsilon"],
+        "vocab_size": info.base.vocab_size,
+        "tie_word_embeddings": False,
+        "torch_dtype": _name(dtype),
+        "max_position_embeddings": base["max_position_embeddings"],
+        **draft_rope(info.base, mla),
+    }
+    tokens = ("bos_token_id", "eos_token_id")
+    return config | {name: base[name] for name in tokens if base.get(name) is not None}
+
+
+def _grouped_fields(info: DraftInfo) -> dict[str, Any]:
+    args = info.layer_args
+    return {
+        "model_type": "llama",
+        "num_key_value_heads": args["num_query_groups"],
+        "head_dim": args["kv_channels"],
+        "mlp_bias": False,
+    }
+
+
+def _mla_fields(info: DraftInfo) -> dict[str, Any]:
+    """vLLM takes a draft of type deepseek_v3 for that model's own next-token layers; kimi_k2, the
+    same class of configuration, is what drafts of this kind call themselves."""
+    args = info.layer_args
+    return {
+        "model_type": "kimi_k2",
+        "num_key_value_heads": args["num_attention_heads"],
+        "q_lora_rank": args["q_lora_rank"],
+        "kv_lora_rank": args["kv_lora_rank"],
+        "qk_nope_head_dim": args["qk_head_dim"],
+        "qk_rope_head_dim": args["qk_pos_emb_head_dim"],
+        "v_head_dim": args["v_head_dim"],
+        "first_k_dense_replace": info.num_layers,
+    }
+
+
+def draft_rope(base: BaseInfo, mla: bool) -> dict[str, Any]:
+    """The rotary fields of a draft of `base`, in both spellings: rope_theta with rope_scaling, and
+    the newer rope_parameters. `mla`: a draft with multi-latent attention."""
+    config = base.hf_config
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if base.megatron_args.get("multi_latent_attention") and not mla:
+        given = {}  # the draft has plain angles, see draft.layer_config
+    kind = given.get("rope_type", given.get("type", "default"))
+    # A draft turns all channels of its heads: readers disagree about partial_rotary_factor.
+    others = ("rope_theta", "type", "partial_rotary_factor")
+    scaling = {key: value for key, value in given.items() if key not in others}
+    theta = float(base.megatron_args["rotary_base"])
+    fields: dict[str, Any] = {"rope_theta": theta}
+    if kind != "default":
+        fields["rope_scaling"] = {**scaling, "rope_type": kind}
+    fields["rope_parameters"] = {**scaling, "rope_type": kind, "rope_theta": theta}
+    return fields
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,180 @@
+"""The name table of a draft: each Megatron tensor, and the Hugging Face tensors in it.
+
+Shapes are written with: H draft hidden, H2 = 2H, AH = A captured layers x base hidden,
+Q heads x head_dim, KV groups x head_dim, QKV = Q + 2 KV, F ffn hidden, F2 = 2F, D draft vocabulary;
+of multi-latent attention QR, KR, P, LQ, LKV, LV as in `entries`.
+Linear weights are [out, in] on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from megatron_eagle.hf.draft.formats import Format
+from megatron_eagle.hf.draft.info import DraftInfo
+from megatron_eagle.hf.tables.entries import Dims, Source, join_query_groups, join_rows
+
+PREFIX = "draft."
+VOCAB_IDS = f"{PREFIX}vocab_ids"
+METADATA = f"{PREFIX}metadata"
+
+Split = Callable[[Tensor, "DraftEntry", Dims], list[Tensor]]
+Join = Callable[[Sequence[Tensor], Dims], Tensor]
+
+
+@dataclass(frozen=True)
+class DraftEntry:
+    """One Megatron tensor of `shape`; `split` takes it apart into `sources`, in their order, and
+    `join` makes it of them.
+
+    With `padded`, the stored tensor may have more rows than `shape` says; they are padding.
+    """
+
+    megatron: str
+    shape: tuple[str, ...]
+    sources: tuple[Source, ...]
+    split: Split
+    join: Join
+    padded: bool = False
+
+    def sizes(self, dims: Dims) -> tuple[int, ...]:
+        """The shape in numbers, without padding."""
+        return Source(self.megatron, self.shape).sizes(dims)
+
+    def accepts(self, shape: tuple[int, ...], dims: Dims) -> bool:
+        """Whether a stored tensor may have this shape."""
+        rows, *columns = self.sizes(dims)
+        more = self.padded and len(shape) > 0 and shape[0] > rows
+        return shape == (shape[0] if more else rows, *columns)
+
+    def named(self, megatron_prefix: str, hf_prefix: str) -> DraftEntry:
+        """The same entry inside a layer."""
+        sources = tuple(replace(part, name=hf_prefix + part.name) for part in self.sources)
+        return replace(self, megatron=megatron_prefix + self.megatron, sources=sources)
+
+
+def split_rows(tensor: Tensor, entry: DraftEntry, dims: Dims) -> list[Tensor]:
+    """The sources below one another; padding rows, which come last, are dropped."""
+    rows = [part.sizes(dims)[0] for part in entry.sources]
+    return list(tensor[: sum(rows)].split(rows))
+
+
+def split_query_groups(tensor: Tensor, entry: DraftEntry, dims: Dims) -> list[Tensor]:
+    """Rows per query group [q_1 .. q_r, k, v] -> q [Q, ...], k [KV, ...], v [KV, ...]."""
+    rows = [part.sizes(dims)[0] // dims["groups"] for part in entry.sources]
+    grouped = tensor.unflatten(0, (dims["groups"], -1))
+    return [part.flatten(0, 1) for part in grouped.split(rows, dim=1)]
+
+
+def copies(tensor: Tensor, entry: DraftEntry, dims: Dims) -> list[Tensor]:
+    """The whole tensor under every name."""
+    return [tensor] * len(entry.sources)
+
+
+def first(parts: Sequence[Tensor], dims: Dims) -> Tensor:
+    """One of equal tensors."""
+    return parts[0]
+
+
+def _one(megatron: str, name: str, *shape: str, padded: bool = False) -> DraftEntry:
+    return DraftEntry(megatron, shape, (Source(name, shape),), split_rows, join_rows, padded)
+
+
+HEAD = (
+    _one("norm.weight", "norm.weight", "H"),
+    _one("lm_head.weight", "lm_head.weight", "D", "H", padded=True),
+)
+MLP = (
+    _one("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "H"),
+    DraftEntry(
+        "mlp.linear_fc1.weight",
+        ("F2", "H"),
+        (
+            Source("mlp.gate_proj.weight", ("F", "H")),
+            Source("mlp.up_proj.weight", ("F", "H")),
+        ),
+        split_rows,
+        join_rows,
+    ),
+    _one("mlp.linear_fc2.weight", "mlp.down_proj.weight", "H", "F"),
+)
+# The first layer norms embedding and hidden apart, then concatenates them: input width 2H.
+FIRST_NORMS = (
+    _one("input_layernorm.embedding_norm.weight", "input_layernorm.weight", "H"),
+    _one("input_layernorm.hidden_norm.weight", "hidden_norm.weight", "H"),
+)
+
+
+def draft_entries(info: DraftInfo, layout: Format) -> list[DraftEntry]:
+    """Every tensor of a draft, under full names on both sides."""
+    eagle1 = info.options.algorithm == "eagle1"
+    entries = [entry.named(PREFIX, "") for entry in _outside_layers(info)]
+    for i in range(info.num_layers):
+        hf_prefix = layout.layer_prefix(i, info.num_layers, eagle1)
+        for entry in _layer(info, i, ("input_layernorm",) if eagle1 else layout.later_norms):
+            entries.append(entry.named(f"{PREFIX}layers.{i}.", hf_prefix))
+    return entries
+
+
+def _layer(info: DraftInfo, index: int, later_norms: tuple[str, ...]) -> tuple[DraftEntry, ...]:
+    mla = info.options.attention == "mla"
+    # EAGLE-1 joins embedding and hidden by fc, and has no norm in front of its first layer.
+    eagle1 = info.options.algorithm == "eagle1"
+    columns = "H" if index or eagle1 else "H2"
+    attention = _mla_attention(info, columns) if mla else _grouped_attention(columns)
+    norms: tuple[DraftEntry, ...] = () if eagle1 else FIRST_NORMS
+    if index:
+        name = "input_layernorm.weight" if mla else "self_attention.linear_qkv.layer_norm_weight"
+        sources = tuple(Source(f"{norm}.weight", ("H",)) for norm in later_norms)
+        norms = (DraftEntry(name, ("H",), sources, copies, first),)
+    return (*norms, *attention, *MLP)
+
+
+def _grouped_attention(columns: str) -> tuple[DraftEntry, ...]:
+    rows = {"q_proj": "Q", "k_proj": "KV", "v_proj": "KV"}
+    qkv = DraftEntry(
+        "self_attention.linear_qkv.weight",
+        ("QKV", columns),
+        tuple(Source(f"self_attn.{name}.weight", (row, columns)) for name, row in rows.items()),
+        split_query_groups,
+        join_query_groups,
+    )
+    return (qkv, _one("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H", "Q"))
+
+
+def _mla_attention(info: DraftInfo, columns: str) -> tuple[DraftEntry, ...]:
+    tables = {
+        "linear_kv_down_proj.weight": ("kv_a_proj_with_mqa.weight", "KR+P", columns),
+        "linear_kv_up_proj.layer_norm_weight": ("kv_a_layernorm.weight", "KR"),
+        "linear_kv_up_proj.weight": ("kv_b_proj.weight", "LKV", "KR"),
+        "linear_proj.weight": ("o_proj.weight", "H", "LV"),
+    }
+    if info.dims["QR"]:
+        tables |= {
+            "linear_q_down_proj.weight": ("q_a_proj.weight", "QR", columns),
+            "linear_q_up_proj.layer_norm_weight": ("q_a_layernorm.weight", "QR"),
+            "linear_q_up_proj.weight": ("q_b_proj.weight", "LQ", "QR"),
+        }
+    else:
+        tables["linear_q_proj.weight"] = ("q_proj.weight", "LQ", columns)
+    return tuple(
+        _one(f"self_attention.{name}", f"self_attn.{theirs}", *shape)
+        for name, (theirs, *shape) in tables.items()
+    )
+
+
+def _outside_layers(info: DraftInfo) -> list[DraftEntry]:
+    if info.options.algorithm == "eagle1":  # head and final norm are the base's
+        return [_one("fc.weight", "fc.weight", "H", "H2")]
+    norms = []
+    if info.options.algorithm == "eagle3.1":
+        names = [f"fc_norm.{i}.weight" for i in range(len(info.aux_layers))]
+        norms = [_one(name, name, "H") for name in names]
+    elif info.options.norm_before_fc:
+        norms = [_one("input_norm.weight", "input_norm.weight", "AH")]
+    elif info.options.algorithm == "p-eagle":
+        norms = [_one("mask_hidden.weight", "mask_hidden", "1", "AH")]
+    return [_one("fc.weight", "fc.weight", "H", "AH"), *norms, *HEAD]

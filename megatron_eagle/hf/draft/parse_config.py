@@ -1,0 +1,246 @@
+"""What the config.json of a draft says, whoever wrote it.
+
+Known writers: SafeAILab, SpecForge, NVIDIA ModelOpt, vLLM's own examples (a flat Llama
+configuration), speculators (a nested one) and writers of MLA drafts (a DeepSeek configuration).
+What this package cannot compute is refused here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+FLAT = (
+    "LlamaForCausalLMEagle3",
+    "Eagle3LlamaForCausalLM",
+    "EAGLE3LlamaForCausalLM",
+)
+MLA = (
+    "Eagle3DeepseekV2ForCausalLM",
+    "Eagle3DeepseekV3ForCausalLM",
+    "Eagle3DeepSeekV3ForCausalLM",
+)
+MLA_FIELDS = {
+    "kv_lora_rank": "kv_lora_rank",
+    "qk_head_dim": "qk_nope_head_dim",
+    "qk_pos_emb_head_dim": "qk_rope_head_dim",
+    "v_head_dim": "v_head_dim",
+}
+EAGLE1 = ("EagleLlamaForCausalLM", "LlamaForCausalLMEagle")
+BASE_NAME = "LlamaForCausalLM"
+"""What SafeAILab's first drafts, EAGLE-1 and EAGLE-3 alike, call themselves."""
+# Fields that change the network, and the one value that is this package's.
+REQUIRED_VALUES: dict[str, Any] = {
+    "hidden_act": "silu",
+    "attention_bias": False,
+    "mlp_bias": False,
+    "quantization_config": None,
+    "partial_rotary_factor": 1.0,
+    "logit_scale": 1.0,
+    "parallel_drafting": False,
+    "rope_interleave": True,
+}
+ROPE_KEYS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "yarn": (
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
+}
+ROPE_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+
+
+@dataclass(frozen=True)
+class HfDraft:
+    """`mla`: the widths of multi-latent attention under Megatron's names, `q_lora_rank` 0 for
+    none; None for grouped queries. `aux_layers`: captured layers by their outputs, 0-based, or None
+    where the file does not say. `rope`: `rope_type`, `rope_theta` and what the type reads; None
+    values left out."""
+
+    eagle1: bool
+    hidden_size: int
+    target_hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mla: dict[str, int] | None
+    vocab_size: int
+    draft_vocab_size: int
+    num_layers: int
+    norm_epsilon: float
+    rope: dict[str, Any]
+    aux_layers: tuple[int, ...] | None
+    fc_norm: bool
+    norm_output: bool
+    norm_before_fc: bool
+    norm_before_residual: bool
+
+
+def parse_hf_draft(config: dict[str, Any], tensors: Iterable[str], source: str) -> HfDraft:
+    """The draft of `config` and of the tensors so named.
+
+    Raises ValueError starting with `source`, the file, for a draft that is not of a known type or
+    has a field this package does not compute.
+    """
+    nested = "speculators_model_type" in config
+    layer = _speculators_layer(config, source) if nested else config
+    architecture = "" if nested else _architecture(config, source)
+    unnamed = architecture == BASE_NAME and not any("hidden_norm" in name for name in tensors)
+    for key, value in REQUIRED_VALUES.items():
+        if layer.get(key) not in (None, value):
+            raise ValueError(f"{source}: {key} = {layer[key]!r} is not supported, only {value!r}")
+    hidden, heads = _size(layer, "hidden_size", source), _size(layer, "num_attention_heads", source)
+    vocab = _size(layer, "vocab_size", source)
+    eagle = config.get("eagle_config") or {}
+    if not isinstance(eagle, dict):
+        raise ValueError(f"{source}: eagle_config must be an object, found {eagle!r}")
+    return HfDraft(
+        eagle1=architecture in EAGLE1 or unnamed,
+        hidden_size=hidden,
+        target_hidden_size=_size(config, "target_hidden_size", source, hidden),
+        intermediate_size=_size(layer, "intermediate_size", source),
+        num_heads=heads,
+        num_kv_heads=_size(layer, "num_key_value_heads", source, heads),
+        head_dim=_size(layer, "head_dim", source, hidden // heads),
+        mla=_mla(layer, architecture, source),
+        vocab_size=vocab,
+        draft_vocab_size=_size(config, "draft_vocab_size", source, vocab),
+        num_layers=_size(layer, "num_hidden_layers", source, 1),
+        norm_epsilon=_number(layer, "rms_norm_eps", 1e-6, source),
+        rope=rope_of(layer, source),
+        aux_layers=_aux_layers(config, eagle, source),
+        fc_norm=_flag(config, "fc_norm") or _flag(config, "use_aux_norm"),
+        norm_output=_flag(config, "norm_output") or _flag(eagle, "return_hidden_post_norm"),
+        norm_before_fc=_flag(eagle, "norm_before_fc") or _flag(config, "norm_before_fc"),
+        norm_before_residual=_flag(config, "norm_before_residual"),
+    )
+
+
+def _mla(config: dict[str, Any], architecture: str, source: str) -> dict[str, int] | None:
+    if architecture not in MLA:
+        if config.get("kv_lora_rank"):
+            raise ValueError(
+                f"{source}: kv_lora_rank = {config['kv_lora_rank']!r} in a draft of Llama type"
+            )
+        return None
+    found = {name: _size(config, field, source) for name, field in MLA_FIELDS.items()}
+    low_rank = config.get("q_lora_rank") is not None
+    return {"q_lora_rank": _size(config, "q_lora_rank", source) if low_rank else 0, **found}
+
+
+def rope_of(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """The rotary embedding of a config.json, in one spelling: `rope_theta` with
+    `rope_scaling`, and `rope_parameters`, are read alike; values that are defaults are left out."""
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
+        raise ValueError(f"{source}: rope parameters per layer type are not supported: {given}")
+    if given.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+        raise ValueError(f"{source}: partial_rotary_factor is not supported, only 1.0")
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in ROPE_KEYS:
+        raise ValueError(
+            f"{source}: rope type {kind!r} is not supported; known: {', '.join(ROPE_KEYS)}"
+        )
+    theta = _number({**config, **given}, "rope_theta", 10000.0, source)
+    given = {"original_max_position_embeddings": config.get("max_position_embeddings"), **given}
+    values = {
+        key: given[key]
+        for key in ROPE_KEYS[kind]
+        if given.get(key) is not None and given[key] != ROPE_DEFAULTS.get(key)
+    }
+    return {"rope_type": kind, "rope_theta": float(theta), **values}
+
+
+def _speculators_layer(config: dict[str, Any], source: str) -> dict[str, Any]:
+    kind = config["speculators_model_type"]
+    if kind != "eagle3":
+        raise ValueError(f"{source}: speculators_model_type {kind!r} is not supported")
+    layer = config.get("transformer_layer_config")
+    if not isinstance(layer, dict):
+        raise ValueError(f"{source}: transformer_layer_config is missing")
+    if layer.get("model_type", "qwen3") != "llama":
+        raise ValueError(
+            f"{source}: transformer_layer_config of type {layer.get('model_type')!r} is not "
+            "supported, only 'llama' (query/key norms have no place in these drafts)"
+        )
+    if "norm_before_residual" not in config:  # vLLM and the library assume opposite values
+        raise ValueError(f"{source}: norm_before_residual is missing")
+    from transformers import LlamaConfig
+
+    return LlamaConfig(**layer).to_dict()  # the library leaves out what is a default
+
+
+def _architecture(config: dict[str, Any], source: str) -> str:
+    names = config.get("architectures")
+    if not isinstance(names, list) or len(names) != 1:
+        raise ValueError(f"{source}: architectures must name exactly one class, found {names!r}")
+    known = (*FLAT, *MLA, *EAGLE1, BASE_NAME)
+    if names[0] not in known:
+        raise ValueError(
+            f"{source}: architecture {names[0]!r} is not an EAGLE draft of Llama or MLA type; "
+            f"known: {', '.join(known)}"
+        )
+    return names[0]
+
+
+def _aux_layers(
+    config: dict[str, Any], eagle: dict[str, Any], source: str
+) -> tuple[int, ...] | None:
+    """Inside eagle_config id i is the output of layer i, at the top level the state after i."""
+    name = "eagle_aux_hidden_state_layer_ids"
+    inner, outer = _ids(eagle.get(name), source), _ids(config.get(name), source)
+    if inner is not None and outer is not None and [i + 1 for i in inner] != outer:
+        raise ValueError(
+            f"{source}: {name} {outer} and that of eagle_config, {inner}, name different layers"
+        )
+    found = inner if inner is not None else outer and [i - 1 for i in outer]
+    if not found:
+        return None
+    if found != sorted(set(found)) or found[0] < 0:
+        raise ValueError(
+            f"{source}: captured layers must ascend and be outputs of layers, found {found}"
+        )
+    return tuple(found)
+
+
+def _ids(value: Any, source: str) -> list[int] | None:
+    if value is None or value == []:
+        return None
+    if not isinstance(value, list) or any(type(i) is not int for i in value):
+        raise ValueError(f"{source}: captured layers must be numbers, found {value!r}")
+    return value
+
+
+def _flag(config: dict[str, Any], key: str) -> bool:
+    return bool(config.get(key) or False)
+
+
+def _size(config: dict[str, Any], key: str, source: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{source}: {key} must be a positive integer, found {value!r}")
+    return value
+
+
+def _number(config: dict[str, Any], key: str, default: float, source: str) -> float:
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(f"{source}: {key} must be a positive number, found {value!r}")
+    return float(value)

@@ -1,0 +1,1 @@
+"""Files of Hugging Face weights, safetensors and quantized ones."""

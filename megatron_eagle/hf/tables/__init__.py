@@ -1,0 +1,1 @@
+"""Declarative tables that map Hugging Face names and fields to Megatron."""

@@ -1,0 +1,1 @@
+"""What transformer layers of base and draft are made of."""

@@ -1,0 +1,1 @@
+"""The fused, vocab-parallel loss of all steps."""

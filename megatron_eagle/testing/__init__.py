@@ -1,0 +1,1 @@
+"""The gloo harness that starts a test on several ranks."""

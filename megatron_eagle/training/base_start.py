@@ -1,0 +1,121 @@
+"""--eagle-init-from-base: the tensors of a draft that starts as the base's last layers.
+
+Draft layer i of N is a copy of base layer n - N + i. The first one reads [embedding ; hidden]: the
+base's qkv goes to the hidden's half, zeros to the embedding's. fc passes the last captured layer
+on, so that the copies read a residual stream of the base's, and norm and head are the base's last.
+All of it is read from the base's checkpoint: its layers may be on other stages, or on none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from megatron_eagle.checkpoint.directory import BaseInfo
+from megatron_eagle.checkpoint.reader import DraftCheckpoint
+from megatron_eagle.config import EagleConfig
+from megatron_eagle.config.checks import flag_name
+from megatron_eagle.hf.base.moe_args import moe_layers
+
+QKV = "self_attention.linear_qkv.weight"
+_INPUT_NORM = "self_attention.linear_qkv.layer_norm_weight"
+_COPIED = (
+    "self_attention.linear_proj.weight",
+    "mlp.linear_fc1.layer_norm_weight",
+    "mlp.linear_fc1.weight",
+    "mlp.linear_fc2.weight",
+)
+Tensors = Mapping[str, Callable[[], Tensor]]
+"""Checkpoint keys of a draft and what gives the whole, unsharded tensor."""
+
+
+def check_base_start(options: EagleConfig, base: BaseInfo) -> None:
+    """Raise ``ValueError`` if the draft's layers cannot be copies of the base's last."""
+    if not options.init_from_base:
+        return
+    args, flag = base.megatron_args, "--eagle-init-from-base"
+    if args.get("multi_latent_attention"):
+        raise ValueError(f"{flag}: layers of multi-latent attention are not copied")
+    if options.num_layers > args["num_layers"]:
+        raise ValueError(
+            f"{flag}: --eagle-num-layers {options.num_layers}, but the base has "
+            f"{args['num_layers']} layers"
+        )
+    if any(moe_layers(args)[-options.num_layers :]):
+        raise ValueError(f"{flag}: the base's last layer has experts, a dense draft has not")
+    for name, width in options.layer_widths(args).items():
+        if width != args[name]:
+            raise ValueError(f"{flag}: {flag_name(name)} {width}, but the base has {args[name]}")
+
+
+def left_out(base: BaseInfo) -> str:
+    """What the base's layers have and a draft's have not, in words; empty if nothing."""
+    args = base.megatron_args
+    parts = {
+        "biases": args.get("add_qkv_bias") or args.get("add_bias_linear"),
+        "query and key norms (queries and keys start at random)": args.get("qk_layernorm"),
+    }
+    return " and ".join(words for words, there in parts.items() if there)
+
+
+class BaseStart:
+    """The tensors of a fresh draft of ``vocab_ids`` beside the base in ``directory``.
+
+    Reading one takes the memory of that tensor, of one layer; no collective.
+    """
+
+    def __init__(
+        self, options: EagleConfig, base: BaseInfo, directory: str, vocab_ids: Tensor
+    ) -> None:
+        self.options, self.args, self.vocab_ids = options, base.megatron_args, vocab_ids
+        self.checkpoint = DraftCheckpoint.open(directory)
+
+    def tensors(self, aux_layers: int, scale: float, init_std: float) -> Tensors:
+        """By checkpoint key; ``scale``: what fc multiplies the last of ``aux_layers`` captured
+        layers by; ``init_std``: of queries and keys that start at random. What is not named starts
+        as a fresh draft's."""
+        tied = not self.args["untie_embeddings_and_output_weights"]
+        head = "embedding.word_embeddings.weight" if tied else "output_layer.weight"
+        found: dict[str, Callable[[], Tensor]] = {
+            "draft.fc.weight": partial(self._fc, aux_layers, scale),
+            "draft.norm.weight": partial(self._whole, "decoder.final_layernorm.weight"),
+            "draft.lm_head.weight": partial(self._rows, head, self.vocab_ids.tolist()),
+        }
+        count = self.options.num_layers
+        last = self.args["num_layers"]
+        for index, layer in enumerate(range(last - count, last)):
+            prefix = f"draft.layers.{index}."
+            norm = "input_layernorm.hidden_norm.weight" if index == 0 else _INPUT_NORM
+            names = {name: name for name in _COPIED} | {norm: _INPUT_NORM}
+            for ours, theirs in names.items():
+                found[prefix + ours] = partial(self._of_layer, layer, theirs)
+            found[prefix + QKV] = partial(self._qkv, layer, index == 0, init_std)
+        return found
+
+    def _whole(self, key: str) -> Tensor:
+        return self.checkpoint.load([key])[key]
+
+    def _rows(self, key: str, rows: list[int]) -> Tensor:
+        return self.checkpoint.load_rows(key, rows)
+
+    def _of_layer(self, layer: int, name: str) -> Tensor:
+        if "moe_layer_freq" in self.args:  # the layers differ in kind
+            return self._whole(f"decoder.layers.{layer}.{name}")
+        return self._rows(f"decoder.layers.{name}", [layer])[0]
+
+    def _qkv(self, layer: int, first: bool, init_std: float) -> Tensor:
+        weight = self._of_layer(layer, QKV)
+        if self.args.get("qk_layernorm"):  # without norms, scores would be of any size
+            groups = weight.unflatten(0, (self.args["num_query_groups"], -1))
+            generator = torch.Generator().manual_seed(layer)
+            groups[:, : -self.args["kv_channels"]].normal_(0.0, init_std, generator=generator)
+        return torch.cat([torch.zeros_like(weight), weight], dim=1) if first else weight
+
+    def _fc(self, aux_layers: int, scale: float) -> Tensor:
+        hidden = self.args["hidden_size"]
+        weight = torch.zeros(hidden, aux_layers * hidden)
+        weight[:, -hidden:].fill_diagonal_(scale)
+        return weight

@@ -1,0 +1,127 @@
+"""A base from a checkpoint on pipeline stages, and a draft with the reference's weights beside it.
+
+Runs inside a rank of ``run_distributed``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_eagle.testing.harness import megatron_parallel
+from tests.helpers.draft_fixture import Case, draft_options, load_reference_weights
+
+
+@dataclass(frozen=True)
+class PipelineCase:
+    """``draft`` holds the draft's weights and sizes; ``micro_batches`` per data-parallel rank the
+    (tokens, loss mask) of each, and the positions in their documents if they are packed."""
+
+    draft: Case
+    base: str
+    captured: tuple[int, ...]
+    micro_batches: list[list[tuple[Tensor, ...]]]
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+    first: int | None = None
+    sequence_parallel: bool = False
+    distributed_optimizer: bool = False
+
+
+class GivenStep:
+    """Stands for ForwardStep: hands out given micro-batches."""
+
+    def __init__(self, case: PipelineCase, options: Any, groups: Any) -> None:
+        from megatron_eagle.training.step import ForwardStep
+
+        self.case, self.cp_rank = case, groups.cp.rank()
+        self.loss = ForwardStep(options, case.draft.config.vocab_size).loss
+
+    def __call__(self, iterator: Any, model: Any) -> Any:
+        return model(self.read(iterator)), self.loss
+
+    def read(self, iterator: Any) -> Any:
+        from megatron_eagle.objective.batch import EagleBatch
+
+        tokens, mask, *positions = next(iterator)
+        multiple = self.case.tp * (2 * self.case.cp if self.case.cp > 1 else 1)
+        return EagleBatch.build(
+            tokens, mask, self.case.draft.config.ttt_steps, multiple, trim=True,
+            context=(self.cp_rank, self.case.cp), positions=positions[0] if positions else None,
+        )  # fmt: skip
+
+
+def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tuple[Any, Any, Any]:
+    """(model wrapped for data parallelism, step, process groups) on this rank, whose ``groups`` are
+    made if they are not given. With ``experts``, fields of the TransformerConfig, the base is a
+    random MoE of the checkpoint's dimensions."""
+    groups = groups or megatron_parallel(tp=case.tp, pp=case.pp, cp=case.cp, ep=case.ep)
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.enums import ModelType
+
+    from megatron_eagle.checkpoint.directory import load_base_json
+    from megatron_eagle.config import EagleConfig
+    from megatron_eagle.draft.layer_config import draft_config, draft_rotary
+    from megatron_eagle.draft.metadata import encode_metadata
+    from megatron_eagle.draft.model import EagleDraft
+    from megatron_eagle.layers.backend import local_backend
+    from megatron_eagle.model import EagleGPTModel
+    from megatron_eagle.pipeline.links import StageLinks
+    from megatron_eagle.pipeline.replicas import FinalizeReplicas, equal_start
+    from megatron_eagle.teacher.base import FrozenBase
+    from megatron_eagle.teacher.build import base_config, build_base, load_base
+    from megatron_eagle.teacher.targets import draft_vocab_shard
+    from megatron_eagle.teacher.vocab_shards import VocabShards
+
+    info = load_base_json(case.base)
+    config = base_config(
+        info, case.tp, pipeline_model_parallel_size=case.pp, pipeline_dtype=torch.float32,
+        context_parallel_size=case.cp, sequence_parallel=case.sequence_parallel,
+        num_layers_in_first_pipeline_stage=case.first, calculate_per_token_loss=True,
+        expert_model_parallel_size=case.ep, **experts,
+    )  # fmt: skip
+    links = StageLinks(groups.pp) if case.pp > 1 else None
+    if links is not None:
+        config.finalize_model_grads_func = FinalizeReplicas(links.group)
+    ends = (groups.pp.rank() == 0, groups.pp.rank() == case.pp - 1)
+    gpt = build_base(config, info, local_backend(), groups, *ends)
+    shards = VocabShards(gpt)
+    if not experts:
+        load_base(gpt, case.base, shards)
+    base = FrozenBase(gpt, case.captured, info.vocab_size, shards)
+    reference = case.draft.config
+    options = EagleConfig(
+        ttt_steps=reference.ttt_steps,
+        step_decay=reference.step_decay,
+        mask_out_of_vocab=reference.mask_out_of_vocab,
+        detach_steps=reference.detach_steps,
+        **draft_options(reference),
+    )
+    shard = draft_vocab_shard(
+        case.draft.vocab_ids.numel(), info.vocab_size, base.output_weight.shape[0], groups.tp
+    )
+    draft = EagleDraft(
+        draft_config(config, options), local_backend(), options, len(case.captured),
+        case.draft.vocab_ids, shard, encode_metadata({}), groups, lambda: base.output_weight,
+        draft_rotary(base.rotary, info, options, base.output_weight.device),
+    )  # fmt: skip
+    if links is None or links.is_first:
+        load_reference_weights(draft, case.draft)
+    if links is not None:
+        equal_start(draft, links.group)
+    model = EagleGPTModel(base, draft, options, links)
+    model.model_type = ModelType.encoder_or_decoder
+    ddp = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=case.distributed_optimizer,
+        use_distributed_optimizer=case.distributed_optimizer,
+        bucket_size=2**62,
+    )
+    wrapped = DistributedDataParallel(config, ddp, model)
+    config.no_sync_func = wrapped.no_sync
+    return wrapped, GivenStep(case, options, groups), groups

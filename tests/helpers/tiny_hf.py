@@ -1,0 +1,137 @@
+"""Tiny random Hugging Face bases, written as a hub download looks."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+CLASSES = {
+    "llama": "Llama",
+    "mistral": "Mistral",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "mixtral": "Mixtral",
+    "qwen3_moe": "Qwen3Moe",
+    "gpt_oss": "GptOss",
+    "glm4_moe": "Glm4Moe",
+    "deepseek_v2": "DeepseekV2",
+    "deepseek_v3": "DeepseekV3",
+}
+MLA: dict[str, Any] = {
+    "num_key_value_heads": 8,
+    "num_hidden_layers": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "moe_intermediate_size": 24,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "n_group": 4,
+    "topk_group": 2,
+    "first_k_dense_replace": 1,
+}
+FIELDS: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": True, "head_dim": 8},  # 8 heads x 8 is not the hidden size
+    "mistral": {"sliding_window": 5, "head_dim": 6, "rope_theta": 1e6},
+    "qwen2": {"tie_word_embeddings": False},
+    "qwen3": {"tie_word_embeddings": False, "head_dim": 12},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "moe_intermediate_size": 24,
+        "head_dim": 12,
+        "num_hidden_layers": 4,
+        "mlp_only_layers": [1],
+    },
+    "glm4_moe": {
+        "num_hidden_layers": 4,
+        "head_dim": 12,
+        "attention_bias": True,
+        "use_qk_norm": True,
+        "moe_intermediate_size": 24,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "n_group": 4,
+        "topk_group": 2,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 1e6,
+            "partial_rotary_factor": 0.5,
+        },
+    },
+    "deepseek_v2": {**MLA, "topk_method": "group_limited_greedy", "routed_scaling_factor": 3.0},
+    "deepseek_v3": MLA,
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "head_dim": 12,
+        "sliding_window": 4,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 150000.0,
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+            "original_max_position_embeddings": 16,
+        },
+    },
+}
+
+
+def make_base(
+    directory: Path, family: str, shard: str = "5GB", seed: int = 7, **fields: Any
+) -> torch.nn.Module:
+    """Save a random fp32 model of `family` in `directory` and return it (eval mode)."""
+    import transformers
+
+    name = CLASSES[family]
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **FIELDS[family], **fields})
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    for block in model.modules():
+        if type(block).__name__ == "DeepseekV2Moe":
+            block.num_experts = block.experts.num_experts  # transformers 5.8.1 reads and lacks it
+        if type(block).__name__ == "DeepseekV2Attention":
+            block.scaling *= softmax_strength(config.rope_parameters)
+    with torch.no_grad():
+        for key, weight in model.named_parameters():
+            # The default init leaves norms at 1 and biases at 0, which would hide a swap.
+            weight.normal_(0.0, 0.2).add_(1.0 if key.endswith("norm.weight") else 0.0)
+        for key, buffer in model.named_buffers():
+            if key.endswith("e_score_correction_bias"):
+                buffer.normal_(0.0, 0.2)
+    model.save_pretrained(directory, max_shard_size=shard)
+    return model
+
+
+def softmax_strength(rope: dict[str, Any]) -> float:
+    """DeepSeek's own code scales scores by it; transformers 5.8.1 does for V3, and not for V2."""
+    if not rope.get("mscale_all_dim"):
+        return 1.0
+    return (0.1 * rope["mscale_all_dim"] * math.log(rope["factor"]) + 1.0) ** 2
+
+
+def logits_of(model: torch.nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Logits [B, S, V] of `tokens` [B, S]."""
+    with torch.no_grad():
+        return model(tokens).logits.float()
