@@ -68,7 +68,7 @@ class DraftStep:
     def loss_per_step(self) -> list[float]:
         """Each step's mean over its own rows, without step weights."""
         sums = self.model(self.batch)[1]
-        losses, rows = sums[:-2].view(-1, self.model.options.ttt_steps)[:2]
+        losses, rows = sums[:-2].view(-1, self.model.options.train.ttt_steps)[:2]
         return (losses / rows).tolist()
 
 

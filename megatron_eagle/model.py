@@ -1,4 +1,13 @@
-"""EagleGPTModel: the frozen base and the draft beside it, as one Megatron model."""
+"""EagleGPTModel: the frozen base and the draft beside it, as one Megatron model.
+
+START READING HERE: :meth:`EagleGPTModel.forward` is one training step of a micro-batch, top to
+bottom. Each line of it is a room of the package: the base (teacher/base.py), the inputs
+(objective/draft_inputs.py), the K steps (objective/unroll.py), the teacher (teacher/targets.py),
+the fused loss (loss/) and the metrics (objective/metrics.py).
+
+S sequence, S' this rank's tokens, B micro-batch, H hidden, A aux layers, K TTT steps, M supervised
+target positions.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eagle.attention.packing import Packing
 from megatron_eagle.compat import MegatronModule
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.model import EagleDraft
@@ -15,15 +23,15 @@ from megatron_eagle.draft.moe import take_balance_loss
 from megatron_eagle.loss.row_losses import row_loss
 from megatron_eagle.loss.soft_cross_entropy import Budgets, LossRows, soft_cross_entropy
 from megatron_eagle.objective.batch import EagleBatch
+from megatron_eagle.objective.draft_inputs import DraftInputs
 from megatron_eagle.objective.metrics import metric_sums, prefix_hits
 from megatron_eagle.objective.regression import hidden_regression
-from megatron_eagle.objective.unroll import DraftInputs, target_hidden, unroll
-from megatron_eagle.parallel.context import ContextShard
+from megatron_eagle.objective.unroll import unroll
 from megatron_eagle.pipeline.links import StageLinks
 from megatron_eagle.pipeline.replicas import as_replica
 from megatron_eagle.platform.nvtx import nvtx_range
 from megatron_eagle.teacher.base import FrozenBase
-from megatron_eagle.teacher.embedding import step_embeddings, token_embedding
+from megatron_eagle.teacher.embedding import token_embedding
 from megatron_eagle.teacher.outputs import BaseOutputs
 from megatron_eagle.teacher.targets import TeacherHead, TeacherTargets
 
@@ -52,19 +60,123 @@ class EagleGPTModel(MegatronModule):
         self.pre_process = self.post_process = True
         self.teacher: TeacherHead | None = None
         self._mask: Tensor | None = None
+        train = options.train
         self.budgets = Budgets(
-            options.logits_budget_mib << 20,
-            options.teacher_memory << 20,
-            None if options.loss_chunk_mib is None else options.loss_chunk_mib << 20,
+            train.logits_budget_mib << 20,
+            train.teacher_memory << 20,
+            None if train.loss_chunk_mib is None else train.loss_chunk_mib << 20,
         )
-        self.row_loss = row_loss(options.loss, options.acceptance_decay)
+        self.row_loss = row_loss(train.loss, train.acceptance_decay)
         # No buffer: a bf16 model would round it.
-        weights = [options.step_decay**t for t in range(options.ttt_steps)]
+        weights = [train.step_decay**t for t in range(train.ttt_steps)]
         self.step_weights = torch.tensor(weights, device=base.output_weight.device)
         in_vocab = torch.zeros(base.vocab_size, dtype=torch.bool)
         in_vocab[draft.vocab_ids.cpu()] = True
         self.register_buffer("in_draft_vocab", in_vocab, persistent=False)
         self.layers_by_stage = self._layers_by_stage()
+
+    def forward(
+        self, batch: EagleBatch, base_outputs: BaseOutputs | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the micro-batch's loss (a sum over tokens and weighted steps) and its metric sums,
+        see :func:`~megatron_eagle.objective.metrics.reduce_metrics`.
+
+        The base runs here unless its outputs are passed in (pipeline stages) or were read from disk
+        (offline features). The teacher evaluates nothing yet: the loss asks it for one chunk of
+        target positions at a time.
+        """
+        base = base_outputs or batch.base_outputs or self.base(batch.tokens, batch.packing)
+        inputs = self.draft_inputs(batch, base.features)
+        hidden = unroll(
+            self.draft, inputs, batch.step_rows, detach_steps=self.options.train.detach_steps
+        )
+        target_hidden = self.target_hidden(base.final_hidden, batch.target_rows)
+        teacher = self.teach(target_hidden)
+        with nvtx_range("loss"):
+            loss, sums, hits = soft_cross_entropy(
+                hidden,
+                self.draft.lm_head(),
+                teacher,
+                self.loss_rows(batch),
+                self.draft.tp_group,
+                self.budgets,
+                self.row_loss,
+            )
+            extra, regression = self.extra_losses(batch, hidden, target_hidden, sums)
+        prefixes = prefix_hits(hits, batch.step_rows, batch.tokens.numel())
+        return loss + extra, metric_sums(sums, prefixes, regression)
+
+    def draft_inputs(self, batch: EagleBatch, features: Tensor) -> DraftInputs:
+        """Return what the draft reads of the batch, beside this rank's features [S', B, A * H]."""
+        return DraftInputs.of(
+            self.base,
+            self.draft,
+            batch.tokens,
+            features,
+            steps=self.options.train.ttt_steps,
+            packing=batch.packing,
+            mask_embedding=self._mask_embedding(),
+        )
+
+    @torch.no_grad()
+    def target_hidden(self, final_hidden: Tensor, target_rows: Tensor) -> Tensor:
+        """Return the base's final hidden state at the target positions, [M, H], the same on every
+        TP rank; ``target_rows`` [M] as in :class:`~megatron_eagle.objective.batch.EagleBatch`."""
+        rows = self.base.gather_final(final_hidden, self.options.train.ttt_steps)
+        return rows.flatten(0, 1)[target_rows]
+
+    @torch.no_grad()
+    def teach(self, target_hidden: Tensor) -> TeacherTargets:
+        """Return the teacher of these target positions [M, H]; nothing is evaluated yet."""
+        if self.teacher is None:
+            self.teacher = TeacherHead(
+                self.base.output_weight,
+                self.base.vocab_size,
+                self.draft.vocab_ids,
+                self.base.tp_group,
+            )
+        with nvtx_range("teacher"):
+            return self.teacher.targets(target_hidden)
+
+    def loss_rows(self, batch: EagleBatch) -> LossRows:
+        """Return masks and weights of the target positions."""
+        mask_out_of_vocab = self.options.train.mask_out_of_vocab
+        return LossRows(
+            mask=batch.step_mask,
+            step_weights=self.step_weights,
+            shard_ids=self.draft.shard_ids,
+            in_draft_vocab=self.in_draft_vocab if mask_out_of_vocab else None,
+        )
+
+    def extra_losses(
+        self, batch: EagleBatch, hidden: Tensor, target_hidden: Tensor, sums: Tensor
+    ) -> tuple[Tensor | float, Tensor | None]:
+        """Return the losses beside the head's: a MoE draft's balance loss and EAGLE-1's regression,
+        summed; and the regression's sums per step [K] for the metrics."""
+        supervised = sums[self.options.train.ttt_steps]  # tokens of step 0, which divide the loss
+        extra: Tensor | float = 0.0
+        balance = take_balance_loss(self.draft, supervised, self.draft.cp_group)
+        if balance is not None:
+            extra = balance
+        if not self.draft.algorithm.regresses_hidden:
+            return extra, None
+        per_step, values = hidden_regression(
+            hidden, target_hidden, batch.step_mask, self.draft.tp_group
+        )
+        weighted = self.options.regression_weight * (per_step * self.step_weights).sum()
+        return extra + weighted, values
+
+    def _mask_embedding(self) -> Tensor | None:
+        """The embedding [H] of P-EAGLE's mask token, looked up once."""
+        mask_token = self.draft.spec.mask_token
+        if mask_token is not None and self._mask is None:
+            self._mask = token_embedding(
+                mask_token,
+                self.base.embedding_weight,
+                self.base.vocab_size,
+                self.base.tp_group,
+            )
+        return self._mask
 
     def _layers_by_stage(self) -> list[tuple[int, ...]]:
         """The captured layers that each pipeline stage holds. A collective of the stages."""
@@ -76,104 +188,7 @@ class EagleGPTModel(MegatronModule):
         return found
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Megatron's schedules call this; what comes from other stages comes by the links."""
-
-    def draft_inputs(
-        self, tokens: Tensor, features: Tensor, packing: Packing | None = None
-    ) -> DraftInputs:
-        """What the unroll reads, for whole sequences of tokens [B, S], packed or not, and this
-        rank's captured layers [S', B, A * H]."""
-        steps = self.options.ttt_steps
-        spans = ContextShard.of(tokens.shape[1], self.base.cp_group).spans
-        return DraftInputs(
-            features=features,
-            embeddings=step_embeddings(
-                tokens,
-                self.base.embedding_weight,
-                self.base.vocab_size,
-                steps,
-                self.base.tp_group,
-                self.config.sequence_parallel,
-                spans,
-            ),
-            rotary=self.draft.rotary(tokens.shape[1] + steps - 1),
-            spans=spans,
-            packing=packing,
-            mask_embedding=self._mask_embedding(),
-        )
-
-    def _mask_embedding(self) -> Tensor | None:
-        """[H] of P-EAGLE's mask token, looked up once."""
-        if self.draft.mask_token is not None and self._mask is None:
-            self._mask = token_embedding(
-                self.draft.mask_token,
-                self.base.embedding_weight,
-                self.base.vocab_size,
-                self.base.tp_group,
-            )
-        return self._mask
-
-    @torch.no_grad()
-    def targets(self, final_hidden: Tensor, target_rows: Tensor) -> tuple[TeacherTargets, Tensor]:
-        """Teacher targets from the base's ``final_hidden`` [S', B, H], and the rows [M, H] of it
-        that gave them; ``target_rows`` [M] as in
-        :class:`~megatron_eagle.objective.batch.EagleBatch`."""
-        if self.teacher is None:
-            self.teacher = TeacherHead(
-                self.base.output_weight,
-                self.base.vocab_size,
-                self.draft.vocab_ids,
-                self.base.tp_group,
-            )
-        final_hidden = self.base.gather_final(final_hidden, self.options.ttt_steps)
-        rows = final_hidden.flatten(0, 1)[target_rows]
-        with nvtx_range("teacher"):
-            return self.teacher.targets(rows), rows
-
-    def forward(
-        self, batch: EagleBatch, outputs_of_base: BaseOutputs | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The micro-batch's loss (a sum over rows and weighted steps) and its metric sums, see
-        :func:`~megatron_eagle.objective.metrics.reduce_metrics`. The base runs here unless its
-        outputs are given."""
-        base = outputs_of_base or batch.base_outputs or self.base(batch.tokens, batch.packing)
-        targets, wanted = self.targets(base.final_hidden, batch.target_rows)
-        inputs = self.draft_inputs(batch.tokens, base.features, batch.packing)
-        hidden = target_hidden(
-            self.draft,
-            unroll(self.draft, inputs, self.options.ttt_steps, self.options.detach_steps),
-            batch.step_rows,
-        )
-        with nvtx_range("loss"):
-            loss, sums, hits = soft_cross_entropy(
-                hidden,
-                self.draft.lm_head(),
-                targets,
-                self._loss_rows(batch),
-                self.draft.tp_group,
-                self.budgets,
-                self.row_loss,
-            )
-            rows = sums[self.options.ttt_steps]  # of step 0: what the batch's loss is divided by
-            balance = take_balance_loss(self.draft, rows, self.draft.cp_group)
-            if balance is not None:
-                loss = loss + balance
-            prefixes = prefix_hits(hits, batch.step_rows, batch.tokens.numel())
-            if self.options.algorithm != "eagle1":
-                return loss, metric_sums(sums, prefixes)
-            per_step, values = hidden_regression(
-                hidden, wanted, batch.step_mask, self.draft.tp_group
-            )
-        regression = self.options.hidden_loss_weight * (per_step * self.step_weights).sum()
-        return loss + regression, metric_sums(sums, prefixes, values)
-
-    def _loss_rows(self, batch: EagleBatch) -> LossRows:
-        return LossRows(
-            mask=batch.step_mask,
-            step_weights=self.step_weights,
-            shard_ids=self.draft.shard_ids,
-            in_draft_vocab=self.in_draft_vocab if self.options.mask_out_of_vocab else None,
-        )
+        """Ignore Megatron's schedules: what other stages send comes over the links."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

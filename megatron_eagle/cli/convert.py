@@ -26,13 +26,13 @@ def main(argv: list[str] | None = None) -> int:
         info = export_draft(
             args.load,
             args.output,
-            DTYPES[args.dtype] if args.dtype else None,
-            args.overwrite,
-            print,
-            FORMATS[args.format],
-            args.data,
-            read_evaluation(args.eval) if args.eval else None,
-            partial(_verify, args.load) if args.verify else (lambda directory: None),
+            dtype=DTYPES[args.dtype] if args.dtype else None,
+            overwrite=args.overwrite,
+            progress=print,
+            fmt=FORMATS[args.format],
+            data=args.data,
+            evaluation=read_evaluation(args.eval) if args.eval else None,
+            check=partial(_verify, args.load) if args.verify else (lambda directory: None),
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -149,12 +149,13 @@ def _extract(args: argparse.Namespace) -> None:
 
 
 def _captured_layers(args: argparse.Namespace, info: BaseInfo) -> tuple[int, ...]:
-    options = EagleConfig(aux_layers=args.aux_layers and tuple(args.aux_layers))
+    options = EagleConfig.of(aux_layers=args.aux_layers and tuple(args.aux_layers))
     count = info.megatron_args["num_layers"]
-    options.check_against_base(count, info.vocab_size, max(args.seq_length, options.ttt_steps + 2))
+    least = options.train.ttt_steps + 2
+    options.check_against_base(count, info.vocab_size, max(args.seq_length, least))
     if args.seq_length > info.megatron_args["max_position_embeddings"]:
         raise ValueError(f"--seq-length {args.seq_length} exceeds the base's positions")
-    return options.captured_layers(count)
+    return options.spec.aux_layers_of(count)
 
 
 if __name__ == "__main__":

@@ -39,8 +39,13 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         base = load_base_json(args.base)
-        given = tuple(args.aux_layers) if args.aux_layers else None
-        stored = open_hf_draft(args.hf, base, given, args.adapt, args.base)
+        stored = open_hf_draft(
+            args.hf,
+            base,
+            aux_layers=tuple(args.aux_layers) if args.aux_layers else None,
+            adapt=args.adapt,
+            base_directory=args.base,
+        )
         write_draft_checkpoint(stored, args.save)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -55,13 +55,13 @@ def _train() -> None:
         return show_help()
     options, stored = adopt_warm_start(options, sys.argv[1:])
     args, base = parse_eagle_args(options)
-    compile_regions(options.compile)
-    mark_ranges(options.nvtx)
+    compile_regions(options.train.compile)
+    mark_ranges(options.train.nvtx)
     replace_schedule(options)
-    log = None if options.log_file is None else MetricsLog(options.log_file)
+    log = None if options.train.log_file is None else MetricsLog(options.train.log_file)
     if log is not None:
         log.attach()
-    if options.eval_prompts is not None:
+    if options.train.eval_prompts is not None:
         AcceptanceEvaluation(args, options, base, log).attach()
     vocab_ids = draft_vocab_ids(args, options, base, stored)
     pretrain(

@@ -44,10 +44,10 @@ def open_documents(train_data: str, vocab_size: int) -> Documents:
 
 def training_documents(options: EagleConfig, base: BaseInfo) -> Documents:
     """The documents of a run that reads documents, see :func:`open_documents`."""
-    if options.offline_features is not None:
-        return FeatureDocuments(options.offline_features, base.fingerprint, base.vocab_size)
-    assert options.train_data is not None
-    return open_documents(options.train_data, base.vocab_size)
+    if options.train.offline_features is not None:
+        return FeatureDocuments(options.train.offline_features, base.fingerprint, base.vocab_size)
+    assert options.train.train_data is not None
+    return open_documents(options.train.train_data, base.vocab_size)
 
 
 class FittedDocuments:

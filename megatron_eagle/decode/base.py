@@ -100,7 +100,9 @@ class CachedBase:
         final = self.rows.whole(self.stages.final(output), asked)
         if not self.captured:
             return final, final
-        layers = [self.rows.whole(x, asked) for x in self.stages.captured(forward.aux_hidden, output)]
+        layers = [
+            self.rows.whole(x, asked) for x in self.stages.captured(forward.aux_hidden, output)
+        ]
         return torch.cat(layers, dim=-1), final
 
     def _run_stage(self, tokens: Tensor, positions: Tensor, cache: KeyValueCache) -> Tensor:

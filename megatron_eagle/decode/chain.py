@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_eagle.algorithms import Schedule
 from megatron_eagle.decode.base import CachedBase
 from megatron_eagle.decode.greedy import select_rows
 from megatron_eagle.decode.vocab_argmax import vocab_argmax
@@ -62,9 +63,11 @@ class DraftChain:
         Collectives: ``length`` passes of the draft's layers (P-EAGLE: one), each with an embedding
         look-up and an argmax; one broadcast over the pipeline.
         """
-        if self.draft.mask_token is not None:
-            return self.base.stages.agreed(self._propose_at_once(verified, self.draft.mask_token))
-        return self.base.stages.agreed(self._propose_in_turn(verified))
+        schedule = Schedule(
+            in_turn=lambda: self._propose_in_turn(verified),
+            at_once=lambda: self._propose_at_once(verified),
+        )
+        return self.base.stages.agreed(self.draft.algorithm.run(schedule))
 
     def _propose_in_turn(self, verified: Verified) -> Tensor:
         rows = torch.arange(verified.next_tokens.shape[1], device=verified.start.device)
@@ -81,7 +84,7 @@ class DraftChain:
             drafted.append(self._choose(output))
         return torch.cat(drafted, dim=1)
 
-    def _propose_at_once(self, verified: Verified, mask_token: int) -> Tensor:
+    def _propose_at_once(self, verified: Verified) -> Tensor:
         """P-EAGLE: behind the last verified row come mask rows, all in one pass."""
         known = verified.next_tokens.shape[1]
         more = self.length - 1
@@ -89,6 +92,8 @@ class DraftChain:
         last = verified.last.unsqueeze(1)
         real = rows <= last  # [B, n + length - 1]
         tokens = torch.nn.functional.pad(verified.next_tokens, (0, more))
+        mask_token = self.draft.spec.mask_token
+        assert mask_token is not None
         tokens = torch.where(real, tokens, mask_token)
         hidden = torch.nn.functional.pad(self.draft.start(verified.features), (0, 0, 0, 0, 0, more))
         hidden = torch.where(real.t().unsqueeze(-1), hidden, self.draft.masked_start())

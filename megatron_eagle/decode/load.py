@@ -17,9 +17,11 @@ from torch.distributed.checkpoint import CheckpointException
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.checkpoint.reader import DraftCheckpoint
 from megatron_eagle.compat import dist_checkpointing
-from megatron_eagle.draft.layer_config import Rotary, draft_config, draft_rotary
+from megatron_eagle.draft.build import build_draft
+from megatron_eagle.draft.layer_config import Rotary, draft_rotary
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.draft.vocab import check_vocab_ids
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.info import BASE_SIZES, DraftInfo, parse_draft_info
 from megatron_eagle.layers.backend import local_backend
 from megatron_eagle.pipeline.exchange import ForwardPass
@@ -28,7 +30,6 @@ from megatron_eagle.pipeline.replicas import as_replica, equal_start
 from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.build import base_config, build_base, reason_of
 from megatron_eagle.teacher.build import load_base as load_base_weights
-from megatron_eagle.teacher.targets import draft_vocab_shard
 from megatron_eagle.teacher.vocab_shards import VocabShards
 
 
@@ -159,52 +160,49 @@ def restore(draft: EagleDraft, directory: str | Path, stage: int = 0) -> EagleDr
 
 
 def _build(about: DraftCheckpointInfo, base: FrozenBase, initialize: bool) -> EagleDraft:
-    options, device = about.info.options, base.embedding_weight.device
+    spec, device = about.info.spec, base.embedding_weight.device
     ranks = base.gpt.pg_collection.ep.size()
-    if (options.num_experts or 0) % ranks:
-        raise ValueError(
-            f"--expert-model-parallel-size {ranks} does not divide the draft's "
-            f"{options.num_experts} experts"
+    if (spec.num_experts or 0) % ranks:
+        raise UserError(
+            f"<expert_model_parallel_size> {ranks} does not divide the draft's "
+            f"{spec.num_experts} experts"
         )
-    return build_draft(
+    return frozen_draft(
         about,
         base.config,
         base.gpt.pg_collection,
-        base.output_weight.shape[0],
         base_head=lambda: base.output_weight,
-        rotary=draft_rotary(base.rotary, about.info.base, options, device),
+        base_head_rows=base.output_weight.shape[0],
+        rotary=draft_rotary(base.rotary, about.info.base, spec, device),
         initialize=initialize,
     )
 
 
-def build_draft(
+def frozen_draft(
     about: DraftCheckpointInfo,
     base_config: Any,
     pg_collection: Any,
-    base_rows: int,
+    *,
     base_head: Callable[[], Tensor],
+    base_head_rows: int,
     rotary: Rotary,
     initialize: bool,
 ) -> EagleDraft:
-    """A draft of the checkpoint's shape, frozen, on this rank's device. ``base_config`` is the
-    base's TransformerConfig, ``base_rows`` the padded height of its output layer on a rank."""
-    options = about.info.options
-    config = draft_config(base_config, options)
-    config.perform_initialization = initialize
-    device = torch.device(torch.cuda.current_device() if torch.cuda.is_available() else "cpu")
-    shard = draft_vocab_shard(
-        about.vocab_ids.numel(), about.info.base.vocab_size, base_rows, pg_collection.tp
+    """Build a draft of the checkpoint's shape, frozen, on this rank's device; the arguments are
+    those of :func:`~megatron_eagle.draft.build.build_draft`."""
+    draft = build_draft(
+        spec=about.info.spec,
+        num_aux=len(about.info.aux_layers),
+        base_config=base_config,
+        backend=local_backend(),
+        vocab_ids=about.vocab_ids,
+        vocab_size=about.info.base.vocab_size,
+        base_head=base_head,
+        base_head_rows=base_head_rows,
+        rotary=rotary,
+        metadata=about.metadata,
+        pg_collection=pg_collection,
+        device=torch.device(torch.cuda.current_device() if torch.cuda.is_available() else "cpu"),
+        initialize=initialize,
     )
-    draft = EagleDraft(
-        config,
-        local_backend(),
-        options,
-        len(about.info.aux_layers),
-        about.vocab_ids.to(device),
-        shard,
-        about.metadata.to(device),
-        pg_collection,
-        base_head,
-        rotary,
-    )
-    return draft.cuda(torch.cuda.current_device()).requires_grad_(False).eval()
+    return draft.requires_grad_(False).eval()

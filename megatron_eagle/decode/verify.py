@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.attention.rope import attention_factor, set_attention_factor
-from megatron_eagle.decode.load import DraftCheckpointInfo, build_draft, restore
+from megatron_eagle.decode.load import DraftCheckpointInfo, frozen_draft, restore
 from megatron_eagle.draft.layer_config import own_rotary
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.hf.draft.plain_draft import PlainDraft
-from megatron_eagle.objective.unroll import DraftInputs, unroll
+from megatron_eagle.objective.draft_inputs import DraftInputs, query_angles
+from megatron_eagle.objective.unroll import step_outputs
 from megatron_eagle.teacher.build import base_config
 
 ROWS, STEPS = 24, 4
@@ -30,18 +31,18 @@ def checkpoint_draft(
 ) -> EagleDraft:
     """The draft of ``directory`` on this process alone, in fp32, without its base's weights: an
     EAGLE-1 draft has no head then."""
-    base, options = about.info.base, about.info.options
+    base = about.info.base
     config = base_config(base, 1)
     if not config.multi_latent_attention:
         set_attention_factor(config, attention_factor(base.rope))
     multiple = base.megatron_args["make_vocab_size_divisible_by"]
-    draft = build_draft(
+    draft = frozen_draft(
         about,
         config,
         pg_collection,
-        -(-base.vocab_size // multiple) * multiple,
         base_head=lambda: torch.empty(0),
-        rotary=own_rotary(base, options, torch.device("cpu")),
+        base_head_rows=-(-base.vocab_size // multiple) * multiple,
+        rotary=own_rotary(base, about.info.spec, torch.device("cpu")),
         initialize=False,
     )
     return restore(draft, directory)
@@ -55,10 +56,11 @@ def largest_difference(draft: EagleDraft, exported: Path, dtype: torch.dtype) ->
         parameter.copy_(parameter.to(dtype))
     generator = torch.Generator().manual_seed(0)
     width = draft.config.hidden_size
-    inputs = width if draft.is_eagle1 else draft.num_aux * width
+    algorithm = draft.algorithm
+    inputs = width if algorithm.reads_final_hidden else draft.num_aux * width
     features = torch.randn(ROWS, inputs, generator=generator)
     embeddings = torch.randn(ROWS + STEPS - 1, width, generator=generator)
-    mask = torch.randn(width, generator=generator) if draft.mask_token is not None else None
+    mask = torch.randn(width, generator=generator) if algorithm.learns_mask_hidden else None
     expected = PlainDraft(exported).run(features, embeddings, STEPS, mask)
     found = _run(draft, features, embeddings, mask)
     differences = [
@@ -71,15 +73,15 @@ def _run(
     draft: EagleDraft, features: Tensor, embeddings: Tensor, mask: Tensor | None
 ) -> list[Tensor]:
     device = draft.vocab_ids.device
+    rotary = draft.rotary(ROWS + STEPS - 1).to(device)
     inputs = DraftInputs(
         features=features.unsqueeze(1).to(device),
         embeddings=embeddings[None, :, None].to(device),
-        rotary=draft.rotary(ROWS + STEPS - 1).to(device),
-        spans=[(0, ROWS)],
+        angles=[query_angles(rotary, [(0, ROWS)], step) for step in range(STEPS)],
         mask_embedding=None if mask is None else mask.to(device),
     )
-    outputs = [output[:, 0] for output in unroll(draft, inputs, STEPS)]
-    if not draft.is_eagle1:
+    outputs = [output[:, 0] for output in step_outputs(draft, inputs)]
+    if not draft.algorithm.shares_base_head:
         outputs = [output @ draft.lm_head().t() for output in outputs]
     return [output.float().cpu() for output in outputs]
 

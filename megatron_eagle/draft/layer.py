@@ -3,7 +3,7 @@
 EAGLE-3's first layer reads [embedding ; hidden]. Two facts make Megatron's own TransformerLayer do
 it, with no layer class of ours: an ``input_layernorm`` may return (output, residual), and a
 linear's builder decides its input width. EAGLE-1 joins both by fc instead; its first layer has no
-``input_layernorm``.
+``input_layernorm``. S sequence, B micro-batch, H hidden.
 """
 
 from __future__ import annotations
@@ -16,18 +16,19 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.compat import IdentityOp
-from megatron_eagle.config import EagleConfig
+from megatron_eagle.config import DraftSpec
 from megatron_eagle.draft.mla import use_mla
 from megatron_eagle.draft.moe import keep_balance_losses
 from megatron_eagle.layers.backend import LayerBackend
 
 
 class EmbeddingHiddenNorm(torch.nn.Module):
-    """Norm of the embedding beside norm of the hidden; the residual stays the un-normed hidden, or
-    with ``normed_residual`` is the normed one.
+    """Two RMSNorms side by side: one of the embedding, one of the hidden state.
 
-    [S, B, 2H] holding [embedding ; hidden] -> ([S, B, 2H], [S, B, H]). Under sequence parallelism
-    S is this rank's part, and the weights are marked so that their gradients are summed over TP.
+    [S, B, 2H] holding [embedding ; hidden] -> (normed [S, B, 2H], residual [S, B, H]); the residual
+    is the un-normed hidden state, or the normed one with ``normed_residual``. Under sequence
+    parallelism S is this rank's part, and the weights are marked so that their gradients are summed
+    over TP.
     """
 
     def __init__(
@@ -50,26 +51,26 @@ class EmbeddingHiddenNorm(torch.nn.Module):
         return normed, normed_hidden if self.normed_residual else hidden
 
 
-def draft_layer_specs(backend: LayerBackend, config: Any, options: EagleConfig) -> list[Any]:
-    """TransformerLayer specs of the draft's ``config.num_layers`` layers.
+def draft_layer_specs(backend: LayerBackend, config: Any, spec: DraftSpec) -> list[Any]:
+    """Return TransformerLayer specs of the draft's ``config.num_layers`` layers.
 
-    All of them attend through :class:`~megatron_eagle.attention.core.EagleCoreAttention`; the first
-    one takes [S, B, 2H], or for EAGLE-1 [S, B, H] without a norm.
+    All attend through ``attention.core.EagleCoreAttention``. The first takes [S, B, 2H], or for an
+    algorithm that joins both halves by ``fc`` [S, B, H] without a norm.
     """
-    specs = [backend.layer_spec(config) for _ in range(config.num_layers)]
-    eagle1 = options.algorithm == "eagle1"
-    for number, spec in enumerate(specs):
+    layers = [backend.layer_spec(config) for _ in range(config.num_layers)]
+    joined = spec.method.joins_by_fc
+    for number, layer in enumerate(layers):
         if config.num_moe_experts is not None:
-            keep_balance_losses(spec)
+            keep_balance_losses(layer)
         if config.multi_latent_attention:
-            widening = 1 if eagle1 or number else 2
-            use_mla(spec, widening * config.hidden_size, backend.norm)
-    if eagle1:
-        _replace_input(specs[0], backend.column_linear, IdentityOp)
+            widening = 1 if joined or number else 2
+            use_mla(layer, widening * config.hidden_size, backend.norm)
+    if joined:
+        _replace_input(layers[0], backend.column_linear, IdentityOp)
     else:
-        norm = partial(EmbeddingHiddenNorm, backend.norm, options.norm_before_residual)
-        _replace_input(specs[0], _doubled_input(backend.column_linear), norm)
-    return specs
+        norm = partial(EmbeddingHiddenNorm, backend.norm, spec.norm_before_residual)
+        _replace_input(layers[0], _doubled_input(backend.column_linear), norm)
+    return layers
 
 
 def _replace_input(layer_spec: Any, linear: Callable, input_layernorm: Callable) -> None:

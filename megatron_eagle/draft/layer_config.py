@@ -13,20 +13,22 @@ from torch import Tensor
 from megatron_eagle.attention.rope import attention_factor, set_frequencies
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.compat import RotaryEmbedding
-from megatron_eagle.config import EagleConfig
+from megatron_eagle.config import DraftSpec
+from megatron_eagle.config.widths import expert_config, layer_widths
 
 
-def draft_config(base_config: Any, options: EagleConfig) -> Any:
-    """The base's TransformerConfig with the draft's depth, widths and experts: the same hidden
-    size, SwiGLU, and nothing that EAGLE-3 readers do not know: no norms of grouped queries and keys
-    (those of the latents are the layers' own), biases, windows or sinks.
+def draft_config(base_config: Any, spec: DraftSpec, moe_aux_loss_coeff: float = 0.0) -> Any:
+    """Return the base's TransformerConfig with the draft's depth, widths and experts.
 
-    Of ``recompute_modules`` "core_attn" is done already: the kernels keep no scores for backward,
-    and Megatron's own checkpointing cannot carry an attention state."""
+    The hidden size is the base's; the MLP is SwiGLU, and there is nothing that EAGLE-3 readers do
+    not know: no query and key norms of grouped queries, biases, windows or sinks. "core_attn" of
+    ``recompute_modules`` is dropped: the kernels keep no scores for backward, and Megatron's own
+    checkpointing cannot carry an attention state.
+    """
     config = copy.copy(base_config)
     if config.recompute_granularity == "selective":
         config.recompute_modules = [m for m in config.recompute_modules if m != "core_attn"]
-    config.num_layers = options.num_layers
+    config.num_layers = spec.num_layers
     config.pipeline_model_parallel_size = 1  # every stage has all of it
     config.qk_layernorm = False
     config.add_qkv_bias = False
@@ -34,26 +36,28 @@ def draft_config(base_config: Any, options: EagleConfig) -> Any:
     config.activation_func = torch.nn.functional.silu
     config.activation_func_clamp_value, config.glu_linear_offset = None, 0.0
     config.softmax_type, config.window_size = "vanilla", None
-    for name, width in options.layer_widths(vars(base_config)).items():
+    for name, width in layer_widths(spec, vars(base_config)).items():
         setattr(config, name, width)
-    config.multi_latent_attention = options.attention == "mla"
+    config.multi_latent_attention = spec.uses_mla
     if config.multi_latent_attention:
         config.q_lora_rank = config.q_lora_rank or None
         config.num_query_groups = config.num_attention_heads
         config.apply_rope_fusion = False  # it would ask Megatron's own rotary module
-    _set_experts(config, options)
+    _set_experts(config, spec, moe_aux_loss_coeff)
     return config
 
 
-def _set_experts(config: Any, options: EagleConfig) -> None:
-    """The draft's experts and none of the base's options for its own."""
+def _set_experts(config: Any, spec: DraftSpec, moe_aux_loss_coeff: float) -> None:
+    """Set the draft's experts, and reset every option of the base's experts."""
     for field in fields(config):
         if field.name.startswith("moe_"):
             setattr(config, field.name, field.default)
     config.num_moe_experts = None
     config.moe_ffn_hidden_size = config.ffn_hidden_size
     config.moe_token_dispatcher_type = "alltoall"
-    for name, value in options.expert_config().items():
+    if spec.num_experts is not None:
+        config.moe_aux_loss_coeff = moe_aux_loss_coeff
+    for name, value in expert_config(spec).items():
         setattr(config, name, value)
 
 
@@ -62,9 +66,12 @@ ROTARY_WIDTHS = {"gqa": "kv_channels", "mla": "qk_pos_emb_head_dim"}
 
 @dataclass(frozen=True)
 class Rotary:
-    """RoPE of a draft. ``angles`` gives those of positions 0 .. length - 1 for a length,
-    [length, 1, 1, d]; ``factor`` multiplies cos and sin of an MLA draft (grouped queries take it
-    from the TransformerConfig)."""
+    """RoPE of a draft.
+
+    ``angles(length)`` returns the angles of positions 0 .. length - 1, [length, 1, 1, d];
+    ``factor`` multiplies cos and sin of an MLA draft (grouped queries take it from the
+    TransformerConfig).
+    """
 
     angles: Callable[[int], Tensor]
     factor: float = 1.0
@@ -74,39 +81,42 @@ class Rotary:
 
 
 def draft_rotary(
-    base_rotary: Callable[[int], Tensor], base: BaseInfo, options: EagleConfig, device: torch.device
+    base_rotary: Callable[[int], Tensor], base: BaseInfo, spec: DraftSpec, device: torch.device
 ) -> Rotary:
-    """The base's angles, or for heads of another size angles of the same frequencies' law: a draft
-    turns all channels of its heads, also beside a base that turns a part of its own. A draft of
-    grouped queries beside multi-latent attention, which rotates a few channels of its own, has
-    plain angles of the base's rope_theta: servers give a Llama-type draft no other."""
-    same_kind = (options.attention == "mla") == _has_mla(base)
-    if same_kind and rotary_channels(base, options) == _base_channels(base):
+    """Return the base's RoPE, or for another head size RoPE with the same base and scaling over the
+    whole head.
+
+    A draft rotates all channels of its heads, also beside a base that rotates a part of its own. A
+    draft of grouped queries beside a base of multi-latent attention has plain RoPE of the base's
+    rope_theta: servers give a Llama-type draft no other.
+    """
+    same_kind = spec.uses_mla == _has_mla(base)
+    if same_kind and rotary_channels(base, spec) == _base_channels(base):
         return Rotary(base_rotary, attention_factor(base.rope))
-    return own_rotary(base, options, device)
+    return own_rotary(base, spec, device)
 
 
-def own_rotary(base: BaseInfo, options: EagleConfig, device: torch.device) -> Rotary:
-    """Angles of a module of the draft's own, see :func:`draft_rotary`."""
+def own_rotary(base: BaseInfo, spec: DraftSpec, device: torch.device) -> Rotary:
+    """Return RoPE from a module of the draft's own, see :func:`draft_rotary`."""
     args = base.megatron_args
     rope = RotaryEmbedding(
-        rotary_channels(base, options),
+        rotary_channels(base, spec),
         1.0,
         rotary_base=args["rotary_base"],
         rope_scaling=args.get("use_rope_scaling", False),
         rope_scaling_factor=args.get("rope_scaling_factor", 8.0),
         use_cpu_initialization=device.type == "cpu",
     )
-    if base.rope and (options.attention == "mla") == _has_mla(base):
+    if base.rope and spec.uses_mla == _has_mla(base):
         set_frequencies(rope, base.rope)
     # packed_seq: not cut over CP.
     return Rotary(lambda length: rope(length, packed_seq=True), attention_factor(base.rope))
 
 
-def rotary_channels(base: BaseInfo, options: EagleConfig) -> int:
-    """The channels of a draft's head that positions turn."""
-    name = ROTARY_WIDTHS[options.attention]
-    return getattr(options, name) or base.megatron_args[name]
+def rotary_channels(base: BaseInfo, spec: DraftSpec) -> int:
+    """Return the number of channels of a draft's head that RoPE rotates."""
+    name = ROTARY_WIDTHS[spec.attention]
+    return getattr(spec, name) or base.megatron_args[name]
 
 
 def _base_channels(base: BaseInfo) -> int:

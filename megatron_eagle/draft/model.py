@@ -1,8 +1,8 @@
-"""EagleDraft: fc, transformer layers, final norm, vocab-parallel head, of any EAGLE generation.
+"""EagleDraft: fc, transformer layers, final norm, vocab-parallel head, of any algorithm.
 
-EAGLE-3: hidden = fc(captured layers), then layers on [embedding ; hidden] at every step.
-EAGLE-1: hidden = the base's last, then layers on fc([embedding ; hidden]) at every step; no norms
-around the layers, and the base's own output layer.
+The algorithm (megatron_eagle/algorithms) says which parts there are and in what order they run.
+S' this rank's tokens, B micro-batch, H hidden, A aux layers, D and Dp draft vocabulary and this
+rank's shard of it, Vp this rank's shard of the base's vocabulary.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch import Tensor
 from megatron_eagle.attention.core import AttentionState
 from megatron_eagle.attention.mla import MLARotary
 from megatron_eagle.compat import (
-    ColumnParallelLinear,
     MegatronModule,
     build_module,
     copy_to_tensor_model_parallel_region,
     gather_from_sequence_parallel_region,
 )
-from megatron_eagle.config import EagleConfig
+from megatron_eagle.config import DraftSpec
 from megatron_eagle.draft.features import (
     FeatureProjection,
     MaskHidden,
     NormWeight,
     norm_features,
 )
+from megatron_eagle.draft.head import SharedHead, VocabParallelHead
 from megatron_eagle.draft.layer import draft_layer_specs
 from megatron_eagle.draft.layer_config import Rotary
 from megatron_eagle.draft.mla import share_rotary
@@ -38,18 +38,18 @@ from megatron_eagle.parallel.vocab import VocabShard
 
 
 class EagleDraft(MegatronModule):
-    """A draft over one pipeline stage's tensor-parallel group.
+    """A draft over one pipeline stage's tensor-parallel group. ``draft.build`` builds one.
 
     Args:
         config: TransformerConfig of the draft's layers.
         backend: what the layers are made of.
-        options: the algorithm and its norms; nothing else of it is read.
-        num_aux: A, the number of captured base layers (EAGLE-3).
+        spec: the architecture.
+        num_aux: A, the number of aux layers.
         vocab_ids: [D] int64, the base ids the draft predicts, ascending; ``shard`` is this rank's
             part of them.
         metadata: what a checkpoint says of the draft, see :mod:`megatron_eagle.draft.metadata`.
         pg_collection: process groups; ``tp`` shards the layers and the head, ``cp`` the sequence.
-        base_head: gives the base's output rows [Vp, H] on this rank, which EAGLE-1 shares.
+        base_head: returns the base's output rows [Vp, H] on this rank, for a shared head.
         rotary: its RoPE, see :mod:`megatron_eagle.draft.layer_config`.
 
     The embedding is the base's and not part of the draft. Replicated over every other group.
@@ -57,9 +57,10 @@ class EagleDraft(MegatronModule):
 
     def __init__(
         self,
+        *,
         config: Any,
         backend: LayerBackend,
-        options: EagleConfig,
+        spec: DraftSpec,
         num_aux: int,
         vocab_ids: Tensor,
         shard: VocabShard,
@@ -69,50 +70,50 @@ class EagleDraft(MegatronModule):
         rotary: Rotary,
     ) -> None:
         super().__init__(config=config)
+        self.spec, self.algorithm = spec, spec.method
         self.rotary = rotary
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
-        self.shard = shard
-        self.num_aux = num_aux
-        self.is_eagle1 = options.algorithm == "eagle1"
-        self.feeds_normed = options.algorithm == "eagle3.1"
-        inputs = 2 if self.is_eagle1 else num_aux
-        self.fc = FeatureProjection(config, inputs * config.hidden_size, self.tp_group)
-        self.fc_norm = torch.nn.ModuleList()
-        self.input_norm: NormWeight | None = None
-        if options.algorithm == "eagle3.1":
-            self.fc_norm.extend(NormWeight(config, config.hidden_size) for _ in range(num_aux))
-        elif options.norm_before_fc:
-            self.input_norm = NormWeight(config, num_aux * config.hidden_size)
-        self.mask_token = options.mask_token
-        if options.algorithm == "p-eagle":
-            self.mask_hidden = MaskHidden(config, num_aux * config.hidden_size)
+        self.shard, self.num_aux = shard, num_aux
+        self._build_inputs()
         self.layers = torch.nn.ModuleList(
             build_module(
-                spec,
+                layer,
                 config=config,
                 layer_number=number,
                 pg_collection=pg_collection,
                 add_layer_offset=False,
             )
-            for number, spec in enumerate(draft_layer_specs(backend, config, options), start=1)
+            for number, layer in enumerate(draft_layer_specs(backend, config, spec), start=1)
         )
         self.mla_rotary: MLARotary | None = None
         if config.multi_latent_attention:
             self.mla_rotary = share_rotary(self.layers, rotary.factor)
-        self.norm = (
-            torch.nn.Identity()
-            if self.is_eagle1
-            else backend.norm(
+        self.norm: torch.nn.Module
+        self.lm_head: VocabParallelHead | SharedHead
+        if self.algorithm.shares_base_head:
+            self.norm = torch.nn.Identity()
+            self.lm_head = SharedHead(config, base_head, shard)
+        else:
+            self.norm = backend.norm(
                 config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
             )
-        )
-        self.lm_head = (
-            SharedHead(config, base_head, shard)
-            if self.is_eagle1
-            else VocabParallelHead(config, shard, self.tp_group)
-        )
+            self.lm_head = VocabParallelHead(config, shard, self.tp_group)
         self.register_buffer("vocab_ids", vocab_ids, persistent=True)
         self.register_buffer("metadata", metadata, persistent=True)
+
+    def _build_inputs(self) -> None:
+        """Build fc, the norms in front of it and the mask hidden state."""
+        config, hidden = self.config, self.config.hidden_size
+        blocks = 2 if self.algorithm.joins_by_fc else self.num_aux
+        self.fc = FeatureProjection(config, blocks * hidden, self.tp_group)
+        self.fc_norm = torch.nn.ModuleList()
+        self.input_norm: NormWeight | None = None
+        if self.algorithm.norms_each_aux_layer:
+            self.fc_norm.extend(NormWeight(config, hidden) for _ in range(self.num_aux))
+        elif self.spec.norm_before_fc:
+            self.input_norm = NormWeight(config, self.num_aux * hidden)
+        if self.algorithm.learns_mask_hidden:
+            self.mask_hidden = MaskHidden(config, self.num_aux * hidden)
 
     @property
     def shard_ids(self) -> Tensor:
@@ -120,10 +121,12 @@ class EagleDraft(MegatronModule):
         return self.vocab_ids[self.shard.start : self.shard.start + self.shard.rows]
 
     def start(self, features: Tensor) -> Tensor:
-        """What step 0 reads, [S', B, H]: of the captured layers [S', B, A * H], or for EAGLE-1 of
-        the base's final hidden [S', B, H]. Collectives: those of fc."""
-        if self.is_eagle1:
-            return features
+        """Return what step 0 reads, [S', B, H], of the features [S', B, A * H] (EAGLE-1: of the
+        base's final hidden state [S', B, H]). Collectives: those of fc."""
+        return self.algorithm.start(self, features)
+
+    def project(self, features: Tensor) -> Tensor:
+        """Norm, if there are norms, and fc: [S', B, A * H] -> [S', B, H]. Collectives: fc's."""
         modules = self.fc_norm if self.input_norm is None else [self.input_norm]
         if len(modules):
             weights = [module() for module in modules]
@@ -131,35 +134,45 @@ class EagleDraft(MegatronModule):
         return self.fc(features)
 
     def masked_start(self) -> Tensor:
-        """What P-EAGLE's later steps read instead of an earlier step's output, [1, 1, H].
-        Collectives: those of fc; in backward one all-reduce of [A * H] where fc is sharded."""
+        """Return what P-EAGLE's later steps read instead of an earlier step's output, [1, 1, H].
+        Collectives: fc's; in backward one all-reduce of [A * H] where fc is sharded."""
         return self.fc(self.fc.summing_gradient(self.mask_hidden()).unsqueeze(0))
+
+    def concatenate(self, embedding: Tensor, hidden: Tensor) -> Tensor:
+        """Put both side by side: [S', B, H] each -> [S', B, 2H]. No collective."""
+        return torch.cat([embedding, hidden], dim=-1)
+
+    def join_by_fc(self, embedding: Tensor, hidden: Tensor) -> Tensor:
+        """Run fc on both side by side: [S', B, H] each -> [S', B, H]. Collectives: fc's."""
+        return self.fc(self.fc.summing_gradient(self.concatenate(embedding, hidden)))
 
     def step(
         self, embedding: Tensor, hidden: Tensor, rotary: Tensor, state: AttentionState
     ) -> tuple[Tensor, Tensor]:
-        """One TTT or decoding step: embedding and hidden [S, B, H] (this rank's part of S under
-        sequence parallelism), rotary [S, 1 or B, 1, d] -> what the head reads and what the next
-        step reads, [S, B, H] each."""
-        hidden = torch.cat([embedding, hidden], dim=-1)
-        if self.is_eagle1:
-            hidden = self.fc(self.fc.summing_gradient(hidden))
+        """Run one TTT or decoding step.
+
+        embedding and hidden [S, B, H] (this rank's part of S under sequence parallelism), rotary
+        [S, 1 or B, 1, d] -> what the head reads and what the next step reads, [S, B, H] each.
+        """
+        hidden = self.algorithm.layer_input(self, embedding, hidden)
         with self._at(rotary) as angles:
             for layer in self.layers:
                 hidden, _ = layer(hidden, attention_mask=state, rotary_pos_emb=angles)
         normed = self.norm(hidden)
-        return normed, normed if self.feeds_normed else hidden
+        return normed, normed if self.algorithm.feeds_back_normed else hidden
 
     def _at(self, rotary: Tensor) -> AbstractContextManager[Tensor | None]:
-        """Inside, the rows of the layers have these angles; gives what to hand to the layers."""
+        """Give the layers these angles inside; yields what to pass to each layer."""
         shared = self.mla_rotary
         return nullcontext(rotary) if shared is None else shared.at(rotary)
 
     def start_evenly(self, layer_sizes: Callable[[], Tensor]) -> None:
-        """Give all captured layers an equal say in a fresh ``fc``: late ones are ten times larger
-        than early ones. ``layer_sizes()`` is the typical RMS of each, [A]; not called where there
-        is nothing to do (EAGLE-1, a norm per layer)."""
-        if self.is_eagle1 or len(self.fc_norm):
+        """Scale a fresh fc so that all aux layers weigh equally: late ones are ten times larger.
+
+        ``layer_sizes()`` returns the typical RMS of each, [A]; it is not called where nothing needs
+        scaling (no aux layers, a norm per layer).
+        """
+        if self.algorithm.joins_by_fc or len(self.fc_norm):
             return
         sizes = layer_sizes()
         if self.input_norm is not None:  # norms the layers together already
@@ -189,43 +202,6 @@ class EagleDraft(MegatronModule):
             own = f"{prefix}layers.{index}."
             sharded = {key: value for key, value in sharded.items() if not key.startswith(own)}
             sharded |= layer.sharded_state_dict(own, sharded_offsets, metadata)
-        if not self.is_eagle1:
+        if not self.algorithm.shares_base_head:
             sharded[f"{prefix}lm_head.weight"].allow_shape_mismatch = True
         return sharded
-
-
-class VocabParallelHead(ColumnParallelLinear):
-    """``lm_head``, whose product is the loss's: calling it gives its rows, not logits.
-
-    It has to be called, never read: an overlapped parameter gather waits in a module's forward
-    pre-hook for the bucket that holds its weight.
-    """
-
-    def __init__(self, config: Any, shard: VocabShard, tp_group: Any) -> None:
-        super().__init__(
-            config.hidden_size,
-            shard.padded_rows * shard.world,
-            config=config,
-            init_method=config.init_method,
-            bias=False,
-            gather_output=False,
-            tp_group=tp_group,
-        )
-        self.rows = shard.rows
-
-    def forward(self) -> Tensor:
-        """[Dp, H]: this rank's rows that are real, padding sliced off. No collective."""
-        whole = self.rows == self.weight.shape[0]  # a slice's backward would copy the gradient
-        return self.weight if whole else self.weight[: self.rows]
-
-
-class SharedHead(MegatronModule):
-    """EAGLE-1's head: the base's frozen output layer. It has no parameter of its own."""
-
-    def __init__(self, config: Any, base_head: Callable[[], Tensor], shard: VocabShard) -> None:
-        super().__init__(config=config)
-        self.base_head, self.rows = base_head, shard.rows
-
-    def forward(self) -> Tensor:
-        """[Vp, H]: this rank's rows that are real, padding sliced off; no gradient."""
-        return self.base_head().detach()[: self.rows]

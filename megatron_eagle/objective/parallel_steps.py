@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_eagle.attention.core import AttentionState
 from megatron_eagle.draft.model import EagleDraft
+from megatron_eagle.objective.draft_inputs import DraftInputs
 
 
 class StackedSteps:
@@ -46,30 +47,22 @@ class StackedSteps:
         return [step.contiguous() for step in steps.unbind(2)]
 
 
-def parallel_steps(
-    draft: EagleDraft,
-    features: Tensor,
-    embedding: Tensor,
-    mask_embedding: Tensor,
-    angles: list[Tensor],
-    state: AttentionState,
-) -> list[Tensor]:
-    """What the head reads of each of K steps, [S', B, H] each.
+def parallel_steps(draft: EagleDraft, inputs: DraftInputs, state: AttentionState) -> list[Tensor]:
+    """Run all K steps in one pass; return the head's inputs of each, [S', B, H].
 
-    features [S', B, A * H]; ``embedding`` [S', B, H] of the tokens that step 0 consumes;
-    ``mask_embedding`` [H]; ``angles`` of each step's queries. Collectives: those of one pass of the
-    draft's layers, and of fc for the mask hidden.
+    Collectives: those of one pass of the draft's layers, and of fc for the mask hidden state.
     """
-    steps = len(angles)
+    assert inputs.mask_embedding is not None
+    steps = len(inputs.angles)
     parts = draft.tp_group.size() if draft.config.sequence_parallel else 1
-    hidden = draft.start(features)
+    hidden = draft.start(inputs.features)
     masked = draft.masked_start().expand(steps - 1, *hidden.shape).flatten(0, 1)
-    tokens = mask_embedding.expand(steps - 1, *hidden.shape).flatten(0, 1)
-    stacked = torch.stack(angles).unflatten(1, (parts, -1)).transpose(0, 1).flatten(0, 2)
+    tokens = inputs.mask_embedding.expand(steps - 1, *hidden.shape).flatten(0, 1)
+    angles = torch.stack(list(inputs.angles)).unflatten(1, (parts, -1)).transpose(0, 1)
     output, _ = draft.step(
-        torch.cat([embedding, tokens]),
+        torch.cat([inputs.embedding(0), tokens]),
         torch.cat([hidden, masked]),
-        stacked,
+        angles.flatten(0, 2),
         StackedSteps(state, steps, parts),
     )
     return list(output.unflatten(0, (steps, -1)).unbind(0))

@@ -47,6 +47,15 @@ class VocabShard:
         return max(0, min(self.padded_rows, self.size - self.start))
 
 
+def draft_vocab_shard(
+    draft_size: int, vocab_size: int, base_padded_rows: int, group: ProcessGroup
+) -> VocabShard:
+    """Return this rank's shard of the draft vocabulary: the base's own shard when nothing is
+    compressed, else ``draft_size`` ids cut evenly over ``group``."""
+    padded = base_padded_rows if draft_size == vocab_size else None
+    return VocabShard.of(draft_size, group, padded)
+
+
 def combine_log_sum_exp(maxima: Tensor, sums: Tensor) -> Tensor:
     """logsumexp over all shards from their [T, N] maxima and sums; [N], no collective."""
     top = maxima.max(dim=0).values

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_eagle.loss.shard_softmax import shard_softmax_
-from megatron_eagle.parallel.vocab import VocabShard
+from megatron_eagle.parallel.vocab import VocabShard, draft_vocab_shard
 from megatron_eagle.platform.products import product_fp32
 
 
@@ -96,12 +96,3 @@ class TeacherHead:
     def targets(self, final_hidden: Tensor) -> TeacherTargets:
         """Targets of ``final_hidden`` [M, H]; nothing is computed yet."""
         return TeacherTargets(self, final_hidden)
-
-
-def draft_vocab_shard(
-    draft_size: int, vocab_size: int, base_padded_rows: int, group: ProcessGroup
-) -> VocabShard:
-    """This rank's shard of the draft vocabulary: the base's own shard when nothing is compressed,
-    else ``draft_size`` cut evenly."""
-    padded = base_padded_rows if draft_size == vocab_size else None
-    return VocabShard.of(draft_size, group, padded)

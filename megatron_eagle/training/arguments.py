@@ -59,7 +59,7 @@ def parse_eagle_args(options: EagleConfig) -> tuple[argparse.Namespace, BaseInfo
     Raises ``ValueError`` naming the flag for a mistake that every rank sees alike.
     """
     user = sys.argv[1:]
-    base = _base_info(options.base_checkpoint)
+    base = _base_info(options.train.base_checkpoint)
     _check_supported(user)
     if "--multi-latent-attention" in user and "multi_latent_attention" not in base.megatron_args:
         raise ValueError("--multi-latent-attention contradicts the base checkpoint, which has none")
@@ -69,11 +69,11 @@ def parse_eagle_args(options: EagleConfig) -> tuple[argparse.Namespace, BaseInfo
     args = parse_and_validate_args(extra_args_provider=add_eagle_flags)
     _check_dimensions(args, base)
     _check_recompute(args, options)
-    if options.reads_documents and args.eval_iters:
-        flag = "train-data" if options.offline_features is None else "offline-features"
+    if options.train.reads_documents and args.eval_iters:
+        flag = "train-data" if options.train.offline_features is None else "offline-features"
         raise ValueError(f"--eval-iters {args.eval_iters}: --eagle-{flag} has no validation")
     check_micro_batches(args)
-    if options.pack:
+    if options.train.pack:
         _check_packing(args)
     options.check_against_base(args.num_layers, base.vocab_size, args.seq_length)
     return args, base
@@ -111,7 +111,7 @@ def _implied_flags(base: BaseInfo, options: EagleConfig, user: Sequence[str]) ->
     if find_spec("fused_weight_gradient_mlp_cuda") is None:  # Apex's, which both heads' layers want
         words += ["--no-gradient-accumulation-fusion"]
     words += layout_flags(user)
-    if options.reads_documents:
+    if options.train.reads_documents:
         # The file holds ids, and no validation split.
         words += ["--tokenizer-type", "NullTokenizer", "--eval-iters", "0"]
         words += ["--eval-interval", "1000000000"]
@@ -144,9 +144,10 @@ def _check_recompute(args: argparse.Namespace, options: EagleConfig) -> None:
             raise ValueError(
                 f"--recompute-modules {module} is not supported, only {' and '.join(RECOMPUTABLE)}"
             )
-        if module == "mlp" and args.recompute_granularity is not None and options.num_experts:
+        experts = options.spec.num_experts
+        if module == "mlp" and args.recompute_granularity is not None and experts:
             raise ValueError(
-                f"--recompute-modules mlp: a draft of --eagle-num-experts {options.num_experts} "
+                f"--recompute-modules mlp: a draft of --eagle-num-experts {experts} "
                 "has none, and experts are not recomputed"
             )
 

@@ -17,7 +17,8 @@ from torch import Tensor
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.checkpoint.reader import DraftCheckpoint
 from megatron_eagle.config import EagleConfig
-from megatron_eagle.config.checks import flag_name
+from megatron_eagle.config.option import flag_name
+from megatron_eagle.config.widths import layer_widths
 from megatron_eagle.hf.base.moe_args import moe_layers
 
 QKV = "self_attention.linear_qkv.weight"
@@ -34,19 +35,19 @@ Tensors = Mapping[str, Callable[[], Tensor]]
 
 def check_base_start(options: EagleConfig, base: BaseInfo) -> None:
     """Raise ``ValueError`` if the draft's layers cannot be copies of the base's last."""
-    if not options.init_from_base:
+    if not options.train.init_from_base:
         return
     args, flag = base.megatron_args, "--eagle-init-from-base"
     if args.get("multi_latent_attention"):
         raise ValueError(f"{flag}: layers of multi-latent attention are not copied")
-    if options.num_layers > args["num_layers"]:
+    if options.spec.num_layers > args["num_layers"]:
         raise ValueError(
-            f"{flag}: --eagle-num-layers {options.num_layers}, but the base has "
+            f"{flag}: --eagle-num-layers {options.spec.num_layers}, but the base has "
             f"{args['num_layers']} layers"
         )
-    if any(moe_layers(args)[-options.num_layers :]):
+    if any(moe_layers(args)[-options.spec.num_layers :]):
         raise ValueError(f"{flag}: the base's last layer has experts, a dense draft has not")
-    for name, width in options.layer_widths(args).items():
+    for name, width in layer_widths(options.spec, args).items():
         if width != args[name]:
             raise ValueError(f"{flag}: {flag_name(name)} {width}, but the base has {args[name]}")
 
@@ -67,10 +68,8 @@ class BaseStart:
     Reading one takes the memory of that tensor, of one layer; no collective.
     """
 
-    def __init__(
-        self, options: EagleConfig, base: BaseInfo, directory: str, vocab_ids: Tensor
-    ) -> None:
-        self.options, self.args, self.vocab_ids = options, base.megatron_args, vocab_ids
+    def __init__(self, num_layers: int, base: BaseInfo, directory: str, vocab_ids: Tensor) -> None:
+        self.num_layers, self.args, self.vocab_ids = num_layers, base.megatron_args, vocab_ids
         self.checkpoint = DraftCheckpoint.open(directory)
 
     def tensors(self, aux_layers: int, scale: float, init_std: float) -> Tensors:
@@ -84,7 +83,7 @@ class BaseStart:
             "draft.norm.weight": partial(self._whole, "decoder.final_layernorm.weight"),
             "draft.lm_head.weight": partial(self._rows, head, self.vocab_ids.tolist()),
         }
-        count = self.options.num_layers
+        count = self.num_layers
         last = self.args["num_layers"]
         for index, layer in enumerate(range(last - count, last)):
             prefix = f"draft.layers.{index}."

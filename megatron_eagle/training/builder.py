@@ -17,8 +17,9 @@ from megatron_eagle.attention.rope import attention_factor, set_attention_factor
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.data.features.store import FeaturePlan, read_plan
-from megatron_eagle.draft.layer_config import draft_config, draft_rotary
-from megatron_eagle.draft.metadata import draft_metadata, encode_metadata
+from megatron_eagle.draft.build import build_draft
+from megatron_eagle.draft.layer_config import draft_rotary
+from megatron_eagle.draft.metadata import encode_metadata, resolved_spec, run_metadata
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.hf.draft.import_hf import StoredDraft
 from megatron_eagle.layers.backend import (
@@ -34,7 +35,6 @@ from megatron_eagle.pipeline.replicas import FinalizeReplicas, equal_start
 from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.build import build_base, load_base
 from megatron_eagle.teacher.offline import OfflineBase, config_without_layers, without_layers
-from megatron_eagle.teacher.targets import draft_vocab_shard
 from megatron_eagle.teacher.vocab_shards import VocabShards
 from megatron_eagle.training.base_start import BaseStart, left_out
 from megatron_eagle.training.warm_start import load_base_start, load_warm_start
@@ -70,42 +70,42 @@ class ModelBuilder:
         base_config.recompute_granularity = None  # it keeps nothing for a backward
         # Its weights are loaded; and so the draft's start does not depend on the base's size.
         base_config.perform_initialization = False
-        captured = self.options.captured_layers(config.num_layers)
+        aux_layers = self.options.spec.aux_layers_of(config.num_layers)
         use_te = args.transformer_impl == "transformer_engine"
         backend = transformer_engine_backend() if use_te else local_backend()
         links = _stage_links(pg_collection.pp)
         if links is not None:
             base_config.finalize_model_grads_func = FinalizeReplicas(links.group)
-        plan = self._features(captured)
+        plan = self._features(aux_layers)
         if plan is not None:
             base_config = config_without_layers(base_config)
         gpt = build_base(base_config, self.base, backend, pg_collection, pre_process, post_process)
         if plan is not None:
             gpt = without_layers(gpt)
         shards = VocabShards(gpt)
-        assert self.options.base_checkpoint is not None
-        print_rank_0(f"> loading the base from {self.options.base_checkpoint}")
-        load_base(gpt, self.options.base_checkpoint, shards)
+        assert self.options.train.base_checkpoint is not None
+        print_rank_0(f"> loading the base from {self.options.train.base_checkpoint}")
+        load_base(gpt, self.options.train.base_checkpoint, shards)
         for part in (gpt, shards):  # they run here, before Megatron moves the model
             part.cuda(torch.cuda.current_device())
         if plan is None:
-            base = FrozenBase(gpt, captured, self.base.vocab_size, shards)
+            base = FrozenBase(gpt, aux_layers, self.base.vocab_size, shards)
         else:
-            base = OfflineBase(gpt, captured, self.base.vocab_size, plan.layer_sizes)
+            base = OfflineBase(gpt, aux_layers, self.base.vocab_size, plan.layer_sizes)
         draft = self._build_draft(config, backend, base, pg_collection)
-        draft.cuda(torch.cuda.current_device())
         if self.warm_start is not None:
             print_rank_0(f"> starting from the draft in {self.warm_start.source}")
             load_warm_start(draft, self.warm_start)
-        elif self.options.init_from_base:
+        elif self.options.train.init_from_base:
             self._start_as_base(draft, lambda: base.layer_sizes(ForwardPass.over(base, links)))
         else:
             draft.start_evenly(lambda: base.layer_sizes(ForwardPass.over(base, links)))
         if links is not None:
             equal_start(draft, links.group)
+        numbers = " ".join(map(str, aux_layers)) or "none"
         print_rank_0(
             f"> draft: {sum(p.numel() for p in draft.parameters()):,} parameters per rank, "
-            f"{self.options.algorithm}, layers {' '.join(map(str, captured)) or 'none'} captured, "
+            f"{self.options.spec.algorithm}, aux layers {numbers}, "
             f"{self.vocab_ids.numel():,} of {self.base.vocab_size:,} token ids"
         )
         if draft.tp_group.size() > 1:
@@ -113,32 +113,33 @@ class ModelBuilder:
         return EagleGPTModel(base, draft, self.options, links)
 
     def _start_as_base(self, draft: EagleDraft, layer_sizes: Callable[[], Tensor]) -> None:
-        assert self.options.base_checkpoint is not None
-        print_rank_0(f"> starting from the base's last layer{'s' * (self.options.num_layers > 1)}")
+        assert self.options.train.base_checkpoint is not None
+        layers = self.options.spec.num_layers
+        print_rank_0(f"> starting from the base's last layer{'s' * (layers > 1)}")
         if lost := left_out(self.base):
             print_rank_0(f"> ... without their {lost}, which a draft has not")
         start = BaseStart(
-            self.options, self.base, self.options.base_checkpoint, self.vocab_ids.cpu()
+            layers, self.base, self.options.train.base_checkpoint, self.vocab_ids.cpu()
         )
         load_base_start(draft, start, layer_sizes)
 
-    def _features(self, captured: tuple[int, ...]) -> FeaturePlan | None:
+    def _features(self, aux_layers: tuple[int, ...]) -> FeaturePlan | None:
         """What ``--eagle-offline-features`` holds, checked to be what this run captures."""
-        if self.options.offline_features is None:
+        if self.options.train.offline_features is None:
             return None
-        plan = read_plan(Path(self.options.offline_features))
-        if plan.aux_layers != captured:
+        plan = read_plan(Path(self.options.train.offline_features))
+        if plan.aux_layers != aux_layers:
             raise ValueError(
-                f"--eagle-offline-features {self.options.offline_features}: of layers "
+                f"--eagle-offline-features {self.options.train.offline_features}: of layers "
                 f"{' '.join(map(str, plan.aux_layers))}, this run captures "
-                f"{' '.join(map(str, captured))} (--eagle-aux-layers)"
+                f"{' '.join(map(str, aux_layers))} (--eagle-aux-layers)"
             )
         return plan
 
     def _teacher_size(self, args: Any, columns: int) -> str:
         """What the targets of a micro-batch would take if every token were supervised."""
         tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
-        size, limit = teacher_bytes(tokens, columns) >> 20, self.options.teacher_memory
+        size, limit = teacher_bytes(tokens, columns) >> 20, self.options.train.teacher_memory
         kept = "kept" if size <= limit else "made and used one chunk of rows at a time"
         return (
             f"> teacher targets: at most {size:,} MiB per rank and micro-batch, {kept} "
@@ -148,27 +149,25 @@ class ModelBuilder:
     def _build_draft(
         self, config: Any, backend: LayerBackend, base: FrozenBase, pg_collection: Any
     ) -> EagleDraft:
-        shard = draft_vocab_shard(
-            self.vocab_ids.numel(),
-            self.base.vocab_size,
-            base.output_weight.shape[0],
-            pg_collection.tp,
-        )
-        metadata = draft_metadata(
-            self.options, self.base, base.capture.layers, self.vocab_ids.numel(),
-            pg_collection.ep.size() if self.options.num_experts is not None else 1,
-        )  # fmt: skip
-        return EagleDraft(
-            draft_config(config, self.options),
-            backend,
-            self.options,
-            len(base.capture.layers),
-            self.vocab_ids.to(base.output_weight.device),
-            shard,
-            encode_metadata(metadata).to(base.output_weight.device),
-            pg_collection,
-            lambda: base.output_weight,
-            draft_rotary(base.rotary, self.base, self.options, base.output_weight.device),
+        options, aux_layers = self.options, base.capture.layers
+        spec = resolved_spec(options.spec, self.base, aux_layers, self.vocab_ids.numel())
+        metadata = run_metadata(options, self.base, spec, pg_collection.ep.size())
+        device = base.output_weight.device
+        return build_draft(
+            spec=spec,
+            num_aux=len(aux_layers),
+            base_config=config,
+            backend=backend,
+            vocab_ids=self.vocab_ids,
+            vocab_size=self.base.vocab_size,
+            base_head=lambda: base.output_weight,
+            base_head_rows=base.output_weight.shape[0],
+            rotary=draft_rotary(base.rotary, self.base, spec, device),
+            metadata=encode_metadata(metadata),
+            pg_collection=pg_collection,
+            device=device,
+            moe_aux_loss_coeff=options.moe_aux_loss_coeff,
+            initialize=config.perform_initialization,
         )
 
 

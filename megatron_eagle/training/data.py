@@ -50,12 +50,12 @@ class DatasetProvider:
 
     def _datasets(self, num_samples: Sequence[int]) -> tuple:
         args = get_args()
-        if self.options.reads_documents:
+        if self.options.train.reads_documents:
             documents = training_documents(self.options, self.base)
             fitted = FittedDocuments(documents, args.seq_length)
             _tell_what_is_cut(fitted, len(documents.lengths))
-            train = DocumentDataset(fitted, num_samples[0], args.seed, self.options.pack)
-            if self.options.pack:
+            train = DocumentDataset(fitted, num_samples[0], args.seed, self.options.train.pack)
+            if self.options.train.pack:
                 filled = fitted.lengths.sum() / (train.samples_per_epoch * args.seq_length)
                 print_rank_0(
                     f"> {len(fitted):,} documents packed into {train.samples_per_epoch:,} "
@@ -147,7 +147,7 @@ def count_supervised(args: Any, options: EagleConfig, base: BaseInfo) -> Tensor:
     """How often training supervises each id, [V] int64: of the documents, or of a sample of the
     tokens of ``--data-path`` (proportions)."""
     vocab_size = base.vocab_size
-    if options.reads_documents:
+    if options.train.reads_documents:
         return training_documents(options, base).counts(vocab_size)
     if args.mock_data:
         return torch.ones(vocab_size, dtype=torch.int64)

@@ -48,7 +48,7 @@ class AcceptanceEvaluation:
     def __init__(
         self, args: Any, options: EagleConfig, base: BaseInfo, log: MetricsLog | None
     ) -> None:
-        assert options.eval_prompts is not None
+        assert options.train.eval_prompts is not None
         if args.transformer_impl != "local":
             # Only our core attention takes a cache of keys and values.
             raise ValueError(
@@ -57,7 +57,7 @@ class AcceptanceEvaluation:
         self.options, self.base, self.log = options, base, log
         tokenizer = args.tokenizer_model if args.tokenizer_type == HF_TOKENIZER else None
         self.prompts = read_prompt_ids(
-            Path(options.eval_prompts),
+            Path(options.train.eval_prompts),
             tokenizer,
             base.vocab_size,
             "--eagle-eval-prompts",
@@ -65,15 +65,15 @@ class AcceptanceEvaluation:
         )
         check_lengths(
             self.prompts,
-            options.eval_new_tokens,
+            options.train.eval_new_tokens,
             base.megatron_args["max_position_embeddings"],
             "--eagle-eval-new-tokens",
         )
         self.settings: dict[str, Any] = {
             "base": base.fingerprint,
             "prompts_sha256": digest(self.prompts),
-            "max_new_tokens": options.eval_new_tokens,
-            "draft_tokens": options.eval_draft_tokens or options.ttt_steps,
+            "max_new_tokens": options.train.eval_new_tokens,
+            "draft_tokens": options.train.eval_draft_tokens or options.train.ttt_steps,
         }
         self.best = None
         if args.save is not None:
@@ -86,7 +86,7 @@ class AcceptanceEvaluation:
 
         def called(model: Any, optimizer: Any, scheduler: Any, iteration: int, *rest: Any) -> Any:
             last = iteration == get_args().train_iters
-            if last or iteration % self.options.eval_interval == 0:
+            if last or iteration % self.options.train.eval_interval == 0:
                 self._evaluate(model, optimizer, iteration)
             return after_step(model, optimizer, scheduler, iteration, *rest)
 
@@ -119,7 +119,7 @@ class AcceptanceEvaluation:
                 self.prompts,
                 links=eagle.links,
                 share=self._share,
-                max_new_tokens=self.options.eval_new_tokens,
+                max_new_tokens=self.options.train.eval_new_tokens,
                 draft_tokens=self.settings["draft_tokens"],
                 stop_ids=stop_ids(self.base),
                 compare=False,

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.config import EagleConfig
-from megatron_eagle.config.checks import flag_name
-from megatron_eagle.config.widths import SHARDED_WIDTHS
+from megatron_eagle.config.option import flag_name
+from megatron_eagle.config.widths import TP_WIDTHS, layer_widths
 
 _VIRTUAL_FLAGS = (
     "--num-layers-per-virtual-pipeline-stage",
@@ -26,7 +26,7 @@ def check_layout(user: Sequence[str], base: BaseInfo, options: EagleConfig) -> N
     processes, the base or the sequence length."""
     given = _layout(user)
     stages = given.pipeline_model_parallel_size
-    if options.offline_features is not None and stages > 1:
+    if options.train.offline_features is not None and stages > 1:
         raise ValueError(
             f"--pipeline-model-parallel-size {stages}: with --eagle-offline-features there are no "
             "base layers to cut; leave it out, and these ranks are data-parallel"
@@ -40,7 +40,7 @@ def check_layout(user: Sequence[str], base: BaseInfo, options: EagleConfig) -> N
             "pipeline-model-parallel": given.pipeline_model_parallel_size,
         }
     )
-    if options.num_experts is not None:
+    if options.spec.num_experts is not None:
         _check_experts(given, base, options)
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "hidden_size"):
         if base.megatron_args[name] % tensor:
@@ -48,8 +48,8 @@ def check_layout(user: Sequence[str], base: BaseInfo, options: EagleConfig) -> N
                 f"--tensor-model-parallel-size {tensor} does not divide "
                 f"the base's {name} = {base.megatron_args[name]}"
             )
-    for name, width in options.layer_widths(base.megatron_args).items():
-        if name in SHARDED_WIDTHS and width % tensor:
+    for name, width in layer_widths(options.spec, base.megatron_args).items():
+        if name in TP_WIDTHS and width % tensor:
             raise ValueError(
                 f"--tensor-model-parallel-size {tensor} does not divide the draft's "
                 f"{name} = {width} ({flag_name(name)})"
@@ -57,7 +57,7 @@ def check_layout(user: Sequence[str], base: BaseInfo, options: EagleConfig) -> N
     _check_layers(given, base.megatron_args["num_layers"])
     _check_base_experts(given, base.megatron_args.get("num_experts"))
     if given.seq_length is not None:
-        _check_sequence(given, options.ttt_steps)
+        _check_sequence(given, options.train.ttt_steps)
 
 
 def check_micro_batches(args: argparse.Namespace) -> None:
@@ -88,8 +88,8 @@ def layout_flags(user: Sequence[str]) -> list[str]:
 
 def _check_experts(given: argparse.Namespace, base: BaseInfo, options: EagleConfig) -> None:
     """What Megatron's MoE layers ask for; a draft's experts are cut as the base's."""
-    assert options.num_experts is not None
-    shown = f"--eagle-num-experts {options.num_experts}"
+    assert options.spec.num_experts is not None
+    shown = f"--eagle-num-experts {options.spec.num_experts}"
     if given.tensor_model_parallel_size > 1 and not given.sequence_parallel:
         raise ValueError(f"{shown} needs --sequence-parallel with tensor parallelism")
     expert_tensor = given.expert_tensor_parallel_size or base.megatron_args.get(
@@ -100,12 +100,12 @@ def _check_experts(given: argparse.Namespace, base: BaseInfo, options: EagleConf
             f"{shown} is not supported with --expert-tensor-parallel-size {expert_tensor} beside "
             f"--tensor-model-parallel-size {given.tensor_model_parallel_size}"
         )
-    if options.num_experts % given.expert_model_parallel_size:
+    if options.spec.num_experts % given.expert_model_parallel_size:
         raise ValueError(
             f"--expert-model-parallel-size {given.expert_model_parallel_size} does not divide "
             f"{shown}"
         )
-    width = options.moe_ffn_hidden_size
+    width = options.spec.moe_ffn_hidden_size
     if width is not None and width % given.tensor_model_parallel_size:
         raise ValueError(
             f"--tensor-model-parallel-size {given.tensor_model_parallel_size} does not divide "

@@ -33,13 +33,13 @@ class ForwardStep:
 
     def read(self, iterator: Any) -> EagleBatch:
         """The next micro-batch, on the host."""
-        return next_batch(iterator, self.options.ttt_steps, self.vocab_size)
+        return next_batch(iterator, self.options.train.ttt_steps, self.vocab_size)
 
     def loss(self, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(sum of losses, rows supervised at step 0, metric sums). Megatron divides the summed
         gradients by the rows of the whole global batch."""
         loss, sums = output
-        rows = sums[self.options.ttt_steps].to(torch.int)
+        rows = sums[self.options.train.ttt_steps].to(torch.int)
         return loss, rows, {_SUMS: sums}
 
 
@@ -61,7 +61,7 @@ def replace_schedule(options: EagleConfig) -> None:
                 reports = schedule(**call)
             sums = [report[_SUMS] for report in reports]
             if not sums:  # an evaluation of fewer micro-batches than stages
-                width = ROWS_PER_STEP * options.ttt_steps + 2
+                width = ROWS_PER_STEP * options.train.ttt_steps + 2
                 sums = [torch.zeros(width, device=torch.cuda.current_device())]
             groups = (
                 mpu.get_data_parallel_group(with_context_parallel=True),
@@ -70,9 +70,9 @@ def replace_schedule(options: EagleConfig) -> None:
             return [
                 reduce_metrics(
                     sums,
-                    options.ttt_steps,
-                    options.step_decay,
-                    options.hidden_loss_weight,
+                    options.train.ttt_steps,
+                    options.train.step_decay,
+                    options.regression_weight,
                     groups,
                 )
             ]

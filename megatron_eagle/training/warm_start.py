@@ -16,27 +16,15 @@ from torch import Tensor
 
 from megatron_eagle.checkpoint.directory import BaseInfo, load_base_json
 from megatron_eagle.compat import ShardedTensor, apply_factories, nested_values
-from megatron_eagle.config import EagleConfig
-from megatron_eagle.config.checks import flag_name
+from megatron_eagle.config import DraftSpec, EagleConfig
 from megatron_eagle.config.flags import given_options
-from megatron_eagle.config.widths import LAYER_WIDTHS
+from megatron_eagle.config.option import names
+from megatron_eagle.config.widths import layer_widths
 from megatron_eagle.draft.model import EagleDraft
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.checkpoint import open_checkpoint_draft
 from megatron_eagle.hf.draft.import_hf import StoredDraft, open_hf_draft
 from megatron_eagle.training.base_start import BaseStart, Tensors
-
-# What the weights decide; a flag of the user's that says something else is an error.
-DECIDED = (
-    "algorithm",
-    "attention",
-    "norm_before_fc",
-    "norm_before_residual",
-    "num_experts",
-    "num_layers",
-    "aux_layers",
-    "draft_vocab_size",
-    *LAYER_WIDTHS,
-)
 
 
 def adopt_warm_start(
@@ -48,27 +36,26 @@ def adopt_warm_start(
     Raises ValueError for files that are not a draft of this base, and for a flag in ``argv`` that
     contradicts them.
     """
-    if options.warm_start is None:
+    if options.train.warm_start is None:
         return options, None
-    assert options.base_checkpoint is not None
-    stored = _open(options, load_base_json(options.base_checkpoint))
-    if options.vocab_map is not None:
+    assert options.train.base_checkpoint is not None
+    stored = _open(options, load_base_json(options.train.base_checkpoint))
+    if options.train.vocab_map is not None:
         raise ValueError(
-            f"--eagle-vocab-map {options.vocab_map}: the draft of --eagle-warm-start "
-            f"{options.warm_start} brings its own"
+            f"--eagle-vocab-map {options.train.vocab_map}: the draft of --eagle-warm-start "
+            f"{options.train.warm_start} brings its own"
         )
-    theirs = {name: getattr(stored.info.options, name) for name in DECIDED}
-    theirs["aux_layers"] = stored.info.aux_layers or None
-    if stored.info.compressed:
-        theirs["draft_vocab_size"] = stored.info.draft_vocab_size
-    found = {**theirs, **stored.info.options.layer_widths(stored.info.base.megatron_args)}
-    for name in given_options(argv) & set(DECIDED):
-        if getattr(options, name) != found[name]:
-            raise ValueError(
-                f"{flag_name(name)} {_words(name, getattr(options, name))}: the draft of "
-                f"--eagle-warm-start {options.warm_start} has {_words(name, found[name])}"
+    spec = stored.info.spec
+    args = stored.info.base.megatron_args
+    stored_values = {**vars(spec), **layer_widths(spec, args)}
+    for name in given_options(argv) & set(names(DraftSpec)):
+        value = getattr(options.spec, name)
+        if value != stored_values[name]:
+            raise UserError(
+                f"<{name}> {_words(name, value)}: the draft of <warm_start> "
+                f"{options.train.warm_start} has {_words(name, stored_values[name])}"
             )
-    return dataclasses.replace(options, **theirs), stored
+    return dataclasses.replace(options, spec=spec), stored
 
 
 def load_warm_start(draft: EagleDraft, stored: StoredDraft) -> None:
@@ -117,12 +104,15 @@ def _copy(whole: Tensor, shard: Any) -> None:
 
 
 def _open(options: EagleConfig, base: BaseInfo) -> StoredDraft:
-    assert options.warm_start is not None
-    directory = Path(options.warm_start)
+    assert options.train.warm_start is not None
+    directory = Path(options.train.warm_start)
     try:
         if (directory / "config.json").is_file():
             return open_hf_draft(
-                directory, base, options.aux_layers, False, options.base_checkpoint
+                directory,
+                base,
+                aux_layers=options.spec.aux_layers,
+                base_directory=options.train.base_checkpoint,
             )
         stored = open_checkpoint_draft(directory)
         _check_base(stored, base)

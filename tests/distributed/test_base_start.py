@@ -27,24 +27,27 @@ def started(
 ) -> dict[str, Tensor]:
     """This rank's parameters of a draft that started as the base in ``directory``."""
     groups = megatron_parallel(tp=world)
-    from megatron_eagle.draft.layer_config import draft_config
-    from megatron_eagle.draft.model import EagleDraft
+    from megatron_eagle.draft.build import build_draft
+    from megatron_eagle.draft.layer_config import Rotary
     from megatron_eagle.layers.backend import local_backend
     from megatron_eagle.teacher.build import base_config
-    from megatron_eagle.teacher.targets import draft_vocab_shard
     from megatron_eagle.training.base_start import BaseStart
     from megatron_eagle.training.warm_start import load_base_start
 
     info = load_base_json(directory)
-    config = draft_config(base_config(info, world, sequence_parallel=sequence_parallel), options)
-    draft = EagleDraft(
-        config, local_backend(), options, 3, IDS, draft_vocab_shard(IDS.numel(), 61, 64, groups.tp),
-        torch.zeros(1, dtype=torch.uint8), groups, torch.Tensor, torch.arange,
+    draft = build_draft(
+        spec=options.spec, num_aux=3, backend=local_backend(), vocab_ids=IDS, vocab_size=61,
+        base_config=base_config(info, world, sequence_parallel=sequence_parallel),
+        base_head=torch.Tensor, base_head_rows=64, rotary=Rotary(torch.arange),
+        metadata=torch.zeros(1, dtype=torch.uint8), pg_collection=groups,
+        device=torch.device("cpu"),
     )  # fmt: skip
     with torch.no_grad():
         for parameter in draft.parameters():
             parameter.fill_(7.0)
-    load_base_start(draft, BaseStart(options, info, directory, IDS), lambda: SIZES_OF_LAYERS)
+    load_base_start(
+        draft, BaseStart(options.spec.num_layers, info, directory, IDS), lambda: SIZES_OF_LAYERS
+    )
     return dict(draft.named_parameters())
 
 
@@ -84,13 +87,13 @@ def test_every_shard(
 ) -> None:
     base = make_base(tmp_path / "hf", family, num_hidden_layers=7)
     import_base(tmp_path / "hf", tmp_path / "base")
-    options = EagleConfig(init_from_base=True, draft_vocab_size=IDS.numel(), **changes)
+    options = EagleConfig.of(init_from_base=True, draft_vocab_size=IDS.numel(), **changes)
     args = (str(tmp_path / "base"), options, sequence_parallel)
     theirs = {name: tensor.detach() for name, tensor in base.state_dict().items()}
     for rank, found in enumerate(run_distributed(started, world, *args)):
         expected = {"norm.weight": theirs["model.norm.weight"]}
-        for index in range(options.num_layers):
-            prefix, number = f"layers.{index}.", 7 - options.num_layers + index
+        for index in range(options.spec.num_layers):
+            prefix, number = f"layers.{index}.", 7 - options.spec.num_layers + index
             expected |= layer(theirs, prefix, number, rank, world)
             norm, qkv = expected.pop("norm"), expected.pop("qkv")
             if index == 0:
@@ -105,8 +108,8 @@ def test_every_shard(
         expected["lm_head.weight"] = head
         found["lm_head.weight"] = found["lm_head.weight"][: head.shape[0]]
         # In front of fc, the norms took the size out.
-        size = {"eagle3.1": 6.0, "eagle3": 1.0}[options.algorithm]
-        if options.norm_before_fc:
+        size = {"eagle3.1": 6.0, "eagle3": 1.0}[options.spec.algorithm]
+        if options.spec.norm_before_fc:
             size = float((41 / 3) ** 0.5)
         fc = torch.cat([torch.zeros(HIDDEN, 2 * HIDDEN), size * torch.eye(HIDDEN)], dim=1)
         expected["fc.weight"] = fc if sequence_parallel else fc.chunk(world)[rank]
@@ -120,7 +123,7 @@ def test_queries_and_keys_that_need_norms_start_at_random(tmp_path: Path) -> Non
     """Qwen3's are of any size without their norms; its values are taken over."""
     base = make_base(tmp_path / "hf", "qwen3")
     import_base(tmp_path / "hf", tmp_path / "base")
-    options = EagleConfig(init_from_base=True, draft_vocab_size=IDS.numel())
+    options = EagleConfig.of(init_from_base=True, draft_vocab_size=IDS.numel())
     name = "layers.0.self_attention.linear_qkv.weight"
     ranks = run_distributed(started, 2, str(tmp_path / "base"), options, False)
     whole = torch.cat([found[name] for found in ranks])
@@ -149,5 +152,5 @@ def test_layers_that_cannot_be_copied(
     import_base(tmp_path / "hf", tmp_path / "base")
     base = load_base_json(tmp_path / "base")
     with pytest.raises(ValueError, match=r"--eagle-init-from-base: ") as error:
-        check_base_start(EagleConfig(init_from_base=True, **changes), base)
+        check_base_start(EagleConfig.of(init_from_base=True, **changes), base)
     assert message in str(error.value) and "\n" not in str(error.value)

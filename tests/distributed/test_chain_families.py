@@ -14,7 +14,7 @@ from torch import Tensor
 from megatron_eagle.checkpoint.directory import load_base_json
 from megatron_eagle.hf.base.import_base import import_base
 from megatron_eagle.testing.harness import megatron_parallel, run_distributed
-from tests.helpers.draft_fixture import Case, draft_options, load_reference_weights
+from tests.helpers.draft_fixture import Case, draft_spec, load_reference_weights
 from tests.helpers.tiny_hf import SIZES, make_base
 from tests.reference.decode import draft_chain
 from tests.reference.eagle3 import ReferenceConfig, ReferenceEagle3
@@ -73,7 +73,6 @@ def propose(
     """The first chain after prefilling the prompts: the base's tokens and each draft's."""
     sequence_parallel = layout.get("sp", False)
     groups = megatron_parallel(**{name: size for name, size in layout.items() if name != "sp"})
-    from megatron_eagle.config import EagleConfig
     from megatron_eagle.decode import load
     from megatron_eagle.decode.base import CachedBase
     from megatron_eagle.decode.chain import DraftChain
@@ -89,10 +88,10 @@ def propose(
     load.base_config = partial(load.base_config, sequence_parallel=sequence_parallel)
     result = {}
     for name, case in cases.items():
-        options = EagleConfig(**draft_options(case.config))
         captured = () if case.config.eagle1 else AUX_LAYERS
         size = case.vocab_ids.numel()
-        info = DraftInfo(captured, DRAFTS, size, base, options)
+        size = None if size == base.vocab_size else size
+        info = DraftInfo(draft_spec(case.config, captured, size), base, DRAFTS)
         about = load.DraftCheckpointInfo(info, case.vocab_ids, encode_metadata({}))
         frozen = load.load_base(directory, base, groups, captured)
         draft = load.fresh_draft(about, frozen, links)

@@ -17,7 +17,7 @@ import torch
 from megatron_eagle.checkpoint.directory import load_base_json
 from megatron_eagle.hf.base.import_base import import_base
 from megatron_eagle.testing.harness import megatron_parallel, run_distributed
-from tests.helpers.draft_fixture import Case, draft_options, load_reference_weights
+from tests.helpers.draft_fixture import Case, draft_spec, load_reference_weights
 from tests.helpers.pipeline_fixture import PipelineCase, build_pipeline
 from tests.helpers.tiny_hf import SIZES, make_base
 from tests.reference.eagle3 import ReferenceConfig, ReferenceEagle3
@@ -124,7 +124,6 @@ def evaluate(rank: int, world: int, setup: Setup, layout: dict[str, Any]) -> dic
 
 def load(setup: Setup, layout: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     groups = megatron_parallel(**layout)
-    from megatron_eagle.config import EagleConfig
     from megatron_eagle.decode.load import DraftCheckpointInfo, fresh_draft, load_base
     from megatron_eagle.draft.metadata import encode_metadata
     from megatron_eagle.hf.draft.info import DraftInfo
@@ -133,12 +132,10 @@ def load(setup: Setup, layout: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     info = load_base_json(setup.base)
     base = load_base(setup.base, info, groups, CAPTURED)
     links = StageLinks(groups.pp) if groups.pp.size() > 1 else None
-    options = EagleConfig(**draft_options(setup.draft.config))
-    size = setup.draft.vocab_ids.numel()
+    spec = draft_spec(setup.draft.config, CAPTURED, setup.draft.vocab_ids.numel())
     about = DraftCheckpointInfo(
-        DraftInfo(CAPTURED, DRAFTS, size, info, options), setup.draft.vocab_ids,
-        encode_metadata({}),
-    )  # fmt: skip
+        DraftInfo(spec, info, DRAFTS), setup.draft.vocab_ids, encode_metadata({})
+    )
     draft = fresh_draft(about, base, links)
     load_reference_weights(draft, setup.draft)
     return base, draft, links, groups

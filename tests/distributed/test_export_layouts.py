@@ -93,7 +93,7 @@ def test_exported_equals_reference(tmp_path: Path, world: int, changes: dict[str
     run_distributed(save_case, world, case, metadata, str(iteration))
     several_mla = case.config.kv_lora_rank and case.config.num_layers > 1
     layout = "vllm" if case.config.norm_before_residual or several_mla else "hf"
-    export_draft(tmp_path / "ckpt", tmp_path / "hf", layout=FORMATS[layout])
+    export_draft(tmp_path / "ckpt", tmp_path / "hf", fmt=FORMATS[layout])
     exported = ReferenceEagle3.from_hf(tmp_path / "hf", case.embedding)
     assert exported.vocab_ids.equal(case.vocab_ids)
     weights = dict(exported.named_parameters())

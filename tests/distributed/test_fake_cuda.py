@@ -58,7 +58,7 @@ def _train_forward(rank: int, _: int, world: int, sequence_parallel: bool, dtype
     )
     model_parallel_cuda_manual_seed(1)
     groups = ProcessGroupCollection.use_mpu_process_groups()
-    options = EagleConfig(base_checkpoint="base", aux_layers=(1, 2, 3), mask_out_of_vocab=True)
+    options = EagleConfig.of(base_checkpoint="base", aux_layers=(1, 2, 3), mask_out_of_vocab=True)
     info = BaseInfo("llama", "fake", "", VOCAB, {}, BASE_ARGS)
     flags = Namespace(
         transformer_impl="local", micro_batch_size=2, seq_length=16, context_parallel_size=1

@@ -89,7 +89,7 @@ def packed_and_alone(rank: int, world: int, layout: dict[str, Any]) -> tuple[Any
     model = real_model(groups, layout)
     torch.manual_seed(0)
     tokens, mask = torch.randint(61, (2, 24)), (torch.rand(2, 24) < 0.7).float()
-    context, steps = (groups.cp.rank(), context_parallel), model.options.ttt_steps
+    context, steps = (groups.cp.rank(), context_parallel), model.options.train.ttt_steps
 
     def build(tokens: Tensor, mask: Tensor, positions: Tensor | None) -> Any:
         return EagleBatch.build(tokens, mask, steps, 4, context=context, positions=positions)
@@ -136,8 +136,8 @@ def real_model(groups: Any, layout: dict[str, Any]) -> Any:
     from megatron_eagle.draft.model import EagleDraft
     from megatron_eagle.layers.backend import local_backend
     from megatron_eagle.model import EagleGPTModel
+    from megatron_eagle.parallel.vocab import draft_vocab_shard
     from megatron_eagle.teacher.base import FrozenBase
-    from megatron_eagle.teacher.targets import draft_vocab_shard
 
     config = TransformerConfig(
         num_layers=3, hidden_size=32, ffn_hidden_size=48, num_attention_heads=4,
@@ -156,14 +156,15 @@ def real_model(groups: Any, layout: dict[str, Any]) -> Any:
         pg_collection=groups,
     )  # fmt: skip
     base = FrozenBase(gpt, (0, 1, 2), 61)
-    options = EagleConfig(ttt_steps=3, aux_layers=(0, 1, 2))
+    options = EagleConfig.of(ttt_steps=3, aux_layers=(0, 1, 2))
     ids = torch.arange(0, 61, 2)
     shard = draft_vocab_shard(ids.numel(), 61, base.output_weight.shape[0], groups.tp)
     one_layer = copy.copy(config)
     one_layer.num_layers = 1
     one_layer.window_size, one_layer.softmax_type = None, "vanilla"
     draft = EagleDraft(
-        one_layer, backend, options, 3, ids, shard, encode_metadata({}), groups,
-        lambda: base.output_weight, base.rotary,
+        config=one_layer, backend=backend, spec=options.spec, num_aux=3, vocab_ids=ids,
+        shard=shard, metadata=encode_metadata({}), pg_collection=groups,
+        base_head=lambda: base.output_weight, rotary=base.rotary,
     )  # fmt: skip
     return EagleGPTModel(base, draft, options)

@@ -67,19 +67,16 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 def build(world: int, directory: str, case: Case) -> tuple[Any, Any]:
     """The base and the draft, on this rank."""
     groups = megatron_parallel(tp=world)
-    from megatron_eagle.config import EagleConfig
+    from megatron_eagle.config import DraftSpec
     from megatron_eagle.decode.load import DraftCheckpointInfo, fresh_draft, load_base
-    from megatron_eagle.draft.metadata import encode_metadata
+    from megatron_eagle.draft.metadata import draft_metadata, encode_metadata
     from megatron_eagle.hf.draft.info import DraftInfo
 
     base = load_base_json(directory)
     layers, size = case.config.num_layers, case.vocab_ids.numel()
-    options = EagleConfig(num_layers=layers)
-    info = DraftInfo(AUX_LAYERS, DRAFTS, size, base, options)
-    metadata = encode_metadata({
-        "config": options.to_mapping(), "aux_layers": list(AUX_LAYERS), "ttt_steps": DRAFTS,
-        "draft_vocab_size": size, "base": base.as_dict(),
-    })  # fmt: skip
+    spec = DraftSpec(num_layers=layers, aux_layers=AUX_LAYERS, draft_vocab_size=size)
+    info = DraftInfo(spec, base, DRAFTS)
+    metadata = encode_metadata(draft_metadata(spec, base, ttt_steps=DRAFTS))
     frozen = load_base(directory, base, groups, AUX_LAYERS)
     draft = fresh_draft(DraftCheckpointInfo(info, case.vocab_ids, metadata), frozen)
     load_reference_weights(draft, case)

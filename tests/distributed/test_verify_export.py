@@ -56,7 +56,7 @@ def exported(folder: Path, layout: str, dtype: torch.dtype | None, **changes: An
     from megatron_eagle.hf.draft.formats import FORMATS
 
     TrainedDraft.make(**changes, base=BASE).save(folder / "draft")
-    export_draft(folder / "draft", folder / "hf", dtype, layout=FORMATS[layout])
+    export_draft(folder / "draft", folder / "hf", dtype=dtype, fmt=FORMATS[layout])
     return [folder / "draft", folder / "hf"]
 
 

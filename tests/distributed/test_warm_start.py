@@ -23,7 +23,7 @@ from tests.reference.eagle3 import ReferenceEagle3
 def open_stored(directory: str, case: Case) -> StoredDraft:
     base = parse_base(metadata_of(case.config)["base"], "the test's base")
     if (Path(directory) / "config.json").exists():
-        return open_hf_draft(directory, base, None, adapt=False)
+        return open_hf_draft(directory, base)
     return open_checkpoint_draft(directory)
 
 

@@ -125,7 +125,7 @@ def test_converted_draft_gives_the_same_logits(
     from tests.reference.eagle3 import ReferenceEagle3
 
     _, checkpoint = whole
-    export_draft(checkpoint, tmp_path / "hf", None, False, lambda line: None)
+    export_draft(checkpoint, tmp_path / "hf")
     embedding = load_file(inputs.hf / "model.safetensors")["model.embed_tokens.weight"]
     reference = ReferenceEagle3.from_hf(tmp_path / "hf", embedding, ttt_steps=3)
     torch.manual_seed(0)

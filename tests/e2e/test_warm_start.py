@@ -28,7 +28,7 @@ def first(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     )  # fmt: skip
     assert run.returncode == 0, run.output[-3000:]
     for name in ("hf", "speculators"):
-        export_draft(folder / "ckpt", folder / name, layout=FORMATS[name])
+        export_draft(folder / "ckpt", folder / name, fmt=FORMATS[name])
     return folder, run.metrics[12]["loss"]
 
 

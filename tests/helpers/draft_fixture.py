@@ -5,6 +5,7 @@ Runs inside a rank of ``run_distributed``; the reference itself never enters a r
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -45,12 +46,11 @@ def build_model(case: Case) -> Any:
     from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 
     from megatron_eagle.config import EagleConfig
-    from megatron_eagle.draft.layer_config import Rotary, draft_config
+    from megatron_eagle.draft.build import build_draft
+    from megatron_eagle.draft.layer_config import Rotary
     from megatron_eagle.draft.metadata import encode_metadata
-    from megatron_eagle.draft.model import EagleDraft
     from megatron_eagle.layers.backend import local_backend
     from megatron_eagle.model import EagleGPTModel
-    from megatron_eagle.teacher.targets import draft_vocab_shard
 
     groups = draft_groups()
     reference = case.config
@@ -82,7 +82,7 @@ def build_model(case: Case) -> Any:
         **mla_sizes(reference),
     )
     base = GivenBase(config, case, groups.tp)
-    options = EagleConfig(
+    options = EagleConfig.of(
         ttt_steps=reference.ttt_steps,
         step_decay=reference.step_decay,
         mask_out_of_vocab=reference.mask_out_of_vocab,
@@ -91,14 +91,21 @@ def build_model(case: Case) -> Any:
         loss_chunk_mib=case.loss_chunk_mib,
         **draft_options(reference),
     )
-    shard = draft_vocab_shard(
-        case.vocab_ids.numel(), reference.vocab_size, base.output_weight.shape[0], groups.tp
+    draft = build_draft(
+        spec=options.spec,
+        num_aux=reference.num_aux,
+        base_config=config,
+        backend=local_backend(),
+        vocab_ids=case.vocab_ids,
+        vocab_size=reference.vocab_size,
+        base_head=lambda: base.output_weight,
+        base_head_rows=base.output_weight.shape[0],
+        rotary=Rotary(base.rotary, base.rope_factor),
+        metadata=encode_metadata({}),
+        pg_collection=groups,
+        device=base.output_weight.device,
+        moe_aux_loss_coeff=options.moe_aux_loss_coeff,
     )
-    draft = EagleDraft(
-        draft_config(config, options), local_backend(), options, reference.num_aux,
-        case.vocab_ids, shard, encode_metadata({}), groups, lambda: base.output_weight,
-        Rotary(base.rotary, base.rope_factor),
-    )  # fmt: skip
     load_reference_weights(draft, case)
     return EagleGPTModel(base, draft, options)
 
@@ -138,6 +145,16 @@ def draft_options(reference: ReferenceConfig) -> dict[str, Any]:
         "norm_before_fc": reference.norm_before_fc,
         "norm_before_residual": reference.norm_before_residual,
     }
+
+
+def draft_spec(
+    reference: ReferenceConfig, aux_layers: tuple[int, ...] = (), vocab_size: int | None = None
+) -> Any:
+    """The DraftSpec of the reference's draft, as a checkpoint stores it."""
+    from megatron_eagle.config import EagleConfig
+
+    spec = EagleConfig.of(**draft_options(reference)).spec
+    return dataclasses.replace(spec, aux_layers=aux_layers or None, draft_vocab_size=vocab_size)
 
 
 class GivenBase(torch.nn.Module):

@@ -66,16 +66,15 @@ def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tu
 
     from megatron_eagle.checkpoint.directory import load_base_json
     from megatron_eagle.config import EagleConfig
-    from megatron_eagle.draft.layer_config import draft_config, draft_rotary
+    from megatron_eagle.draft.build import build_draft
+    from megatron_eagle.draft.layer_config import draft_rotary
     from megatron_eagle.draft.metadata import encode_metadata
-    from megatron_eagle.draft.model import EagleDraft
     from megatron_eagle.layers.backend import local_backend
     from megatron_eagle.model import EagleGPTModel
     from megatron_eagle.pipeline.links import StageLinks
     from megatron_eagle.pipeline.replicas import FinalizeReplicas, equal_start
     from megatron_eagle.teacher.base import FrozenBase
     from megatron_eagle.teacher.build import base_config, build_base, load_base
-    from megatron_eagle.teacher.targets import draft_vocab_shard
     from megatron_eagle.teacher.vocab_shards import VocabShards
 
     info = load_base_json(case.base)
@@ -95,21 +94,29 @@ def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tu
         load_base(gpt, case.base, shards)
     base = FrozenBase(gpt, case.captured, info.vocab_size, shards)
     reference = case.draft.config
-    options = EagleConfig(
+    options = EagleConfig.of(
         ttt_steps=reference.ttt_steps,
         step_decay=reference.step_decay,
         mask_out_of_vocab=reference.mask_out_of_vocab,
         detach_steps=reference.detach_steps,
         **draft_options(reference),
     )
-    shard = draft_vocab_shard(
-        case.draft.vocab_ids.numel(), info.vocab_size, base.output_weight.shape[0], groups.tp
+    device = base.output_weight.device
+    draft = build_draft(
+        spec=options.spec,
+        num_aux=len(case.captured),
+        base_config=config,
+        backend=local_backend(),
+        vocab_ids=case.draft.vocab_ids,
+        vocab_size=info.vocab_size,
+        base_head=lambda: base.output_weight,
+        base_head_rows=base.output_weight.shape[0],
+        rotary=draft_rotary(base.rotary, info, options.spec, device),
+        metadata=encode_metadata({}),
+        pg_collection=groups,
+        device=device,
+        moe_aux_loss_coeff=options.moe_aux_loss_coeff,
     )
-    draft = EagleDraft(
-        draft_config(config, options), local_backend(), options, len(case.captured),
-        case.draft.vocab_ids, shard, encode_metadata({}), groups, lambda: base.output_weight,
-        draft_rotary(base.rotary, info, options, base.output_weight.device),
-    )  # fmt: skip
     if links is None or links.is_first:
         load_reference_weights(draft, case.draft)
     if links is not None:

@@ -199,11 +199,11 @@ def metadata_json(shape: Shape) -> dict[str, Any]:
     scaled_mla = bool(shape.mla) and shape.rope.get("rope_scaling") == DEEPSEEK_YARN
     return {
         "format": "megatron_eagle.draft",
-        "version": 1,
-        "config": {
-            "ttt_steps": 4,
+        "version": 2,
+        "spec": {
             "num_layers": shape.layers,
             "aux_layers": layers or None,
+            "draft_vocab_size": shape.draft_vocab if shape.draft_vocab < shape.vocab else None,
             "algorithm": shape.algorithm,
             **({"attention": "mla"} if shape.mla else {}),
             "mask_token": shape.mask_token,
@@ -211,9 +211,8 @@ def metadata_json(shape: Shape) -> dict[str, Any]:
             "norm_before_residual": shape.norm_before_residual,
             **{name: own[name] for name in shape.base if name in own},
         },
-        "aux_layers": layers,
         "ttt_steps": 4,
-        "draft_vocab_size": shape.draft_vocab,
+        "training": {},
         "base": {
             "format": "megatron_eagle.base",
             "version": 1,

@@ -81,7 +81,7 @@ def sample(folder: Path, name: str, layout: str) -> Sample | str:
     draft = make_draft(name)
     draft.save(folder / "ckpt")
     try:
-        export_draft(folder / "ckpt", folder / layout, layout=FORMATS[layout])
+        export_draft(folder / "ckpt", folder / layout, fmt=FORMATS[layout])
     except ValueError as error:
         return str(error)
     shape = draft.shape
@@ -117,7 +117,7 @@ def make_oracle(
 ) -> ReferenceEagle3:
     """The oracle, from the export in vLLM's layout; EAGLE-1, which is not its file, by hand."""
     if not (folder / "vllm").exists():
-        export_draft(folder / "ckpt", folder / "vllm", layout=FORMATS["vllm"])
+        export_draft(folder / "ckpt", folder / "vllm", fmt=FORMATS["vllm"])
     if draft.shape.algorithm != "eagle1":
         return ReferenceEagle3.from_hf(folder / "vllm", embedding)
     shape = draft.shape

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megatron_eagle"
 OUTSIDE = {"examples", "tools", "tests", "benchmarks"}
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("compat", "errors"),
+    ("compat", "errors", "algorithms"),
     ("config",),
     ("platform", "checkpoint", "parallel"),
     ("attention", "loss"),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_eagle.checkpoint.directory import BaseInfo
-from megatron_eagle.config import EagleConfig
+from megatron_eagle.config import DraftSpec
 from megatron_eagle.draft.layer_config import draft_config, draft_rotary, own_rotary
 from megatron_eagle.hf.base.families import FAMILIES, family_of
 from megatron_eagle.hf.base.megatron_args import megatron_args
@@ -45,12 +45,12 @@ def base_of(name: str) -> BaseInfo:
 def test_layers_have_nothing_that_readers_do_not_know(name: str) -> None:
     """No biases, windows, sinks, norms of queries and keys, other activations or experts."""
     base = base_of(name)
-    config = draft_config(base_config(base, 1), EagleConfig())
+    config = draft_config(base_config(base, 1), DraftSpec())
     assert not config.add_bias_linear and not config.add_qkv_bias and not config.qk_layernorm
     assert config.window_size is None and config.softmax_type == "vanilla"
     assert config.activation_func is torch.nn.functional.silu and config.glu_linear_offset == 0.0
     assert config.num_moe_experts is None and not config.multi_latent_attention
-    info = DraftInfo((0,), 4, base.vocab_size, base)
+    info = DraftInfo(DraftSpec(aux_layers=(0,)), base, 4)
     written = draft_config_json(info, FORMATS["vllm"], torch.float32)
     assert written["attention_bias"] is written["mlp_bias"] is False
     for field in ("sliding_window", "layer_types", "quantization_config", "partial_rotary_factor"):
@@ -71,11 +71,11 @@ def test_rope_is_the_one_that_readers_of_its_files_compute(
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     monkeypatch.setattr("torch.cuda.current_device", lambda: torch.device("cpu"))
-    base, options = base_of(name), EagleConfig()
-    info = DraftInfo((0,), 4, base.vocab_size, base)
+    base, spec = base_of(name), DraftSpec()
+    info = DraftInfo(DraftSpec(aux_layers=(0,)), base, 4)
     written = draft_config_json(info, FORMATS["vllm"], torch.float32)
     reader = LlamaRotaryEmbedding(LlamaConfig(**written))
-    angles = own_rotary(base, options, torch.device("cpu"))(9)[:, 0, 0]
+    angles = own_rotary(base, spec, torch.device("cpu"))(9)[:, 0, 0]
     half = angles.shape[1] // 2
     assert half == written["head_dim"] // 2
     torch.testing.assert_close(angles[:, :half], torch.outer(torch.arange(9.0), reader.inv_freq))
@@ -83,5 +83,5 @@ def test_rope_is_the_one_that_readers_of_its_files_compute(
     def of_the_base(length: int) -> Any:
         raise AssertionError(length)
 
-    shares = draft_rotary(of_the_base, base, options, torch.device("cpu")).angles is of_the_base
+    shares = draft_rotary(of_the_base, base, spec, torch.device("cpu")).angles is of_the_base
     assert shares == (base.family not in ("glm4_moe", "deepseek_v2", "deepseek_v3"))

@@ -66,7 +66,7 @@ def test_every_tensor(tmp_path: Path, changes: dict[str, Any], parts: int) -> No
 def test_dtype(tmp_path: Path, saved: torch.dtype, asked: torch.dtype | None) -> None:
     draft = TrainedDraft.make(saved)
     draft.save(tmp_path / "ckpt")
-    export_draft(tmp_path / "ckpt", tmp_path / "hf", asked)
+    export_draft(tmp_path / "ckpt", tmp_path / "hf", dtype=asked)
     found = load_file(tmp_path / "hf" / "model.safetensors")
     for name, expected in draft.hf.items():
         written = expected.dtype if name in ("d2t", "t2d") else asked or saved

@@ -31,7 +31,7 @@ FIGURES = {
 def exported(tmp_path: Path, layout: str, **changes: Any) -> tuple[TrainedDraft, Path]:
     draft = TrainedDraft.make(**changes)
     draft.save(tmp_path / "ckpt")
-    export_draft(tmp_path / "ckpt", tmp_path / layout, layout=FORMATS[layout])
+    export_draft(tmp_path / "ckpt", tmp_path / layout, fmt=FORMATS[layout])
     return draft, tmp_path / layout
 
 
@@ -112,18 +112,18 @@ def test_scaled_rope(tmp_path: Path, spelling: str, scaling: dict[str, Any]) -> 
 def test_one_captured_layer_is_refused_where_fc_would_be_skipped(
     tmp_path: Path, layout: str
 ) -> None:
-    with pytest.raises(ValueError, match=r"skips fc .*; use --format vllm or speculators$"):
+    with pytest.raises(ValueError, match=r"skips fc .*; use format vllm or speculators$"):
         exported(tmp_path, layout, aux_layers=(7,))
     assert not (tmp_path / layout).exists()
 
 
 REFUSED = [
-    ("hf", {"algorithm": "eagle1", "draft_vocab": 53}, "fc.bias .*; use --format vllm or sglang"),
+    ("hf", {"algorithm": "eagle1", "draft_vocab": 53}, "fc.bias .*; use format vllm or sglang"),
     ("speculators", {"algorithm": "eagle1", "draft_vocab": 53}, "library has no EAGLE-1"),
     ("trtllm", {"algorithm": "eagle1", "draft_vocab": 53}, "TensorRT-LLM does not load EAGLE-1"),
-    ("hf", {"algorithm": "p-eagle", "mask_token": 4}, "SGLang does not .* use --format vllm"),
+    ("hf", {"algorithm": "p-eagle", "mask_token": 4}, "SGLang does not .* use format vllm"),
     ("speculators", {"algorithm": "p-eagle", "mask_token": 4}, "form is not known here"),
-    ("hf", {"norm_before_residual": True}, "SGLang does not know .*use --format vllm or specul"),
+    ("hf", {"norm_before_residual": True}, "SGLang does not know .*use format vllm or specul"),
     ("trtllm", {"norm_before_residual": True}, "TensorRT-LLM does not know"),
 ]
 
@@ -132,7 +132,7 @@ REFUSED = [
 def test_drafts_a_reader_would_run_wrongly(
     tmp_path: Path, layout: str, changes: dict[str, Any], words: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"^--format {layout}: .*{words}"):
+    with pytest.raises(ValueError, match=f"^format {layout}: .*{words}"):
         exported(tmp_path, layout, **changes)
     assert not (tmp_path / layout).exists()
 
@@ -204,7 +204,7 @@ def test_the_card_gives_the_commands_of_its_servers(tmp_path: Path, layout: str)
 
 def test_the_card_says_what_was_measured(tmp_path: Path) -> None:
     draft = TrainedDraft.make()
-    draft.metadata["config"]["train_data"] = "/data/answers.jsonl"
+    draft.metadata["training"]["train_data"] = "/data/answers.jsonl"
     draft.save(tmp_path / "ckpt")
     (tmp_path / "eval.json").write_text(json.dumps(FIGURES))
     figures = read_evaluation(tmp_path / "eval.json")
@@ -248,5 +248,5 @@ def test_figures_that_do_not_belong_on_a_card(
     (tmp_path / "eval.json").write_text(json.dumps({**FIGURES, **change}))
     with pytest.raises(ValueError, match=words):
         read_evaluation(tmp_path / "eval.json")
-    with pytest.raises(ValueError, match=r"--eval .*absent.json: no such file"):
+    with pytest.raises(ValueError, match=r"eval .*absent.json: no such file"):
         read_evaluation(tmp_path / "absent.json")

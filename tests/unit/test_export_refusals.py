@@ -55,7 +55,7 @@ def test_unexpected_tensor(tmp_path: Path) -> None:
 )
 def test_norms_that_are_not_there(tmp_path: Path, option: dict[str, Any], words: str) -> None:
     draft = TrainedDraft.make()
-    draft.metadata["config"] |= option
+    draft.metadata["spec"] |= option
     assert words in export_error(tmp_path, draft)
 
 
@@ -87,15 +87,15 @@ def test_overflow_of_the_asked_dtype(tmp_path: Path) -> None:
     draft = TrainedDraft.make()
     draft.stored["draft.norm.weight"] = torch.full((24,), 1e6)
     text = export_error(tmp_path, draft, dtype=torch.float16)
-    assert "draft.norm.weight: values overflow with --dtype float16" in text
+    assert "draft.norm.weight: values overflow with dtype float16" in text
 
 
 def test_mixed_dtypes_need_a_choice(tmp_path: Path) -> None:
     draft = TrainedDraft.make()
     draft.stored["draft.norm.weight"] = draft.stored["draft.norm.weight"].bfloat16()
     text = export_error(tmp_path, draft)
-    assert text.endswith("holds bfloat16 and float32 weights; choose one with --dtype")
-    export_draft(tmp_path / "ckpt", tmp_path / "hf", torch.bfloat16)
+    assert text.endswith("holds bfloat16 and float32 weights; choose one with dtype")
+    export_draft(tmp_path / "ckpt", tmp_path / "hf", dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(
@@ -131,21 +131,22 @@ def test_vocab_ids_dtype_and_length(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "words"),
     [
-        (["format"], "another", "'another' version 1"),
-        (["version"], 2, "version 2"),
+        (["format"], "another", "'another' version 2"),
+        (["version"], 3, "version 3"),
         (["base", "format"], "another", "not a megatron_eagle.base description"),
         (["base"], None, "not a megatron_eagle.base description"),
         (["base", "megatron_args", "kv_channels"], "64", "kv_channels must be a positive integer"),
         (["base", "hf_config", "max_position_embeddings"], None, "max_position_embeddings must be"),
         (["base", "megatron_args", "rotary_base"], None, "rotary_base must be a positive number"),
         (["ttt_steps"], 0, "ttt_steps must be a positive integer"),
-        (["config", "num_layers"], 0, "--eagle-num-layers must be at least 1"),
-        (["draft_vocab_size"], 54, "exceeds the base's vocabulary of 53"),
-        (["aux_layers"], [4, 1, 7], "must ascend"),
-        (["aux_layers"], [1, 4, 8], "lie in the base's 8 layers"),
-        (["aux_layers"], [], "must be a list of layer numbers"),
-        (["config"], {"norm_output": True}, "unknown draft options in the checkpoint"),
-        (["config"], None, "config is missing"),
+        (["spec", "num_layers"], 0, "num_layers must be at least 1"),
+        (["spec", "draft_vocab_size"], 54, "exceeds the base's vocabulary of 53"),
+        (["spec", "aux_layers"], [4, 1, 7], "must ascend"),
+        (["spec", "aux_layers"], [1, 4, 8], "lie in the base's 8 layers"),
+        (["spec", "aux_layers"], [], "needs at least one layer"),
+        (["spec", "aux_layers"], None, "must be a list of layer numbers"),
+        (["spec"], {"norm_output": True}, "unknown field 'norm_output'"),
+        (["spec"], None, "spec is missing"),
     ],
 )
 def test_metadata(tmp_path: Path, path: list[str], value: Any, words: str) -> None:
@@ -192,7 +193,7 @@ def test_output_in_use(tmp_path: Path) -> None:
     export_draft(tmp_path / "ckpt", output)
     assert "not empty; give --overwrite" in conversion_error(tmp_path)
     (output / "left_over").write_text("")
-    export_draft(tmp_path / "ckpt", output, torch.bfloat16, overwrite=True)
+    export_draft(tmp_path / "ckpt", output, dtype=torch.bfloat16, overwrite=True)
     assert not (output / "left_over").exists()
     assert load_file(output / "model.safetensors")["fc.weight"].dtype == torch.bfloat16
     (output / "config.json").write_text('{"architectures": ["LlamaForCausalLM"]}')

@@ -35,7 +35,7 @@ def base_of(draft: TrainedDraft) -> BaseInfo:
 def exported(folder: Path, layout: str = "hf", **changes: Any) -> tuple[TrainedDraft, Path]:
     draft = TrainedDraft.make(**changes)
     draft.save(folder / "ckpt")
-    export_draft(folder / "ckpt", folder / "hf", layout=FORMATS[layout])
+    export_draft(folder / "ckpt", folder / "hf", fmt=FORMATS[layout])
     return draft, folder / "hf"
 
 
@@ -97,15 +97,15 @@ def test_import_of_an_export_is_bit_equal(
     for key, tensor in expected.items():
         assert found[key].dtype == tensor.dtype and found[key].equal(tensor), key
     info = read_info(checkpoint)
-    captured = draft.shape.aux_layers if info.options.algorithm != "eagle1" else ()
+    captured = draft.shape.aux_layers if info.spec.algorithm != "eagle1" else ()
     assert info.aux_layers == captured and info.num_layers == draft.shape.layers
     assert info.layer_args["ffn_hidden_size"] == 14 and info.layer_args["kv_channels"] == 10
     for name in ("algorithm", "norm_before_fc", "norm_before_residual"):
-        assert getattr(info.options, name) == getattr(draft.shape, name), name
+        assert getattr(info.spec, name) == getattr(draft.shape, name), name
     assert info.base == base_of(draft) and info.draft_vocab_size == draft.shape.draft_vocab
     again = open_checkpoint_draft(tmp_path / "back")
     assert all(again.tensors[key]().equal(found[key]) for key in again.tensors)
-    export_draft(tmp_path / "back", tmp_path / "twice", layout=FORMATS[layout])
+    export_draft(tmp_path / "back", tmp_path / "twice", fmt=FORMATS[layout])
     first, second = (load_file(tmp_path / n / "model.safetensors") for n in ("hf", "twice"))
     assert set(first) == set(second) and all(first[k].equal(second[k]) for k in first)
 
@@ -191,12 +191,12 @@ def test_eagle1_of_safeailab(tmp_path: Path) -> None:
 
     rewrite(directory, original)
     stored = imported(directory, draft)
-    assert stored.info.options.algorithm == "eagle1" and stored.info.aux_layers == ()
+    assert stored.info.spec.algorithm == "eagle1" and stored.info.aux_layers == ()
     assert stored.tensors["draft.fc.weight"]().equal(draft.hf["fc.weight"])
     rewrite(directory, lambda config, tensors: tensors["fc.bias"].fill_(1.0))
     with pytest.raises(ValueError, match=r"fc.bias is not zero"):
         imported(directory, draft)
-    with pytest.raises(ValueError, match="captures no layers"):
+    with pytest.raises(ValueError, match="reads no aux layers"):
         imported(directory, draft, aux_layers=(1, 2, 3))
 
 
@@ -211,11 +211,11 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 
 def test_a_moe_draft_is_neither_converted_nor_a_warm_start(tmp_path: Path) -> None:
     draft = TrainedDraft.make()
-    draft.metadata["config"]["num_experts"] = 4
+    draft.metadata["spec"]["num_experts"] = 4
     draft.save(tmp_path / "ckpt")
     with pytest.raises(ValueError, match="a MoE draft cannot be converted: no server's EAGLE"):
         export_draft(tmp_path / "ckpt", tmp_path / "hf")
-    with pytest.raises(ValueError, match="a MoE draft is no warm start; --load resumes"):
+    with pytest.raises(ValueError, match="a MoE draft is no warm start; load resumes"):
         open_checkpoint_draft(tmp_path / "ckpt")
 
 
@@ -244,7 +244,7 @@ def test_a_rope_of_its_own_is_adapted_on_demand(tmp_path: Path) -> None:
         config["rms_norm_eps"] = 1e-6
 
     rewrite(directory, other_rope)
-    with pytest.raises(ValueError, match=r"rotary embedding .* is not the base's .*--adapt"):
+    with pytest.raises(ValueError, match=r"rotary embedding .* is not the base's .*adapt"):
         imported(directory, draft)
     assert imported(directory, draft, adapt=True).info.base == base_of(draft)
 

@@ -60,7 +60,7 @@ FIELDS = [
     ({"fc_norm": True}, "fc_norm without norm_output"),
     ({"norm_output": True}, "norm_output without fc_norm"),
     ({"fc_norm": True, "norm_output": True}, "incomplete draft, fc_norm.0.weight"),
-    ({"fc_norm": True, "norm_output": True, "norm_before_fc": True}, "--eagle-norm-before-fc"),
+    ({"fc_norm": True, "norm_output": True, "norm_before_fc": True}, "norm_before_fc"),
     ({"norm_before_fc": True}, "incomplete draft, input_norm.weight missing"),
 ]
 
@@ -129,7 +129,7 @@ def test_unknown_tensor(tmp_path: Path) -> None:
 
 def test_captured_layers_given_twice(tmp_path: Path) -> None:
     draft, directory = exported(tmp_path)
-    with pytest.raises(ValueError, match=r"captures layers \[1, 4, 7\], not \[0, 4, 7\]"):
+    with pytest.raises(ValueError, match=r"reads aux layers \[1, 4, 7\], not \[0, 4, 7\]"):
         imported(directory, draft, aux_layers=(0, 4, 7))
 
 
@@ -195,7 +195,7 @@ def test_checkpoint_directory_in_use(tmp_path: Path) -> None:
     draft, directory = exported(tmp_path)
     stored = imported(directory, draft)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"--save .*exists and is not a directory"):
+    with pytest.raises(ValueError, match=r"save .*exists and is not a directory"):
         write_draft_checkpoint(stored, tmp_path / "file")
-    with pytest.raises(ValueError, match=r"--save .*not empty"):
+    with pytest.raises(ValueError, match=r"save .*not empty"):
         write_draft_checkpoint(stored, directory)

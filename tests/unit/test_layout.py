@@ -82,7 +82,7 @@ def test_layouts_that_experts_do_not_fit(
     words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    options = EagleConfig(num_experts=4, moe_ffn_hidden_size=33)
+    options = EagleConfig.of(num_experts=4, moe_ffn_hidden_size=33)
     layout = ["--seq-length", "32", "--tensor-model-parallel-size", "2", *words]
     with pytest.raises(ValueError, match=re.escape(message)):
         check_layout(layout, BASE, options)
@@ -101,7 +101,7 @@ def test_the_draft_s_own_widths_are_cut_too(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("WORLD_SIZE", "2")
     layout = ["--seq-length", "32", "--tensor-model-parallel-size", "2"]
     with pytest.raises(ValueError, match="draft's ffn_hidden_size = 33"):
-        check_layout(layout, BASE, EagleConfig(ffn_hidden_size=33))
+        check_layout(layout, BASE, EagleConfig.of(ffn_hidden_size=33))
 
 
 @pytest.mark.parametrize(("words", "message"), LAYOUTS, ids=lambda value: str(value)[:60])

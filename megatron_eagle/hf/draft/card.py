@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from megatron_eagle.checkpoint.directory import ACCEPTED_LENGTH_NAME
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.formats import SERVER_NAMES, Format
 from megatron_eagle.hf.draft.info import DraftInfo
 from megatron_eagle.hf.files.safetensors_dir import read_json
@@ -34,13 +35,13 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     try:
         figures = read_json(path)
     except ValueError as error:
-        raise ValueError(f"--eval {error}") from None
+        raise UserError(f"<eval> {error}") from None
     if lacking := _lacking(figures):
-        raise ValueError(f"--eval {path}: {lacking} is missing; is it tools/eval_acceptance.py's?")
+        raise UserError(f"<eval> {path}: {lacking} is missing; did megatron-eagle eval write it?")
     if figures.get("reinitialize"):
-        raise ValueError(f"--eval {path}: measured with --reinitialize, not with trained weights")
+        raise UserError(f"<eval> {path}: measured with <reinitialize>, not with trained weights")
     if figures.get("equal_to_greedy") is not True:
-        raise ValueError(f"--eval {path}: its answers were not the greedy ones")
+        raise UserError(f"<eval> {path}: its answers were not the greedy ones")
     return figures
 
 
@@ -52,7 +53,7 @@ def measured_in_training(iteration: Path) -> dict[str, Any] | None:
         return None
     figures = read_json(path)
     if lacking := _lacking(figures):
-        raise ValueError(f"{path}: {lacking} is missing")
+        raise UserError(f"{path}: {lacking} is missing")
     return figures
 
 
@@ -61,13 +62,13 @@ def _lacking(figures: dict[str, Any]) -> str | None:
     return next((key for key, kind in kinds.items() if type(figures.get(key)) is not kind), None)
 
 
-def model_card(info: DraftInfo, facts: CardFacts, layout: Format, dtype: torch.dtype) -> str:
+def model_card(info: DraftInfo, facts: CardFacts, fmt: Format, dtype: torch.dtype) -> str:
     """README.md."""
-    commands = "\n".join(_command(server, info) for server in layout.servers)
+    commands = "\n".join(_command(server, info) for server in fmt.servers)
     rows = "\n".join(f"| {name} | {value} |" for name, value in _rows(info, facts, dtype))
     return f"""---
 tags:
-- {info.options.algorithm}
+- {info.spec.algorithm}
 - speculative-decoding
 ---
 # {algorithm_name(info)} draft for {info.base.name}
@@ -107,24 +108,23 @@ def _rows(info: DraftInfo, facts: CardFacts, dtype: torch.dtype) -> list[tuple[s
 
 
 def algorithm_name(info: DraftInfo) -> str:
-    """EAGLE-1, EAGLE-3, EAGLE-3.1, P-EAGLE."""
-    if info.options.algorithm == "p-eagle":
-        return "P-EAGLE"
-    return info.options.algorithm.replace("eagle", "EAGLE-")
+    """Return the algorithm as people write it: EAGLE-1, EAGLE-3, EAGLE-3.1, P-EAGLE."""
+    return info.spec.method.title
 
 
 def _attention(info: DraftInfo) -> str:
-    return "multi-latent attention" if info.options.attention == "mla" else "grouped queries"
+    return "multi-latent attention" if info.spec.uses_mla else "grouped queries"
 
 
 def _data(info: DraftInfo, facts: CardFacts) -> str:
-    answers = info.options.train_data
-    return facts.data or (Path(answers).name if answers else "not recorded")
+    answers = info.training.get("train_data")
+    recorded = Path(answers).name if isinstance(answers, str) else ""
+    return facts.data or recorded or "not recorded"
 
 
 def _figures(evaluation: dict[str, Any] | None) -> list[tuple[str, str]]:
     if evaluation is None:
-        return [("accepted length", "not measured (tools/eval_acceptance.py)")]
+        return [("accepted length", "not measured (megatron-eagle eval)")]
     drafts, prompts = evaluation["draft_tokens"], evaluation["prompts"]
     shares = ", ".join(f"{share:.3f}" for share in evaluation["acceptance"])
     when = ", while training" if "iteration" in evaluation else ""
@@ -140,8 +140,8 @@ def _figures(evaluation: dict[str, Any] | None) -> list[tuple[str, str]]:
 
 def _command(server: str, info: DraftInfo) -> str:
     steps = info.ttt_steps
-    method = "eagle" if info.options.algorithm == "eagle1" else "eagle3"
-    more = ', "parallel_drafting": true' if info.options.algorithm == "p-eagle" else ""
+    method = info.spec.method.server_method
+    more = ', "parallel_drafting": true' if info.spec.method.parallel_drafting else ""
     text = {
         "vllm": f"""    vllm serve BASE --speculative-config \\
       '{{"method": "{method}", "model": "DRAFT", "num_speculative_tokens": {steps}{more}}}'

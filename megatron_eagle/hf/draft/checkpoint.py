@@ -17,6 +17,7 @@ from megatron_eagle.checkpoint.reader import DraftCheckpoint
 from megatron_eagle.checkpoint.writer import Chunk, write_torch_dist
 from megatron_eagle.draft.metadata import draft_metadata, encode_metadata
 from megatron_eagle.draft.vocab import check_vocab_ids
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.base.import_base import COMMON_STATE, RELEASE
 from megatron_eagle.hf.draft.export import read_entries, read_info
 from megatron_eagle.hf.draft.import_hf import StoredDraft
@@ -33,9 +34,9 @@ def open_checkpoint_draft(directory: str | Path) -> StoredDraft:
     """
     checkpoint = DraftCheckpoint.open(directory)
     info = read_info(checkpoint)
-    if info.options.num_experts is not None:
-        raise ValueError(
-            f"{checkpoint.directory}: a MoE draft is no warm start; --load resumes its training"
+    if info.spec.num_experts is not None:
+        raise UserError(
+            f"{checkpoint.directory}: a MoE draft is no warm start; <load> resumes its training"
         )
     entries = read_entries(checkpoint, info)
     ids = checkpoint.load([VOCAB_IDS])[VOCAB_IDS]
@@ -59,9 +60,9 @@ def write_draft_checkpoint(stored: StoredDraft, save: Path) -> None:
     when `save` is in use.
     """
     if save.is_symlink() or (save.exists() and not save.is_dir()):
-        raise ValueError(f"--save {save}: exists and is not a directory")
+        raise UserError(f"<save> {save}: exists and is not a directory")
     if save.is_dir() and any(save.iterdir()):
-        raise ValueError(f"--save {save}: the directory exists and is not empty")
+        raise UserError(f"<save> {save}: the directory exists and is not empty")
     partial_dir = save.parent / f".{save.name}.partial-{os.getpid()}"
     try:
         partial_dir.mkdir(parents=True)
@@ -75,7 +76,9 @@ def write_draft_checkpoint(stored: StoredDraft, save: Path) -> None:
 
 def _chunks(stored: StoredDraft) -> Iterator[Chunk]:
     info = stored.info
-    description = draft_metadata(info.options, info.base, info.aux_layers, info.draft_vocab_size)
+    description = draft_metadata(
+        info.spec, info.base, ttt_steps=info.ttt_steps, training=dict(info.training)
+    )
     small = {VOCAB_IDS: stored.vocab_ids, METADATA: encode_metadata(description)}
     for key, tensor in small.items():
         yield _whole(key, tuple(tensor.shape), tensor.dtype, partial(_given, tensor))
@@ -98,7 +101,7 @@ def _as(load: Any, dtype: torch.dtype) -> Tensor:
 def _extra_states(info: DraftInfo) -> list[str]:
     """Megatron's linear layers ask for an (empty) extra state when a checkpoint is loaded."""
     inputs = ["linear_qkv"]
-    if info.options.attention == "mla":
+    if info.spec.uses_mla:
         low_rank = info.layer_args["q_lora_rank"]
         inputs = ["linear_q_up_proj" if low_rank else "linear_q_proj", "linear_kv_up_proj"]
     modules = [*(f"self_attention.{name}" for name in inputs), *LINEAR_LAYERS]
@@ -107,5 +110,5 @@ def _extra_states(info: DraftInfo) -> list[str]:
         for i in range(info.num_layers)
         for module in modules
     ]
-    head = [] if info.options.algorithm == "eagle1" else ["draft.lm_head._extra_state"]
+    head = [] if info.spec.method.shares_base_head else ["draft.lm_head._extra_state"]
     return [*head, *layers]

@@ -2,34 +2,36 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import torch
 
+from megatron_eagle.algorithms import ALGORITHMS
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.hf.draft.formats import Format
 from megatron_eagle.hf.draft.info import DraftInfo
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
-EAGLE1 = {"vllm": "EagleLlamaForCausalLM", "sglang": "LlamaForCausalLMEagle"}
 MLA = "Eagle3DeepseekV2ForCausalLM"
 SPECULATOR = "Eagle3DraftModel"
 SPECULATORS_VERSION = "0.9.0"
 
 
-def draft_config_json(info: DraftInfo, layout: Format, dtype: torch.dtype) -> dict[str, Any]:
-    """config.json of a draft in `layout`."""
-    if info.options.algorithm == "eagle1":
-        return {"architectures": [EAGLE1[layout.name]], **_layer_config(info, dtype)}
-    if layout.name == "speculators":
+def draft_config_json(info: DraftInfo, fmt: Format, dtype: torch.dtype) -> dict[str, Any]:
+    """Return config.json of a draft in ``fmt``."""
+    if architecture := info.spec.method.architectures.get(fmt.name):
+        return {"architectures": [architecture], **_layer_config(info, dtype)}
+    if fmt.name == "speculators":
         return _speculators_config(info, dtype)
     return _eagle3_config(info, dtype)
 
 
 def is_exported_draft(config: dict[str, Any]) -> bool:
     """Whether config.json is one that this module writes."""
+    special = chain.from_iterable(a.architectures.values() for a in ALGORITHMS.values())
     return config.get("architectures") in [
-        [n] for n in (ARCHITECTURE, MLA, SPECULATOR, *EAGLE1.values())
+        [name] for name in (ARCHITECTURE, MLA, SPECULATOR, *special)
     ]
 
 
@@ -44,7 +46,7 @@ def _eagle3_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
     outputs = list(info.aux_layers)
     norms = _norm_flags(info)
     return {
-        "architectures": [MLA if info.options.attention == "mla" else ARCHITECTURE],
+        "architectures": [MLA if info.spec.uses_mla else ARCHITECTURE],
         **_layer_config(info, dtype),
         "draft_vocab_size": info.draft_vocab_size,
         "num_aux_hidden_states": len(outputs),
@@ -62,19 +64,18 @@ def _eagle3_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
 
 def _parallel_drafting(info: DraftInfo) -> dict[str, int]:
     """Where vLLM's parallel drafting finds the mask token of a P-EAGLE draft."""
-    token = info.options.mask_token
+    token = info.spec.mask_token
     return {} if token is None else {"ptd_token_id": token, "pard_token": token}
 
 
 def _norm_flags(info: DraftInfo) -> dict[str, bool]:
     """Flags that are set. `norm_output` must never be written as false: SpecForge would drop the
     norm in front of the head."""
-    is_31 = info.options.algorithm == "eagle3.1"
     flags = {
-        "fc_norm": is_31,
-        "norm_output": is_31,
-        "norm_before_fc": info.options.norm_before_fc,
-        "norm_before_residual": info.options.norm_before_residual,
+        "fc_norm": info.spec.method.norms_each_aux_layer,
+        "norm_output": info.spec.method.feeds_back_normed,
+        "norm_before_fc": info.spec.norm_before_fc,
+        "norm_before_residual": info.spec.norm_before_residual,
     }
     return {name: True for name, value in flags.items() if value}
 
@@ -109,7 +110,7 @@ def _speculators_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
 def _layer_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
     """The draft's layers as a Llama or DeepSeek configuration."""
     args, base = info.layer_args, info.base.hf_config
-    mla = info.options.attention == "mla"
+    mla = info.spec.uses_mla
     config = {
         **(_mla_fields(info) if mla else _grouped_fields(info)),
         "hidden_size": args["hidden_size"],

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from megatron_eagle.checkpoint.reader import DraftCheckpoint
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.files import DraftFiles
 
 NAME = "embed_tokens.weight"
@@ -30,7 +31,7 @@ def check_embedding(files: DraftFiles, base_directory: str | Path) -> None:
             expected = DraftCheckpoint.open(base_directory).first_rows(BASE_NAME).float()
             found = files.tensor(name, expected.shape[0]).float()
             if found.shape != expected.shape or not torch.allclose(found, expected, RTOL, ATOL):
-                raise ValueError(
+                raise UserError(
                     f"{files.path}: {name} is not the embedding of {base_directory}, which "
                     "training would use: the draft is another base's or trained its own "
                     "(tools/import_draft.py --adapt accepts that)"

@@ -1,6 +1,6 @@
 """A trained draft's Megatron checkpoint -> one Hugging Face directory that servers load.
 
-Reading order: `draft_info` (what the checkpoint says of itself), `draft_formats` (the layouts and
+Reading order: `draft_info` (what the checkpoint says of itself), `draft_formats` (the formats and
 who reads them), `draft_names` (the name table), `draft_config` and `draft_card` (config.json and
 README.md), and here the checks and the files.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 from megatron_eagle.checkpoint.atomic import checked_output, replacing
 from megatron_eagle.checkpoint.reader import DraftCheckpoint
 from megatron_eagle.draft.vocab import check_vocab_ids
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.card import CardFacts, measured_in_training, model_card
 from megatron_eagle.hf.draft.config_json import draft_config_json, is_exported_draft
 from megatron_eagle.hf.draft.formats import FORMATS, Format, check_servers
@@ -33,10 +34,11 @@ Check = Callable[[Path], None]
 def export_draft(
     load: str | Path,
     output: str | Path,
+    *,
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     progress: Progress = lambda line: None,
-    layout: Format = FORMATS["hf"],
+    fmt: Format = FORMATS["hf"],
     data: str | None = None,
     evaluation: dict[str, Any] | None = None,
     check: Check = lambda directory: None,
@@ -49,25 +51,25 @@ def export_draft(
     latter, what training measured of this draft. Memory: about twice the draft.
 
     Raises ValueError, with the file at fault, for anything but a complete draft of finite weights
-    that the servers of `layout` can run.
+    that the servers of `fmt` can run.
     """
     target = checked_output(Path(output), overwrite, is_exported_draft)
     checkpoint = DraftCheckpoint.open(load)
     info = read_info(checkpoint)
     _check_convertible(info, f"{checkpoint.directory}: {METADATA}")
-    check_servers(layout, info)
+    check_servers(fmt, info)
     evaluation = evaluation or measured_in_training(checkpoint.directory)
     progress(f"reading {checkpoint.directory}")
-    tensors = convert(checkpoint, info, dtype, layout)
+    tensors = convert(checkpoint, info, dtype, fmt)
     weights = tensors["fc.weight"].dtype
     size = sum(tensor.nbytes for tensor in tensors.values())
     progress(f"writing {len(tensors)} tensors, {size / 2**20:.1f} MiB, to {target}")
     with replacing(target) as scratch:
         save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
-        config = json.dumps(draft_config_json(info, layout, weights), indent=2) + "\n"
+        config = json.dumps(draft_config_json(info, fmt, weights), indent=2) + "\n"
         (scratch / "config.json").write_text(config, encoding="utf-8")
         card = model_card(
-            info, CardFacts(checkpoint.directory.name, data, evaluation), layout, weights
+            info, CardFacts(checkpoint.directory.name, data, evaluation), fmt, weights
         )
         (scratch / "README.md").write_text(card, encoding="utf-8")
         # safetensors creates its file readable by its owner alone.
@@ -81,14 +83,14 @@ def read_info(checkpoint: DraftCheckpoint) -> DraftInfo:
     """DraftInfo of a checkpoint that holds a draft."""
     keys = checkpoint.keys()
     if not any(key.startswith(PREFIX) for key in keys):
-        raise ValueError(f"{checkpoint.directory}: holds no draft (no {PREFIX}* tensor)")
+        raise UserError(f"{checkpoint.directory}: holds no draft (no {PREFIX}* tensor)")
     tensor = checkpoint.load([METADATA])[METADATA]
     return parse_draft_info(tensor, f"{checkpoint.directory}: {METADATA}")
 
 
 def _check_convertible(info: DraftInfo, source: str) -> None:
-    if info.options.num_experts is not None:
-        raise ValueError(
+    if info.spec.num_experts is not None:
+        raise UserError(
             f"{source}: a MoE draft cannot be converted: no server's EAGLE reader has experts"
         )
 
@@ -97,14 +99,14 @@ def convert(
     checkpoint: DraftCheckpoint,
     info: DraftInfo,
     dtype: torch.dtype | None,
-    layout: Format,
+    fmt: Format,
 ) -> dict[str, Tensor]:
     """Hugging Face name -> tensor: the weights, and d2t int64 [D] and t2d bool [V] if compressed.
 
     Raises ValueError unless the checkpoint holds exactly the draft's tensors, of the expected
     shapes, of one floating dtype (or `dtype` is given), finite also in the dtype written.
     """
-    where, dims, entries = checkpoint.directory, info.dims, read_entries(checkpoint, info, layout)
+    where, dims, entries = checkpoint.directory, info.dims, read_entries(checkpoint, info, fmt)
     stored = checkpoint.load([*(entry.megatron for entry in entries), VOCAB_IDS])
     vocab_ids = stored.pop(VOCAB_IDS)
     dtype = dtype or _common_dtype(stored, where)
@@ -114,7 +116,7 @@ def convert(
         for source, part in zip(entry.sources, entry.split(whole, entry, dims), strict=True):
             _check_finite(part, dtype, f"{where}: {entry.megatron}")
             tensors[source.name] = part.to(dtype).clone(memory_format=torch.contiguous_format)
-    if info.options.algorithm == "eagle1" and layout.name == "sglang":
+    if fmt.name in info.spec.method.zero_fc_bias:
         tensors["fc.bias"] = torch.zeros_like(tensors["fc.weight"][:, 0])
     return tensors | vocabulary_maps(vocab_ids, info, f"{where}: {VOCAB_IDS}")
 
@@ -123,7 +125,7 @@ def vocabulary_maps(vocab_ids: Tensor, info: DraftInfo, source: str) -> dict[str
     """`d2t` (offsets: base id = i + d2t[i]) and `t2d`; nothing for an uncompressed vocabulary,
     which vLLM refuses to find mapped."""
     if vocab_ids.dtype != torch.int64:
-        raise ValueError(f"{source}: token ids must be int64, found {vocab_ids.dtype}")
+        raise UserError(f"{source}: token ids must be int64, found {vocab_ids.dtype}")
     check_vocab_ids(vocab_ids, info.base.vocab_size, source)
     if not info.compressed:
         return {}
@@ -133,29 +135,29 @@ def vocabulary_maps(vocab_ids: Tensor, info: DraftInfo, source: str) -> dict[str
 
 
 def read_entries(
-    checkpoint: DraftCheckpoint, info: DraftInfo, layout: Format = FORMATS["hf"]
+    checkpoint: DraftCheckpoint, info: DraftInfo, fmt: Format = FORMATS["hf"]
 ) -> list[DraftEntry]:
     """The name table of the draft in `checkpoint`, which holds exactly its tensors: servers do not
     fail on missing ones, so this must. Raises ValueError naming what is wrong."""
     where, dims, keys = checkpoint.directory, info.dims, checkpoint.keys()
-    entries = draft_entries(info, layout)
+    entries = draft_entries(info, fmt)
     found = {key for key in keys if key.startswith(PREFIX)}
     expected = {entry.megatron for entry in entries} | {METADATA, VOCAB_IDS}
     if missing := sorted(expected - found):
-        raise ValueError(f"{where}: incomplete draft, {_listed(missing)} missing")
+        raise UserError(f"{where}: incomplete draft, {_listed(missing)} missing")
     if unexpected := sorted(found - expected):
-        raise ValueError(
-            f"{where}: {_listed(unexpected)} unexpected in an {info.options.algorithm} draft"
+        raise UserError(
+            f"{where}: {_listed(unexpected)} unexpected in an {info.spec.algorithm} draft"
         )
     for entry in entries:
         shape = checkpoint.shape(entry.megatron)
         if not entry.accepts(shape, dims):
-            raise ValueError(
+            raise UserError(
                 f"{where}: {entry.megatron} has shape {shape}, expected {entry.sizes(dims)}"
             )
     ids = checkpoint.shape(VOCAB_IDS)
     if ids != (info.draft_vocab_size,):
-        raise ValueError(f"{where}: {VOCAB_IDS} has shape {ids}, expected {info.draft_vocab_size}")
+        raise UserError(f"{where}: {VOCAB_IDS} has shape {ids}, expected {info.draft_vocab_size}")
     return entries
 
 
@@ -167,17 +169,17 @@ def _listed(names: list[str]) -> str:
 def _common_dtype(tensors: dict[str, Tensor], where: Path) -> torch.dtype:
     dtypes = sorted({_name(tensor.dtype) for tensor in tensors.values()})
     if len(dtypes) > 1:
-        raise ValueError(f"{where}: holds {' and '.join(dtypes)} weights; choose one with --dtype")
+        raise UserError(f"{where}: holds {' and '.join(dtypes)} weights; choose one with <dtype>")
     if dtypes[0] not in DTYPES:
-        raise ValueError(f"{where}: weights of dtype {dtypes[0]}; choose another with --dtype")
+        raise UserError(f"{where}: weights of dtype {dtypes[0]}; choose another with <dtype>")
     return DTYPES[dtypes[0]]
 
 
 def _check_finite(tensor: Tensor, dtype: torch.dtype, source: str) -> None:
     if not tensor.isfinite().all():
-        raise ValueError(f"{source}: holds NaN or infinite values")
+        raise UserError(f"{source}: holds NaN or infinite values")
     if not tensor.to(dtype).isfinite().all():
-        raise ValueError(f"{source}: values overflow with --dtype {_name(dtype)}")
+        raise UserError(f"{source}: values overflow with <dtype> {_name(dtype)}")
 
 
 def _name(dtype: torch.dtype) -> str:

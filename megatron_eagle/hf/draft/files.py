@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.files.safetensors_dir import (
     DTYPES,
     INDEX_NAME,
@@ -37,7 +38,7 @@ class DraftFiles:
         for a pickle that holds anything but tensors."""
         path = Path(path)
         if not path.is_dir():
-            raise ValueError(f"{path}: no such directory")
+            raise UserError(f"{path}: no such directory")
         pickled = path / PICKLE_NAME
         safe = (path / SINGLE_NAME).exists() or (path / INDEX_NAME).exists()
         return cls._of_pickle(path, pickled) if pickled.exists() and not safe else cls._of(path)
@@ -48,7 +49,7 @@ class DraftFiles:
         known = DTYPES | OTHER_DTYPES
         for name, header in source.headers.items():
             if header.dtype not in known:
-                raise ValueError(f"{header.file}: {name} has dtype {header.dtype}")
+                raise UserError(f"{header.file}: {name} has dtype {header.dtype}")
         headers = source.headers.items()
         return cls(
             path,
@@ -64,13 +65,13 @@ class DraftFiles:
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # zip, pickle and tensor decoding each fail in their own way
-            raise ValueError(
+            raise UserError(
                 f"{file}: truncated, or a pickle of more than tensors, which is never loaded"
             ) from error
         if not isinstance(content, dict) or not all(
             isinstance(name, str) and isinstance(value, Tensor) for name, value in content.items()
         ):
-            raise ValueError(f"{file}: does not hold tensors by name")
+            raise UserError(f"{file}: does not hold tensors by name")
         return cls(
             path,
             config,

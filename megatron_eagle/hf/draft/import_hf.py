@@ -15,9 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_eagle.algorithms import Eagle1, Eagle3, Eagle31
 from megatron_eagle.checkpoint.directory import BaseInfo
-from megatron_eagle.config import EagleConfig
+from megatron_eagle.config import DraftSpec, TrainOptions
+from megatron_eagle.config.widths import layer_widths
 from megatron_eagle.draft.vocab import check_vocab_ids
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.config_json import draft_rope
 from megatron_eagle.hf.draft.embedding import check_embedding
 from megatron_eagle.hf.draft.files import DraftFiles
@@ -48,8 +51,9 @@ class StoredDraft:
 def open_hf_draft(
     directory: str | Path,
     base: BaseInfo,
-    aux_layers: tuple[int, ...] | None,
-    adapt: bool,
+    *,
+    aux_layers: tuple[int, ...] | None = None,
+    adapt: bool = False,
     base_directory: str | Path | None = None,
 ) -> StoredDraft:
     """Check the draft in `directory` against `base`, from headers; nothing large is read yet.
@@ -63,10 +67,9 @@ def open_hf_draft(
     source = str(files.path / "config.json")
     draft = parse_hf_draft(files.config, files.shapes, source)
     _check_base(draft, base, source, adapt)
-    captured = _captured(draft, base, aux_layers, source)
-    info = _info(draft, base, captured, source)
+    info = _info(draft, base, _aux_layers(draft, base, aux_layers, source), source)
     order, vocab_ids = _vocabulary(files, draft)
-    entries = draft_entries(info, _layout(files))
+    entries = draft_entries(info, _format(files))
     _check_tensors(files, entries, info)
     if base_directory is not None and not adapt:
         check_embedding(files, base_directory)
@@ -90,7 +93,7 @@ def _check_base(draft: HfDraft, base: BaseInfo, source: str, adapt: bool) -> Non
     }
     for name, (found, expected) in same.items():
         if found != expected:
-            raise ValueError(f"{source}: {name} is {found}, the base {base.name} has {expected}")
+            raise UserError(f"{source}: {name} is {found}, the base {base.name} has {expected}")
     longest = {"max_position_embeddings": base.hf_config["max_position_embeddings"]}
     own_rope = draft_rope(base, draft.mla is not None)
     rope = rope_of({**longest, **own_rope}, f"base {base.name}")
@@ -99,53 +102,53 @@ def _check_base(draft: HfDraft, base: BaseInfo, source: str, adapt: bool) -> Non
         ("rms_norm_eps", draft.norm_epsilon, args["norm_epsilon"]),
     ):
         if own != expected and not adapt:
-            raise ValueError(
+            raise UserError(
                 f"{source}: the draft's {what} {own} is not the base's {expected}, with which "
-                "training would run it (tools/import_draft.py --adapt accepts that)"
+                "training would run it (<adapt> accepts that)"
             )
 
 
-def _captured(
-    draft: HfDraft, base: BaseInfo, given: tuple[int, ...] | None, source: str
+def _aux_layers(
+    draft: HfDraft, base: BaseInfo, chosen: tuple[int, ...] | None, source: str
 ) -> tuple[int, ...]:
     layers = base.megatron_args["num_layers"]
     if draft.eagle1:
-        if given:
-            raise ValueError(f"{source}: an EAGLE-1 draft captures no layers, not {list(given)}")
+        if chosen:
+            raise UserError(f"{source}: an EAGLE-1 draft reads no aux layers, not {list(chosen)}")
         return ()
-    if draft.aux_layers is not None and given not in (None, draft.aux_layers):
-        raise ValueError(
-            f"{source}: captures layers {list(draft.aux_layers)}, not {list(given or ())}"
+    if draft.aux_layers is not None and chosen not in (None, draft.aux_layers):
+        raise UserError(
+            f"{source}: reads aux layers {list(draft.aux_layers)}, not {list(chosen or ())}"
         )
-    captured = draft.aux_layers or EagleConfig(aux_layers=given).captured_layers(layers)
-    if captured[-1] >= layers:
-        raise ValueError(
-            f"{source}: captures layer {captured[-1]}, the base {base.name} has {layers} layers"
+    aux_layers = draft.aux_layers or DraftSpec(aux_layers=chosen).aux_layers_of(layers)
+    if aux_layers[-1] >= layers:
+        raise UserError(
+            f"{source}: reads aux layer {aux_layers[-1]}, the base {base.name} has {layers} layers"
         )
-    return captured
+    return aux_layers
 
 
-def _info(draft: HfDraft, base: BaseInfo, captured: tuple[int, ...], source: str) -> DraftInfo:
+def _info(draft: HfDraft, base: BaseInfo, aux_layers: tuple[int, ...], source: str) -> DraftInfo:
     compressed = draft.draft_vocab_size < base.vocab_size
     try:
-        options = EagleConfig(
+        spec = DraftSpec(
             algorithm=_algorithm(draft, source),
             attention="gqa" if draft.mla is None else "mla",
-            aux_layers=captured or None,
+            aux_layers=aux_layers or None,
             num_layers=draft.num_layers,
             draft_vocab_size=draft.draft_vocab_size if compressed else None,
             norm_before_fc=draft.norm_before_fc,
             norm_before_residual=draft.norm_before_residual,
-            **_own_widths(draft, base),
+            **_widths(draft, base),
         )
-        options.layer_widths(base.megatron_args)
-    except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
-    return DraftInfo(captured, options.ttt_steps, draft.draft_vocab_size, base, options)
+        layer_widths(spec, base.megatron_args)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from None
+    return DraftInfo(spec, base, TrainOptions().ttt_steps)
 
 
-def _own_widths(draft: HfDraft, base: BaseInfo) -> dict[str, Any]:
-    """The widths of the draft's layers, if they are not all the base's."""
+def _widths(draft: HfDraft, base: BaseInfo) -> dict[str, Any]:
+    """Return the widths of the draft's layers, unless they are all the base's."""
     widths = {
         "ffn_hidden_size": draft.intermediate_size,
         "num_attention_heads": draft.num_heads,
@@ -162,15 +165,15 @@ def _own_widths(draft: HfDraft, base: BaseInfo) -> dict[str, Any]:
 
 def _algorithm(draft: HfDraft, source: str) -> str:
     if draft.eagle1:
-        return "eagle1"
+        return Eagle1.name
     if draft.fc_norm and not draft.norm_output:
-        raise ValueError(f"{source}: fc_norm without norm_output (fed back) is not supported")
+        raise UserError(f"{source}: fc_norm without norm_output (fed back) is not supported")
     if draft.norm_output and not draft.fc_norm:
-        raise ValueError(
+        raise UserError(
             f"{source}: norm_output without fc_norm: for SpecForge it is the norm in front of the "
             "head, for others the state that is fed back; remove it if it is SpecForge's"
         )
-    return "eagle3.1" if draft.fc_norm else "eagle3"
+    return Eagle31.name if draft.fc_norm else Eagle3.name
 
 
 def _vocabulary(files: DraftFiles, draft: HfDraft) -> tuple[Tensor | None, Tensor]:
@@ -179,11 +182,11 @@ def _vocabulary(files: DraftFiles, draft: HfDraft) -> tuple[Tensor | None, Tenso
     source = f"{files.path}: d2t"
     if "d2t" not in files.shapes:
         if size != vocab:
-            raise ValueError(f"{source} is missing: {size} of {vocab} ids, but not which")
+            raise UserError(f"{source} is missing: {size} of {vocab} ids, but not which")
         return None, torch.arange(vocab)
     offsets = files.tensor("d2t")
     if offsets.is_floating_point() or offsets.dtype == torch.bool or offsets.shape != (size,):
-        raise ValueError(
+        raise UserError(
             f"{source} must hold {size} integers, found {offsets.dtype} {list(offsets.shape)}"
         )
     ids, order = (offsets.long() + torch.arange(size)).sort()
@@ -199,10 +202,10 @@ def _check_t2d(files: DraftFiles, ids: Tensor, vocab: int) -> None:
     expected[ids] = True
     found = files.tensor("t2d")
     if found.shape != (vocab,) or not found.bool().equal(expected):
-        raise ValueError(f"{files.path}: t2d and d2t name different token ids")
+        raise UserError(f"{files.path}: t2d and d2t name different token ids")
 
 
-def _layout(files: DraftFiles) -> Format:
+def _format(files: DraftFiles) -> Format:
     """The names in these files, whoever chose them."""
     middle = any(name.startswith("midlayer.") for name in files.shapes)
     present = ("input_layernorm", "hidden_norm")
@@ -218,37 +221,37 @@ def _layout(files: DraftFiles) -> Format:
 def _check_tensors(files: DraftFiles, entries: list[DraftEntry], info: DraftInfo) -> None:
     expected = {part.name: part.sizes(info.dims) for entry in entries for part in entry.sources}
     if missing := sorted(set(expected) - set(files.shapes)):
-        raise ValueError(f"{files.path}: incomplete draft, {', '.join(missing[:3])} missing")
+        raise UserError(f"{files.path}: incomplete draft, {', '.join(missing[:3])} missing")
     others = set(files.shapes) - set(expected) - {"d2t", "t2d"}
-    algorithm = info.options.algorithm
-    if algorithm == "eagle1":
+    algorithm = info.spec.algorithm
+    if info.spec.method.shares_base_head:
         others -= {"lm_head.weight"}  # the base's
         _check_bias(files)
         others -= {"fc.bias"}
     if unknown := sorted(name for name in others if not name.endswith(NOT_READ)):
-        raise ValueError(f"{files.path}: {', '.join(unknown[:3])} unknown in an {algorithm} draft")
+        raise UserError(f"{files.path}: {', '.join(unknown[:3])} unknown in an {algorithm} draft")
     for name, shape in expected.items():
         if files.shapes[name] != shape:
-            raise ValueError(
+            raise UserError(
                 f"{files.path}: {name} has shape {list(files.shapes[name])}, "
                 f"but config.json and the base imply {list(shape)}"
             )
         if files.dtypes[name] not in FLOATS:
-            raise ValueError(f"{files.path}: {name} has dtype {files.dtypes[name]}")
+            raise UserError(f"{files.path}: {name} has dtype {files.dtypes[name]}")
 
 
 def _check_bias(files: DraftFiles) -> None:
     """SGLang wants a bias of fc in EAGLE-1 drafts, and SafeAILab's have one."""
     if "fc.bias" in files.shapes and files.tensor("fc.bias").any():
-        raise ValueError(f"{files.path}: fc.bias is not zero: drafts here have none")
+        raise UserError(f"{files.path}: fc.bias is not zero: drafts here have none")
 
 
 def _join(files: DraftFiles, entry: DraftEntry, info: DraftInfo, order: Tensor | None) -> Tensor:
     parts = [files.tensor(part.name) for part in entry.sources]
     for part, source in zip(parts, entry.sources, strict=True):
         if not part.isfinite().all():
-            raise ValueError(f"{files.path}: {source.name} holds NaN or infinite values")
+            raise UserError(f"{files.path}: {source.name} holds NaN or infinite values")
         if entry.join is first and not part.equal(parts[0]):
-            raise ValueError(f"{files.path}: {entry.sources[0].name} and {source.name} differ")
+            raise UserError(f"{files.path}: {entry.sources[0].name} and {source.name} differ")
     whole = entry.join(parts, info.dims)
     return whole if order is None or not entry.padded else whole[order]

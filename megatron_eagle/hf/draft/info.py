@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from megatron_eagle.checkpoint.directory import BaseInfo, parse_base
-from megatron_eagle.config import EagleConfig
+from megatron_eagle.config import DraftSpec
+from megatron_eagle.config.widths import layer_widths
 from megatron_eagle.draft.metadata import decode_metadata
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.base.megatron_args import dims_of
 from megatron_eagle.hf.tables.entries import Dims
 
@@ -25,18 +28,28 @@ BASE_SIZES = (
 
 @dataclass(frozen=True)
 class DraftInfo:
-    """`aux_layers`: 0-based base layers whose OUTPUTS are captured, ascending; none for EAGLE-1."""
+    """What a checkpoint says of its draft: the resolved ``spec``, the base, the TTT steps it was
+    trained for, and the record of its ``training`` options."""
 
-    aux_layers: tuple[int, ...]
-    ttt_steps: int
-    draft_vocab_size: int
+    spec: DraftSpec
     base: BaseInfo
-    options: EagleConfig = field(default_factory=EagleConfig)
+    ttt_steps: int
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def aux_layers(self) -> tuple[int, ...]:
+        """The aux layers, 0-based ids of outputs, ascending; none for EAGLE-1."""
+        return self.spec.aux_layers or ()
 
     @property
     def num_layers(self) -> int:
         """Layers of the draft."""
-        return self.options.num_layers
+        return self.spec.num_layers
+
+    @property
+    def draft_vocab_size(self) -> int:
+        """D, the size of the draft's vocabulary."""
+        return self.spec.draft_vocab_size or self.base.vocab_size
 
     @property
     def compressed(self) -> bool:
@@ -47,11 +60,11 @@ class DraftInfo:
     def layer_args(self) -> dict[str, Any]:
         """The base's Megatron arguments with the widths of the draft's layers."""
         args = self.base.megatron_args
-        return {**args, **self.options.layer_widths(args)}
+        return {**args, **layer_widths(self.spec, args)}
 
     @property
     def dims(self) -> Dims:
-        """The symbols of `draft_names`."""
+        """The sizes of the symbols in :mod:`megatron_eagle.hf.draft.names`."""
         dims = dims_of(self.layer_args)
         return {
             **dims,
@@ -65,38 +78,50 @@ class DraftInfo:
 
 
 def parse_draft_info(tensor: Tensor, source: str) -> DraftInfo:
-    """DraftInfo from the checkpoint's metadata tensor.
+    """Parse DraftInfo from the checkpoint's metadata tensor.
 
-    Raises ValueError starting with `source` for another format, a missing or impossible field, and
-    an option this release does not know, since it might change what the weights mean.
+    Raises :class:`UserError` starting with ``source`` for another format, a missing or impossible
+    field, and a field this release does not know, since it might change what the weights mean.
     """
     content = decode_metadata(tensor, source)
     base = parse_base(content.get("base"), f"{source}: base")
     _check_base(base, f"{source}: base")
-    options = _options(content, source)
+    training = content.get("training", {})
     info = DraftInfo(
-        aux_layers=_aux_layers(content, options, base.megatron_args["num_layers"], source),
-        ttt_steps=_positive(content, "ttt_steps", source),
-        draft_vocab_size=_positive(content, "draft_vocab_size", source),
+        spec=_spec(content, source),
         base=base,
-        options=options,
+        ttt_steps=_positive(content, "ttt_steps", source),
+        training=training if isinstance(training, dict) else {},
     )
+    _check_aux_layers(info, source)
     if info.draft_vocab_size > base.vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{source}: draft_vocab_size {info.draft_vocab_size} exceeds the base's vocabulary "
             f"of {base.vocab_size}"
         )
     return info
 
 
-def _options(content: dict[str, Any], source: str) -> EagleConfig:
-    config = content.get("config")
-    if not isinstance(config, dict):
-        raise ValueError(f"{source}: config is missing")
+def _spec(content: dict[str, Any], source: str) -> DraftSpec:
+    spec = content.get("spec")
+    if not isinstance(spec, dict):
+        raise UserError(f"{source}: spec is missing")
     try:
-        return EagleConfig.from_mapping(config)
+        return DraftSpec.from_mapping(spec)
     except (ValueError, TypeError) as error:
-        raise ValueError(f"{source}: {error}") from error
+        raise UserError(f"{source}: {error}") from error
+
+
+def _check_aux_layers(info: DraftInfo, source: str) -> None:
+    layers, base_layers = info.spec.aux_layers, info.base.megatron_args["num_layers"]
+    if info.spec.method.reads_final_hidden:
+        return
+    if not layers:
+        raise UserError(f"{source}: aux_layers must be a list of layer numbers, found {layers!r}")
+    if max(layers) >= base_layers:
+        raise UserError(
+            f"{source}: aux_layers {list(layers)} must lie in the base's {base_layers} layers"
+        )
 
 
 def _check_base(base: BaseInfo, source: str) -> None:
@@ -106,26 +131,11 @@ def _check_base(base: BaseInfo, source: str) -> None:
     for name in ("norm_epsilon", "rotary_base"):
         value = base.megatron_args.get(name)
         if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-            raise ValueError(f"{source}: {name} must be a positive number, found {value!r}")
+            raise UserError(f"{source}: {name} must be a positive number, found {value!r}")
 
 
 def _positive(values: dict[str, Any], key: str, source: str) -> int:
     value = values.get(key)
     if type(value) is not int or value < 1:
-        raise ValueError(f"{source}: {key} must be a positive integer, found {value!r}")
+        raise UserError(f"{source}: {key} must be a positive integer, found {value!r}")
     return value
-
-
-def _aux_layers(
-    content: dict[str, Any], options: EagleConfig, base_layers: int, source: str
-) -> tuple[int, ...]:
-    ids = content.get("aux_layers")
-    if options.algorithm == "eagle1" and ids == []:
-        return ()
-    if not isinstance(ids, list) or not ids or any(type(i) is not int for i in ids):
-        raise ValueError(f"{source}: aux_layers must be a list of layer numbers, found {ids!r}")
-    if ids != sorted(set(ids)) or min(ids) < 0 or max(ids) >= base_layers:
-        raise ValueError(
-            f"{source}: aux_layers {ids} must ascend and lie in the base's {base_layers} layers"
-        )
-    return tuple(ids)

@@ -108,24 +108,24 @@ FIRST_NORMS = (
 )
 
 
-def draft_entries(info: DraftInfo, layout: Format) -> list[DraftEntry]:
-    """Every tensor of a draft, under full names on both sides."""
-    eagle1 = info.options.algorithm == "eagle1"
+def draft_entries(info: DraftInfo, fmt: Format) -> list[DraftEntry]:
+    """Return every tensor of a draft, under full names on both sides."""
+    joined = info.spec.method.joins_by_fc
     entries = [entry.named(PREFIX, "") for entry in _outside_layers(info)]
     for i in range(info.num_layers):
-        hf_prefix = layout.layer_prefix(i, info.num_layers, eagle1)
-        for entry in _layer(info, i, ("input_layernorm",) if eagle1 else layout.later_norms):
+        hf_prefix = fmt.layer_prefix(i, info)
+        for entry in _layer(info, i, ("input_layernorm",) if joined else fmt.later_norms):
             entries.append(entry.named(f"{PREFIX}layers.{i}.", hf_prefix))
     return entries
 
 
 def _layer(info: DraftInfo, index: int, later_norms: tuple[str, ...]) -> tuple[DraftEntry, ...]:
-    mla = info.options.attention == "mla"
-    # EAGLE-1 joins embedding and hidden by fc, and has no norm in front of its first layer.
-    eagle1 = info.options.algorithm == "eagle1"
-    columns = "H" if index or eagle1 else "H2"
+    mla = info.spec.uses_mla
+    # A first layer behind a joining fc has no norm in front of it.
+    joined = info.spec.method.joins_by_fc
+    columns = "H" if index or joined else "H2"
     attention = _mla_attention(info, columns) if mla else _grouped_attention(columns)
-    norms: tuple[DraftEntry, ...] = () if eagle1 else FIRST_NORMS
+    norms: tuple[DraftEntry, ...] = () if joined else FIRST_NORMS
     if index:
         name = "input_layernorm.weight" if mla else "self_attention.linear_qkv.layer_norm_weight"
         sources = tuple(Source(f"{norm}.weight", ("H",)) for norm in later_norms)
@@ -167,14 +167,13 @@ def _mla_attention(info: DraftInfo, columns: str) -> tuple[DraftEntry, ...]:
 
 
 def _outside_layers(info: DraftInfo) -> list[DraftEntry]:
-    if info.options.algorithm == "eagle1":  # head and final norm are the base's
-        return [_one("fc.weight", "fc.weight", "H", "H2")]
-    norms = []
-    if info.options.algorithm == "eagle3.1":
+    method = info.spec.method
+    entries = [_one("fc.weight", "fc.weight", "H", "H2" if method.joins_by_fc else "AH")]
+    if method.norms_each_aux_layer:
         names = [f"fc_norm.{i}.weight" for i in range(len(info.aux_layers))]
-        norms = [_one(name, name, "H") for name in names]
-    elif info.options.norm_before_fc:
-        norms = [_one("input_norm.weight", "input_norm.weight", "AH")]
-    elif info.options.algorithm == "p-eagle":
-        norms = [_one("mask_hidden.weight", "mask_hidden", "1", "AH")]
-    return [_one("fc.weight", "fc.weight", "H", "AH"), *norms, *HEAD]
+        entries += [_one(name, name, "H") for name in names]
+    elif info.spec.norm_before_fc:
+        entries += [_one("input_norm.weight", "input_norm.weight", "AH")]
+    if method.learns_mask_hidden:
+        entries += [_one("mask_hidden.weight", "mask_hidden", "1", "AH")]
+    return entries if method.shares_base_head else [*entries, *HEAD]

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm, silu
 
-from megatron_eagle.hf.draft.config_json import EAGLE1, MLA
+from megatron_eagle.algorithms import Eagle1
+from megatron_eagle.hf.draft.config_json import MLA
 from megatron_eagle.hf.draft.plain_mla import PlainMLA
 
 KeyValues = list[tuple[Tensor, Tensor]]
@@ -28,7 +29,7 @@ class PlainDraft:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         nested = config.get("eagle_config", {})
         self.layer_config: dict[str, Any] = config.get("transformer_layer_config", config)
-        self.is_eagle1 = config["architectures"][0] in EAGLE1.values()
+        self.is_eagle1 = config["architectures"][0] in Eagle1.architectures.values()
         self.norm_output = config.get("norm_output", False)
         self.norm_before_fc = config.get("norm_before_fc", nested.get("norm_before_fc", False))
         self.norm_before_residual = config.get("norm_before_residual", False)

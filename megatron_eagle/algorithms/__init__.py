@@ -1,0 +1,29 @@
+"""The drafting algorithms, one file each; "Adding an algorithm" in CONTRIBUTING.md says how."""
+
+from __future__ import annotations
+
+from megatron_eagle.algorithms.base import Algorithm, DraftBlocks, Schedule
+from megatron_eagle.algorithms.eagle1 import Eagle1
+from megatron_eagle.algorithms.eagle3 import Eagle3
+from megatron_eagle.algorithms.eagle31 import Eagle31
+from megatron_eagle.algorithms.p_eagle import PEagle
+
+ALGORITHMS: dict[str, Algorithm] = {
+    algorithm.name: algorithm for algorithm in (Eagle1(), Eagle3(), Eagle31(), PEagle())
+}
+"""Every algorithm by its name."""
+
+SPECIAL_OPTIONS: frozenset[str] = frozenset().union(*(a.options for a in ALGORITHMS.values()))
+"""Options that only some algorithms have."""
+
+__all__ = [
+    "ALGORITHMS",
+    "SPECIAL_OPTIONS",
+    "Algorithm",
+    "DraftBlocks",
+    "Eagle1",
+    "Eagle3",
+    "Eagle31",
+    "PEagle",
+    "Schedule",
+]
