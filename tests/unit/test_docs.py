@@ -1,12 +1,12 @@
-"""What the documents mention exists, and the tracked files are fit to publish: stdlib only.
+"""What the documents mention exists, and the tracked files are fit to publish.
 
-Checked in fenced blocks and code spans: repository paths, `make` targets, scripts and their flags,
-`--eagle-*` flags. A word with <...>, $ or ... in it is a placeholder.
+Checked in fenced blocks and code spans: repository paths, `make` targets, commands and their flags,
+`--eagle-*` flags. A word with <...>, $ or ... in it is a placeholder. Needs no torch.
 """
 
 from __future__ import annotations
 
-import ast
+import argparse
 import os
 import re
 import subprocess
@@ -15,6 +15,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from megatron_eagle.config.flags import add_eagle_flags
+from tools import flag_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH_ROOTS = ("megatron_eagle", "tools", "examples", "tests", "docs", "benchmarks", ".ci")
@@ -25,6 +28,9 @@ SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 EAGLE_FLAG = re.compile(r"(?<![\w-])--(?:no-)?eagle-[a-z0-9-]*[a-z0-9]")
 OPTION = re.compile(r"--[a-z][\w-]*")
+COMMAND = re.compile(
+    r"(?:tools|examples)/[\w/]+\.py|megatron-eagle [a-z][\w-]*|-m megatron_eagle [a-z][\w-]*"
+)
 PATH = re.compile(rf"(?<![\w./-])(?:{'|'.join(map(re.escape, PATH_ROOTS))})/[\w./*{{}},-]*")
 
 
@@ -59,15 +65,10 @@ def sources() -> str:
 
 @cache
 def eagle_flags() -> frozenset[str]:
-    """The flags made of EagleConfig's fields, read without importing anything."""
-    tree = ast.parse((ROOT / "megatron_eagle" / "config" / "eagle_config.py").read_text())
-    [config] = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "EagleConfig"]
-    names = [
-        node.target.id.replace("_", "-")
-        for node in config.body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    ]
-    return frozenset(f"--{no}eagle-{name}" for name in names for no in ("", "no-"))
+    """The flags of the training command's parser, and the negative form of each."""
+    parser = add_eagle_flags(argparse.ArgumentParser(add_help=False))
+    flags = [action.option_strings[0] for action in parser._actions]
+    return frozenset(f for flag in flags for f in (flag, f"--no-{flag[2:]}"))
 
 
 @cache
@@ -100,8 +101,8 @@ def wrong_commands(code: str) -> Iterator[str]:
         for target in make[1].split() if make else []:
             if "=" not in target and not target.startswith("-") and target not in make_targets():
                 yield f"no such make target: {target}"
-        script = re.search(r"(?:tools|examples)/[\w/]+\.py", command)
-        if script is None or script[0] == "examples/pretrain_eagle.py":
+        script = COMMAND.search(command)
+        if script is None or script[0].endswith((" train", "/pretrain_eagle.py")):
             continue  # Megatron's flags are not ours to list; --eagle-* ones are checked everywhere
         for option in OPTION.findall(command[script.end() :]):
             if f'"{option}"' not in sources() and option not in eagle_flags() | {"--help"}:
@@ -137,6 +138,15 @@ def test_the_readme_gives_the_commands_that_ci_runs() -> None:
     assert "make test " in (ROOT / ".ci" / "run").read_text()
 
 
+def test_no_line_of_the_readme_is_long() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert not [line for line in lines if len(line) > 120]
+
+
+def test_the_flag_reference_is_what_its_script_prints() -> None:
+    assert flag_reference.PAGE.read_text() == flag_reference.render(), "run `make docs`"
+
+
 def test_documents_mention_only_what_exists() -> None:
     files = documents()
     assert files
@@ -158,6 +168,10 @@ def test_documents_mention_only_what_exists() -> None:
         ("with --eagle-nonsense 3", "no such flag: --eagle-nonsense"),
         ("```\npython tools/import_base.py \\\n  --nonsense x\n```",
          "tools/import_base.py has no --nonsense"),
+        ("`megatron-eagle convert --load x --nonsense`",
+         "megatron-eagle convert has no --nonsense"),
+        ("```\ntorchrun -m megatron_eagle eval --nonsense x\n```",
+         "-m megatron_eagle eval has no --nonsense"),
     ],
 )  # fmt: skip
 def test_the_checker_catches(text: str, expected: str) -> None:
@@ -171,6 +185,7 @@ def test_the_checker_catches(text: str, expected: str) -> None:
         "```sh\nmake setup PYTHON=python3.12  # once\nmake test ARGS='-k docs'\n```",
         "`--eagle-ttt-steps 3` and `--no-eagle-compile`",
         "```sh\ntorchrun --nproc-per-node 2 examples/pretrain_eagle.py --lr 1 --eagle-nvtx\n```",
+        "`megatron-eagle train --lr 1` and `megatron-eagle convert --load DRAFT --output OUT`",
         "make sure that it works",
     ],
 )
