@@ -13,7 +13,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 CPU_PYTEST := CUDA_VISIBLE_DEVICES= $(PYTEST)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all test-readers check train bench bench-peers clean
+.PHONY: help setup test test-all test-readers check docs train bench bench-peers clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -44,6 +44,9 @@ check: $(READY)  ## lint, formatting and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy $(SOURCES)
+
+docs: $(READY)  ## write docs/guide/flags.md, the reference of all --eagle-* flags
+	$(PY) tools/flag_reference.py
 
 # glibc gives freed memory back at once by default; faulting it in again for every activation
 # makes large fp32 products several times slower.

@@ -14,7 +14,7 @@ from typing import Any
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 BASE_JSON_NAME = "eagle_base.json"
 ACCEPTED_LENGTH_NAME = "accepted_length.json"
-"""In an iteration's directory: what training measured of the draft, see docs/parallelism.md."""
+"""In an iteration's directory: what training measured of the draft, see docs/guide/evaluate.md."""
 BASE_FORMAT = "megatron_eagle.base"
 BASE_VERSION = 1
 

@@ -34,9 +34,9 @@ from megatron_eagle.platform.products import add_outer_, onednn_is_faster, produ
 
 CHUNK_BYTES = {"cpu": (32 if onednn_is_faster() else 56) << 20, "cuda": 2 << 30}
 """Logits of teacher and draft that exist at a time, unless they are kept. MKL wants more rows in a
-product than oneDNN does before it comes near the processor's speed (docs/log.md). On a GPU every
-chunk reads and writes the weight's whole gradient, which takes as long as some 300 to 400 rows do
-(docs/architecture.md)."""
+product than oneDNN does before it comes near the processor's speed (docs/dev/log.md). On a GPU
+every chunk reads and writes the weight's whole gradient, which takes as long as some 300 to 400
+rows do (docs/design/architecture.md)."""
 
 
 class TeacherRows(Protocol):

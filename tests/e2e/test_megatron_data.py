@@ -28,7 +28,7 @@ class Corpus:
 
 
 def corpus(folder: Path, tokenizer: str) -> Corpus:
-    text = "\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("*.md")))
+    text = "\n".join(path.read_text() for path in sorted((ROOT / "docs").glob("[dg]*/*.md")))
     text = text.encode("ascii", "ignore").decode()
     paragraphs = [p for p in text.split("\n\n") if len(p) > 40]
     (folder / "text.txt").write_text("\n".join(paragraphs))

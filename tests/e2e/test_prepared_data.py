@@ -1,4 +1,4 @@
-"""From JSONL to a packed training run, as docs/data.md has it."""
+"""From JSONL to a packed training run, as docs/guide/data.md has it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the documents mention exists, and the tracked files are fit to publish: stdlib only.
+"""What the documents mention exists, and the tracked files are fit to publish.
 
 Checked in fenced blocks and code spans: repository paths, `make` targets, scripts and their flags,
 `--eagle-*` flags. A word with <...>, $ or ... in it is a placeholder.
@@ -6,7 +6,7 @@ Checked in fenced blocks and code spans: repository paths, `make` targets, scrip
 
 from __future__ import annotations
 
-import ast
+import argparse
 import os
 import re
 import subprocess
@@ -15,6 +15,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+
+from megatron_eagle.config.flags import add_eagle_flags
+from tools import flag_reference
 
 ROOT = Path(__file__).resolve().parents[2]
 PATH_ROOTS = ("megatron_eagle", "tools", "examples", "tests", "docs", "benchmarks", ".ci")
@@ -59,15 +62,10 @@ def sources() -> str:
 
 @cache
 def eagle_flags() -> frozenset[str]:
-    """The flags made of EagleConfig's fields, read without importing anything."""
-    tree = ast.parse((ROOT / "megatron_eagle" / "config" / "eagle_config.py").read_text())
-    [config] = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "EagleConfig"]
-    names = [
-        node.target.id.replace("_", "-")
-        for node in config.body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    ]
-    return frozenset(f"--{no}eagle-{name}" for name in names for no in ("", "no-"))
+    """The flags of the training command's parser, and the negative form of each."""
+    parser = add_eagle_flags(argparse.ArgumentParser(add_help=False))
+    flags = [action.option_strings[0] for action in parser._actions]
+    return frozenset(f for flag in flags for f in (flag, f"--no-{flag[2:]}"))
 
 
 @cache
@@ -135,6 +133,15 @@ def test_the_readme_gives_the_commands_that_ci_runs() -> None:
     assert readme.exists()
     assert {"make train", "make test"} <= set(re.findall(r"make [\w-]+", readme.read_text()))
     assert "make test " in (ROOT / ".ci" / "run").read_text()
+
+
+def test_no_line_of_the_readme_is_long() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert not [line for line in lines if len(line) > 120]
+
+
+def test_the_flag_reference_is_what_its_script_prints() -> None:
+    assert flag_reference.PAGE.read_text() == flag_reference.render(), "run `make docs`"
 
 
 def test_documents_mention_only_what_exists() -> None:
