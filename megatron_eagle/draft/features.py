@@ -1,4 +1,7 @@
-"""fc and the norms in front of it: from what the base gives to the draft's hidden."""
+"""fc and the norms in front of it: from the base's features to the draft's hidden state.
+
+S' this rank's tokens, B micro-batch, H hidden, A aux layers, N width of an input or a norm.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +24,13 @@ from megatron_eagle.platform.products import linear
 
 
 class FeatureProjection(MegatronModule):
-    """``fc``: inputs [S', B, N] to the draft's hidden [S', B, H], no bias.
+    """``fc``: inputs [S', B, N] to the draft's hidden state [S', B, H], no bias.
 
     Without sequence parallelism its rows are sharded over TP and the output is gathered (one
-    all-gather, none in backward); what needs a gradient must come through
-    :meth:`summing_gradient`. With it, tokens are already sharded, so the weight is replicated,
-    nothing is sent, and its gradient is summed over TP with the other sequence-parallel weights.
+    all-gather, none in backward); an input that needs a gradient must come through
+    :meth:`summing_gradient`. With sequence parallelism tokens are already sharded, so the weight is
+    replicated, nothing is sent, and its gradient is summed over TP with the other sequence-parallel
+    weights.
     """
 
     def __init__(self, config: Any, input_size: int, tp_group: Any) -> None:
@@ -46,14 +50,14 @@ class FeatureProjection(MegatronModule):
         return hidden
 
     def summing_gradient(self, x: Tensor) -> Tensor:
-        """x, equal on all ranks, on its way into the product: sharded rows give each rank a part of
-        its gradient. One all-reduce in backward where rows are sharded, else nothing."""
+        """Return ``x``, equal on all ranks, so that its gradient is summed over TP: sharded rows give
+        each rank a part. One all-reduce in backward where rows are sharded, else nothing."""
         if not self.sharded:
             return x
         return copy_to_tensor_model_parallel_region(x, group=self.tp_group)
 
     def scale_blocks(self, scales: Tensor) -> None:
-        """Multiply the columns of captured layer a by ``scales[a]``, in place."""
+        """Multiply the columns of aux layer a by ``scales[a]``, in place."""
         with torch.no_grad():
             self.weight.view(self.weight.shape[0], scales.numel(), -1).mul_(scales.view(1, -1, 1))
 
@@ -65,7 +69,7 @@ class FeatureProjection(MegatronModule):
 
 
 class NormWeight(MegatronModule):
-    """The weight [N] of an RMSNorm of captured layers. Calling the module gives it: an overlapped
+    """The weight [N] of an RMSNorm of aux layers. Calling the module returns it: an overlapped
     parameter gather waits in the call for the bucket that holds the weight."""
 
     def __init__(self, config: Any, size: int) -> None:
@@ -78,8 +82,8 @@ class NormWeight(MegatronModule):
 
 
 class MaskHidden(MegatronModule):
-    """P-EAGLE's learned stand-in [1, A * H] for captured layers that are not there yet. Calling the
-    module gives it, see :class:`NormWeight`."""
+    """P-EAGLE's learned mask hidden state [1, A * H], which replaces the aux hidden states of tokens
+    that are not drafted yet. Calling the module returns it, see :class:`NormWeight`."""
 
     def __init__(self, config: Any, size: int) -> None:
         super().__init__(config=config)
@@ -93,7 +97,7 @@ class MaskHidden(MegatronModule):
 def norm_features(
     features: Tensor, weights: Sequence[Tensor], eps: float, fc: FeatureProjection
 ) -> Tensor:
-    """RMSNorm of each of ``len(weights)`` equal blocks of features [S', B, A * H], for ``fc``.
+    """Apply an RMSNorm to each of ``len(weights)`` equal blocks of features [S', B, A * H].
 
     No collective in forward; in backward that of :meth:`FeatureProjection.summing_gradient` for the
     weights alone, [A * H] numbers. The features must not need a gradient.
@@ -106,7 +110,7 @@ def norm_features(
 
 
 def empty_parameter(config: Any, *sizes: int) -> torch.nn.Parameter:
-    """Empty, and marked so that sequence parallelism sums its gradient over TP."""
+    """Return an uninitialised parameter whose gradient sequence parallelism sums over TP."""
     device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
     parameter = torch.nn.Parameter(torch.empty(*sizes, dtype=config.params_dtype, device=device))
     parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]

@@ -1,4 +1,7 @@
-"""The TransformerConfig of a draft's layers and its rotary embedding, from the base's."""
+"""The TransformerConfig of a draft's layers and its RoPE, derived from the base's.
+
+d: RoPE channels of a head.
+"""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
-"""Multi-latent attention of a draft's layers: Megatron's own, with down projections of ours.
+"""Multi-latent attention (MLA) of a draft's layers: Megatron's, with other down projections.
 
-Megatron builds down projections ``hidden_size`` wide, of linears it knows. A draft's first layer
-reads twice that. And its local ones, sharded over TP, lose a part of their gradient: the rotary key
-is one for all heads, and no rank hears of the other ranks' heads. Here they are whole on every
-rank, as Transformer Engine's are, and that gradient is summed.
+Megatron's down projections read ``hidden_size`` channels, and a draft's first layer has twice as
+many. Its local ones, sharded over TP, also lose a part of their gradient: all heads share the
+rotary key, and no rank learns of the other ranks' heads. Here they are whole on every rank, as
+Transformer Engine's are, and that gradient is summed.
+
+S' this rank's tokens, B micro-batch, N inputs and M outputs of a projection.
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ from megatron_eagle.platform.products import linear
 
 
 class DownProjection(MegatronModule):
-    """[S', B, N] -> [S', B, M], no bias, the weight on every rank. With ``shared`` the last so many
-    channels are read by every head: without sequence parallelism, which gathers them later, their
-    gradient is summed over TP (one all-reduce in backward)."""
+    """Linear [S', B, N] -> [S', B, M], no bias, the whole weight on every rank.
+
+    Every head reads the last ``shared`` channels: without sequence parallelism, which gathers them
+    later, their gradient is summed over TP (one all-reduce in backward).
+    """
 
     def __init__(self, config: Any, sizes: tuple[int, int], shared: int, tp_group: Any) -> None:
         super().__init__(config=config)
@@ -44,9 +48,11 @@ class DownProjection(MegatronModule):
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         projected = linear(x, self.weight)
         if self.shared and self.tp_group.size() > 1:
-            own, shared = projected.split([projected.shape[-1] - self.shared, self.shared], dim=-1)
+            latent, shared = projected.split(
+                [projected.shape[-1] - self.shared, self.shared], dim=-1
+            )
             shared = copy_to_tensor_model_parallel_region(shared, group=self.tp_group)
-            projected = torch.cat([own, shared], dim=-1)
+            projected = torch.cat([latent, shared], dim=-1)
         return projected, None
 
     def sharded_state_dict(
@@ -57,8 +63,8 @@ class DownProjection(MegatronModule):
 
 
 class DraftMLASelfAttention(MLASelfAttention):
-    """Megatron's MLA over inputs of ``input_size``, with modules and names as MLASelfAttention has
-    them. Its angles are those that :func:`share_rotary` lets all layers ask for."""
+    """Megatron's MLA over inputs of ``input_size``, with MLASelfAttention's modules and names. All
+    layers ask one module for their RoPE angles, see :func:`share_rotary`."""
 
     def __init__(
         self,
@@ -73,7 +79,7 @@ class DraftMLASelfAttention(MLASelfAttention):
         pp_layer_offset: int | None = None,
         name: str | None = None,
     ) -> None:
-        # MLASelfAttention's own would build what is built here.
+        # MLASelfAttention.__init__ would build the projections that are built below.
         MultiLatentAttention.__init__(
             self, config, submodules, layer_number, attn_mask_type, "self", cp_comm_type,
             pg_collection, pp_layer_offset, name,
@@ -114,7 +120,7 @@ class DraftMLASelfAttention(MLASelfAttention):
 
 
 def use_mla(layer_spec: Any, input_size: int, norm: Callable[..., Any]) -> None:
-    """Make an MLA TransformerLayer spec use :class:`DraftMLASelfAttention`, in place."""
+    """Change an MLA TransformerLayer spec in place to use :class:`DraftMLASelfAttention`."""
     layer = layer_spec.submodules
     layer.self_attention.module = DraftMLASelfAttention
     layer.self_attention.params |= {"input_size": input_size, "norm": norm}
@@ -122,8 +128,8 @@ def use_mla(layer_spec: Any, input_size: int, norm: Callable[..., Any]) -> None:
 
 
 def share_rotary(layers: Iterable[Any], factor: float) -> MLARotary:
-    """Give all MLA layers one rotary module, whose angles the caller says before every pass;
-    ``factor`` multiplies cos and sin."""
+    """Give all MLA layers one rotary module and return it: the caller sets its angles before every
+    pass. ``factor`` multiplies cos and sin."""
     attentions = [layer.self_attention for layer in layers]
     shared = MLARotary(attentions[0].rotary_pos_emb, factor)
     for attention in attentions:

@@ -1,11 +1,11 @@
 """MoE layers of a draft: Megatron's own, whose balance loss joins the draft's loss.
 
-Megatron adds the balance loss to the gradient behind the back of the main loss, scaled for a loss
-over all tokens and one pass. A draft is judged on supervised rows only and runs K times, so its
-routers hand their losses over instead, and the model adds them to its own.
+Megatron adds the balance loss to the gradient through an autograd hook, outside the main loss,
+scaled for a loss over all tokens and one pass. A draft is judged on supervised tokens only and runs
+K times, so its routers keep their losses instead, and the model adds them to its own.
 
-A balance loss is one of a micro-batch's whole sequences: of the tokens that sequence and context
-parallelism spread over ranks, each rank's loss is its tokens' part, and the parts' sum is the loss.
+A balance loss belongs to a micro-batch's whole sequences. Where sequence and context parallelism
+spread the tokens over ranks, each rank's loss is the part of its tokens, and the parts add up.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from megatron_eagle.compat import TopKRouter
 
 
 class DraftRouter(TopKRouter):
-    """A TopKRouter that keeps its balance losses until :func:`take_balance_loss`."""
+    """TopKRouter that keeps its balance losses until :func:`take_balance_loss` collects them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -35,25 +35,25 @@ class DraftRouter(TopKRouter):
     def attach_and_log_load_balancing_loss(
         self, activation: Tensor, aux_loss_coeff: float, aux_loss: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Called by Megatron when training, with the coefficient in ``aux_loss`` already."""
+        """Keep ``aux_loss``, coefficient included, when Megatron adds it in training."""
         self.balance_losses.append(aux_loss)
         return activation
 
 
 def keep_balance_losses(layer_spec: Any) -> None:
-    """Make a MoE TransformerLayer spec use :class:`DraftRouter`, in place."""
+    """Change a MoE TransformerLayer spec in place to use :class:`DraftRouter`."""
     submodules = layer_spec.submodules
     moe = submodules.mlp.keywords["submodules"]
     submodules.mlp = partial(submodules.mlp.func, submodules=replace(moe, router=DraftRouter))
 
 
 def take_balance_loss(draft: torch.nn.Module, rows: Tensor, group: ProcessGroup) -> Tensor | None:
-    """The balance loss of the passes since the last call, for a loss that is a sum over rows: mean
-    over passes, sum over layers, times the micro-batch's supervised rows; this rank's part of it.
-    None if no layer has experts.
+    """Return this rank's part of the balance loss of the passes since the last call, for a loss
+    that is a sum over tokens; None if no layer has experts.
 
-    ``rows`` []: this rank's; ``group`` is context-parallel, over which they are summed (one
-    all-reduce of a number, if it is larger than one).
+    It is the mean over passes, summed over layers, times the micro-batch's supervised tokens:
+    ``rows`` [] on this rank, summed over the context-parallel ``group`` (one all-reduce of a number
+    if the group has more than one rank).
     """
     total: Tensor | None = None
     for module in draft.modules():

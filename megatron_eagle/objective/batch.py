@@ -1,4 +1,4 @@
-"""EagleBatch: tokens, and which rows are supervised at which step, worked out on the host.
+"""EagleBatch: tokens, and which positions are supervised at which step, worked out on the host.
 
 Row p of step t consumes x_{p+1+t} and is judged by the base's distribution at u = p + 1 + t. So
 the supervised rows of every step share one set of target positions u, and step t's row for u is
@@ -6,8 +6,20 @@ u - 1 - t: the teacher is evaluated once per u, never per step. Positions that a
 reach neither the teacher nor the draft's head. In packed sequences u and its rows lie in the same
 document: the first token of a document is no target, and no step looks across its start.
 
+Example: eight tokens x_0 .. x_7, of which x_4 .. x_6 are the assistant's, K = 3.
+
+    target u      4   5   6
+    step 0, row   3   4   5        row 3 consumes x_4 and predicts x_5, as the base does at 4
+    step 1, row   2   3   4
+    step 2, row   1   2   3
+
+Were x_3 the first token of a document, rows 2 and 1 would lie in another one and be masked.
+
 Under context parallelism a rank owns the rows p of its two pieces of the sequence. Their targets
-may lie up to K positions further on, so the pieces of the final hidden have K rows more: a halo.
+may lie up to K positions further on, so the pieces of the final hidden state have K rows more: a
+halo.
+
+S sequence, B micro-batch, K TTT steps, M target positions of this rank.
 """
 
 from __future__ import annotations
@@ -31,7 +43,7 @@ class EagleBatch:
     their halos. ``step_rows`` [K, M]: flat rows of [S / CP, B] judged at each step. ``step_mask``
     [K, M] bool: False where that row would lie before the document or on another rank (its entry
     in ``step_rows`` is then any row, and unused). ``packing``: the documents of packed sequences.
-    ``base_outputs``: what the base would give this rank, if it was read from disk.
+    ``base_outputs``: the base's outputs for this rank, if they were read from disk.
     """
 
     tokens: Tensor
@@ -47,18 +59,19 @@ class EagleBatch:
         tokens: Tensor,
         loss_mask: Tensor,
         steps: int,
+        *,
         multiple: int = 1,
         trim: bool = False,
         context: tuple[int, int] = (0, 1),
         positions: Tensor | None = None,
     ) -> EagleBatch:
-        """From host tensors: tokens [B, S]; loss_mask [B, S], whose entry i says whether the next
-        token x_{i+1} is supervised (Megatron's label-aligned mask).
+        """Build from host tensors: tokens [B, S]; loss_mask [B, S], whose entry i says whether the
+        next token x_{i+1} is supervised (Megatron's label-aligned mask).
 
-        ``trim`` cuts what follows the last target off all sequences, to a ``multiple`` (of TP for
-        sequence parallelism, of 2 * CP for context parallelism): causal layers never look there.
-        ``context``: this rank and the size of its context-parallel group. ``positions`` [B, S] of
-        the tokens within their documents, if the sequences are packed.
+        ``trim`` cuts off what follows the last target of all sequences, to a ``multiple`` (of TP
+        for sequence parallelism, of 2 * CP for context parallelism): causal layers never look
+        there. ``context`` is this rank and the size of its context-parallel group; ``positions``
+        [B, S] are those of the tokens within their documents, if the sequences are packed.
         """
         batch, length = tokens.shape
         rank, world = context
@@ -83,12 +96,12 @@ class EagleBatch:
         return cls(tokens[:, :length], target_rows, step_rows, step_mask, packing)
 
     def to(self, device: torch.device | str | int) -> EagleBatch:
-        """The same on ``device``; copies do not block the host."""
+        """Copy to ``device`` without blocking the host."""
 
         def move(x: Tensor) -> Tensor:
             return x.pin_memory().to(device, non_blocking=True) if _on_gpu(device) else x
 
-        packing, given = self.packing, self.base_outputs
+        packing, outputs = self.packing, self.base_outputs
         return EagleBatch(
             tokens=move(self.tokens),
             target_rows=move(self.target_rows),
@@ -96,8 +109,8 @@ class EagleBatch:
             step_mask=move(self.step_mask),
             packing=None if packing is None else packing.to(move(packing.positions)),
             base_outputs=None
-            if given is None
-            else BaseOutputs(move(given.features), move(given.final_hidden)),
+            if outputs is None
+            else BaseOutputs(move(outputs.features), move(outputs.final_hidden)),
         )
 
 
@@ -111,9 +124,11 @@ def _piece_rows(
     batch: int,
     halo: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The targets that a row of the piece ``span`` is judged by, as the fields of EagleBatch;
-    ``index`` counts the rank's pieces, ``before`` the tokens that precede each target in its
-    document."""
+    """Return ``target_rows``, ``step_rows`` and ``step_mask`` of the targets of the piece ``span``.
+
+    ``index`` counts the rank's pieces; ``before`` is how many tokens precede each target in its
+    document.
+    """
     start, stop = span
     near = (target > start) & (target < stop + steps)
     target, sequence, before = target[near], sequence[near], before[near]

@@ -5,6 +5,9 @@ output of step t - 1, only that step's keys; it attends to what it would attend 
 the trunk 0..p and its own row's branch 1..t. All steps become rows of one pass: the projections see
 K times as many rows, and every collective of the layers happens once instead of K times.
 (P-EAGLE, arXiv 2602.01469.)
+
+S' this rank's tokens, B micro-batch, H hidden, K TTT steps, n query heads, g key/value heads, d
+head size, s tokens of a step that one sequence-parallel rank brings.
 """
 
 from __future__ import annotations
@@ -18,9 +21,11 @@ from megatron_eagle.objective.draft_inputs import DraftInputs
 
 
 class StackedSteps:
-    """An attention state for K steps that lie behind one another in one pass: hands them to
-    ``state``, one after the other. ``parts`` ranks each bring all K steps of their rows, as
-    sequence parallelism gathers them."""
+    """Attention state of K steps that lie behind one another in one pass.
+
+    Passes them to ``state`` one after the other. ``parts`` ranks each bring all K steps of their
+    rows, as sequence parallelism gathers them.
+    """
 
     def __init__(self, state: AttentionState, steps: int, parts: int) -> None:
         self._state, self._steps, self._parts = state, steps, parts
@@ -35,14 +40,14 @@ class StackedSteps:
         window: int | None = None,
         sink: Tensor | None = None,
     ) -> Tensor:
-        """query [B, n, parts * K * s, d], key and value [B, g, parts * K * s, d]."""
+        """Attend with query [B, n, parts * K * s, d], key and value [B, g, parts * K * s, d]."""
         per_step = zip(*(self._split(x) for x in (query, key, value)), strict=True)
         outputs = [self._state.attend(layer, q, k, v, scale, window, sink) for q, k, v in per_step]
         joined = torch.stack(outputs, dim=2).unflatten(3, (self._parts, -1))
         return joined.transpose(2, 3).flatten(2, 4)
 
     def _split(self, x: Tensor) -> list[Tensor]:
-        """[B, n, parts * K * s, d] -> K times [B, n, parts * s, d]."""
+        """Split [B, n, parts * K * s, d] into K times [B, n, parts * s, d]."""
         steps = x.unflatten(2, (self._parts, self._steps, -1)).transpose(2, 3).flatten(3, 4)
         return [step.contiguous() for step in steps.unbind(2)]
 

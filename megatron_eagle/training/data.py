@@ -126,7 +126,15 @@ def next_batch(iterator: Any, steps: int, vocab_size: int) -> EagleBatch:
     if args.context_parallel_size > 1:
         multiple *= 2 * args.context_parallel_size
     positions = sample["positions"] if args.eagle_pack else None
-    batch = EagleBatch.build(tokens, sample["loss_mask"], steps, multiple, True, context, positions)
+    batch = EagleBatch.build(
+        tokens,
+        sample["loss_mask"],
+        steps,
+        multiple=multiple,
+        trim=True,
+        context=context,
+        positions=positions,
+    )
     if "captured" not in sample:
         return batch
     shard = ContextShard(batch.tokens.shape[1], *context)

@@ -40,7 +40,7 @@ def count_micro_batch(rank: int, world: int, case: Case) -> dict[str, Any]:
     model = build_model(case)
     context = (groups.cp.rank(), case.cp)
     batch = EagleBatch.build(
-        case.tokens, case.loss_mask, case.config.ttt_steps, world, context=context
+        case.tokens, case.loss_mask, case.config.ttt_steps, multiple=world, context=context
     )
     model(batch)  # the teacher's rows are fetched once, at the first micro-batch
     with CollectiveCounter() as forward:

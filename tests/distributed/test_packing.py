@@ -92,7 +92,9 @@ def packed_and_alone(rank: int, world: int, layout: dict[str, Any]) -> tuple[Any
     context, steps = (groups.cp.rank(), context_parallel), model.options.train.ttt_steps
 
     def build(tokens: Tensor, mask: Tensor, positions: Tensor | None) -> Any:
-        return EagleBatch.build(tokens, mask, steps, 4, context=context, positions=positions)
+        return EagleBatch.build(
+            tokens, mask, steps, multiple=4, context=context, positions=positions
+        )
 
     singles = []
     for row, starts in enumerate(STARTS):

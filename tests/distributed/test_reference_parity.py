@@ -80,7 +80,7 @@ def run_case(rank: int, world: int, case: Case) -> dict[str, Any]:
     model = build_model(case)
     context = (groups.cp.rank(), case.cp)
     batch = EagleBatch.build(
-        case.tokens, case.loss_mask, case.config.ttt_steps, world * (1 + (case.cp > 1)),
+        case.tokens, case.loss_mask, case.config.ttt_steps, multiple=world * (1 + (case.cp > 1)),
         trim=case.trim, context=context, positions=case.positions,
     )  # fmt: skip
     loss, sums = model(batch)

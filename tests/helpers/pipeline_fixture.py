@@ -51,7 +51,7 @@ class GivenStep:
         tokens, mask, *positions = next(iterator)
         multiple = self.case.tp * (2 * self.case.cp if self.case.cp > 1 else 1)
         return EagleBatch.build(
-            tokens, mask, self.case.draft.config.ttt_steps, multiple, trim=True,
+            tokens, mask, self.case.draft.config.ttt_steps, multiple=multiple, trim=True,
             context=(self.cp_rank, self.case.cp), positions=positions[0] if positions else None,
         )  # fmt: skip
 
