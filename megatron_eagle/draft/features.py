@@ -50,8 +50,10 @@ class FeatureProjection(MegatronModule):
         return hidden
 
     def summing_gradient(self, x: Tensor) -> Tensor:
-        """Return ``x``, equal on all ranks, so that its gradient is summed over TP: sharded rows give
-        each rank a part. One all-reduce in backward where rows are sharded, else nothing."""
+        """Return ``x``, equal on all ranks, so that its gradient is summed over TP.
+
+        Sharded rows give each rank a part of it: one all-reduce in backward, else nothing.
+        """
         if not self.sharded:
             return x
         return copy_to_tensor_model_parallel_region(x, group=self.tp_group)
@@ -82,7 +84,7 @@ class NormWeight(MegatronModule):
 
 
 class MaskHidden(MegatronModule):
-    """P-EAGLE's learned mask hidden state [1, A * H], which replaces the aux hidden states of tokens
+    """P-EAGLE's learned mask hidden state [1, A * H], in place of the aux hidden states of tokens
     that are not drafted yet. Calling the module returns it, see :class:`NormWeight`."""
 
     def __init__(self, config: Any, size: int) -> None:
