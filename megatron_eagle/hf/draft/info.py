@@ -11,7 +11,7 @@ from megatron_eagle.checkpoint.directory import BaseInfo, parse_base
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.metadata import decode_metadata
 from megatron_eagle.hf.base.megatron_args import dims_of
-from megatron_eagle.hf.tables.entries import Dims
+from megatron_eagle.hf.tables.entries import Dims, with_symbols
 
 BASE_SIZES = (
     "num_layers",
@@ -53,8 +53,7 @@ class DraftInfo:
     def dims(self) -> Dims:
         """The symbols of `draft_names`."""
         dims = dims_of(self.layer_args)
-        return {
-            **dims,
+        more = {
             "1": 1,
             "D": self.draft_vocab_size,
             "H2": 2 * dims["H"],
@@ -62,6 +61,7 @@ class DraftInfo:
             "QKV": dims["Q"] + 2 * dims["KV"],
             "F2": 2 * dims["F"],
         }
+        return with_symbols(dims, more)
 
 
 def parse_draft_info(tensor: Tensor, source: str) -> DraftInfo:
