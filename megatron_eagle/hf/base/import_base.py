@@ -1,7 +1,7 @@
 """A Hugging Face base -> a Megatron ``torch_dist`` checkpoint that loads at any TP and PP.
 
 ``chunks`` names the global tensors. Vocabulary rows are unpadded: Megatron's vocabulary tensors
-accept a shorter one and fill in zeros. docs/bases.md says why this importer exists.
+accept a shorter one and fill in zeros. docs/design/architecture.md says why it does not use Megatron-Bridge.
 """
 
 from __future__ import annotations

@@ -14,8 +14,10 @@ from megatron_eagle.hf.tables.config_fields import number, require, size, switch
 
 
 def softmax_after_topk(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Read Mixtral's: softmax over the chosen experts' logits, experts in every layer, each as wide
-    as ``intermediate_size``."""
+    """Read the experts of Mixtral: softmax over the chosen experts' logits.
+
+    All layers have experts, each as wide as ``intermediate_size``.
+    """
     return {
         "num_experts": size(config, "num_local_experts", source),
         "moe_ffn_hidden_size": size(config, "intermediate_size", source),
@@ -24,7 +26,7 @@ def softmax_after_topk(config: Mapping[str, Any], source: str) -> dict[str, Any]
 
 
 def qwen3_moe(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Read Qwen3-MoE's: softmax over all experts, renormalised or not, in some or all layers."""
+    """Read the experts of Qwen3-MoE: softmax over all, renormalised or not, in some or all layers."""
     experts = "num_experts" if config.get("num_local_experts") is None else "num_local_experts"
     dense = config.get("mlp_only_layers") or []
     step = size(config, "decoder_sparse_step", source, 1)
@@ -38,7 +40,7 @@ def qwen3_moe(config: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def gpt_oss(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Read gpt-oss's: softmax over the chosen experts, biases in the router and the experts."""
+    """Read the experts of gpt-oss: softmax over the chosen ones, biases in router and experts."""
     require(config, {"swiglu_limit": 7.0}, source)
     return {
         **softmax_after_topk(config, source),
@@ -47,7 +49,7 @@ def gpt_oss(config: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def deepseek_v2(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Read DeepSeek-V2's: softmax over all experts, not renormalised, in all or the best groups."""
+    """Read the experts of DeepSeek-V2: softmax over all, chosen from all or the best groups."""
     require(config, {"scoring_func": "softmax", "norm_topk_prob": False}, source)
     methods = ("greedy", "group_limited_greedy")
     method = config.get("topk_method", "greedy")
@@ -62,7 +64,7 @@ def deepseek_v2(config: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def deepseek_v3(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Read DeepSeek-V3's, Kimi-K2's: sigmoids, selected with a learnt bias in the best groups."""
+    """Read the experts of DeepSeek-V3, Kimi-K2: sigmoids, chosen with a learnt bias by groups."""
     fixed = {"scoring_func": "sigmoid", "topk_method": "noaux_tc", "norm_topk_prob": True}
     require(config, fixed, source)
     return {

@@ -120,16 +120,20 @@ def one(name: str, *shape: str, **conditions: str) -> partial[Entry]:
 
 
 def rows(sources: Mapping[str, str], *trailing: str, **conditions: str) -> partial[Entry]:
-    """Return the row of tensors (name -> number of rows) below one another, of equal ``trailing``
-    shape; ``conditions`` are fields of Entry."""
+    """Return the row of tensors (name -> number of rows) below one another.
+
+    All have the same ``trailing`` shape. ``conditions`` are fields of Entry.
+    """
     parts = tuple(Source(name, (size, *trailing)) for name, size in sources.items())
     shape = ("+".join(sources.values()), *trailing)
     return partial(Entry, shape=shape, sources=parts, join=join_rows, **conditions)
 
 
 def qkv(suffix: str, *trailing: str, **conditions: str) -> partial[Entry]:
-    """Return the row of Megatron's linear_qkv (its weight or bias, by ``suffix``), from separate
-    queries, keys and values; ``conditions`` are fields of Entry."""
+    """Return the row of Megatron's linear_qkv, made from separate queries, keys and values.
+
+    ``suffix`` is "weight" or "bias". ``conditions`` are fields of Entry.
+    """
     sizes = {"q_proj": "Q", "k_proj": "KV", "v_proj": "KV"}
     parts = tuple(
         Source(f"self_attn.{name}.{suffix}", (size, *trailing)) for name, size in sizes.items()
