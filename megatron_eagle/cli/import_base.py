@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_eagle.checkpoint.directory import BASE_JSON_NAME
 from megatron_eagle.hf.base.import_base import import_base
-from megatron_eagle.hf.base.megatron_args import flags
+from megatron_eagle.training.megatron_flags import megatron_flags
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     progress(f"{base.family} base {base.name!r} is in {args.save}")
     print("Megatron flags for this base:")
-    print(shlex.join(flags(base.megatron_args)))
+    print(shlex.join(megatron_flags(base.megatron_args)))
     if base.rope:
         print(f"No flag says its rope: examples/pretrain_eagle.py reads it from {BASE_JSON_NAME}")
     return 0

@@ -18,10 +18,10 @@ from megatron_eagle.checkpoint.directory import BaseInfo, load_base_json
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.config.flags import add_eagle_flags
 from megatron_eagle.hf.base.megatron_args import ABSENT
-from megatron_eagle.hf.base.megatron_args import flags as megatron_flags
 from megatron_eagle.platform import is_enabled
 from megatron_eagle.training.base_start import check_base_start
 from megatron_eagle.training.layout import check_layout, check_micro_batches, layout_flags
+from megatron_eagle.training.megatron_flags import megatron_flags
 
 CPU_FLAGS = [
     *("--distributed-backend", "gloo", "--transformer-impl", "local"),

@@ -12,11 +12,12 @@ from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.config import DraftSpec
 from megatron_eagle.draft.layer_config import draft_config, draft_rotary, own_rotary
 from megatron_eagle.hf.base.families import FAMILIES, family_of
-from megatron_eagle.hf.base.megatron_args import megatron_args
+from megatron_eagle.hf.base.megatron_args import dims_of, megatron_args
+from megatron_eagle.hf.base.rope_args import rope_beyond_args
 from megatron_eagle.hf.draft.config_json import draft_config_json
 from megatron_eagle.hf.draft.formats import FORMATS
 from megatron_eagle.hf.draft.info import DraftInfo
-from megatron_eagle.hf.tables.rope import rope_beyond_flags
+from megatron_eagle.hf.tables.entries import with_symbols
 from megatron_eagle.teacher.build import base_config
 from tests.helpers.tiny_hf import CLASSES, FIELDS, SIZES
 
@@ -37,7 +38,7 @@ def base_of(name: str) -> BaseInfo:
     config = {**json.loads(described), "architectures": [f"{class_name}ForCausalLM"]}
     table = family_of(config, "config.json")
     args = megatron_args(config, table, "config.json")
-    rope = rope_beyond_flags({**table.defaults, **config}, "config.json")
+    rope = rope_beyond_args({**table.defaults, **config}, "config.json")
     return BaseInfo(name, name, "0" * 64, args["vocab_size"], config, args, rope)
 
 
@@ -85,3 +86,14 @@ def test_rope_is_the_one_that_readers_of_its_files_compute(
 
     shares = draft_rotary(of_the_base, base, spec, torch.device("cpu")).angles is of_the_base
     assert shares == (base.family not in ("glm4_moe", "deepseek_v2", "deepseek_v3"))
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_no_shape_symbol_has_two_meanings(name: str) -> None:
+    """The draft's symbols leave the base's as they are, and a clash is an error."""
+    base = base_of(name)
+    of_base = dims_of(base.megatron_args)
+    of_draft = DraftInfo((0,), 4, 13, base).dims
+    assert of_draft["D"] == 13 and {symbol: of_draft[symbol] for symbol in of_base} == of_base
+    with pytest.raises(AssertionError, match="two meanings: HD"):
+        with_symbols(of_base, {"D": 13, "HD": 13})

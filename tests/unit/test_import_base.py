@@ -21,8 +21,9 @@ from megatron_eagle.checkpoint.directory import load_base_json, resolve_checkpoi
 from megatron_eagle.cli.import_base import main
 from megatron_eagle.hf.base.families import FAMILIES, family_of
 from megatron_eagle.hf.base.import_base import import_base
-from megatron_eagle.hf.base.megatron_args import flags, megatron_args
-from megatron_eagle.hf.tables.rope import rope_beyond_flags
+from megatron_eagle.hf.base.megatron_args import megatron_args
+from megatron_eagle.hf.base.rope_args import rope_beyond_args
+from megatron_eagle.training.megatron_flags import megatron_flags
 from tests.helpers.tiny_hf import MLA, SIZES, make_base
 
 ROOT = Path(__file__).parents[2]
@@ -105,7 +106,7 @@ def test_writes_megatron_tensors_and_description(hf: Path, capsys: Any) -> None:
     assert base.hf_config == json.loads((hf / "config.json").read_text())
     printed = capsys.readouterr().out.splitlines()
     assert any("layer 2/2" in line for line in printed)
-    assert printed[-1] == shlex.join(flags(base.megatron_args))
+    assert printed[-1] == shlex.join(megatron_flags(base.megatron_args))
     assert sorted(path.name for path in hf.parent.iterdir()) == ["base", "hf"]
 
 
@@ -142,7 +143,7 @@ def test_printed_flags_are_megatrons(architecture: str, monkeypatch: pytest.Monk
             config |= {**MLA, "num_hidden_layers": 2, "use_sliding_window": False}
             config["rope_scaling"] = None
         args = megatron_args(config, FAMILIES[architecture], "config.json")
-        monkeypatch.setattr(sys, "argv", ["train", *flags(args)])
+        monkeypatch.setattr(sys, "argv", ["train", *megatron_flags(args)])
         parsed = vars(parse_args())
         parsed["norm_epsilon"] = parsed["layernorm_epsilon"]  # as Megatron stores --norm-epsilon
         parsed["window_size"] = list(parsed["window_size"] or []) or None
@@ -168,7 +169,7 @@ def test_scaled_rope_equals_hugging_face(rope: dict[str, Any]) -> None:
     config = LlamaConfig(head_dim=64, max_position_embeddings=8192, rope_parameters=dict(rope))
     expected, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](config, "cpu")
     for spelling in ({"rope_parameters": rope}, {"rope_scaling": rope, "rope_theta": 70000.0}):
-        described = rope_beyond_flags({"max_position_embeddings": 8192, **spelling}, "config.json")
+        described = rope_beyond_args({"max_position_embeddings": 8192, **spelling}, "config.json")
         torch.testing.assert_close(inverse_frequencies(described, 64), expected)
         assert attention_factor(described) == pytest.approx(factor)
 

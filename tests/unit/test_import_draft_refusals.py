@@ -53,6 +53,7 @@ FIELDS = [
     ({"draft_vocab_size": 20}, "d2t must hold 20 integers"),
     ({"draft_vocab_size": "all"}, "draft_vocab_size must be a positive integer"),
     ({"rope_scaling": {"rope_type": "longrope"}}, "rope type 'longrope' is not supported"),
+    ({"fc_norm": "false"}, "fc_norm must be true or false, found 'false'"),
     ({"rms_norm_eps": -1.0}, "rms_norm_eps must be a positive number"),
     ({"eagle_aux_hidden_state_layer_ids": [1, 4, 7]}, "name different layers"),
     ({"eagle_config": {}, "eagle_aux_hidden_state_layer_ids": [0, 4, 7]}, "must ascend and be"),

@@ -1,1 +1,1 @@
-"""Hugging Face bases: config.json and weights to Megatron."""
+"""Import of Hugging Face bases: config.json and weights to a Megatron checkpoint."""

@@ -1,9 +1,8 @@
-"""The Megatron tensors of a base, block by block, each read from its Hugging Face directory when
-it is written.
+"""The Megatron tensors of a base in blocks, each read from the Hugging Face files when written.
 
-Names and shapes are those of GPTModel.sharded_state_dict() with Transformer Engine's layers, which
-local layers also ask for: norms that TE fuses into a linear layer carry that layer's name. Layers
-are stacked on a leading axis, except where the layers differ in kind: then Megatron numbers them.
+Names and shapes are those of ``GPTModel.sharded_state_dict()`` with Transformer Engine's layers,
+which local layers ask for, too: a norm that TE fuses into a linear layer carries that layer's name.
+Layers are stacked on a leading axis, except where they differ in kind: then Megatron numbers them.
 Experts are stacked on the next axis.
 """
 
@@ -12,12 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from megatron_eagle.checkpoint.writer import Chunk
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.base.families import LAYER_PREFIX, Family
 from megatron_eagle.hf.base.megatron_args import dims_of
 from megatron_eagle.hf.base.moe_args import moe_layers
@@ -32,61 +32,64 @@ Axes = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class BaseTensors:
-    """The tensors of one base of `family`; `facts` as `facts_of` gives them."""
+    """All tensors of one base of ``family``, in both namings; ``facts`` come from ``facts_of``."""
 
     family: Family
     facts: Mapping[str, Any]
 
-    @property
+    @cached_property
     def dims(self) -> Dims:
         """The symbols of the name tables in numbers."""
         return dims_of(self.facts)
 
-    @property
+    @cached_property
     def layers(self) -> list[list[Entry]]:
-        """The rows of every layer."""
-        return [self.family.layer(self.facts, moe) for moe in moe_layers(self.facts)]
+        """The name-table entries of every layer."""
+        return [self.family.in_layer(self.facts, moe) for moe in moe_layers(self.facts)]
 
     def expected(self) -> dict[str, tuple[int, ...]]:
-        """Hugging Face tensor names -> shapes that a complete directory holds."""
+        """Return the Hugging Face names -> shapes that a complete directory holds."""
         dims, facts = self.dims, self.facts
-        named = [("", entry) for entry in self.family.once(facts)]
+        prefixed = [("", entry) for entry in self.family.outside_layers(facts)]
         for layer, entries in enumerate(self.layers):
-            named += [(LAYER_PREFIX.format(layer), entry) for entry in entries]
+            prefixed += [(LAYER_PREFIX.format(layer), entry) for entry in entries]
         return {
             prefix + source.name.format(expert): source.sizes(dims)
-            for prefix, entry in named
+            for prefix, entry in prefixed
             for source in entry.read_from(facts)
             for expert in range(dims["E"] if "{}" in source.name else 1)
         }
 
     def ignored(self, present: Iterable[str]) -> set[str]:
-        """Tensors that may be there and are not wanted: the tied head's copy, old rope buffers, and
-        of those ``present`` the layers that predict further tokens."""
+        """Return the names that may be there and are not imported.
+
+        They are the copy of a tied output layer, old rope buffers, and those tensors of ``present``
+        that belong to MTP layers.
+        """
         names = {
             LAYER_PREFIX.format(layer) + name
             for layer in range(len(self.layers))
             for name in self.family.ignored_in_layer
         }
-        absent = [entry for entry in self.family.model if not entry.exists(self.facts)]
-        first = len(self.layers)
-        further = range(first, first + self.facts["mtp_layers"])
-        prefixes = tuple(LAYER_PREFIX.format(layer) for layer in further)
+        first_mtp = len(self.layers)
+        mtp = range(first_mtp, first_mtp + self.facts["mtp_layers"])
+        prefixes = tuple(LAYER_PREFIX.format(layer) for layer in mtp)
         names |= {name for name in present if name.startswith(prefixes)}
+        absent = self.family.absent(self.facts)
         return names | {source.name for entry in absent for source in entry.sources}
 
     def chunks(self, source: SafetensorsDir, progress: Progress) -> Iterator[Chunk]:
-        """Every block, in writing order; layers first."""
+        """Yield every block in writing order, layers first; ``progress`` is told when one loads."""
         for layer, entries in enumerate(self.layers):
             line = f"layer {layer + 1}/{len(self.layers)}"
             for position, entry in enumerate(entries):
-                announce = partial(progress, line) if position == 0 else _quietly
+                announce = partial(progress, line) if position == 0 else _announce_nothing
                 yield from self._layer_chunks(source, entry, layer, announce)
-        for entry in self.family.once(self.facts):
+        for entry in self.family.outside_layers(self.facts):
             yield from self._row_chunks(source, entry, partial(progress, entry.megatron))
 
     def extra_states(self) -> dict[str, None]:
-        """Megatron's linear layers ask for an (empty) extra state when loaded strictly."""
+        """Return the (empty) extra states that Megatron's linear layers want in a strict load."""
         states: dict[str, None] = {}
         for layer, entries in enumerate(self.layers):
             for entry in entries:
@@ -101,7 +104,7 @@ class BaseTensors:
         return states
 
     def _place(self, entry: Entry, layer: int, expert: int) -> tuple[str, Axes]:
-        """Prefix of the key, and the leading axes, of one layer's (and expert's) part."""
+        """Return the key's prefix and the leading axes of one layer's (and expert's) part."""
         numbered = "moe_layer_freq" in self.facts
         prefix = f"decoder.layers.{layer}." if numbered else "decoder.layers."
         axes: Axes = () if numbered else ((layer, len(self.layers)),)
@@ -110,6 +113,7 @@ class BaseTensors:
     def _layer_chunks(
         self, source: SafetensorsDir, entry: Entry, layer: int, announce: Callable[[], None]
     ) -> Iterator[Chunk]:
+        """Yield one layer's tensor as one block, or as one block for each expert."""
         dims, shape = self.dims, entry.sizes(self.dims)
         for expert in range(dims["E"] if entry.per_expert else 1):
             prefix, axes = self._place(entry, layer, expert)
@@ -117,37 +121,38 @@ class BaseTensors:
                 (part, LAYER_PREFIX.format(layer) + part.name.format(expert))
                 for part in entry.read_from(self.facts)
             ]
-            dtype = _common_dtype(source, [name for _, name in parts]) if parts else None
+            dtype = _common_dtype(source, [name for _, name in parts])
             ones = (1,) * len(axes)
 
             def load(
                 parts: Sequence[tuple[Source, str]] = parts,
                 expert: int = expert,
-                ones: tuple[int, ...] = ones,
+                dtype: torch.dtype = dtype,
+                block: tuple[int, ...] = ones + shape,
             ) -> torch.Tensor:
                 if expert == 0:
                     announce()
                 if not parts:
-                    return torch.zeros(ones + shape, dtype=_first_dtype(source))
-                read = [
-                    _read(source, *part, expert if entry.per_expert else None) for part in parts
+                    return torch.zeros(block, dtype=dtype)
+                tensors = [
+                    _read(source, part, name, expert if entry.per_expert else None)
+                    for part, name in parts
                 ]
-                joined = entry.join(read, dims)
-                return joined.reshape(ones + shape)
+                return entry.join(tensors, dims).reshape(block)
 
             yield Chunk(
                 prefix + entry.megatron,
                 tuple(size for _, size in axes) + shape,
                 tuple(index for index, _ in axes) + (0,) * len(shape),
                 ones + shape,
-                dtype or _first_dtype(source),
+                dtype,
                 load,
             )
 
     def _row_chunks(
         self, source: SafetensorsDir, entry: Entry, announce: Callable[[], None]
     ) -> Iterator[Chunk]:
-        """One tensor in blocks of rows: a tensor-parallel rank reads only the blocks it needs."""
+        """Yield one tensor in blocks of rows: a tensor-parallel rank reads only those it needs."""
         (part,) = entry.sources
         shape = entry.sizes(self.dims)
         dtype = source.dtype(part.name)
@@ -171,20 +176,16 @@ def _read(source: SafetensorsDir, part: Source, name: str, expert: int | None) -
 
 
 def _common_dtype(source: SafetensorsDir, names: list[str]) -> torch.dtype:
-    dtypes = {source.dtype(name) for name in names}
+    """Return the dtype of the tensors ``names``; that of the embedding where there are none."""
+    dtypes = {source.dtype(name) for name in names or ["model.embed_tokens.weight"]}
     if len(dtypes) > 1:
-        raise ValueError(f"{source.path}: {', '.join(names)} differ in dtype")
+        raise UserError(f"{source.path}: {', '.join(names)} differ in dtype")
     return dtypes.pop()
-
-
-def _first_dtype(source: SafetensorsDir) -> torch.dtype:
-    """The dtype of what the directory does not have: its embedding's."""
-    return source.dtype("model.embed_tokens.weight")
 
 
 def _dotted(numbers: Sequence[int]) -> str:
     return ".".join(map(str, numbers))
 
 
-def _quietly() -> None:
-    """Announces nothing."""
+def _announce_nothing() -> None:
+    """Do nothing."""

@@ -1,7 +1,8 @@
-"""The name tables: which Hugging Face tensors make up which Megatron tensor, per family.
+"""The families of bases: the name tables of each, and what its config.json means.
 
-A new family is one `Family` here (and, where its config.json has new fields, a few lines in
-`megatron_args`). `megatron_eagle.hf.tables.entries` explains a row and the letters of its shapes.
+A new family is one ``Family`` here and, where its config.json has new fields, a few lines in
+``megatron_args``. ``megatron_eagle.hf.tables.entries`` explains the tables' rows and the symbols of
+their shapes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.base import moe_args
 from megatron_eagle.hf.base.mla_tables import MLA_ATTENTION
 from megatron_eagle.hf.base.moe_tables import BIASED_MOE, DEEPSEEK_MOE, GPT_OSS_MOE, moe
@@ -19,68 +21,55 @@ from megatron_eagle.hf.base.window_args import (
     every_other_layer,
     upper_layers,
 )
-from megatron_eagle.hf.tables.entries import Entry, one, qkv, rows
+from megatron_eagle.hf.tables.entries import Entry, Table, entries_of, one, qkv, rows
 
 LAYER_PREFIX = "model.layers.{}."
-NORM_BEFORE_ATTENTION = one(
-    "self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "H"
-)
-EMBEDDING = one("embedding.word_embeddings.weight", "model.embed_tokens.weight", "V", "H")
-OUTPUT = one("output_layer.weight", "lm_head.weight", "V", "H", when="untied")
-MODEL = (EMBEDDING, one("decoder.final_layernorm.weight", "model.norm.weight", "H"), OUTPUT)
-
-ATTENTION = (
-    NORM_BEFORE_ATTENTION,
-    qkv("weight", "H"),
-    qkv("bias", when="any_qkv_bias", given="qkv_bias"),
-    one("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "D", when="qk_layernorm"),
-    one("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "D", when="qk_layernorm"),
-    one("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H", "Q"),
-    rows(
-        "self_attention.linear_proj.bias",
-        [("self_attn.o_proj.bias", "H")],
-        when="add_bias_linear",
-        given="output_bias",
+MODEL: Table = {
+    "embedding.word_embeddings.weight": ("model.embed_tokens.weight", "V", "H"),
+    "decoder.final_layernorm.weight": ("model.norm.weight", "H"),
+    "output_layer.weight": one("lm_head.weight", "V", "H", when="untied"),
+}
+ATTENTION: Table = {
+    "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight", "H"),
+    "self_attention.linear_qkv.weight": qkv("weight", "H"),
+    "self_attention.linear_qkv.bias": qkv("bias", when="any_qkv_bias", zeros_unless="qkv_bias"),
+    "self_attention.q_layernorm.weight": one("self_attn.q_norm.weight", "HD", when="qk_layernorm"),
+    "self_attention.k_layernorm.weight": one("self_attn.k_norm.weight", "HD", when="qk_layernorm"),
+    "self_attention.linear_proj.weight": ("self_attn.o_proj.weight", "H", "Q"),
+    "self_attention.linear_proj.bias": one(
+        "self_attn.o_proj.bias", "H", when="add_bias_linear", zeros_unless="output_bias"
     ),
-)
-DENSE = (
-    one("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "H"),
-    rows(
-        "mlp.linear_fc1.weight", [("mlp.gate_proj.weight", "F"), ("mlp.up_proj.weight", "F")], "H"
-    ),
-    one("mlp.linear_fc2.weight", "mlp.down_proj.weight", "H", "F"),
-    rows(
-        "mlp.linear_fc1.bias",
-        [("mlp.gate_proj.bias", "F"), ("mlp.up_proj.bias", "F")],
-        when="add_bias_linear",
-        given="mlp_bias",
-    ),
-    rows(
-        "mlp.linear_fc2.bias",
-        [("mlp.down_proj.bias", "H")],
-        when="add_bias_linear",
-        given="mlp_bias",
-    ),
-)
+}
+MLP_BIAS = {"when": "add_bias_linear", "zeros_unless": "mlp_bias"}
+DENSE: Table = {
+    "mlp.linear_fc1.layer_norm_weight": ("post_attention_layernorm.weight", "H"),
+    "mlp.linear_fc1.weight": rows({"mlp.gate_proj.weight": "F", "mlp.up_proj.weight": "F"}, "H"),
+    "mlp.linear_fc2.weight": ("mlp.down_proj.weight", "H", "F"),
+    "mlp.linear_fc1.bias": rows({"mlp.gate_proj.bias": "F", "mlp.up_proj.bias": "F"}, **MLP_BIAS),
+    "mlp.linear_fc2.bias": one("mlp.down_proj.bias", "H", **MLP_BIAS),
+}
 
 
 @dataclass(frozen=True)
 class Family:
     """A Hugging Face architecture: its name tables, and what its config.json means.
 
-    `attention` repeats in every layer, `dense` and `moe` are the two kinds of MLP, `model` occurs
-    once. `defaults` are the values of its configuration class where they are not everyone's;
-    `fixed` says what the class does without asking config.json; `moe_args` reads its experts,
-    `mla` has multi-latent attention, `partial_rotary` turns a part of each head, `window_flag`
-    and `window_layers` say which layers see a sliding window.
+    ``attention``: table of the attention of every layer; ``dense`` and ``moe``: tables of the two
+    kinds of MLP; ``model``: table of the tensors outside the layers. ``ignored_in_layer``: tensors
+    that a layer may have and that are not imported. ``defaults``: defaults of the configuration
+    class, where this package's readers assume other ones. ``fixed``: settings of the class that no
+    field of config.json changes. ``activation``: Megatron arguments of the MLP's activation.
+    ``moe_args``: reader of the experts' fields. ``mla``: whether attention is multi-latent.
+    ``partial_rotary``: whether the class reads ``partial_rotary_factor``. ``window_switch``: the
+    field that turns sliding windows on; ``window_layers``: which layers then have one.
     """
 
     name: str
     architecture: str
-    attention: tuple[Entry, ...] = ATTENTION
-    dense: tuple[Entry, ...] = DENSE
-    moe: tuple[Entry, ...] = ()
-    model: tuple[Entry, ...] = MODEL
+    attention: Table = field(default_factory=lambda: ATTENTION)
+    dense: Table = field(default_factory=lambda: DENSE)
+    moe: Table = field(default_factory=dict)
+    model: Table = field(default_factory=lambda: MODEL)
     ignored_in_layer: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
@@ -88,17 +77,21 @@ class Family:
     moe_args: Callable[[Mapping[str, Any], str], dict[str, Any]] | None = None
     mla: bool = False
     partial_rotary: bool = False
-    window_flag: str = "use_sliding_window"
+    window_switch: str = "use_sliding_window"
     window_layers: WindowLayers = every_layer
 
-    def layer(self, facts: Mapping[str, Any], moe: bool) -> list[Entry]:
-        """The rows of one layer."""
-        table = self.attention + (self.moe if moe else self.dense)
-        return [entry for entry in table if entry.exists(facts)]
+    def in_layer(self, facts: Mapping[str, Any], moe: bool) -> list[Entry]:
+        """Return the entries of one layer, whose MLP is a MoE or not."""
+        table = {**self.attention, **(self.moe if moe else self.dense)}
+        return [entry for entry in entries_of(table) if entry.exists(facts)]
 
-    def once(self, facts: Mapping[str, Any]) -> list[Entry]:
-        """The rows outside the layers."""
-        return [entry for entry in self.model if entry.exists(facts)]
+    def outside_layers(self, facts: Mapping[str, Any]) -> list[Entry]:
+        """Return the entries outside the layers: embedding, final norm, output layer."""
+        return [entry for entry in entries_of(self.model) if entry.exists(facts)]
+
+    def absent(self, facts: Mapping[str, Any]) -> list[Entry]:
+        """Return the entries outside the layers that a model of these facts does not have."""
+        return [entry for entry in entries_of(self.model) if not entry.exists(facts)]
 
 
 NO_BIAS = {"attention_bias": False, "mlp_bias": False, "qkv_bias": False}
@@ -111,7 +104,7 @@ FAMILIES = {
             "MistralForCausalLM",
             fixed=NO_BIAS,
             defaults={"num_key_value_heads": 8, "sliding_window": 4096},
-            window_flag="sliding_window",
+            window_switch="sliding_window",
         ),
         Family(
             "qwen2",
@@ -140,7 +133,7 @@ FAMILIES = {
                 "num_local_experts": 8,
                 "num_experts_per_tok": 2,
             },
-            window_flag="sliding_window",
+            window_switch="sliding_window",
         ),
         Family(
             "qwen3_moe",
@@ -160,10 +153,10 @@ FAMILIES = {
         Family(
             "gpt_oss",
             "GptOssForCausalLM",
-            attention=(
-                *ATTENTION,
-                one("self_attention.core_attention.softmax_offset", "self_attn.sinks", "N"),
-            ),
+            attention={
+                **ATTENTION,
+                "self_attention.core_attention.softmax_offset": ("self_attn.sinks", "N"),
+            },
             moe=GPT_OSS_MOE,
             moe_args=moe_args.gpt_oss,
             fixed={"mlp_bias": True},
@@ -183,7 +176,7 @@ FAMILIES = {
                 "num_experts_per_tok": 4,
                 "sliding_window": 128,
             },
-            window_flag="sliding_window",
+            window_switch="sliding_window",
             window_layers=every_other_layer,
         ),
         Family(
@@ -240,13 +233,13 @@ FAMILIES = {
 
 
 def family_of(config: dict[str, Any], source: str) -> Family:
-    """The family of a config.json; ValueError, naming `source`, for one that has no table."""
+    """Return the family of a config.json; raises UserError, naming ``source``, if unknown."""
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1:
-        raise ValueError(f"{source}: architectures must name exactly one class, found {names!r}")
+        raise UserError(f"{source}: architectures must name exactly one class, found {names!r}")
     family = FAMILIES.get(names[0]) if isinstance(names[0], str) else None
     if family is None:
-        raise ValueError(
+        raise UserError(
             f"{source}: architecture {names[0]!r} is not supported; known: {', '.join(FAMILIES)}"
         )
     return family

@@ -1,7 +1,7 @@
-"""A Hugging Face base -> a Megatron `torch_dist` checkpoint that loads at any TP and PP.
+"""A Hugging Face base -> a Megatron ``torch_dist`` checkpoint that loads at any TP and PP.
 
-`base_chunks` names the global tensors. Vocabulary rows are unpadded: Megatron's vocabulary tensors
-accept a shorter one and fill zeros.
+``chunks`` names the global tensors. Vocabulary rows are unpadded: Megatron's vocabulary tensors
+accept a shorter one and fill in zeros. docs/design/architecture.md says why it does not use Megatron-Bridge.
 """
 
 from __future__ import annotations
@@ -18,35 +18,36 @@ import torch
 
 from megatron_eagle.checkpoint.directory import BASE_JSON_NAME, TRACKER_NAME, BaseInfo
 from megatron_eagle.checkpoint.writer import Chunk, write_torch_dist
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.base.chunks import BaseTensors, Progress
 from megatron_eagle.hf.base.families import family_of
 from megatron_eagle.hf.base.megatron_args import facts_of, megatron_args
+from megatron_eagle.hf.base.rope_args import rope_beyond_args
 from megatron_eagle.hf.files.weights_dir import WeightsDir
-from megatron_eagle.hf.tables.rope import rope_beyond_flags
 
 RELEASE = "release"
-# Without the version Megatron's own --load takes the file for a 2019 one and permutes linear_qkv.
 COMMON_STATE = {"checkpoint_version": 3.0, "iteration": 0}
+"""Without a version Megatron takes the checkpoint for one of 2019 and permutes linear_qkv."""
 
 
 def import_base(hf_dir: Path, save: Path, progress: Progress = lambda line: None) -> BaseInfo:
-    """Write checkpoint directory `save` from the model in `hf_dir`; returns its description.
+    """Write checkpoint directory ``save`` from the model in ``hf_dir``; return its description.
 
-    Everything is checked from headers before the first byte is written; `save` appears by rename
-    when complete. ValueError for an unsupported or corrupt `hf_dir`, or a `save` that is in use.
+    Everything is checked from headers before the first byte is written; ``save`` appears by rename
+    when complete. Raises UserError for an unsupported or corrupt ``hf_dir``, or a ``save`` in use.
     """
     _refuse_in_use(save)
-    source = WeightsDir(hf_dir)
-    config_name = str(hf_dir / "config.json")
-    family = family_of(source.config, config_name)
-    args = megatron_args(source.config, family, config_name)
-    rope = rope_beyond_flags({**family.defaults, **source.config}, config_name)
-    tensors = BaseTensors(family, facts_of(source.config, family, config_name))
-    source.check(tensors.expected(), tensors.ignored(source.headers))
-    if source.quant_method is not None:
-        progress(f"weights are {source.quant_method}: unpacked as they are read")
+    weights = WeightsDir(hf_dir)
+    config_path = str(hf_dir / "config.json")
+    family = family_of(weights.config, config_path)
+    args = megatron_args(weights.config, family, config_path)
+    rope = rope_beyond_args({**family.defaults, **weights.config}, config_path)
+    tensors = BaseTensors(family, facts_of(weights.config, family, config_path))
+    weights.check(tensors.expected(), tensors.ignored(weights.headers))
+    if weights.quant_method is not None:
+        progress(f"weights are {weights.quant_method}: unpacked as they are read")
     digest = hashlib.sha256()
-    chunks = [_digested(chunk, digest) for chunk in tensors.chunks(source, progress)]
+    chunks = [_digested(chunk, digest) for chunk in tensors.chunks(weights, progress)]
 
     partial_dir = save.parent / f".{save.name}.partial-{os.getpid()}"
     try:
@@ -54,9 +55,14 @@ def import_base(hf_dir: Path, save: Path, progress: Progress = lambda line: None
         write_torch_dist(partial_dir / RELEASE, chunks, COMMON_STATE, tensors.extra_states())
         (partial_dir / TRACKER_NAME).write_text(RELEASE, encoding="utf-8")
         base = BaseInfo(
-            family.name, hf_dir.resolve().name, digest.hexdigest(), args["vocab_size"],
-            source.config, args, rope,
-        )  # fmt: skip
+            family=family.name,
+            name=hf_dir.resolve().name,
+            fingerprint=digest.hexdigest(),
+            vocab_size=args["vocab_size"],
+            hf_config=weights.config,
+            megatron_args=args,
+            rope=rope,
+        )
         text = json.dumps(base.as_dict(), indent=1)
         (partial_dir / BASE_JSON_NAME).write_text(text + "\n", encoding="utf-8")
         partial_dir.rename(save)
@@ -66,7 +72,7 @@ def import_base(hf_dir: Path, save: Path, progress: Progress = lambda line: None
 
 
 def _digested(chunk: Chunk, digest: Any) -> Chunk:
-    """`chunk`, whose data go into `digest` as they are loaded."""
+    """Return ``chunk``, whose data are added to ``digest`` when they are loaded."""
 
     def load() -> torch.Tensor:
         tensor = chunk.load().contiguous()
@@ -78,6 +84,6 @@ def _digested(chunk: Chunk, digest: Any) -> Chunk:
 
 def _refuse_in_use(save: Path) -> None:
     if save.is_symlink() or (save.exists() and not save.is_dir()):
-        raise ValueError(f"--save {save}: exists and is not a directory")
+        raise UserError(f"<save> {save}: exists and is not a directory")
     if save.is_dir() and any(save.iterdir()):
-        raise ValueError(f"--save {save}: the directory exists and is not empty")
+        raise UserError(f"<save> {save}: the directory exists and is not empty")

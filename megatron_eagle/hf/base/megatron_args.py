@@ -1,7 +1,8 @@
 """config.json of a supported model -> the Megatron arguments that build the same network.
 
-Whatever Megatron 0.19 would compute differently is refused, never approximated. A missing key means
-the default of the family's Hugging Face configuration class.
+Whatever Megatron 0.19 would compute differently is refused, never approximated: every function here
+raises UserError, naming ``source``, for it. A missing key means the default of the family's Hugging
+Face configuration class.
 """
 
 from __future__ import annotations
@@ -9,20 +10,20 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.base.families import Family
 from megatron_eagle.hf.base.mla_args import mla_args, mla_dims
+from megatron_eagle.hf.base.rope_args import rope_args
 from megatron_eagle.hf.base.window_args import window_args
 from megatron_eagle.hf.tables.config_fields import number, require, size, switch
-from megatron_eagle.hf.tables.entries import Dims
-from megatron_eagle.hf.tables.rope import rope_args
+from megatron_eagle.hf.tables.entries import Dims, with_symbols
 
-# Fields that would change the network in a way no table here maps, and the one value accepted.
 REQUIRED_VALUES = {
     "hidden_act": "silu",
     "quantization_config": None,
 }
+"""Fields that would change the network in a way no table here maps -> the one value accepted."""
 
-# What Megatron's parser gives where `megatron_args` has no entry: a dense GQA network.
 ABSENT = {
     "num_experts": None,
     "moe_layer_freq": 1,
@@ -39,17 +40,18 @@ ABSENT = {
     "qk_l2_norm": False,
     "mtp_num_layers": None,
 }
+"""Values of Megatron's parser for what ``megatron_args`` leaves out: a dense GQA network."""
 
 
 def megatron_args(config: dict[str, Any], family: Family, source: str) -> dict[str, Any]:
-    """Megatron argparse names -> values. ValueError, naming `source`, for what is not supported."""
+    """Return Megatron argument names -> values, for the whole network."""
     config = {**family.defaults, **config}
     require(config, REQUIRED_VALUES, source)
     heads = size(config, "num_attention_heads", source)
     hidden = size(config, "hidden_size", source)
     groups = size(config, "num_key_value_heads", source, heads)
     if heads % groups:
-        raise ValueError(
+        raise UserError(
             f"{source}: num_attention_heads {heads} is not a multiple of "
             f"num_key_value_heads {groups}"
         )
@@ -64,14 +66,14 @@ def megatron_args(config: dict[str, Any], family: Family, source: str) -> dict[s
         "kv_channels": 0 if family.mla else _head_dim(config, hidden, heads, source),
         "max_position_embeddings": size(config, "max_position_embeddings", source),
         "normalization": "RMSNorm",
-        "norm_epsilon": number(config, "rms_norm_eps", 1e-6, source),
+        "norm_epsilon": number(config, "rms_norm_eps", source, 1e-6),
         **family.activation,
         "position_embedding_type": "rope",
         **rope_args(config, family.partial_rotary, source),
         # Megatron has one switch for all biases: where only some exist, the others are zeros.
         "add_bias_linear": bias["output_bias"] or bias["mlp_bias"],
         "add_qkv_bias": bias["qkv_bias"],
-        "qk_layernorm": family.fixed.get("qk_norm", switch(config, "use_qk_norm", False, source)),
+        "qk_layernorm": family.fixed.get("qk_norm", switch(config, "use_qk_norm", source)),
         "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
@@ -79,33 +81,33 @@ def megatron_args(config: dict[str, Any], family: Family, source: str) -> dict[s
         "make_vocab_size_divisible_by": 128,
         **(family.moe_args(config, source) if family.moe_args is not None else {}),
         **(mla_args(config, source) if family.mla else {}),
-        **window_args(config, family.window_flag, family.window_layers, source),
+        **window_args(config, family.window_switch, family.window_layers, source),
     }
 
 
 def biases(config: Mapping[str, Any], family: Family, source: str) -> dict[str, bool]:
-    """Which linear layers have a bias: qkv_bias, output_bias (of the attention), mlp_bias.
+    """Return which linear layers have a bias: qkv_bias, output_bias (of the attention), mlp_bias.
 
-    A configuration class that has no such field says so in the family's `fixed`.
+    ``fixed`` of the family holds the answer where its configuration class has no such field.
     """
     config = {**family.defaults, **config}
-    given = {
-        key: family.fixed.get(key, switch(config, key, False, source))
+    fields = {
+        key: family.fixed.get(key, switch(config, key, source))
         for key in ("attention_bias", "mlp_bias")
     }
-    for key, value in given.items():
+    for key, value in fields.items():
         if config.get(key) not in (None, value):
-            raise ValueError(f"{source}: {key} = {config[key]} is not supported, only {value}")
-    attention = given["attention_bias"]
+            raise UserError(f"{source}: {key} = {config[key]} is not supported, only {value}")
+    attention = fields["attention_bias"]
     return {
         "qkv_bias": family.fixed.get("qkv_bias", attention),
         "output_bias": family.fixed.get("output_bias", attention),
-        "mlp_bias": given["mlp_bias"],
+        "mlp_bias": fields["mlp_bias"],
     }
 
 
 def facts_of(config: dict[str, Any], family: Family, source: str) -> dict[str, Any]:
-    """`megatron_args` and what the name tables also ask for."""
+    """Return ``megatron_args`` together with the other facts that the name tables ask for."""
     args = megatron_args(config, family, source)
     return {
         **args,
@@ -117,50 +119,35 @@ def facts_of(config: dict[str, Any], family: Family, source: str) -> dict[str, A
 
 
 def dims_of(args: Mapping[str, Any]) -> Dims:
-    """The symbols of the name tables (and `groups`), from `megatron_args`."""
+    """Return the name tables' symbols in numbers (see ``entries``), and ``groups``.
+
+    ``args``: Megatron arguments as ``megatron_args`` returns them.
+    """
+    heads, groups, head_dim = (
+        args[name] for name in ("num_attention_heads", "num_query_groups", "kv_channels")
+    )
     dims = {
         "V": args["vocab_size"],
         "H": args["hidden_size"],
-        "Q": args["num_attention_heads"] * args["kv_channels"],
-        "KV": args["num_query_groups"] * args["kv_channels"],
         "F": args["ffn_hidden_size"],
-        "D": args["kv_channels"],
-        "groups": args["num_query_groups"],
-        "N": args["num_attention_heads"],
+        "N": heads,
+        "HD": head_dim,
+        "Q": heads * head_dim,
+        "KV": groups * head_dim,
+        "groups": groups,
     }
     if args.get("num_experts") is not None:
         expert = args["moe_ffn_hidden_size"]
         dims |= {"E": args["num_experts"], "M": expert, "G": 2 * expert}
         dims |= {"S": args.get("moe_shared_expert_intermediate_size") or 0}
     if args.get("multi_latent_attention"):
-        dims |= mla_dims(args)
+        dims = with_symbols(dims, mla_dims(args))
     return dims
-
-
-def flags(args: Mapping[str, Any]) -> list[str]:
-    """The command line of `args`, for Megatron's parser; values that are off need no flag."""
-    words: list[str] = []
-    for name, value in args.items():
-        if name == "add_bias_linear":
-            words += [] if value else ["--disable-bias-linear"]
-        elif isinstance(value, bool):
-            words += [_flag(name)] if value else []
-        elif name == "window_size":
-            words += [_flag(name), ",".join(map(str, value))]
-        elif isinstance(value, list):
-            words += [_flag(name), "[" + ",".join(map(str, value)) + "]"]
-        else:
-            words += [_flag(name), str(value)]
-    return words
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _head_dim(config: dict[str, Any], hidden: int, heads: int, source: str) -> int:
     if config.get("head_dim") is None and hidden % heads:
-        raise ValueError(
+        raise UserError(
             f"{source}: hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
         )
     return size(config, "head_dim", source, hidden // heads)

@@ -5,33 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.tables.config_fields import require, size
 from megatron_eagle.hf.tables.entries import Dims
-from megatron_eagle.hf.tables.rope import described_rope, rope_fields
-
-# The latent norms' class has this default, and the layers do not pass rms_norm_eps.
-MLA_NORM_EPS = 1e-6
+from megatron_eagle.hf.tables.rope import complete_rope, rope_fields
 
 
 def mla_args(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Megatron argparse names -> values.
+    """Return Megatron argument names -> values.
 
-    ``kv_channels`` and ``num_query_groups`` are the draft's, which attends with as many heads of
-    the size of a base's head without its rotary channels.
+    ``kv_channels`` (and ``num_query_groups``) describe the grouped-query draft beside this base: as
+    many heads, of the size of a base's head without its rotary channels.
     """
     require(config, {"rope_interleave": True}, source)
     heads = size(config, "num_attention_heads", source)
     if size(config, "num_key_value_heads", source, heads) != heads:
-        raise ValueError(
+        raise UserError(
             f"{source}: num_key_value_heads must be num_attention_heads {heads}, "
             f"found {config['num_key_value_heads']}"
         )
-    rope = described_rope(config, source)
+    rope = complete_rope(config, source)
     yarn = rope["rope_type"] == "yarn"
     if not yarn and rope["rope_type"] != "default":
-        raise ValueError(
+        raise UserError(
             f"{source}: rope type {rope['rope_type']!r} is not supported with latent attention"
         )
+    mscale_all_dim = rope_fields(config, source).get("mscale_all_dim") if yarn else None
     low_rank = (
         {}
         if config.get("q_lora_rank") is None
@@ -39,8 +38,8 @@ def mla_args(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     )
     return {
         "multi_latent_attention": True,
-        # Without low-rank queries it would ask for a norm of queries, which no model has; the norm
-        # of keys and values is then ours to add.
+        # Without low-rank queries Megatron would also add a norm of the queries, which no model
+        # has; the norm of keys and values is then put in after the layer is built.
         "qk_layernorm": bool(low_rank),
         "kv_channels": size(config, "qk_nope_head_dim", source),
         **low_rank,
@@ -48,15 +47,16 @@ def mla_args(config: Mapping[str, Any], source: str) -> dict[str, Any]:
         "qk_head_dim": size(config, "qk_nope_head_dim", source),
         "qk_pos_emb_head_dim": size(config, "qk_rope_head_dim", source),
         "v_head_dim": size(config, "v_head_dim", source),
-        # Ours replaces Megatron's rotary module, which gives its strength too when it is yarn's.
+        # We replace Megatron's rotary module, but with rope_type=yarn alone does Megatron take an
+        # attention factor from it beside the angles.
         "rope_type": "yarn",
         "rotary_scaling_factor": rope.get("factor", 1.0),
-        "mscale_all_dim": float(rope_fields(config).get("mscale_all_dim") or 0.0) if yarn else 0.0,
+        "mscale_all_dim": float(mscale_all_dim or 0.0),
     }
 
 
 def mla_dims(args: Mapping[str, Any]) -> Dims:
-    """The name tables' symbols."""
+    """Return the name tables' symbols of multi-latent attention."""
     heads, rotary = args["num_attention_heads"], args["qk_pos_emb_head_dim"]
     return {
         "QR": args.get("q_lora_rank", 0),

@@ -1,63 +1,63 @@
-"""The name tables of layers with experts: Mixtral's and Qwen's, gpt-oss's, DeepSeek's."""
+"""The name tables of layers with experts: Mixtral and Qwen, gpt-oss, DeepSeek.
+
+The symbols of the shapes are explained in ``megatron_eagle.hf.tables.entries``.
+"""
 
 from __future__ import annotations
+
+from functools import partial
 
 from megatron_eagle.hf.base.mla_tables import ROUTER_BIAS, SHARED_EXPERTS
 from megatron_eagle.hf.tables.entries import (
     Entry,
+    Join,
     Source,
+    Table,
     join_interleaved,
     join_rows,
     join_transposed,
-    one,
     rows,
 )
 
 
-def moe(block: str, router: str, gate: str, up: str, down: str) -> tuple[Entry, ...]:
-    """The table of a MoE layer whose block holds one matrix per expert and projection."""
+def moe(block: str, router: str, gate: str, up: str, down: str) -> Table:
+    """Return the table of a MoE layer whose block holds one matrix per expert and projection."""
     expert = f"{block}.experts.{{}}"
-    return (
-        one("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
-        one("mlp.router.weight", f"{block}.{router}.weight", "E", "H"),
-        rows(
-            "mlp.experts.experts.linear_fc1.weight",
-            [(f"{expert}.{gate}.weight", "M"), (f"{expert}.{up}.weight", "M")],
-            "H",
+    return {
+        "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight", "H"),
+        "mlp.router.weight": (f"{block}.{router}.weight", "E", "H"),
+        "mlp.experts.experts.linear_fc1.weight": rows(
+            {f"{expert}.{gate}.weight": "M", f"{expert}.{up}.weight": "M"}, "H"
         ),
-        one("mlp.experts.experts.linear_fc2.weight", f"{expert}.{down}.weight", "H", "M"),
-    )
+        "mlp.experts.experts.linear_fc2.weight": (f"{expert}.{down}.weight", "H", "M"),
+    }
 
 
-GPT_OSS_MOE = (
-    one("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
-    one("mlp.router.weight", "mlp.router.weight", "E", "H"),
-    one("mlp.router.bias", "mlp.router.bias", "E"),
-    Entry(
-        "mlp.experts.experts.linear_fc1.weight",
-        ("G", "H"),
-        (Source("mlp.experts.gate_up_proj", ("E", "H", "G")),),
-        join_interleaved,
-    ),
-    Entry(
-        "mlp.experts.experts.linear_fc1.bias",
-        ("G",),
-        (Source("mlp.experts.gate_up_proj_bias", ("E", "G")),),
-        join_interleaved,
-    ),
-    Entry(
-        "mlp.experts.experts.linear_fc2.weight",
-        ("H", "M"),
-        (Source("mlp.experts.down_proj", ("E", "M", "H")),),
-        join_transposed,
-    ),
-    Entry(
-        "mlp.experts.experts.linear_fc2.bias",
-        ("H",),
-        (Source("mlp.experts.down_proj_bias", ("E", "H")),),
-        join_rows,
-    ),
-)
+def _all_experts(name: str, stored: tuple[str, ...], join: Join, *shape: str) -> partial[Entry]:
+    """Return the row of experts of shape ``shape`` that one tensor holds as ``[E, *stored]``."""
+    return partial(Entry, shape=shape, sources=(Source(name, ("E", *stored)),), join=join)
 
-DEEPSEEK_MOE = (*moe("mlp", "gate", "gate_proj", "up_proj", "down_proj"), *SHARED_EXPERTS)
-BIASED_MOE = (*DEEPSEEK_MOE, ROUTER_BIAS)
+
+GPT_OSS_MOE: Table = {
+    "pre_mlp_layernorm.weight": ("post_attention_layernorm.weight", "H"),
+    "mlp.router.weight": ("mlp.router.weight", "E", "H"),
+    "mlp.router.bias": ("mlp.router.bias", "E"),
+    "mlp.experts.experts.linear_fc1.weight": _all_experts(
+        "mlp.experts.gate_up_proj", ("H", "G"), join_interleaved, "G", "H"
+    ),
+    "mlp.experts.experts.linear_fc1.bias": _all_experts(
+        "mlp.experts.gate_up_proj_bias", ("G",), join_interleaved, "G"
+    ),
+    "mlp.experts.experts.linear_fc2.weight": _all_experts(
+        "mlp.experts.down_proj", ("M", "H"), join_transposed, "H", "M"
+    ),
+    "mlp.experts.experts.linear_fc2.bias": _all_experts(
+        "mlp.experts.down_proj_bias", ("H",), join_rows, "H"
+    ),
+}
+
+DEEPSEEK_MOE: Table = {
+    **moe("mlp", "gate", "gate_proj", "up_proj", "down_proj"),
+    **SHARED_EXPERTS,
+}
+BIASED_MOE: Table = {**DEEPSEEK_MOE, **ROUTER_BIAS}

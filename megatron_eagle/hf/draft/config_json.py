@@ -11,6 +11,7 @@ from megatron_eagle.algorithms import ALGORITHMS
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.hf.draft.formats import Format
 from megatron_eagle.hf.draft.info import DraftInfo
+from megatron_eagle.hf.tables.rope import both_spellings, rope_fields
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 MLA = "Eagle3DeepseekV2ForCausalLM"
@@ -157,22 +158,14 @@ def _mla_fields(info: DraftInfo) -> dict[str, Any]:
 
 
 def draft_rope(base: BaseInfo, mla: bool) -> dict[str, Any]:
-    """The rotary fields of a draft of `base`, in both spellings: rope_theta with rope_scaling, and
-    the newer rope_parameters. `mla`: a draft with multi-latent attention."""
-    config = base.hf_config
-    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if base.megatron_args.get("multi_latent_attention") and not mla:
-        given = {}  # the draft has plain angles, see draft.layer_config
-    kind = given.get("rope_type", given.get("type", "default"))
-    # A draft turns all channels of its heads: readers disagree about partial_rotary_factor.
-    others = ("rope_theta", "type", "partial_rotary_factor")
-    scaling = {key: value for key, value in given.items() if key not in others}
-    theta = float(base.megatron_args["rotary_base"])
-    fields: dict[str, Any] = {"rope_theta": theta}
-    if kind != "default":
-        fields["rope_scaling"] = {**scaling, "rope_type": kind}
-    fields["rope_parameters"] = {**scaling, "rope_type": kind, "rope_theta": theta}
-    return fields
+    """Return the rope fields of a draft of ``base``, in both spellings.
+
+    ``mla``: whether the draft has multi-latent attention. A grouped-query draft beside an MLA base
+    has plain rope (see ``draft.layer_config``).
+    """
+    plain = base.megatron_args.get("multi_latent_attention") and not mla
+    fields = {} if plain else rope_fields(base.hf_config, f"base {base.name}")
+    return both_spellings(fields, float(base.megatron_args["rotary_base"]))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -27,7 +27,8 @@ from megatron_eagle.hf.draft.files import DraftFiles
 from megatron_eagle.hf.draft.formats import Format
 from megatron_eagle.hf.draft.info import DraftInfo
 from megatron_eagle.hf.draft.names import DraftEntry, draft_entries, first
-from megatron_eagle.hf.draft.parse_config import HfDraft, parse_hf_draft, rope_of
+from megatron_eagle.hf.draft.parse_config import HfDraft, parse_hf_draft
+from megatron_eagle.hf.tables.rope import comparable_rope
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 # May be there and are not read: the embedding is the base's, the buffer is computed.
@@ -96,7 +97,7 @@ def _check_base(draft: HfDraft, base: BaseInfo, source: str, adapt: bool) -> Non
             raise UserError(f"{source}: {name} is {found}, the base {base.name} has {expected}")
     longest = {"max_position_embeddings": base.hf_config["max_position_embeddings"]}
     own_rope = draft_rope(base, draft.mla is not None)
-    rope = rope_of({**longest, **own_rope}, f"base {base.name}")
+    rope = comparable_rope({**longest, **own_rope}, f"base {base.name}")
     for what, own, expected in (
         ("rotary embedding", draft.rope, rope),
         ("rms_norm_eps", draft.norm_epsilon, args["norm_epsilon"]),

@@ -14,7 +14,7 @@ from megatron_eagle.config.widths import layer_widths
 from megatron_eagle.draft.metadata import decode_metadata
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.base.megatron_args import dims_of
-from megatron_eagle.hf.tables.entries import Dims
+from megatron_eagle.hf.tables.entries import Dims, with_symbols
 
 BASE_SIZES = (
     "num_layers",
@@ -66,8 +66,7 @@ class DraftInfo:
     def dims(self) -> Dims:
         """The sizes of the symbols in :mod:`megatron_eagle.hf.draft.names`."""
         dims = dims_of(self.layer_args)
-        return {
-            **dims,
+        more = {
             "1": 1,
             "D": self.draft_vocab_size,
             "H2": 2 * dims["H"],
@@ -75,6 +74,7 @@ class DraftInfo:
             "QKV": dims["Q"] + 2 * dims["KV"],
             "F2": 2 * dims["F"],
         }
+        return with_symbols(dims, more)
 
 
 def parse_draft_info(tensor: Tensor, source: str) -> DraftInfo:

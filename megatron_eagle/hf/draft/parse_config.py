@@ -11,6 +11,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_eagle.hf.tables.config_fields import number, size, switch
+from megatron_eagle.hf.tables.rope import comparable_rope
+
 FLAT = (
     "LlamaForCausalLMEagle3",
     "Eagle3LlamaForCausalLM",
@@ -41,27 +44,6 @@ REQUIRED_VALUES: dict[str, Any] = {
     "parallel_drafting": False,
     "rope_interleave": True,
 }
-ROPE_KEYS = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": (
-        "factor",
-        "low_freq_factor",
-        "high_freq_factor",
-        "original_max_position_embeddings",
-    ),
-    "yarn": (
-        "factor",
-        "original_max_position_embeddings",
-        "beta_fast",
-        "beta_slow",
-        "attention_factor",
-        "mscale",
-        "mscale_all_dim",
-        "truncate",
-    ),
-}
-ROPE_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 
 
 @dataclass(frozen=True)
@@ -104,31 +86,38 @@ def parse_hf_draft(config: dict[str, Any], tensors: Iterable[str], source: str) 
     for key, value in REQUIRED_VALUES.items():
         if layer.get(key) not in (None, value):
             raise ValueError(f"{source}: {key} = {layer[key]!r} is not supported, only {value!r}")
-    hidden, heads = _size(layer, "hidden_size", source), _size(layer, "num_attention_heads", source)
-    vocab = _size(layer, "vocab_size", source)
+    hidden, heads = size(layer, "hidden_size", source), size(layer, "num_attention_heads", source)
+    vocab = size(layer, "vocab_size", source)
     eagle = config.get("eagle_config") or {}
     if not isinstance(eagle, dict):
         raise ValueError(f"{source}: eagle_config must be an object, found {eagle!r}")
     return HfDraft(
         eagle1=architecture in EAGLE1 or unnamed,
         hidden_size=hidden,
-        target_hidden_size=_size(config, "target_hidden_size", source, hidden),
-        intermediate_size=_size(layer, "intermediate_size", source),
+        target_hidden_size=size(config, "target_hidden_size", source, hidden),
+        intermediate_size=size(layer, "intermediate_size", source),
         num_heads=heads,
-        num_kv_heads=_size(layer, "num_key_value_heads", source, heads),
-        head_dim=_size(layer, "head_dim", source, hidden // heads),
+        num_kv_heads=size(layer, "num_key_value_heads", source, heads),
+        head_dim=size(layer, "head_dim", source, hidden // heads),
         mla=_mla(layer, architecture, source),
         vocab_size=vocab,
-        draft_vocab_size=_size(config, "draft_vocab_size", source, vocab),
-        num_layers=_size(layer, "num_hidden_layers", source, 1),
-        norm_epsilon=_number(layer, "rms_norm_eps", 1e-6, source),
-        rope=rope_of(layer, source),
+        draft_vocab_size=size(config, "draft_vocab_size", source, vocab),
+        num_layers=size(layer, "num_hidden_layers", source, 1),
+        norm_epsilon=number(layer, "rms_norm_eps", source, 1e-6),
+        rope=comparable_rope(layer, source),
         aux_layers=_aux_layers(config, eagle, source),
-        fc_norm=_flag(config, "fc_norm") or _flag(config, "use_aux_norm"),
-        norm_output=_flag(config, "norm_output") or _flag(eagle, "return_hidden_post_norm"),
-        norm_before_fc=_flag(eagle, "norm_before_fc") or _flag(config, "norm_before_fc"),
-        norm_before_residual=_flag(config, "norm_before_residual"),
+        fc_norm=_any_switch(source, (config, "fc_norm"), (config, "use_aux_norm")),
+        norm_output=_any_switch(
+            source, (config, "norm_output"), (eagle, "return_hidden_post_norm")
+        ),
+        norm_before_fc=_any_switch(source, (eagle, "norm_before_fc"), (config, "norm_before_fc")),
+        norm_before_residual=switch(config, "norm_before_residual", source),
     )
+
+
+def _any_switch(source: str, *fields: tuple[dict[str, Any], str]) -> bool:
+    """Return whether one of the ``(config, key)`` switches, which say the same thing, is on."""
+    return any([switch(config, key, source) for config, key in fields])
 
 
 def _mla(config: dict[str, Any], architecture: str, source: str) -> dict[str, int] | None:
@@ -138,32 +127,9 @@ def _mla(config: dict[str, Any], architecture: str, source: str) -> dict[str, in
                 f"{source}: kv_lora_rank = {config['kv_lora_rank']!r} in a draft of Llama type"
             )
         return None
-    found = {name: _size(config, field, source) for name, field in MLA_FIELDS.items()}
+    found = {name: size(config, field, source) for name, field in MLA_FIELDS.items()}
     low_rank = config.get("q_lora_rank") is not None
-    return {"q_lora_rank": _size(config, "q_lora_rank", source) if low_rank else 0, **found}
-
-
-def rope_of(config: dict[str, Any], source: str) -> dict[str, Any]:
-    """The rotary embedding of a config.json, in one spelling: `rope_theta` with
-    `rope_scaling`, and `rope_parameters`, are read alike; values that are defaults are left out."""
-    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(given, dict) or any(isinstance(value, dict) for value in given.values()):
-        raise ValueError(f"{source}: rope parameters per layer type are not supported: {given}")
-    if given.get("partial_rotary_factor", 1.0) not in (None, 1.0):
-        raise ValueError(f"{source}: partial_rotary_factor is not supported, only 1.0")
-    kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in ROPE_KEYS:
-        raise ValueError(
-            f"{source}: rope type {kind!r} is not supported; known: {', '.join(ROPE_KEYS)}"
-        )
-    theta = _number({**config, **given}, "rope_theta", 10000.0, source)
-    given = {"original_max_position_embeddings": config.get("max_position_embeddings"), **given}
-    values = {
-        key: given[key]
-        for key in ROPE_KEYS[kind]
-        if given.get(key) is not None and given[key] != ROPE_DEFAULTS.get(key)
-    }
-    return {"rope_type": kind, "rope_theta": float(theta), **values}
+    return {"q_lora_rank": size(config, "q_lora_rank", source) if low_rank else 0, **found}
 
 
 def _speculators_layer(config: dict[str, Any], source: str) -> dict[str, Any]:
@@ -224,23 +190,3 @@ def _ids(value: Any, source: str) -> list[int] | None:
     if not isinstance(value, list) or any(type(i) is not int for i in value):
         raise ValueError(f"{source}: captured layers must be numbers, found {value!r}")
     return value
-
-
-def _flag(config: dict[str, Any], key: str) -> bool:
-    return bool(config.get(key) or False)
-
-
-def _size(config: dict[str, Any], key: str, source: str, default: int | None = None) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{source}: {key} must be a positive integer, found {value!r}")
-    return value
-
-
-def _number(config: dict[str, Any], key: str, default: float, source: str) -> float:
-    value = config.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise ValueError(f"{source}: {key} must be a positive number, found {value!r}")
-    return float(value)

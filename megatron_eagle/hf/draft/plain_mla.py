@@ -1,6 +1,7 @@
 """Multi-latent attention of an exported draft, as DeepSeek's formats define it: plain PyTorch.
 
-Part of :mod:`megatron_eagle.hf.draft.plain_draft`. RoPE is transformers' own.
+Part of ``plain_draft``. RoPE is transformers' own, and the rope fields are deliberately read
+without ``hf/tables/rope.py``: the verification must not share a mistake with the export.
 """
 
 from __future__ import annotations
@@ -12,8 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, rms_norm
 
-from megatron_eagle.hf.tables.rope import rope_fields, yarn_mscale
-
 
 class PlainMLA:
     """Queries, keys and values of a draft whose config.json is ``config``."""
@@ -23,9 +22,7 @@ class PlainMLA:
         self.heads = config["num_attention_heads"]
         self.plain, self.turned = config["qk_nope_head_dim"], config["qk_rope_head_dim"]
         self.rope = _rotary(config)
-        scaling = rope_fields(config)
-        strength = yarn_mscale(scaling.get("factor", 1.0), scaling.get("mscale_all_dim") or 0.0)
-        self.scale = strength**2 * (self.plain + self.turned) ** -0.5
+        self.scale = _attention_factor(config) ** 2 * (self.plain + self.turned) ** -0.5
 
     def __call__(
         self, weight: Callable[[str], Tensor], x: Tensor, positions: Tensor
@@ -56,6 +53,14 @@ def _rotate_pairs(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     even, odd = x[..., 0::2], x[..., 1::2]
     cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2)
+
+
+def _attention_factor(config: Mapping[str, Any]) -> float:
+    """Return yarn's factor on queries and keys (1.0 for plain rope)."""
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import yarn_get_mscale
+
+    scaling = config.get("rope_scaling") or {}  # which an export has beside rope_parameters
+    return yarn_get_mscale(scaling.get("factor", 1.0), scaling.get("mscale_all_dim") or 0.0)
 
 
 def _rotary(config: Mapping[str, Any]) -> Any:

@@ -1,1 +1,1 @@
-"""Files of Hugging Face weights, safetensors and quantized ones."""
+"""Weight files of Hugging Face models: safetensors, plain or quantized, read strictly."""

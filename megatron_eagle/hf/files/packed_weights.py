@@ -1,9 +1,9 @@
-"""Weights packed into a few bits with scales beside them, and the floats they stand for.
+"""Quantized weights, stored as low-bit floats with scales, and how to unpack them.
 
-FP8 as DeepSeek-V3 ships it: `X.weight` of 8-bit floats and `X.weight_scale_inv`, one number per
-block of 128 x 128 (or per row, or one for all) to multiply by. MXFP4 as gpt-oss ships it (OCP
-Microscaling 1.0): `X_blocks`, two 4-bit floats a byte, lower half first, 32 that follow one another
-sharing an exponent in `X_scales`.
+FP8 as DeepSeek-V3 ships it: ``X.weight`` of 8-bit floats and ``X.weight_scale_inv``, one factor per
+block of 128 x 128 (or per row, or one for all). MXFP4 as gpt-oss ships it (OCP Microscaling 1.0):
+``X_blocks``, two 4-bit floats a byte, the lower half first; 32 consecutive ones share an exponent
+in ``X_scales``.
 """
 
 from __future__ import annotations
@@ -18,33 +18,33 @@ from torch import Tensor
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 FP4_PER_BYTE, MX_BLOCK_BYTES = 2, 16
 BAND = 128
-"""Rows of an FP8 weight that are in memory as fp32 at a time."""
+"""Rows of an FP8 weight that are unpacked at a time: only these are in memory as fp32."""
 
 Load = Callable[[str, int, int | None], Tensor]
-"""Rows [start, stop) of a tensor of the files, by name."""
+"""(name, start, stop) -> rows [start, stop) of a stored tensor."""
 
 
 class PackedWeight(Protocol):
-    """One weight, made of several tensors of the files."""
+    """One weight that several stored tensors represent together."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight it stands for."""
+        """The shape of the unpacked weight."""
         ...
 
     @property
     def parts(self) -> tuple[str, str]:
-        """The names of its tensors."""
+        """The names of the stored tensors."""
         ...
 
     def read(self, load: Load, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """Rows [start, stop) of the weight; of its parts no more is loaded than these need."""
+        """Return rows [start, stop) of the weight; load no more of the parts than they need."""
         ...
 
 
 @dataclass(frozen=True)
 class Fp8Weight:
-    """`weight` [rows, columns] float8_e4m3fn times `scale`, a number per block of `block`."""
+    """``weight`` [rows, columns] float8_e4m3fn times ``scale``, one factor per ``block``."""
 
     weight: str
     scale: str
@@ -53,11 +53,11 @@ class Fp8Weight:
 
     @property
     def parts(self) -> tuple[str, str]:
-        """The names of its tensors."""
+        """The names of the stored tensors."""
         return self.weight, self.scale
 
     def read(self, load: Load, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """[stop - start, columns]: products in fp32, rounded once to `dtype`."""
+        """Return [stop - start, columns]: products in fp32, rounded once to ``dtype``."""
         packed = load(self.weight, start, stop)
         first = start // self.block[0]
         scale = load(self.scale, first, -(-stop // self.block[0])).float()
@@ -73,8 +73,10 @@ class Fp8Weight:
 
 @dataclass(frozen=True)
 class Mxfp4Weight:
-    """`blocks` uint8 [experts, out, in / 32, 16] and `scales` uint8 [experts, out, in / 32], which
-    stand for matrices stored as [in, out]."""
+    """Matrices [experts, in, out] that two tensors represent with ``in`` last.
+
+    ``blocks`` is uint8 [experts, out, in / 32, 16], ``scales`` uint8 [experts, out, in / 32].
+    """
 
     blocks: str
     scales: str
@@ -82,11 +84,11 @@ class Mxfp4Weight:
 
     @property
     def parts(self) -> tuple[str, str]:
-        """The names of its tensors."""
+        """The names of the stored tensors."""
         return self.blocks, self.scales
 
     def read(self, load: Load, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        """[stop - start, in, out], a transposed view."""
+        """Return [stop - start, in, out], a transposed view."""
         blocks, scales = load(self.blocks, start, stop), load(self.scales, start, stop)
         values = torch.tensor([*FP4_VALUES, *(-value for value in FP4_VALUES)])
         pairs = torch.stack([values.repeat(16), values.repeat_interleave(16)], dim=1)  # by byte

@@ -1,7 +1,7 @@
 """A Hugging Face model directory of safetensors, read strictly and lazily.
 
-Only headers are read when the directory is opened; a tensor's bytes are read when it is asked for
-and its file is closed again, so that memory stays at the tensors in use. Pickles are refused.
+Only headers are read when the directory is opened. A tensor's bytes are read on demand and its file
+is closed again, so that memory holds the tensors in use alone. Pickles are refused.
 """
 
 from __future__ import annotations
@@ -15,29 +15,31 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from megatron_eagle.errors import UserError
+
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`; ValueError naming the file when there is none."""
+    """Return the JSON object in ``path``; raises UserError, naming the file, if it has none."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file") from None
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+        raise UserError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """Where one tensor lies and what its header says; `dtype` is the safetensors name."""
+    """The file of one tensor and what its header says; ``dtype`` is safetensors' name of it."""
 
     file: Path
     shape: tuple[int, ...]
@@ -45,15 +47,15 @@ class TensorHeader:
 
 
 class SafetensorsDir:
-    """`config` (config.json) and `headers` (tensor name -> header) of one model directory.
+    """One model directory: ``config`` (config.json) and ``headers`` (tensor name -> header).
 
-    Raises ValueError, naming the file, for: no directory or config.json, a truncated or malformed
+    Raises UserError, naming the file, for: no directory or config.json, a truncated or malformed
     file, an index that disagrees with its files, or weights that exist only as pickles.
     """
 
     def __init__(self, path: Path) -> None:
         if not path.is_dir():
-            raise ValueError(f"{path}: no such directory")
+            raise UserError(f"{path}: no such directory")
         self.path = path
         self.config = read_json(path / "config.json")
         index = path / INDEX_NAME
@@ -62,12 +64,12 @@ class SafetensorsDir:
         elif (path / SINGLE_NAME).exists():
             self.headers = _file_headers(path / SINGLE_NAME)
         else:
-            raise ValueError(_no_weights(path))
+            raise UserError(_no_weights(path))
 
     def check(self, expected: Mapping[str, tuple[int, ...]], ignored: set[str]) -> None:
-        """Every name in `expected` is here in that shape and a float dtype, and nothing else is.
+        """Check that the directory holds the ``expected`` names -> shapes, as floats, and no more.
 
-        Names in `ignored` may be present or not. Raises ValueError naming the first disagreement.
+        Names in ``ignored`` may be present or not. Raises UserError for the first disagreement.
         """
         _refuse_names(self.path, "is missing", set(expected) - set(self.headers))
         unknown = set(self.headers) - set(expected) - ignored
@@ -75,27 +77,27 @@ class SafetensorsDir:
         for name, shape in expected.items():
             header = self.headers[name]
             if header.shape != shape:
-                raise ValueError(
+                raise UserError(
                     f"{header.file}: {name} has shape {list(header.shape)}, "
                     f"but config.json implies {list(shape)}"
                 )
             if header.dtype not in DTYPES:
-                raise ValueError(
+                raise UserError(
                     f"{header.file}: {name} has dtype {header.dtype}; only "
                     f"{', '.join(DTYPES)} weights can be imported"
                 )
 
     def dtype(self, name: str) -> torch.dtype:
-        """The dtype of tensor `name`, which `check` has accepted."""
+        """Return the dtype of tensor ``name``, which ``check`` has accepted."""
         return DTYPES[self.headers[name].dtype]
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows [start, stop) of tensor `name` (all of them by default), on the CPU."""
+        """Return rows [start, stop) of tensor ``name`` (all of them by default), on the CPU."""
         return read_rows(self.headers[name], name, start, stop)
 
 
 def read_rows(header: TensorHeader, name: str, start: int, stop: int | None) -> torch.Tensor:
-    """Rows [start, stop), or to the end, of tensor `name`; all of a number, which has no rows."""
+    """Return rows [start, stop), or to the end, of tensor ``name``; a scalar is returned whole."""
     with safe_open(header.file, framework="pt") as file:
         if not header.shape:
             return file.get_tensor(name)
@@ -111,7 +113,7 @@ def _file_headers(path: Path) -> dict[str, TensorHeader]:
                 for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: truncated or not a safetensors file ({error})") from None
+        raise UserError(f"{path}: truncated or not a safetensors file ({error})") from None
 
 
 def _indexed_headers(index: Path) -> dict[str, TensorHeader]:
@@ -119,15 +121,15 @@ def _indexed_headers(index: Path) -> dict[str, TensorHeader]:
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) and Path(file).name == file for file in weight_map.values()
     ):
-        raise ValueError(f"{index}: weight_map must map tensor names to files beside it")
+        raise UserError(f"{index}: weight_map must map tensor names to files beside it")
     headers: dict[str, TensorHeader] = {}
     for name in sorted(set(weight_map.values())):
         path = index.parent / name
         if not path.exists():
-            raise ValueError(f"{index}: names {name}, which is not in the directory")
+            raise UserError(f"{index}: names {name}, which is not in the directory")
         for tensor, header in _file_headers(path).items():
             if weight_map.get(tensor) != name:
-                raise ValueError(f"{path}: holds {tensor}, which the index does not place there")
+                raise UserError(f"{path}: holds {tensor}, which the index does not place there")
             headers[tensor] = header
     _refuse_names(index, "names, but its files lack,", set(weight_map) - set(headers))
     return headers
@@ -149,4 +151,4 @@ def _refuse_names(path: Path, verb: str, names: set[str]) -> None:
     if names:
         listed = sorted(names)
         more = f" and {len(listed) - 3} more" if len(listed) > 3 else ""
-        raise ValueError(f"{path}: {verb} tensor {', '.join(listed[:3])}{more}")
+        raise UserError(f"{path}: {verb} tensor {', '.join(listed[:3])}{more}")

@@ -1,7 +1,7 @@
-"""A Hugging Face model directory whose weights may ship quantized, read as the floats they mean.
+"""A Hugging Face model directory whose weights may be quantized, read as unpacked floats.
 
-What is packed is read off the files, not off `modules_to_not_convert`: a plain weight is a plain
-weight. The methods and their layouts are in `packed_weights`.
+The tensors in the files say which weights are packed; ``modules_to_not_convert`` is not needed. The
+methods and how they store weights are in ``packed_weights``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.files.packed_weights import (
     FP4_PER_BYTE,
     MX_BLOCK_BYTES,
@@ -32,25 +33,25 @@ FLOAT_NAMES = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES
 
 
 class WeightsDir(SafetensorsDir):
-    """As :class:`SafetensorsDir`; a packed weight has one header, of its own shape and of the dtype
-    config.json gives the model, and `tensor` unpacks only the rows asked for. `config` is without
-    `quantization_config`, of which `quant_method` remains.
+    """A ``SafetensorsDir`` that presents each packed weight as one plain tensor.
 
-    Also raises ValueError, naming file or field, for another quantization method than fp8 and
-    mxfp4, scales that are missing, of another shape or dtype, or of no weight.
+    Such a weight has one header, with its unpacked shape and the model's dtype in config.json, and
+    ``tensor`` unpacks only the rows asked for. ``config`` lacks ``quantization_config``, of which
+    ``quant_method`` is kept. Also raises UserError, naming file or field, for a quantization method
+    other than fp8 and mxfp4, and for scales that are missing, misshapen or without a weight.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.quant_method: str | None = None
         self._packed: dict[str, PackedWeight] = {}
-        self._files = dict(self.headers)  # before packed weights took their parts' place
+        self._stored = dict(self.headers)  # as in the files: packed weights replace their parts
         quantization = self.config.pop("quantization_config", None)
         if quantization is not None:
             self._read_packed(quantization, f"{path / 'config.json'}: quantization_config")
 
     def tensor(self, name: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
-        """Rows [start, stop) of weight `name` (all of them by default), on the CPU."""
+        """Return rows [start, stop) of weight ``name`` (all of them by default), on the CPU."""
         packed = self._packed.get(name)
         if packed is None:
             return super().tensor(name, start, stop)
@@ -58,12 +59,12 @@ class WeightsDir(SafetensorsDir):
         return packed.read(self._part, start, stop, self.dtype(name))
 
     def _part(self, name: str, start: int, stop: int | None) -> torch.Tensor:
-        return read_rows(self._files[name], name, start, stop)
+        return read_rows(self._stored[name], name, start, stop)
 
     def _read_packed(self, quantization: Any, field: str) -> None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else None
         if method not in ("fp8", "mxfp4"):
-            raise ValueError(
+            raise UserError(
                 f"{field}.quant_method = {method!r} is not supported, only 'fp8' and 'mxfp4': "
                 "bring the weights to bf16 first"
             )
@@ -78,53 +79,52 @@ class WeightsDir(SafetensorsDir):
             for part in packed.parts:
                 del self.headers[part]
             if name in self.headers:
-                raise ValueError(f"{file}: holds {name} plain and packed")
+                raise UserError(f"{file}: holds {name} plain and packed")
             self.headers[name] = TensorHeader(file, packed.shape, dtype)
         self.quant_method = method
 
     def _float_dtype(self) -> str:
-        """What config.json says the weights are when unpacked; bfloat16 if nothing."""
-        given = self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16"
-        if not isinstance(given, str) or given not in FLOAT_NAMES:
-            raise ValueError(
-                f"{self.path / 'config.json'}: torch_dtype = {given!r} is not supported"
+        """Return the safetensors name of the model's dtype in config.json, by default bfloat16."""
+        dtype = self.config.get("dtype") or self.config.get("torch_dtype") or "bfloat16"
+        if not isinstance(dtype, str) or dtype not in FLOAT_NAMES:
+            raise UserError(
+                f"{self.path / 'config.json'}: torch_dtype = {dtype!r} is not supported"
             )
-        return FLOAT_NAMES[given]
+        return FLOAT_NAMES[dtype]
 
     def _drop_activation_scales(self) -> None:
-        """Those of fixed activation scales are of the arithmetic, not of the weights."""
+        """Ignore static activation scales, which do not affect the weights."""
         for name in [name for name in self.headers if name.endswith(".activation_scale")]:
             del self.headers[name]
 
 
 def _block_size(quantization: Mapping[str, Any], field: str) -> tuple[int, int] | None:
-    """Rows and columns that share a scale; None where each weight or row has one."""
+    """Return the rows and columns that share a scale; None for one scale per row or weight."""
     if quantization.get("fmt", "e4m3") != "e4m3":
-        raise ValueError(f"{field}.fmt = {quantization['fmt']!r} is not supported, only 'e4m3'")
+        raise UserError(f"{field}.fmt = {quantization['fmt']!r} is not supported, only 'e4m3'")
     block = quantization.get("weight_block_size")
     if block is None:
         return None
     if not isinstance(block, list) or [type(n) for n in block] != [int, int] or min(block) < 1:
-        raise ValueError(
-            f"{field}.weight_block_size must be two positive integers, found {block!r}"
-        )
+        raise UserError(f"{field}.weight_block_size must be two positive integers, found {block!r}")
     return block[0], block[1]
 
 
 def _fp8_weights(headers: Headers, block: tuple[int, int] | None) -> dict[str, PackedWeight]:
+    """Return the FP8 weights among ``headers`` by name, their scales checked."""
     packed: dict[str, PackedWeight] = {}
     suffix = "_scale_inv"
     _refuse_lone_scales(headers, suffix, "")
     for name, header in headers.items():
         if header.dtype != "F8_E4M3":
             if name + suffix in headers:
-                raise ValueError(f"{header.file}: {name} has dtype {header.dtype}, but scales")
+                raise UserError(f"{header.file}: {name} has dtype {header.dtype}, but scales")
             continue
         scale = _partner(headers, name, name + suffix, FP8_SCALES)
         if len(header.shape) != 2:
-            raise ValueError(f"{header.file}: {name} of shape {list(header.shape)} is no matrix")
+            raise UserError(f"{header.file}: {name} of shape {list(header.shape)} is no matrix")
         rows, columns = header.shape
-        known: dict[tuple[int, ...], tuple[int, int]]
+        known: dict[tuple[int, ...], tuple[int, int]]  # shape of the scales -> block of each
         if block is not None:
             known = {(-(-rows // block[0]), -(-columns // block[1])): block}
         else:
@@ -132,7 +132,7 @@ def _fp8_weights(headers: Headers, block: tuple[int, int] | None) -> dict[str, P
             known = {(): whole, (1,): whole, (rows,): per_row, (rows, 1): per_row}
         if scale.shape not in known:
             wanted = " or ".join(str(list(shape)) for shape in known)
-            raise ValueError(
+            raise UserError(
                 f"{scale.file}: {name + suffix} has shape {list(scale.shape)}, but config.json's "
                 f"weight_block_size {block and list(block)} implies {wanted}"
             )
@@ -141,6 +141,7 @@ def _fp8_weights(headers: Headers, block: tuple[int, int] | None) -> dict[str, P
 
 
 def _mxfp4_weights(headers: Headers) -> dict[str, PackedWeight]:
+    """Return the MXFP4 weights among ``headers`` by name, their blocks and scales checked."""
     packed: dict[str, PackedWeight] = {}
     ending, suffix = "_blocks", "_scales"
     _refuse_lone_scales(headers, suffix, ending)
@@ -151,12 +152,12 @@ def _mxfp4_weights(headers: Headers) -> dict[str, PackedWeight]:
         scale = _partner(headers, name, stem + suffix, ("U8",))
         *grid, width = header.shape
         if header.dtype != "U8" or width != MX_BLOCK_BYTES or len(grid) != 3:
-            raise ValueError(
+            raise UserError(
                 f"{header.file}: {name} must be U8 [experts, rows, blocks, {MX_BLOCK_BYTES}], "
                 f"found {header.dtype} {list(header.shape)}"
             )
         if scale.shape != tuple(grid):
-            raise ValueError(
+            raise UserError(
                 f"{scale.file}: {stem + suffix} has shape {list(scale.shape)}, "
                 f"but {name} implies {grid}"
             )
@@ -167,20 +168,20 @@ def _mxfp4_weights(headers: Headers) -> dict[str, PackedWeight]:
 
 
 def _partner(headers: Headers, name: str, scale: str, dtypes: tuple[str, ...]) -> TensorHeader:
-    """The header of a packed weight's scales."""
+    """Return the header of ``scale``, the scales of packed weight ``name``."""
     file = headers[name].file
     if scale not in headers:
-        raise ValueError(f"{file}: {name} lacks its scales, {scale}")
-    found = headers[scale]
-    if found.dtype not in dtypes:
-        raise ValueError(
-            f"{found.file}: {scale} has dtype {found.dtype}, not {' or '.join(dtypes)}"
+        raise UserError(f"{file}: {name} lacks its scales, {scale}")
+    header = headers[scale]
+    if header.dtype not in dtypes:
+        raise UserError(
+            f"{header.file}: {scale} has dtype {header.dtype}, not {' or '.join(dtypes)}"
         )
-    return found
+    return header
 
 
 def _refuse_lone_scales(headers: Headers, suffix: str, ending: str) -> None:
     for name, header in headers.items():
         weight = name.removesuffix(suffix) + ending
         if name.endswith(suffix) and weight not in headers:
-            raise ValueError(f"{header.file}: {name} scales {weight}, which is missing")
+            raise UserError(f"{header.file}: {name} scales {weight}, which is missing")

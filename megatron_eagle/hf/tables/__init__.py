@@ -1,1 +1,1 @@
-"""Declarative tables that map Hugging Face names and fields to Megatron."""
+"""What the import of bases and the import and export of drafts share: fields, rope, name tables."""

@@ -1,4 +1,9 @@
-"""The rotary embedding of a config.json: Megatron's flags, and what no flag can say."""
+"""The rotary embedding in a config.json: the one place that knows its two spellings.
+
+Older files have ``rope_theta`` beside ``rope_scaling``, newer ones everything in
+``rope_parameters``; the oldest name of ``rope_type`` is ``type``. Only ``plain_draft`` and
+``plain_mla``, which verify an export independently, read the fields without this module.
+"""
 
 from __future__ import annotations
 
@@ -6,117 +11,150 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.tables.config_fields import number, size, switch
 
-# What Megatron's RotaryEmbedding hard-codes; only the factor is a flag.
-MEGATRON_LLAMA3 = {
-    "low_freq_factor": 1,
-    "high_freq_factor": 4,
-    "original_max_position_embeddings": 8192,
+DEFAULT_THETA = 10000.0
+ORIGINAL_LENGTH = "original_max_position_embeddings"
+NUMBERS: dict[str, tuple[str, ...]] = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", ORIGINAL_LENGTH),
+    "yarn": (
+        "factor",
+        ORIGINAL_LENGTH,
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    ),
 }
+"""Supported rope types -> the fields that each one reads."""
+YARN_DEFAULTS = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 
 
-def rope_args(config: Mapping[str, Any], partial: bool, source: str) -> dict[str, Any]:
-    """Megatron argparse names -> values; `partial`: the model's class reads
-    partial_rotary_factor."""
-    rope = described_rope(config, source)
-    base = rope["rope_theta"]
-    if base != int(base):
-        raise ValueError(f"{source}: rope_theta = {base}, but --rotary-base is an integer")
-    percent = _rotary_percent(config, partial, source)
-    args: dict[str, Any] = {"rotary_base": int(base), "rotary_percent": percent}
-    if _is_megatrons(rope):
-        args |= {"use_rope_scaling": True, "rope_scaling_factor": rope["factor"]}
-    return args
+def rope_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return the rope fields as they stand in config.json, from either spelling; maybe empty.
+
+    ``rope_theta`` is among them only in the newer spelling. Raises UserError, naming ``source``,
+    for fields that differ between types of layers.
+    """
+    fields = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(fields, dict) or any(isinstance(value, dict) for value in fields.values()):
+        raise UserError(f"{source}: rope parameters per layer type are not supported: {fields}")
+    return fields
 
 
-def rope_beyond_flags(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """The description that :mod:`megatron_eagle.attention.rope` reads; empty where the flags of
-    :func:`rope_args` say all."""
-    rope = described_rope(config, source)
-    return {} if rope["rope_type"] == "default" or _is_megatrons(rope) else rope
+def rope_kind(fields: Mapping[str, Any]) -> str:
+    """Return the rope type that ``fields`` (see ``rope_fields``) name."""
+    return fields.get("rope_type", fields.get("type", "default"))
 
 
-def _rotary_percent(config: Mapping[str, Any], partial: bool, source: str) -> float:
-    """The part of a head's channels that positions turn."""
-    name = "partial_rotary_factor"
-    part = number({name: config.get(name), **rope_fields(config)}, name, 1.0, source)
-    if part > 1.0 or (part != 1.0 and not partial):
-        raise ValueError(
-            f"{source}: {name} = {part} is not supported: transformers' class of this model turns "
-            "whole heads, other readers do not"
-        )
-    return float(part)
+def complete_rope(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return ``rope_type``, ``rope_theta`` and every number of the type, checked, none left out.
+
+    This is the description that ``megatron_eagle.attention.rope`` computes angles from. Raises
+    UserError, naming ``source``, for an unsupported type and a missing or impossible number.
+    """
+    fields = rope_fields(config, source)
+    kind, theta = _supported_kind(fields, source), _theta(config, fields, source)
+    readers = {"default": _default, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
+    if kind != "default":
+        longest = size(config, "max_position_embeddings", source)
+        fields = {ORIGINAL_LENGTH: longest, **fields}
+    return {"rope_type": kind, "rope_theta": theta, **readers[kind](fields, source)}
 
 
-def _is_megatrons(rope: Mapping[str, Any]) -> bool:
-    return rope["rope_type"] == "llama3" and all(
-        rope[key] == value for key, value in MEGATRON_LLAMA3.items()
-    )
+def comparable_rope(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Return the rope of a draft in a form in which equal ropes are equal dictionaries.
 
-
-def rope_fields(config: Mapping[str, Any]) -> Any:
-    """Both spellings: rope_scaling beside rope_theta, and the newer rope_parameters."""
-    return config.get("rope_scaling") or config.get("rope_parameters") or {}
-
-
-def described_rope(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """rope_type, rope_theta and every number of its kind, checked."""
-    rope = rope_fields(config)
-    if not isinstance(rope, dict) or any(isinstance(value, dict) for value in rope.values()):
-        raise ValueError(f"{source}: rope parameters per layer type are not supported: {rope}")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    theta = float(number({**config, **rope}, "rope_theta", 10000.0, source))
-    described: dict[str, Any] = {"rope_type": kind, "rope_theta": theta}
-    if kind == "default":
-        return described
-    readers = {"linear": _linear, "llama3": _llama3, "yarn": _yarn}
-    if kind not in readers:
-        known = ", ".join(map(repr, ["default", *readers]))
-        raise ValueError(f"{source}: rope type {kind!r} is not supported; known: {known}")
-    original = size(config, "max_position_embeddings", source)
-    return described | readers[kind]({"original_max_position_embeddings": original, **rope}, source)
-
-
-def _linear(rope: Mapping[str, Any], source: str) -> dict[str, Any]:
-    return {"factor": float(number(rope, "factor", None, source))}
-
-
-def _llama3(rope: Mapping[str, Any], source: str) -> dict[str, Any]:
+    Both spellings give the same; values that are null or the default are left out. Raises
+    UserError, naming ``source``, for an unsupported type and for partially rotated heads.
+    """
+    fields = rope_fields(config, source)
+    if fields.get("partial_rotary_factor", 1.0) not in (None, 1.0):
+        raise UserError(f"{source}: partial_rotary_factor is not supported, only 1.0")
+    kind, theta = _supported_kind(fields, source), _theta(config, fields, source)
+    fields = {ORIGINAL_LENGTH: config.get("max_position_embeddings"), **fields}
     numbers = {
-        key: float(number(rope, key, None, source))
-        for key in ("factor", "low_freq_factor", "high_freq_factor")
+        key: fields[key]
+        for key in NUMBERS[kind]
+        if fields.get(key) is not None and fields[key] != YARN_DEFAULTS.get(key)
     }
+    return {"rope_type": kind, "rope_theta": theta, **numbers}
+
+
+def both_spellings(fields: Mapping[str, Any], theta: float) -> dict[str, Any]:
+    """Return config.json's rope fields in both spellings, for whole heads and base ``theta``.
+
+    ``fields`` are as ``rope_fields`` returns them. ``partial_rotary_factor`` is dropped: readers
+    disagree about it, so drafts rotate all channels of their heads.
+    """
+    kind = rope_kind(fields)
+    dropped = ("rope_theta", "type", "partial_rotary_factor")
+    scaling = {key: value for key, value in fields.items() if key not in dropped}
+    scaling["rope_type"] = kind
+    return {
+        "rope_theta": theta,
+        **({} if kind == "default" else {"rope_scaling": scaling}),
+        "rope_parameters": {**scaling, "rope_theta": theta},
+    }
+
+
+def _supported_kind(fields: Mapping[str, Any], source: str) -> str:
+    kind = rope_kind(fields)
+    if kind not in NUMBERS:
+        known = ", ".join(map(repr, NUMBERS))
+        raise UserError(f"{source}: rope type {kind!r} is not supported; known: {known}")
+    return kind
+
+
+def _theta(config: Mapping[str, Any], fields: Mapping[str, Any], source: str) -> float:
+    return number({**config, **fields}, "rope_theta", source, DEFAULT_THETA)
+
+
+def _default(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
+    return {}
+
+
+def _linear(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
+    return {"factor": number(fields, "factor", source)}
+
+
+def _llama3(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
+    factors = ("factor", "low_freq_factor", "high_freq_factor")
+    numbers = {key: number(fields, key, source) for key in factors}
     if numbers["low_freq_factor"] >= numbers["high_freq_factor"]:
-        raise ValueError(f"{source}: llama3 rope with low_freq_factor >= high_freq_factor")
-    return numbers | _original(rope, source)
+        raise UserError(f"{source}: llama3 rope with low_freq_factor >= high_freq_factor")
+    return {**numbers, ORIGINAL_LENGTH: size(fields, ORIGINAL_LENGTH, source)}
 
 
-def _yarn(rope: Mapping[str, Any], source: str) -> dict[str, Any]:
-    original = _original(rope, source)
-    factor = float(number(rope, "factor", None, source))
-    given = rope.get("attention_factor")
-    if given is None:
-        numerator, denominator = rope.get("mscale"), rope.get("mscale_all_dim")
-        if numerator and denominator:
-            given = yarn_mscale(factor, numerator) / yarn_mscale(factor, denominator)
-        else:
-            given = yarn_mscale(factor, 1.0)
+def _yarn(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
+    original = size(fields, ORIGINAL_LENGTH, source)
+    factor = number(fields, "factor", source)
     return {
         "factor": factor,
-        "beta_fast": float(number(rope, "beta_fast", 32.0, source)),
-        "beta_slow": float(number(rope, "beta_slow", 1.0, source)),
-        "truncate": switch(rope, "truncate", True, source),
-        "attention_factor": float(given),
-        **original,
+        "beta_fast": number(fields, "beta_fast", source, YARN_DEFAULTS["beta_fast"]),
+        "beta_slow": number(fields, "beta_slow", source, YARN_DEFAULTS["beta_slow"]),
+        "truncate": switch(fields, "truncate", source, True),
+        "attention_factor": _yarn_attention_factor(fields, factor),
+        ORIGINAL_LENGTH: original,
     }
 
 
-def yarn_mscale(factor: float, mscale: float) -> float:
-    """How much yarn strengthens attention over a context ``factor`` times as long."""
+def _yarn_attention_factor(fields: Mapping[str, Any], factor: float) -> float:
+    """Return the attention factor as stated, or derived from ``mscale`` and ``factor``."""
+    stated = fields.get("attention_factor")
+    if stated is not None:
+        return float(stated)
+    numerator, denominator = fields.get("mscale"), fields.get("mscale_all_dim")
+    if numerator and denominator:
+        return _yarn_mscale(factor, numerator) / _yarn_mscale(factor, denominator)
+    return _yarn_mscale(factor, 1.0)
+
+
+def _yarn_mscale(factor: float, mscale: float) -> float:
+    """Return yarn's attention factor for a context ``factor`` times as long."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
-
-
-def _original(rope: Mapping[str, Any], source: str) -> dict[str, Any]:
-    key = "original_max_position_embeddings"
-    return {key: size(rope, key, source)}

@@ -1,0 +1,27 @@
+"""Megatron arguments as a command line."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+def megatron_flags(args: Mapping[str, Any]) -> list[str]:
+    """Return the flags that make Megatron's parser give ``args``; values that are off need none."""
+    words: list[str] = []
+    for name, value in args.items():
+        if name == "add_bias_linear":
+            words += [] if value else ["--disable-bias-linear"]
+        elif isinstance(value, bool):
+            words += [_flag(name)] if value else []
+        elif name == "window_size":
+            words += [_flag(name), ",".join(map(str, value))]
+        elif isinstance(value, list):
+            words += [_flag(name), "[" + ",".join(map(str, value)) + "]"]
+        else:
+            words += [_flag(name), str(value)]
+    return words
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
