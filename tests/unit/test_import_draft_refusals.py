@@ -195,7 +195,7 @@ def test_checkpoint_directory_in_use(tmp_path: Path) -> None:
     draft, directory = exported(tmp_path)
     stored = imported(directory, draft)
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"--save .*exists and is not a directory"):
+    with pytest.raises(ValueError, match=r"save .*exists and is not a directory"):
         write_draft_checkpoint(stored, tmp_path / "file")
-    with pytest.raises(ValueError, match=r"--save .*not empty"):
+    with pytest.raises(ValueError, match=r"save .*not empty"):
         write_draft_checkpoint(stored, directory)
