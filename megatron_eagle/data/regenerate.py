@@ -71,13 +71,13 @@ def finished_ids(file: Path, progress: Progress) -> set[str]:
     """
     if not file.exists():
         return set()
-    whole, newline, torn = file.read_bytes().rpartition(b"\n")
+    lines, newline, torn = file.read_bytes().rpartition(b"\n")
     if torn:
         progress(f"dropping a torn last line of {file}")
         with file.open("r+b") as output:
-            output.truncate(len(whole + newline))
+            output.truncate(len(lines + newline))
     done = set()
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(lines.splitlines(), start=1):
         try:
             done.add(json.loads(line)["id"])
         except (ValueError, KeyError, TypeError):

@@ -50,15 +50,15 @@ def mask_tokens(sample: RenderedSample, tokenizer: TextTokenizer) -> Document:
 def _encode(
     sample: RenderedSample, tokenizer: TextTokenizer
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    whole = _with_edges(*tokenizer.encode(sample.text), 0)
-    cuts = _inside_a_token(sample.spans, whole[1], len(sample.text))
+    uncut = _with_edges(*tokenizer.encode(sample.text), 0)
+    cuts = _inside_a_token(sample.spans, uncut[1], len(sample.text))
     if not cuts:
-        return whole
+        return uncut
     edges = [0, *cuts, len(sample.text)]
     parts = [_with_edges(*tokenizer.encode(sample.text[a:b]), a) for a, b in pairwise(edges)]
     split = tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
-    same = tokenizer.decode(split[0].tolist()) == tokenizer.decode(whole[0].tolist())
-    return (split[0], split[1], split[2]) if same else whole
+    same = tokenizer.decode(split[0].tolist()) == tokenizer.decode(uncut[0].tolist())
+    return (split[0], split[1], split[2]) if same else uncut
 
 
 def _with_edges(

@@ -64,12 +64,12 @@ class ChatTemplate:
             if conversation.messages[index]["role"] != "assistant":
                 continue
             text, start = self._turn(conversation, index)
-            whole = next((s for s in samples if s.text.startswith(text)), None)
-            if whole is None:
+            longer = next((s for s in samples if s.text.startswith(text)), None)
+            if longer is None:
                 self.unstable_turns += index != last
                 samples.append(RenderedSample(text, [(start, len(text))]))
             else:
-                whole.spans.insert(0, (start, len(text)))
+                longer.spans.insert(0, (start, len(text)))
         return samples[::-1]
 
     def render(
