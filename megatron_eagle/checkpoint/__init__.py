@@ -1,1 +1,1 @@
-"""Megatron checkpoints on disk: where they lie, how they are read and written."""
+"""Megatron checkpoints on disk: finding, reading and writing them."""

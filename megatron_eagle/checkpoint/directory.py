@@ -1,7 +1,7 @@
-"""Checkpoint directories on disk: which iteration to read, and the base's own description.
+"""Checkpoint directories on disk: the iteration to read, and the base's own description.
 
-A Megatron checkpoint directory holds `latest_checkpointed_iteration.txt` ("release" or a number)
-and `release/` or `iter_0000100/`; a base written by tools/import_base.py also `eagle_base.json`.
+A Megatron checkpoint directory holds ``latest_checkpointed_iteration.txt`` ("release" or a number)
+and ``release/`` or ``iter_0000100/``; an imported base also holds ``eagle_base.json``.
 """
 
 from __future__ import annotations
@@ -11,23 +11,25 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_eagle.errors import UserError
+
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
 BASE_JSON_NAME = "eagle_base.json"
 ACCEPTED_LENGTH_NAME = "accepted_length.json"
-"""In an iteration's directory: what training measured of the draft, see docs/guide/evaluate.md."""
+"""File in an iteration's directory with what training measured of the draft."""
 BASE_FORMAT = "megatron_eagle.base"
 BASE_VERSION = 1
 
 
 @dataclass(frozen=True)
 class BaseInfo:
-    """What eagle_base.json says of a base.
+    """Description of a base, as eagle_base.json holds it.
 
-    `fingerprint` tells the weights from those of another base of the same dimensions;
-    `vocab_size` is unpadded; `hf_config` is the Hugging Face config.json, without the
-    `quantization_config` of weights that were unpacked; `megatron_args` maps argparse names to
-    values: every architecture flag that training needs. `rope` is what no flag can say of the
-    rotary embedding, see :mod:`megatron_eagle.attention.rope`.
+    ``fingerprint`` identifies the weights among bases of the same dimensions; ``vocab_size`` is
+    unpadded; ``hf_config`` is the Hugging Face config.json, without the ``quantization_config`` of
+    weights that were unpacked; ``megatron_args`` maps the argparse names of all architecture flags
+    that training needs to values; ``rope`` holds the properties of the rotary embedding that have
+    no Megatron flag (see ``attention/rope.py``).
     """
 
     family: str
@@ -39,12 +41,15 @@ class BaseInfo:
     rope: dict[str, Any] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """The JSON object of eagle_base.json, format and version included."""
+        """Return the JSON object of eagle_base.json, format and version included."""
         return {"format": BASE_FORMAT, "version": BASE_VERSION, **asdict(self)}
 
 
 def token_ids(hf_config: dict[str, Any], key: str) -> list[int]:
-    """The ids of a config.json field such as `eos_token_id`: a number, a list, null or missing."""
+    """Return the ids in a config.json field such as ``eos_token_id``.
+
+    The field may be a number, a list, null or missing.
+    """
     value = hf_config.get(key)
     if value is None:
         return []
@@ -52,50 +57,51 @@ def token_ids(hf_config: dict[str, Any], key: str) -> list[int]:
 
 
 def resolve_checkpoint(directory: str | Path) -> Path:
-    """The `torch_dist` directory that `directory`'s tracker file names, checked to be complete.
+    """Return the ``torch_dist`` directory that the tracker file in ``directory`` names.
 
-    Raises ValueError when the directory, its tracker or the checkpoint it names is not there.
+    Raises ``UserError`` when the directory, its tracker or the checkpoint it names is missing, or
+    the checkpoint is incomplete.
     """
     root = Path(directory)
     if not root.is_dir():
-        raise ValueError(f"{root}: no such checkpoint directory")
+        raise UserError(f"{root}: no such checkpoint directory")
     tracker = root / TRACKER_NAME
     if not tracker.is_file():
-        raise ValueError(f"{root}: not a Megatron checkpoint, {TRACKER_NAME} is missing")
+        raise UserError(f"{root}: not a Megatron checkpoint, {TRACKER_NAME} is missing")
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if text != "release" and not (text.isascii() and text.isdigit()):
-        raise ValueError(f"{tracker}: expected 'release' or an iteration, found {text[:40]!r}")
+        raise UserError(f"{tracker}: expected 'release' or an iteration, not {text[:40]!r}")
     path = root / (text if text == "release" else f"iter_{int(text):07d}")
     for name in ("metadata.json", ".metadata"):
         if not (path / name).is_file():
-            raise ValueError(f"{path}: incomplete torch_dist checkpoint, {name} is missing")
+            raise UserError(f"{path}: incomplete torch_dist checkpoint, {name} is missing")
     return path
 
 
 def load_base_json(directory: str | Path) -> BaseInfo:
-    """BaseInfo of the base checkpoint `directory` (the one that holds eagle_base.json).
+    """Read the description of the base checkpoint ``directory``, which holds eagle_base.json.
 
-    Raises ValueError when it is missing, malformed, or of another format or version.
+    Raises ``UserError`` when it is missing, malformed, or of another format or version.
     """
     root = Path(directory)
     if not root.is_dir():
-        raise ValueError(f"{root}: no such base checkpoint directory")
+        raise UserError(f"{root}: no such base checkpoint directory")
     path = root / BASE_JSON_NAME
     if not path.is_file():
-        raise ValueError(f"{root}: {BASE_JSON_NAME} is missing; write it with tools/import_base.py")
+        raise UserError(f"{root}: {BASE_JSON_NAME} is missing; importing a base writes it")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+        raise UserError(f"{path}: not valid JSON ({error})") from None
     return parse_base(value, str(path))
 
 
 def parse_base(value: Any, source: str) -> BaseInfo:
-    """BaseInfo from the decoded JSON `value`; ValueErrors start with `source`."""
+    """Parse the decoded JSON ``value``; raise ``UserError``, starting with ``source``, if bad."""
     if not isinstance(value, dict) or value.get("format") != BASE_FORMAT:
-        raise ValueError(f"{source}: not a {BASE_FORMAT} description")
+        raise UserError(f"{source}: not a {BASE_FORMAT} description")
     if value.get("version") != BASE_VERSION:
-        raise ValueError(
+        raise UserError(
             f"{source}: version {value.get('version')!r}, but this release reads {BASE_VERSION}"
         )
     kinds = {
@@ -110,5 +116,5 @@ def parse_base(value: Any, source: str) -> BaseInfo:
     value = {"rope": {}, **value}
     for key, kind in kinds.items():
         if type(value.get(key)) is not kind:
-            raise ValueError(f"{source}: {key} must be of type {kind.__name__}")
+            raise UserError(f"{source}: {key} must be of type {kind.__name__}")
     return BaseInfo(**{key: value[key] for key in kinds})

@@ -1,7 +1,7 @@
-"""Read whole tensors of a Megatron `torch_dist` checkpoint in one process, without a process group.
+"""Read whole tensors of a Megatron ``torch_dist`` checkpoint in one process, without a group.
 
-The tensors come out unsharded, whatever layout wrote them. Nothing in the files can run code: the
-metadata goes through dcp_metadata's allow-list and the payloads through `weights_only=True`.
+The tensors are unsharded, whatever layout wrote them. Nothing in the files can run code: metadata
+is unpickled with the allow-list of ``safe_metadata.py``, tensors with ``weights_only=True``.
 """
 
 from __future__ import annotations
@@ -17,34 +17,39 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.checkpoint.directory import resolve_checkpoint
-from megatron_eagle.checkpoint.safe_metadata import Chunk, StoredTensor, read_metadata
+from megatron_eagle.checkpoint.safe_metadata import StoredChunk, StoredTensor, read_metadata
+from megatron_eagle.errors import UserError
 
 
 def _iteration_directory(path: str | Path) -> Path:
-    """The directory with `.metadata`: `path` itself, or the iteration its tracker file names."""
+    """Return the directory with ``.metadata``: ``path`` or the iteration in its tracker file."""
     directory = Path(path)
     if not (directory.name.startswith("iter_") or (directory / ".metadata").is_file()):
         return resolve_checkpoint(directory)
     if not directory.is_dir():
-        raise ValueError(f"{directory}: no such checkpoint directory")
+        raise UserError(f"{directory}: no such checkpoint directory")
     if not (directory / ".metadata").is_file():
-        raise ValueError(f"{directory}: incomplete torch_dist checkpoint, .metadata is missing")
+        raise UserError(f"{directory}: incomplete torch_dist checkpoint, .metadata is missing")
     return directory
 
 
 def _check_backend(path: Path) -> None:
+    """Raise ``UserError`` unless metadata.json ``path`` says that the format is ``torch_dist``."""
     try:
         backend = json.loads(path.read_bytes())["sharded_backend"]
     except FileNotFoundError:
-        raise ValueError(f"{path}: missing, so this is not a whole Megatron checkpoint") from None
+        raise UserError(f"{path}: missing, so this is not a whole Megatron checkpoint") from None
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: not Megatron's description of a checkpoint") from error
+        raise UserError(f"{path}: not Megatron's description of a checkpoint") from error
     if backend != "torch_dist":
-        raise ValueError(f"{path}: sharded_backend {backend!r} is not supported, only 'torch_dist'")
+        raise UserError(f"{path}: sharded_backend {backend!r} is not supported, only 'torch_dist'")
 
 
 class DraftCheckpoint:
-    """One iteration of a checkpoint. Every error is a ValueError naming the file at fault."""
+    """One iteration of a checkpoint, of a draft or a base.
+
+    Every error is a ``UserError`` naming the file at fault.
+    """
 
     def __init__(self, directory: Path, tensors: dict[str, StoredTensor]) -> None:
         self.directory = directory
@@ -52,26 +57,27 @@ class DraftCheckpoint:
 
     @classmethod
     def open(cls, path: str | Path) -> DraftCheckpoint:
-        """`path` is a save directory (its latest iteration is taken) or one `iter_` directory."""
+        """Open the latest iteration in the save directory ``path``, or an ``iter_`` directory."""
         directory = _iteration_directory(path)
         _check_backend(directory / "metadata.json")
         return cls(directory, read_metadata(directory / ".metadata"))
 
     def keys(self) -> list[str]:
-        """Keys of the tensors, sorted; pickled objects (RNG states, arguments) are not listed."""
+        """Return the keys of the tensors, sorted; pickled objects (RNG states) have none here."""
         return sorted(self._tensors)
 
     def shape(self, key: str) -> tuple[int, ...]:
-        """Global shape."""
+        """Return the global shape."""
         return self._record(key).shape
 
     def load(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Unsharded CPU tensors, as saved; memory: the tensors and one chunk.
+        """Read tensors, unsharded, on the CPU, in the dtype saved.
 
-        Raises ValueError for an unknown key, chunks that do not tile the global shape, a missing
-        or truncated shard file, and a payload that is not the tensor the metadata announces.
+        Memory: the tensors and one chunk. Raises ``UserError`` for an unknown key, chunks that do
+        not tile the global shape, a missing or truncated shard file, and a payload that is not the
+        tensor that the metadata describes.
         """
-        by_file: dict[str, list[tuple[str, Chunk]]] = {}
+        by_file: dict[str, list[tuple[str, StoredChunk]]] = {}
         for key in dict.fromkeys(keys):
             for chunk in self._checked_chunks(key):
                 by_file.setdefault(chunk.file, []).append((key, chunk))
@@ -92,16 +98,19 @@ class DraftCheckpoint:
         return result
 
     def load_rows(self, key: str, rows: Sequence[int]) -> Tensor:
-        """Of one tensor the ascending ``rows`` of its leading axis, as saved; only chunks that hold
-        one are read. Memory: the result and one chunk. Raises as :meth:`load`."""
+        """Read the ascending ``rows`` of a tensor's leading axis, in the dtype saved.
+
+        Only chunks that hold one of them are read. Memory: the result and one chunk. Raises what
+        ``load`` raises.
+        """
         record, wanted = self._record(key), torch.tensor(rows)
         if not 0 <= rows[0] <= rows[-1] < record.shape[0]:
-            raise ValueError(f"{self.directory}: {key} has {record.shape[0]} rows, not {rows[-1]}")
+            raise UserError(f"{self.directory}: {key} has {record.shape[0]} rows, not {rows[-1]}")
         result = torch.empty((len(rows), *record.shape[1:]), dtype=record.dtype)
         for chunk in self._checked_chunks(key):
             first, count = chunk.offsets[0], chunk.sizes[0]
-            here = ((wanted >= first) & (wanted < first + count)).nonzero().flatten()
-            if not len(here):
+            inside = ((wanted >= first) & (wanted < first + count)).nonzero().flatten()
+            if not len(inside):
                 continue
             self._check_file(chunk.file, [(key, chunk)])
             with (self.directory / chunk.file).open("rb") as stream:
@@ -110,49 +119,53 @@ class DraftCheckpoint:
                 slice(offset, offset + size)
                 for offset, size in zip(chunk.offsets[1:], chunk.sizes[1:], strict=True)
             )
-            result[(slice(int(here[0]), int(here[-1]) + 1), *region)] = part[wanted[here] - first]
+            target = slice(int(inside[0]), int(inside[-1]) + 1)
+            result[(target, *region)] = part[wanted[inside] - first]
         return result
 
     def first_rows(self, key: str) -> Tensor:
-        """The block of `key` that begins at row 0, all columns; raises as `load` does, and for
-        columns that are cut."""
+        """Read the chunk of ``key`` that begins at row 0 and has all columns.
+
+        Raises what ``load`` raises, and ``UserError`` if columns are cut.
+        """
         shape = self._record(key).shape
         for chunk in self._checked_chunks(key):
             if not any(chunk.offsets) and chunk.sizes[1:] == tuple(shape[1:]):
                 self._check_file(chunk.file, [(key, chunk)])
                 with (self.directory / chunk.file).open("rb") as stream:
                     return self._read(stream, key, chunk)
-        raise ValueError(f"{self.directory}: {key} is not stored in blocks of rows")
+        raise UserError(f"{self.directory}: {key} is not stored in blocks of rows")
 
     def _record(self, key: str) -> StoredTensor:
         if key not in self._tensors:
-            raise ValueError(f"{self.directory}: no tensor {key!r} in this checkpoint")
+            raise UserError(f"{self.directory}: no tensor {key!r} in this checkpoint")
         return self._tensors[key]
 
-    def _checked_chunks(self, key: str) -> tuple[Chunk, ...]:
+    def _checked_chunks(self, key: str) -> tuple[StoredChunk, ...]:
+        """Return the chunks of a tensor, which tile its shape and can lie in their bytes."""
         record = self._record(key)
         if fault := record.tiling_fault():
-            raise ValueError(f"{self.directory}: incomplete checkpoint: {key}: {fault}")
+            raise UserError(f"{self.directory}: incomplete checkpoint: {key}: {fault}")
         for chunk in record.chunks:
             # Before memory of the announced size is asked for.
             if prod(chunk.sizes) * record.dtype.itemsize > chunk.length or chunk.start < 0:
-                raise ValueError(
+                raise UserError(
                     f"{self.directory / '.metadata'}: corrupted checkpoint metadata: {key} "
                     f"{chunk.sizes} cannot lie in {chunk.length} bytes"
                 )
         return record.chunks
 
-    def _check_file(self, name: str, wanted: list[tuple[str, Chunk]]) -> None:
+    def _check_file(self, name: str, wanted: list[tuple[str, StoredChunk]]) -> None:
         path = self.directory / name
         if Path(name).name != name:
-            raise ValueError(f"{self.directory / '.metadata'}: {name!r} is not a file name")
+            raise UserError(f"{self.directory / '.metadata'}: {name!r} is not a file name")
         if not path.is_file():
-            raise ValueError(f"{path}: shard file is missing (it holds {wanted[0][0]})")
+            raise UserError(f"{path}: shard file is missing (it holds {wanted[0][0]})")
         size, needed = path.stat().st_size, max(c.start + c.length for _, c in wanted)
         if size < needed:
-            raise ValueError(f"{path}: shard file is truncated: {size} bytes, {needed} expected")
+            raise UserError(f"{path}: shard file is truncated: {size} bytes, {needed} expected")
 
-    def _read(self, stream: IO[bytes], key: str, chunk: Chunk) -> Tensor:
+    def _read(self, stream: IO[bytes], key: str, chunk: StoredChunk) -> Tensor:
         path = self.directory / chunk.file
         stream.seek(chunk.start)
         try:
@@ -160,12 +173,12 @@ class DraftCheckpoint:
                 io.BytesIO(stream.read(chunk.length)), map_location="cpu", weights_only=True
             )
         except Exception as error:  # zip, pickle and tensor decoding each fail in their own way
-            raise ValueError(f"{path}: corrupted shard: {key} cannot be decoded") from error
+            raise UserError(f"{path}: corrupted shard: {key} cannot be decoded") from error
         record = self._record(key)
         if not isinstance(value, Tensor) or value.dtype != record.dtype:
-            raise ValueError(f"{path}: corrupted shard: {key} is not a {record.dtype} tensor")
+            raise UserError(f"{path}: corrupted shard: {key} is not a {record.dtype} tensor")
         if tuple(value.shape) != chunk.sizes:
-            raise ValueError(
+            raise UserError(
                 f"{path}: corrupted shard: {key} is {tuple(value.shape)}, not {chunk.sizes}"
             )
         return value

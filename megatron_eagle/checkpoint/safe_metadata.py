@@ -1,7 +1,7 @@
-"""Read the `.metadata` file of a torch_dist checkpoint without trusting it.
+"""Read the ``.metadata`` file of a torch_dist checkpoint without trusting it.
 
 torch.distributed.checkpoint pickles that file. An unpickler calls whatever the file names, so this
-one resolves only the classes listed here and refuses the rest by name.
+one resolves only the classes listed here and refuses all others by name.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from typing import IO, Any
 import torch
 from torch.distributed.checkpoint import filesystem, metadata, planner
 
+from megatron_eagle.errors import UserError
+
 FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "bool")
 
 
 class Inert:
-    """Stands in for bookkeeping classes whose content is not read."""
+    """Stand-in for bookkeeping classes whose content is not read."""
 
 
 class ForbiddenClassError(Exception):
-    """The pickle names something outside ALLOWED."""
+    """Raised for a pickle that names something outside ``ALLOWED``."""
 
 
 ALLOWED: dict[tuple[str, str], Any] = {
@@ -65,6 +67,8 @@ ALLOWED: dict[tuple[str, str], Any] = {
 
 
 class MetadataUnpickler(pickle.Unpickler):
+    """Unpickler that resolves the names in ``ALLOWED`` only."""
+
     def find_class(self, module: str, name: str) -> Any:
         try:
             return ALLOWED[module, name]
@@ -73,8 +77,8 @@ class MetadataUnpickler(pickle.Unpickler):
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """A block of a tensor, and the bytes `[start, start + length)` of `file` that hold it."""
+class StoredChunk:
+    """Block of a tensor, and the bytes ``[start, start + length)`` of ``file`` that hold it."""
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -82,19 +86,22 @@ class Chunk:
     start: int
     length: int
 
-    def overlaps(self, other: Chunk) -> bool:
+    def overlaps(self, other: StoredChunk) -> bool:
+        """Tell whether both cover an element of the tensor."""
         spans = zip(self.offsets, self.sizes, other.offsets, other.sizes, strict=True)
         return all(a < b + m and b < a + n for a, n, b, m in spans)
 
 
 @dataclass(frozen=True)
 class StoredTensor:
+    """Global shape and dtype of a tensor, and its chunks."""
+
     shape: tuple[int, ...]
     dtype: torch.dtype
-    chunks: tuple[Chunk, ...]
+    chunks: tuple[StoredChunk, ...]
 
     def tiling_fault(self) -> str | None:
-        """None when the chunks cover the shape exactly once, else what is wrong."""
+        """Return None if the chunks cover the shape exactly once, else what is wrong."""
         for chunk in self.chunks:
             ends = [offset + size for offset, size in zip(chunk.offsets, chunk.sizes, strict=True)]
             if min(chunk.offsets, default=0) < 0 or any(
@@ -111,21 +118,22 @@ class StoredTensor:
 
 
 def read_metadata(path: Path) -> dict[str, StoredTensor]:
-    """Tensor records of a `.metadata` file by key; non-tensor entries are left out.
+    """Read the tensors of a ``.metadata`` file by key; other entries are left out.
 
-    Raises ValueError, naming the file, when it cannot be parsed or names a class outside ALLOWED.
+    Raises ``UserError`` naming the file when it cannot be parsed or names a class outside
+    ``ALLOWED``.
     """
     try:
         with path.open("rb") as stream:
             return _tensor_records(stream)
     except ForbiddenClassError as error:
-        raise ValueError(
+        raise UserError(
             f"{path}: refusing to unpickle {error}: not a class of checkpoint metadata"
         ) from error
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can fail anywhere, with any type
-        raise ValueError(
+        raise UserError(
             f"{path}: corrupted checkpoint metadata ({type(error).__name__}: {error})"
         ) from error
 
@@ -152,10 +160,10 @@ def _tensor_records(stream: IO[bytes]) -> dict[str, StoredTensor]:
     }
 
 
-def _chunk(block: metadata.ChunkStorageMetadata, info: filesystem._StorageInfo) -> Chunk:
+def _chunk(block: metadata.ChunkStorageMetadata, info: filesystem._StorageInfo) -> StoredChunk:
     if info.transform_descriptors:
         raise TypeError(f"stream transforms {info.transform_descriptors} are not supported")
-    return Chunk(
+    return StoredChunk(
         offsets=tuple(block.offsets),
         sizes=tuple(block.sizes),
         file=info.relative_path,

@@ -1,4 +1,4 @@
-"""How the tensors of a module of ours lie in a distributed checkpoint."""
+"""Description of a module's tensors for Megatron's distributed checkpoints."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ def sharded_tensors(
     sharded_offsets: tuple,
     metadata: dict | None,
 ) -> dict[str, Any]:
-    """The ``sharded_state_dict`` of ``tensors``: those in ``axes`` are cut over ``tp_group`` along
-    that dimension, the others are whole on every rank. No collective."""
+    """Return the ``sharded_state_dict`` of ``tensors``; no collective.
+
+    Tensors in ``axes`` are cut over ``tp_group`` along that dimension, the others are whole on
+    every rank.
+    """
     return make_sharded_tensors_for_checkpoint(
         tensors,
         prefix,

@@ -1,7 +1,7 @@
-"""A Megatron `torch_dist` checkpoint written by one process, one tensor in memory at a time.
+"""Write a Megatron ``torch_dist`` checkpoint in one process, one tensor in memory at a time.
 
-torch.distributed.checkpoint asks its planner for the data of each write item just before writing
-it; here the planner then calls the item's `load`. No process group and no GPU are involved.
+torch.distributed.checkpoint asks its planner for the data of a write item just before writing it;
+this planner then calls the item's ``load``. Neither a process group nor a GPU is needed.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-# Where Megatron (dist_checkpointing.save) keeps everything that is not a tensor.
+# Key under which Megatron (dist_checkpointing.save) stores everything that is not a tensor.
 COMMON_STATE = "common_state/shard_0_1"
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """The block [offset, offset + shape) of global tensor `key`; `load` makes its data [*shape]."""
+    """Block [offset, offset + shape) of global tensor ``key``; ``load`` returns it, [*shape]."""
 
     key: str
     global_shape: tuple[int, ...]
@@ -44,7 +44,7 @@ class Chunk:
 
 
 class _LazyPlanner(dcp.DefaultSavePlanner):
-    """A save plan of chunks and objects instead of a state dict."""
+    """Save planner that plans chunks and objects instead of a state dict."""
 
     def __init__(self, chunks: Iterable[Chunk], objects: Mapping[str, Any]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
@@ -75,11 +75,11 @@ class _LazyPlanner(dcp.DefaultSavePlanner):
 def write_torch_dist(
     path: Path, chunks: Iterable[Chunk], common: dict[str, Any], objects: Mapping[str, Any]
 ) -> None:
-    """Write `chunks`, which must tile their global tensors, in order, into the directory `path`.
+    """Write ``chunks``, which must tile their global tensors, in order, into directory ``path``.
 
-    `common` is Megatron's common state and `objects` maps ShardedObject keys to values (plain
-    values only, both). Peak memory is the largest chunk. Raises OSError when writing fails, and
-    whatever a chunk's `load` raises.
+    ``common`` is Megatron's common state and ``objects`` maps ShardedObject keys to values (plain
+    values only, both). Peak memory is the largest chunk. Raises ``OSError`` when writing fails, and
+    whatever a chunk's ``load`` raises.
     """
     objects = {COMMON_STATE: common, **objects}
     path.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,6 @@ verifications of all prompts; the token a prefill gives is no verification.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from megatron_eagle.checkpoint.atomic import write_json
 from megatron_eagle.cli.mistakes import report_mistake
 from megatron_eagle.platform import enable
 
@@ -211,9 +211,7 @@ def _speed(name: str, figures: dict[str, Any]) -> str:
 
 def _write(path: Path, figures: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".part")
-    partial.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(path, figures)
 
 
 if __name__ == "__main__":

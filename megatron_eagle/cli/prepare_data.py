@@ -92,7 +92,7 @@ def _options(args: argparse.Namespace) -> RecordOptions:
     return RecordOptions(
         tokenizer=args.tokenizer,
         template=args.chat_template,
-        template_options=json.dumps(variables, sort_keys=True),
+        template_options=variables,
         vocab_size=args.vocab_size,
         append_eod=not args.no_append_eod,
     )

@@ -1,1 +1,1 @@
-"""Training data: JSONL of answers, supervised-token counts, regeneration."""
+"""Training data: documents with loss masks, their packing, offline features, regeneration."""

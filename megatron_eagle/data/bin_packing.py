@@ -1,4 +1,4 @@
-"""Which documents share a sample: best-fit decreasing, over the whole data set at once."""
+"""Packing of documents into samples: best-fit decreasing, over the whole data set at once."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import numpy as np
 
 
 def pack(lengths: np.ndarray, capacity: int, seed: int) -> list[np.ndarray]:
-    """Groups of indices into ``lengths`` [N] whose sums are at most ``capacity``, each index once.
+    """Group the indices of ``lengths`` [N documents] so that no group's sum exceeds ``capacity``.
 
-    The longest document comes first, and each goes where least room is left over. The order
-    inside a group is random, and so are ties: both depend on ``seed`` alone.
+    Every index is in one group. The longest document is placed first, and each goes where it leaves
+    the least room. The order inside a group and the order of ties are random and depend on ``seed``
+    alone.
     """
     assert lengths.size == 0 or int(lengths.max()) <= capacity
     rng = np.random.default_rng(seed)

@@ -1,11 +1,13 @@
-"""Documents as a Megatron-style dataset: one a sample, or packed to the sequence length.
+"""Documents as a Megatron-style dataset: one per sample, or several packed into a sample.
 
 A sample is {"tokens": [S] int64, "loss_mask": [S] float32, "positions": [S] int64}. The mask is
-label-aligned (entry i speaks of token i + 1, and never of another document's first). Positions
-restart at every document; what follows the last one is padding that nothing looks at, and counts
-as a document of its own. Documents with hidden states add {"captured": [S, A * H],
-"final": [S, H]}, zeros where none are needed. The order depends on ``seed`` alone, so a resumed run
-continues it.
+aligned with the labels: entry i belongs to token i + 1, and is 0 where that token begins another
+document. Positions restart at every document. Padding after the last document counts as one more
+document; no other token attends to it. Documents with hidden states add "aux_hidden" [S, A * H] and
+"final_hidden" [S, H], zero where training does not read them. The order of samples depends on
+``seed`` alone, so a resumed run continues it.
+
+Shapes: S sequence length, A aux layers, H hidden size of the base.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ from torch import Tensor
 
 from megatron_eagle.data.bin_packing import pack
 from megatron_eagle.data.documents import FittedDocuments
-from megatron_eagle.data.features.store import needed_rows
+from megatron_eagle.data.features.store import needed_positions
 
 
 class DocumentDataset(torch.utils.data.Dataset):
-    """``num_samples`` samples: every epoch all samples once, reshuffled.
+    """Dataset of ``num_samples`` samples: all documents in every epoch, reshuffled.
 
-    ``packed``: several documents a sample, as many as fit. Which documents share a sample is
-    settled once, so that the number of samples is known; their order changes every epoch.
+    With ``packed`` a sample holds as many documents as fit. The documents of a sample are chosen
+    once, so that the number of samples is known; the order of samples changes every epoch.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class DocumentDataset(torch.utils.data.Dataset):
 
     @property
     def samples_per_epoch(self) -> int:
+        """Return the number of samples that hold every document once."""
         return len(self.members)
 
     def __len__(self) -> int:
@@ -74,12 +77,13 @@ class DocumentDataset(torch.utils.data.Dataset):
     def _place_hidden(
         self, hidden: dict[str, Tensor], member: int, mask: np.ndarray, at: int
     ) -> None:
-        found = self.documents.hidden(member)
-        if found is None:
+        """Write the hidden states of document ``member``, if any, from position ``at`` on."""
+        stored = self.documents.hidden(member)
+        if stored is None:
             return
-        captured, final = found
+        aux_hidden, final_hidden = stored
         if not hidden:
-            hidden["captured"] = captured.new_zeros(self.seq_length, captured.shape[1])
-            hidden["final"] = final.new_zeros(self.seq_length, final.shape[1])
-        hidden["captured"][at : at + len(captured)] = captured
-        hidden["final"][at + needed_rows(mask)[1]] = final
+            hidden["aux_hidden"] = aux_hidden.new_zeros(self.seq_length, aux_hidden.shape[1])
+            hidden["final_hidden"] = final_hidden.new_zeros(self.seq_length, final_hidden.shape[1])
+        hidden["aux_hidden"][at : at + len(aux_hidden)] = aux_hidden
+        hidden["final_hidden"][at + needed_positions(mask)[1]] = final_hidden

@@ -1,4 +1,8 @@
-"""Training documents, wherever they come from: token ids, and which of them are supervised."""
+"""Training documents from any source: token ids, and which of them are supervised.
+
+Shapes: N documents, M of them kept, n tokens of one document, V ids of the base's vocabulary,
+A aux layers, H hidden size of the base, r tokens whose aux layers are stored, m supervised tokens.
+"""
 
 from __future__ import annotations
 
@@ -11,39 +15,40 @@ from torch import Tensor
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.data.answers import AnswerDocuments
-from megatron_eagle.data.features.store import FeatureDocuments, needed_rows
+from megatron_eagle.data.features.store import FeatureDocuments, needed_positions
 from megatron_eagle.data.indexed import IndexedDocuments, dataset_exists
+from megatron_eagle.errors import UserError
 
 
 class Documents(Protocol):
-    """Conversations or texts in a fixed order. ``lengths`` [N] int64 in tokens."""
+    """Conversations or texts in a fixed order; ``lengths`` [N] int64 in tokens."""
 
     lengths: np.ndarray
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids [n] int64, and mask [n] bool: whether each token is itself supervised."""
+        """Return ids [n] int64 and mask [n] bool (True: the token is supervised)."""
         ...
 
     def counts(self, vocab_size: int) -> Tensor:
-        """How often each id is supervised, [V] int64."""
+        """Count how often each id is supervised, [V] int64."""
         ...
 
 
 def open_documents(train_data: str, vocab_size: int) -> Documents:
-    """What ``--eagle-train-data`` names: a JSONL of answers, or the prefix of a data set of
-    tools/prepare_data.py. Raises ``ValueError`` naming it when it cannot be read whole, or holds
-    ids that a base of ``vocab_size`` does not have."""
+    """Open ``train_data``: a JSONL of answers, or the prefix of a prepared data set.
+
+    Raises ``UserError`` naming it when it cannot be read whole or holds an id that a base with
+    ``vocab_size`` ids does not have.
+    """
     if Path(train_data).is_file():
         return AnswerDocuments(train_data, vocab_size)
     if not dataset_exists(train_data):
-        raise ValueError(
-            f"--eagle-train-data {train_data}: no such file, and no {train_data}.bin/.idx"
-        )
+        raise UserError(f"<train_data> {train_data}: no such file, and no {train_data}.bin/.idx")
     return IndexedDocuments(train_data, vocab_size)
 
 
 def training_documents(options: EagleConfig, base: BaseInfo) -> Documents:
-    """The documents of a run that reads documents, see :func:`open_documents`."""
+    """Open the documents that ``options`` name: stored features, or training data."""
     if options.train.offline_features is not None:
         return FeatureDocuments(options.train.offline_features, base.fingerprint, base.vocab_size)
     assert options.train.train_data is not None
@@ -53,8 +58,9 @@ def training_documents(options: EagleConfig, base: BaseInfo) -> Documents:
 class FittedDocuments:
     """Documents cut at ``seq_length``, without those that have nothing supervised before the cut.
 
-    ``chosen`` [M] are the documents kept, ``lengths`` [M] their lengths after the cut;
-    ``tokens_cut`` and ``left_out`` say what was lost. Raises ``ValueError`` if nothing is left.
+    ``chosen`` [M] are the indices of the documents kept, ``lengths`` [M] their lengths after the
+    cut; ``tokens_cut`` counts the tokens lost and ``left_out`` the documents. Raises ``UserError``
+    if no document is left.
     """
 
     def __init__(self, documents: Documents, seq_length: int) -> None:
@@ -63,8 +69,8 @@ class FittedDocuments:
         useless = [i for i in long if not documents[int(i)][1][1:seq_length].any()]
         self.chosen = np.setdiff1d(np.arange(len(documents.lengths)), useless)
         if not len(self.chosen):
-            raise ValueError(
-                f"--seq-length {seq_length}: no document has a supervised token that early"
+            raise UserError(
+                f"<seq_length> {seq_length}: no document has a supervised token that early"
             )
         self.lengths = np.minimum(documents.lengths[self.chosen], seq_length)
         self.tokens_cut = int((documents.lengths[long] - seq_length).sum())
@@ -78,10 +84,10 @@ class FittedDocuments:
         return ids[: self.seq_length], mask[: self.seq_length]
 
     def hidden(self, index: int) -> tuple[Tensor, Tensor] | None:
-        """Captured layers [r, A * H] of the first r tokens and final hidden [m, H] of the m
-        supervised ones, if the documents have them."""
+        """Return aux_hidden [r, A * H] of the first r tokens and final_hidden [m, H] of the m
+        supervised ones, or None for documents without stored features."""
         if not isinstance(self.documents, FeatureDocuments):
             return None
-        captured, final = self.documents.hidden(int(self.chosen[index]))
-        rows, targets = needed_rows(self[index][1])
-        return captured[:rows], final[: len(targets)]
+        aux_hidden, final_hidden = self.documents.hidden(int(self.chosen[index]))
+        count, targets = needed_positions(self[index][1])
+        return aux_hidden[:count], final_hidden[: len(targets)]

@@ -1,6 +1,7 @@
 """Ids that every draft vocabulary keeps: special tokens and byte tokens.
 
-Without them a draft could never say an end of turn, or a character that its training data lack.
+Without them a draft could propose neither an end of turn nor a character that is missing from its
+training data.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 def special_and_byte_ids(tokenizer: Any) -> set[int]:
-    """Of a Hugging Face or SentencePiece tokenizer, however deeply Megatron has wrapped it; empty
-    for one that knows no tokens (Megatron's NullTokenizer)."""
+    """Return the special and byte tokens of a Hugging Face or SentencePiece tokenizer.
+
+    Megatron may have wrapped it, at any depth. A tokenizer without tokens (Megatron's
+    NullTokenizer) gives the empty set.
+    """
     for inner in _unwrap(tokenizer):
         if hasattr(inner, "IsByte"):
             return {i for i in range(inner.GetPieceSize()) if _is_kept_piece(inner, i)}
@@ -26,7 +30,7 @@ def special_and_byte_ids(tokenizer: Any) -> set[int]:
 
 
 def config_token_ids(hf_config: dict[str, Any]) -> set[int]:
-    """bos, eos and pad of a Hugging Face config.json."""
+    """Return the ids of bos, eos and pad in a Hugging Face config.json."""
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {i for key in keys for i in token_ids(hf_config, key)}
 

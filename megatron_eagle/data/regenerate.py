@@ -1,8 +1,8 @@
-"""A base's own answers to prompts: what its draft should learn to predict.
+"""Regeneration: the base answers prompts, and its draft is trained to predict these answers.
 
-Any Hugging Face causal model with a chat template answers, greedily or sampled, in batches of
-prompts of similar length. The output is an append-only JSONL keyed by prompt id, so a run that was
-stopped goes on where it was.
+Any Hugging Face causal model with a chat template can answer, greedily or by sampling, in batches
+of prompts of similar length. The output is a JSONL that is only appended to, one line per prompt
+id, so a run that was stopped continues.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from typing import Any
 
 import torch
 
-from megatron_eagle.data.jsonl_chunks import parse_lines
+from megatron_eagle.data.jsonl import read_records
+from megatron_eagle.errors import UserError
 
 Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Generation:
-    """How to answer: ``temperature`` 0 is greedy."""
+    """Settings of the generation; ``temperature`` 0 is greedy."""
 
     max_new_tokens: int = 128
     batch_size: int = 64
@@ -32,57 +33,55 @@ class Generation:
 
 
 def read_prompts(file: Path) -> dict[str, list[dict[str, str]]]:
-    """Prompt id -> messages, of JSONL lines {"id", "messages"} or {"id", "prompt"}; ids default to
-    line numbers. ``ValueError`` names file and line."""
-    if not file.is_file():
-        raise ValueError(f"--prompts {file}: no such file")
+    """Read a JSONL of {"id", "messages"} or {"id", "prompt"}; return messages by prompt id.
+
+    Ids default to line numbers. Raises ``UserError`` naming file and line of a bad one.
+    """
     prompts: dict[str, list[dict[str, str]]] = {}
-    for number, record in parse_lines(file.read_bytes(), 1):
-        where = f"--prompts {file}:{number}"
-        if isinstance(record, ValueError):
-            raise ValueError(f"{where}: {record}")
+    for where, record in read_records(file, "prompts"):
         messages = _messages(record, where)
-        name = str(record.get("id", number))
+        name = str(record.get("id", where.rpartition(":")[2]))
         if name in prompts:
-            raise ValueError(f"{where}: the id {name!r} occurs twice")
+            raise UserError(f"{where}: the id {name!r} occurs twice")
         prompts[name] = messages
     if not prompts:
-        raise ValueError(f"--prompts {file}: no prompts in it")
+        raise UserError(f"<prompts> {file}: no prompts in it")
     return prompts
 
 
-def _messages(record: Any, where: str) -> list[dict[str, str]]:
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: not a JSON object")
+def _messages(record: dict[str, Any], where: str) -> list[dict[str, str]]:
     if isinstance(record.get("prompt"), str) and record["prompt"].strip():
         return [{"role": "user", "content": record["prompt"]}]
     messages = record.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise ValueError(f"{where}: neither a 'prompt' text nor a list of 'messages'")
+        raise UserError(f"{where}: neither a 'prompt' text nor a list of 'messages'")
     if not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
-        raise ValueError(f"{where}: a message needs 'role' and 'content'")
+        raise UserError(f"{where}: a message needs 'role' and 'content'")
     while messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]  # its answer is what we regenerate
+        messages = messages[:-1]  # the answer to regenerate
     if not messages:
-        raise ValueError(f"{where}: nothing to answer in it")
+        raise UserError(f"{where}: nothing to answer in it")
     return messages
 
 
 def finished_ids(file: Path, progress: Progress) -> set[str]:
-    """Ids answered in ``file`` already; a torn last line (a killed run) is cut off."""
+    """Return the prompt ids that ``file`` has answers to, after cutting off a torn last line.
+
+    Raises ``UserError`` naming the line that is not an answer.
+    """
     if not file.exists():
         return set()
-    whole, newline, torn = file.read_bytes().rpartition(b"\n")
+    lines, newline, torn = file.read_bytes().rpartition(b"\n")
     if torn:
         progress(f"dropping a torn last line of {file}")
         with file.open("r+b") as output:
-            output.truncate(len(whole + newline))
+            output.truncate(len(lines + newline))
     done = set()
-    for number, line in enumerate(whole.splitlines(), start=1):
+    for number, line in enumerate(lines.splitlines(), start=1):
         try:
             done.add(json.loads(line)["id"])
         except (ValueError, KeyError, TypeError):
-            raise ValueError(f"--output {file}:{number}: not a line of answers") from None
+            raise UserError(f"<output> {file}:{number}: not a line of answers") from None
     return done
 
 
@@ -94,13 +93,14 @@ def regenerate(
     generation: Generation,
     progress: Progress = print,
 ) -> int:
-    """Answer every prompt that ``output`` lacks; returns the number of answer tokens written.
+    """Answer every prompt that ``output`` has no answer to; return the number of tokens written.
 
-    A line: {"id", "messages" with the answer, "prompt_ids" (templated, with the generation prompt),
-    "answer_ids" (with the end token, unless cut at ``max_new_tokens``)}.
+    A line is {"id", "messages" with the answer, "prompt_ids" (of the chat template, with the
+    generation prompt), "answer_ids" (with the end token, unless cut at ``max_new_tokens``)}. Raises
+    ``UserError`` for a model without a chat template and for a prompt that is too long.
     """
     if tokenizer.chat_template is None:
-        raise ValueError("--model: its tokenizer has no chat template")
+        raise UserError("<model>: its tokenizer has no chat template")
     done = finished_ids(output, progress)
     todo = [
         (name, messages, prompt_ids(tokenizer, messages))
@@ -130,7 +130,7 @@ def regenerate(
 
 
 def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """The templated conversation, up to and including the generation prompt."""
+    """Return the ids of the rendered conversation, the generation prompt included."""
     encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     return tokenizer(encoded, add_special_tokens=False)["input_ids"]
 
@@ -141,8 +141,8 @@ def _check_lengths(
     limit = getattr(model.config, "max_position_embeddings", None)
     for name, _, ids in todo:
         if limit is not None and len(ids) + generation.max_new_tokens > limit:
-            raise ValueError(
-                f"prompt {name!r}: {len(ids)} tokens and --max-new-tokens "
+            raise UserError(
+                f"prompt {name!r}: {len(ids)} tokens and <max_new_tokens> "
                 f"{generation.max_new_tokens} exceed the model's {limit} positions"
             )
 
@@ -156,6 +156,7 @@ def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
 def _answer(
     model: Any, tokenizer: Any, prompts: list[list[int]], generation: Generation
 ) -> list[list[int]]:
+    """Generate one answer per prompt, each up to and including its end token."""
     width = max(map(len, prompts))
     pad = tokenizer.pad_token_id or tokenizer.eos_token_id or 0  # masked, so any id will do
     ids = torch.full((len(prompts), width), pad, dtype=torch.int64)

@@ -135,10 +135,10 @@ def next_batch(iterator: Any, steps: int, vocab_size: int) -> EagleBatch:
         context=context,
         positions=positions,
     )
-    if "captured" not in sample:
+    if "aux_hidden" not in sample:
         return batch
     shard = ContextShard(batch.tokens.shape[1], *context)
-    outputs = [_own_rows(sample[name], shard, args) for name in ("captured", "final")]
+    outputs = [_own_rows(sample[name], shard, args) for name in ("aux_hidden", "final_hidden")]
     return replace(batch, base_outputs=BaseOutputs(*outputs))
 
 

@@ -56,13 +56,7 @@ class AcceptanceEvaluation:
             )
         self.options, self.base, self.log = options, base, log
         tokenizer = args.tokenizer_model if args.tokenizer_type == HF_TOKENIZER else None
-        self.prompts = read_prompt_ids(
-            Path(options.train.eval_prompts),
-            tokenizer,
-            base.vocab_size,
-            "--eagle-eval-prompts",
-            f"--tokenizer-type {HF_TOKENIZER} --tokenizer-model",
-        )
+        self.prompts = read_prompt_ids(Path(options.train.eval_prompts), tokenizer, base.vocab_size)
         check_lengths(
             self.prompts,
             options.train.eval_new_tokens,

@@ -66,11 +66,14 @@ def test_counts_are_of_answers_only(file: str) -> None:
         ('{"prompt_ids": [1], "answer_ids": [2]}\n"\udcff"', r":2: not JSON \('utf-8' codec"),
         ("[" * 100_000, ":1: not JSON .*recursion"),
         ("[1, 2]", ":1: not a JSON object"),
-        ('{"prompt_ids": [1]}', ":1: not a JSON object with prompt_ids and answer_ids"),
+        ('{"prompt_ids": [1]}', ":1: answer_ids must be a non-empty list of token ids"),
         ('{"prompt_ids": [], "answer_ids": [2]}', ":1: prompt_ids must be a non-empty list"),
         ('{"prompt_ids": [1], "answer_ids": [2.5]}', ":1: answer_ids must be a non-empty list"),
-        ('{"prompt_ids": [1], "answer_ids": [20]}', ":1: answer_ids has an id outside"),
-        ('{"prompt_ids": [-1], "answer_ids": [2]}', ":1: prompt_ids has an id outside"),
+        (
+            '{"prompt_ids": [1], "answer_ids": [20]}',
+            ":1: answer_ids: token id 20 is outside the vocabulary's 0 to 19",
+        ),
+        ('{"prompt_ids": [-1], "answer_ids": [2]}', ":1: prompt_ids: token id -1 is outside"),
     ],
 )
 def test_bad_lines_are_named(text: str, message: str, tmp_path: Path) -> None:
@@ -82,5 +85,5 @@ def test_bad_lines_are_named(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--eagle-train-data .*absent: no such file"):
+    with pytest.raises(ValueError, match=r"train_data .*absent: no such file"):
         read_answers(str(tmp_path / "absent"), 20)

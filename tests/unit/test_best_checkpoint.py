@@ -42,7 +42,7 @@ def test_one_draft_is_kept_and_remembered(tmp_path: Path) -> None:
         assert [path.name for path in tmp_path.glob("iter_*")] == [f"iter_{iteration:07d}"]
 
 
-@pytest.mark.parametrize("dies_at", ["rename", "_write", "rmtree"])
+@pytest.mark.parametrize("dies_at", ["rename", "write_text", "rmtree"])
 def test_a_run_that_dies_leaves_a_whole_draft(
     dies_at: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -187,12 +187,12 @@ def test_the_tool_s_layout(
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", "line 1: not JSON"),
+        ("{", r"p\.jsonl:1: not JSON"),
         ("[1]", "not a JSON object"),
         ("{}", "neither prompt_ids nor prompt"),
-        ('{"prompt": "x"}', "needs --tokenizer"),
+        ('{"prompt": "x"}', "needs tokenizer"),
         ('{"prompt_ids": []}', "non-empty"),
-        ('{"prompt_ids": [7]}', "must lie in 0 to 6"),
+        ('{"prompt_ids": [7]}', "token id 7 is outside the vocabulary's 0 to 6"),
         ("", "holds no prompt"),
     ],
 )

@@ -25,7 +25,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("model",),
     ("hf",),
-    ("data", "decode"),
+    ("data",),
+    ("decode",),
     ("training",),
     ("cli",),
 )

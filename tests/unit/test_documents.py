@@ -62,7 +62,7 @@ def test_cutting_tells_what_is_lost(sources: tuple[str, str]) -> None:
     assert (fitted.tokens_cut, fitted.left_out, len(fitted)) == (3 + 4, 1, 4)
     assert 3 not in fitted.chosen, "its answer begins behind the cut"
     assert sorted(fitted.lengths.tolist()) == [3, 5, 5, 8]
-    with pytest.raises(ValueError, match="--seq-length 1: no document has a supervised token"):
+    with pytest.raises(ValueError, match="seq_length 1: no document has a supervised token"):
         FittedDocuments(both(sources)[1], 1)
 
 
@@ -100,10 +100,10 @@ def test_packing_is_dense_and_reproducible() -> None:
 
 
 def test_what_cannot_be_opened_is_named(sources: tuple[str, str], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"--eagle-train-data .*absent: no such file, and no"):
+    with pytest.raises(ValueError, match=r"train_data .*absent: no such file, and no"):
         open_documents(str(tmp_path / "absent"), VOCABULARY)
     for source in sources:
-        with pytest.raises(ValueError, match=r"outside the base's 0 to 19"):
+        with pytest.raises(ValueError, match=r"outside the vocabulary's 0 to 19"):
             open_documents(source, 20)
 
 

@@ -111,10 +111,10 @@ def test_samples_hold_the_hidden_states_that_training_needs(
             assert torch.equal(sample[key], value)
         expected = sample["tokens"] * 100.0 + sample["positions"]
         supervised = torch.nn.functional.pad(sample["loss_mask"][:-1], (1, 0)) > 0
-        assert torch.equal(sample["final"][supervised][:, 0], expected[supervised])
-        rows = sample["captured"].any(-1)
-        assert torch.equal(sample["captured"][rows][:, 0], expected[rows] + 0.25)
-        assert torch.equal(sample["captured"][rows][:, HIDDEN], expected[rows] + 0.5)
+        assert torch.equal(sample["final_hidden"][supervised][:, 0], expected[supervised])
+        rows = sample["aux_hidden"].any(-1)
+        assert torch.equal(sample["aux_hidden"][rows][:, 0], expected[rows] + 0.25)
+        assert torch.equal(sample["aux_hidden"][rows][:, HIDDEN], expected[rows] + 0.5)
         assert rows[torch.roll(supervised, -1)].all(), "the row before a target reads its own"
 
 
@@ -136,7 +136,7 @@ def test_a_killed_extraction_goes_on(
     with pytest.raises(KeyboardInterrupt):
         extract(ROWS, documents, plan, tmp_path / "features", Replica(), len)
     monkeypatch.setattr(module.ShardWriter, "finish", finished)
-    with pytest.raises(ValueError, match=r"unfinished; run tools/extract_features\.py again"):
+    with pytest.raises(ValueError, match="unfinished; run the extraction again"):
         FeatureDocuments(str(tmp_path / "features"), "abc", 20)
     said: list[str] = []
     begin(plan, tmp_path / "features", total, said.append)

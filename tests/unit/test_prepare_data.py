@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from megatron_eagle.cli.prepare_data import main
-from megatron_eagle.data.chat import prepare as module
+from megatron_eagle.data.chat import parts as module
 from megatron_eagle.data.chat.prepare import prepare
 from megatron_eagle.data.chat.records import RecordOptions
 from megatron_eagle.data.chat.tokenizer import load_tokenizer
 from megatron_eagle.data.indexed import IndexedDocuments
+from megatron_eagle.data.jsonl import FilePiece
 from tests.helpers import chat_templates as templates
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -81,7 +82,7 @@ def test_templates_options_and_unstable_turns(
     words = ["--input", file, "--tokenizer", tokenizer, "--output-prefix", prefix]
     words += ["--chat-template", str(tmp_path / "qwen3.jinja")]
     assert main([*words, "--thinking", "off"]) == 2
-    assert "message 2: the chat template renders what is before" in capsys.readouterr().err
+    assert "message 2: with this answer the chat template renders" in capsys.readouterr().err
     assert main(words) == 0
     assert "not prefix-stable: 1 earlier turns" in capsys.readouterr().out
     data, inner = IndexedDocuments(prefix, 600), load_tokenizer(tokenizer)
@@ -118,9 +119,9 @@ BAD = [
 ]
 REASONS = [
     ":2: not JSON (", ":3: the conversation is empty", ":4: message 2: roles out of order",
-    ":5: no assistant message", ":6: token id 999 is outside the vocabulary's 0 to ",
-    f":7: token id -{2**70} is outside any", ":8: the record has none of messages",
-    ":9: not a JSON object",
+    ":5: no assistant message", ":6: answer_ids: token id 999 is outside the vocabulary's 0 to ",
+    f":7: prompt_ids: token id -{2**70} is outside the vocabulary's 0",
+    ":8: the record has none of messages", ":9: not a JSON object",
 ]  # fmt: skip
 
 
@@ -137,7 +138,7 @@ def test_a_bad_line_stops_and_is_named(
 def test_bad_lines_are_counted_and_listed_when_skipped(tokenizer: str, tmp_path: Path) -> None:
     file = write(tmp_path / "bad.jsonl", BAD)
     summary = prepare(
-        [file], str(tmp_path / "out"), RecordOptions(tokenizer), skip_bad=True, chunk_bytes=1
+        [file], str(tmp_path / "out"), RecordOptions(tokenizer), skip_bad=True, piece_bytes=1
     )
     assert summary["bad_lines"] == 8 and summary["documents"] == 2
     listed = (tmp_path / "out.bad.txt").read_text().splitlines()
@@ -160,7 +161,7 @@ def test_a_killed_run_goes_on_where_it_was(
     options, lines = RecordOptions(tokenizer), []
     whole = prepare([file], str(tmp_path / "whole"), options)
     made: list[Path] = []
-    write_part = module._write_part
+    write_part = module.write_part
 
     def killed_after_three(path: Path, *rest: Any) -> None:
         if len(made) == 3:
@@ -169,9 +170,9 @@ def test_a_killed_run_goes_on_where_it_was(
         made.append(path)
         write_part(path, *rest)
 
-    monkeypatch.setattr(module, "_write_part", killed_after_three)
+    monkeypatch.setattr(module, "write_part", killed_after_three)
     with pytest.raises(KeyboardInterrupt):
-        prepare([file], str(tmp_path / "out"), options, chunk_bytes=300)
+        prepare([file], str(tmp_path / "out"), options, piece_bytes=300)
     assert not (tmp_path / "out.idx").exists()
     kept = set(made)
 
@@ -179,9 +180,9 @@ def test_a_killed_run_goes_on_where_it_was(
         made.append(path)
         write_part(path, *rest)
 
-    monkeypatch.setattr(module, "_write_part", counted)
+    monkeypatch.setattr(module, "write_part", counted)
     resumed = prepare(
-        [file], str(tmp_path / "out"), options, chunk_bytes=300, progress=lines.append
+        [file], str(tmp_path / "out"), options, piece_bytes=300, progress=lines.append
     )
     assert len(made) == len(set(made)) > 3 and kept < set(made), "no chunk is made twice"
     assert resumed["tokens"] == whole["tokens"]
@@ -199,7 +200,7 @@ def test_two_processes_write_the_same_bytes(tokenizer: str, tmp_path: Path) -> N
     ]
     options = RecordOptions(tokenizer)
     prepare(files, str(tmp_path / "one"), options)
-    prepare(files, str(tmp_path / "two"), options, workers=2, chunk_bytes=400)
+    prepare(files, str(tmp_path / "two"), options, workers=2, piece_bytes=400)
     assert (tmp_path / "one.bin").read_bytes() == (tmp_path / "two.bin").read_bytes()
     mask = "_loss_mask.bin"
     assert (tmp_path / f"one{mask}").read_bytes() == (tmp_path / f"two{mask}").read_bytes()
@@ -246,8 +247,8 @@ def test_other_options_do_not_reuse_chunks(tokenizer: str, tmp_path: Path) -> No
     file = write(tmp_path / "in.jsonl", [{"text": "Hello there"}])
     prefix = str(tmp_path / "out")
     (tmp_path / "out.parts").mkdir()
-    job = module.Chunk(file, 0, 99, 1)
-    module._make_part_of((job, RecordOptions(tokenizer), tmp_path / "out.parts"))
+    maker = module.PartMaker(RecordOptions(tokenizer), tmp_path / "out.parts")
+    maker.part(FilePiece(file, 0, 99, 1))
     with_eod = load_tokenizer(tokenizer).encode("Hello there")[0]
     summary = prepare([file], prefix, RecordOptions(tokenizer, append_eod=False))
     assert summary["tokens"] == len(with_eod)
@@ -277,7 +278,7 @@ def test_an_existing_data_set_is_kept(tokenizer: str, tmp_path: Path) -> None:
     file = write(tmp_path / "in.jsonl", [chat("Yes.")])
     options, prefix = RecordOptions(tokenizer), str(tmp_path / "out")
     prepare([file], prefix, options)
-    with pytest.raises(ValueError, match="exists already; --overwrite replaces it"):
+    with pytest.raises(ValueError, match="exists already; overwrite replaces it"):
         prepare([file], prefix, options)
     prepare([file], prefix, options, overwrite=True)
 
@@ -285,7 +286,7 @@ def test_an_existing_data_set_is_kept(tokenizer: str, tmp_path: Path) -> None:
 def test_a_tokenizer_without_a_template(tmp_path: Path) -> None:
     plain = str(templates.make_tokenizer(tmp_path / "plain"))
     file = write(tmp_path / "in.jsonl", [chat("Yes.")])
-    with pytest.raises(ValueError, match="has no chat template; give --chat-template"):
+    with pytest.raises(ValueError, match="has no chat template; give chat_template"):
         prepare([file], str(tmp_path / "out"), RecordOptions(plain))
 
 
@@ -297,7 +298,7 @@ def test_damaged_data_sets_are_refused(tokenizer: str, tmp_path: Path) -> None:
         IndexedDocuments(str(tmp_path / "absent"), 600)
     whole = (tmp_path / "out.bin").read_bytes()
     (tmp_path / "out.bin").write_bytes(whole[:-2])
-    with pytest.raises(ValueError, match=r"out\.bin has \d+ bytes, its index speaks of"):
+    with pytest.raises(ValueError, match=r"out\.bin has \d+ bytes, its index needs"):
         IndexedDocuments(prefix, 600)
     (tmp_path / "out.bin").write_bytes(whole)
     (tmp_path / "out.idx").rename(tmp_path / "kept")

@@ -1,1 +1,1 @@
-"""Chats and texts to token ids with an exact loss mask."""
+"""Conversion of chats and texts to token ids with an exact loss mask."""

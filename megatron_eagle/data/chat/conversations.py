@@ -1,8 +1,8 @@
-"""Chat records of the two common JSONL forms as one list of messages, checked.
+"""Parser of chat records in the two common JSONL forms, which it checks and turns into one.
 
-OpenAI: ``{"messages": [{"role", "content"}]}``, with ``tool_calls``, ``reasoning_content`` and what
-else a template may read kept as it is. ShareGPT: ``{"conversations": [{"from", "value"}]}``. Either
-list may stand under either name; ``tools`` may stand beside it.
+OpenAI: ``{"messages": [{"role", "content"}]}``; ``tool_calls``, ``reasoning_content`` and any
+other field that a template may read are kept. ShareGPT: ``{"conversations": [{"from", "value"}]}``.
+Either list may have either name, and ``tools`` may accompany it.
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ _MAY_FOLLOW = {
 
 @dataclass(frozen=True)
 class Conversation:
-    """Messages in an order that a chat template accepts, at least one of them the assistant's."""
+    """Messages in an order that chat templates accept, at least one of them the assistant's."""
 
     messages: list[Message]
     tools: list[Any] | None = None
 
 
 def parse_conversation(record: Mapping[str, Any]) -> Conversation:
-    """The conversation in ``record``; ``ValueError`` saying which message is wrong, and how.
+    """Return the conversation in ``record``.
 
-    Messages after the last answer are dropped: nothing answers them. A system message comes first
-    or not at all, user and assistant alternate, tool results follow an assistant.
+    Messages after the last answer are dropped. A system message must come first, user and assistant
+    must alternate, and tool results must follow an assistant. Raises ``ValueError`` saying which
+    message is wrong, and how.
     """
     entries = record.get("messages", record.get("conversations"))
     if not isinstance(entries, list) or not entries:
@@ -91,7 +92,7 @@ def _message(entry: Any, number: int) -> Message:
 
 
 def _text(content: Any, number: int) -> str:
-    """The text of a string, of OpenAI's list of text parts, or of null (beside tool calls)."""
+    """Return the text of a string, of OpenAI's list of text parts, or of null (with tool calls)."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -104,18 +105,18 @@ def _text(content: Any, number: int) -> str:
 
 
 def _tool_calls(calls: Any, number: int) -> list[Any]:
-    """OpenAI's API writes a call's arguments as a JSON string, templates want the object."""
+    """Parse the arguments of calls: a JSON string in OpenAI's API, an object for templates."""
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
         raise ValueError(f"message {number}: 'tool_calls' is not a list of objects")
-    mended = []
+    parsed_calls = []
     for call in calls:
         function = dict(call.get("function", call))
         if isinstance(function.get("arguments"), str):
             parsed = _json_or_none(function["arguments"])
             function["arguments"] = parsed if isinstance(parsed, dict) else function["arguments"]
         outer = {k: v for k, v in call.items() if k not in ("name", "arguments")}
-        mended.append({"type": "function", **outer, "function": function})
-    return mended
+        parsed_calls.append({"type": "function", **outer, "function": function})
+    return parsed_calls
 
 
 def _json_or_none(text: str) -> Any:

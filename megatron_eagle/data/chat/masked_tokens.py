@@ -1,4 +1,7 @@
-"""From a rendered conversation to token ids and the mask of what the model generated."""
+"""Conversion of a rendered conversation to token ids and the mask of what the model generated.
+
+Shapes: n tokens.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,22 @@ from megatron_eagle.data.chat.tokenizer import TextTokenizer
 
 @dataclass(frozen=True)
 class Document:
-    """ids [n] int64 and mask [n] bool: whether each token itself is supervised."""
+    """Token ids [n] int64 and mask [n] bool (True: the token is supervised)."""
 
     ids: np.ndarray
     mask: np.ndarray
 
 
 def mask_tokens(sample: RenderedSample, tokenizer: TextTokenizer) -> Document:
-    """The ids of ``sample.text`` and which of them lie inside its spans.
+    """Tokenize ``sample.text`` and supervise the tokens inside its spans.
 
     Where a span begins or ends inside a token (a merge across the boundary), the text is tokenized
-    in two parts there, as it is when a server tokenizes the prompt alone; where that would change
-    the text (SentencePiece's word starts), the token stays whole and unsupervised.
+    in two parts there, as a server does that tokenizes the prompt alone. Where that would change
+    the text (SentencePiece's word starts), the token is kept and not supervised.
 
     A span that the template did not mark itself ends with the end-of-turn token: the last special
-    token in it, provided only whitespace follows. The model writes no further, so neither does the
-    mask. Templates that end a turn without a special token keep what they end it with.
+    token in it, provided only whitespace follows. The model writes nothing after it, so the mask
+    ends there. If a template ends a turn without a special token, the whole span is supervised.
     """
     ids, starts, ends = _encode(sample, tokenizer)
     mask = np.zeros(len(ids), dtype=bool)
@@ -47,23 +50,26 @@ def mask_tokens(sample: RenderedSample, tokenizer: TextTokenizer) -> Document:
 def _encode(
     sample: RenderedSample, tokenizer: TextTokenizer
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    whole = _with_edges(*tokenizer.encode(sample.text), 0)
-    cuts = _inside_a_token(sample.spans, whole[1], len(sample.text))
+    uncut = _with_edges(*tokenizer.encode(sample.text), 0)
+    cuts = _inside_a_token(sample.spans, uncut[1], len(sample.text))
     if not cuts:
-        return whole
+        return uncut
     edges = [0, *cuts, len(sample.text)]
     parts = [_with_edges(*tokenizer.encode(sample.text[a:b]), a) for a, b in pairwise(edges)]
     split = tuple(np.concatenate(columns) for columns in zip(*parts, strict=True))
-    same = tokenizer.decode(split[0].tolist()) == tokenizer.decode(whole[0].tolist())
-    return (split[0], split[1], split[2]) if same else whole
+    same = tokenizer.decode(split[0].tolist()) == tokenizer.decode(uncut[0].tolist())
+    return (split[0], split[1], split[2]) if same else uncut
 
 
 def _with_edges(
     ids: list[int], offsets: list[tuple[int, int]], shift: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(ids, starts, ends) where a token also owns the characters that no token claims before it:
-    byte-level tokenizers leave a word's space out of its offsets. One without characters (a
-    character's first bytes, a word's start) belongs to the next."""
+    """Return (ids, starts, ends), where every character of the text belongs to a token.
+
+    A token also gets the characters before it that no token covers: byte-level tokenizers leave a
+    word's space out of its offsets. A token without characters (the first bytes of a character, the
+    start of a word) gets the end of the next one.
+    """
     if not ids:
         empty = np.empty(0, dtype=np.int64)
         return empty, empty, empty
@@ -76,5 +82,6 @@ def _with_edges(
 
 
 def _inside_a_token(spans: Iterable[Span], starts: np.ndarray, length: int) -> list[int]:
+    """Return the edges of ``spans`` at which no token starts, in ascending order."""
     edges = {edge for span in spans for edge in span}
     return sorted(edges - set(starts.tolist()) - {0, length})

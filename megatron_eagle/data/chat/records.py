@@ -1,59 +1,65 @@
-"""One JSON record -> token documents with their masks, whatever form the record has."""
+"""Conversion of a JSON record of any supported form to token documents with loss masks.
+
+A record that cannot be used is a ``ValueError`` saying why; ``prepare`` adds file and line.
+"""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from megatron_eagle.data.answers import join
 from megatron_eagle.data.chat.conversations import parse_conversation
 from megatron_eagle.data.chat.masked_tokens import Document, mask_tokens
 from megatron_eagle.data.chat.template import ChatTemplate
 from megatron_eagle.data.chat.tokenizer import load_tokenizer
-
-_MAX_IDS = 2**31
-"""What a token takes on disk is at most an int32."""
+from megatron_eagle.data.jsonl import ids, outside
+from megatron_eagle.errors import UserError
 
 
 @dataclass(frozen=True)
 class RecordOptions:
-    """How records become tokens; picklable, so that workers build their own reader of it.
+    """Settings of the conversion, which can be pickled for worker processes.
 
-    ``tokenizer``: Hugging Face directory or SentencePiece file. ``template``: file that stands in
-    for the tokenizer's own chat template. ``template_options``: JSON object of the
-    variables that every rendering gets. ``vocab_size``: of the base, when it is not the
-    tokenizer's. ``append_eod``: end plain texts with the end-of-sequence token.
+    ``tokenizer``: Hugging Face directory or SentencePiece file. ``template``: file that replaces
+    the tokenizer's own chat template. ``template_options``: variables of every rendering, as JSON
+    has them. ``vocab_size``: of the base, when it is not the tokenizer's. ``append_eod``: end plain
+    texts with the end-of-sequence token.
     """
 
     tokenizer: str
     template: str | None = None
-    template_options: str = "{}"
+    template_options: dict[str, Any] = field(default_factory=dict)
     vocab_size: int | None = None
     append_eod: bool = True
 
 
 class RecordReader:
-    """Reads ``messages`` or ``conversations`` (assistant supervised), ``text`` (everything
-    supervised), and ``prompt_ids`` with ``answer_ids`` (the answer supervised)."""
+    """Reader of the supported forms of records.
+
+    ``messages`` or ``conversations``: the assistant's turns are supervised; ``text``: every token;
+    ``prompt_ids`` with ``answer_ids``: the answer. Raises ``UserError`` for options that name no
+    tokenizer or template.
+    """
 
     def __init__(self, options: RecordOptions) -> None:
         self.options = options
         self.tokenizer = load_tokenizer(options.tokenizer)
         self.vocab_size = options.vocab_size or self.tokenizer.vocab_size
         self._templates: dict[str, ChatTemplate] = {}
-        self._given = _read_template(options.template)
+        self._template = _read_template(options.template)
 
     @property
     def unstable_turns(self) -> int:
-        """Turns so far that became samples of their own, see :mod:`.chat_template`."""
+        """Count the turns so far that became samples of their own, see ``template.py``."""
         return sum(template.unstable_turns for template in self._templates.values())
 
     def read(self, record: Any) -> list[Document]:
-        """The record's documents, each with at least one supervised token after its first.
+        """Return the record's documents, each with a supervised token after its first.
 
         Raises ``ValueError`` saying what is wrong with the record.
         """
@@ -62,7 +68,7 @@ class RecordReader:
         if "messages" in record or "conversations" in record:
             documents = self._chat(record)
         elif "prompt_ids" in record:
-            documents = [_answer(record)]
+            documents = [self._answer(record)]
         elif "text" in record:
             documents = [self._text(record["text"])]
         else:
@@ -76,38 +82,44 @@ class RecordReader:
 
     def _chat(self, record: Mapping[str, Any]) -> list[Document]:
         conversation = parse_conversation(record)
-        source = self._given or self.tokenizer.chat_template(conversation.tools)
+        source = self._template or self.tokenizer.chat_template(conversation.tools)
         if source is None:
-            raise ValueError(
-                f"--tokenizer {self.options.tokenizer} has no chat template; give --chat-template"
+            raise UserError(
+                f"<tokenizer> {self.options.tokenizer} has no chat template; give <chat_template>"
             )
         if source not in self._templates:
-            options = json.loads(self.options.template_options)
-            self._templates[source] = ChatTemplate(source, self.tokenizer.names, options)
+            self._templates[source] = ChatTemplate(
+                source, self.tokenizer.names, self.options.template_options
+            )
         samples = self._templates[source].samples(conversation)
         return [mask_tokens(sample, self.tokenizer) for sample in samples]
+
+    def _answer(self, record: Mapping[str, Any]) -> Document:
+        prompt, answer = (
+            np.asarray(ids(record, key, self.vocab_size), dtype=np.int64)
+            for key in ("prompt_ids", "answer_ids")
+        )
+        return Document(*join(prompt, answer))
 
     def _text(self, text: Any) -> Document:
         if not isinstance(text, str) or not text.strip():
             raise ValueError("'text' is not a text")
-        ids, _ = self.tokenizer.encode(text)
+        tokens, _ = self.tokenizer.encode(text)
         if self.options.append_eod:
             if self.tokenizer.eos_id is None:
-                raise ValueError(
-                    f"--tokenizer {self.options.tokenizer} has no end-of-sequence token; "
-                    "give --no-append-eod"
+                raise UserError(
+                    f"<tokenizer> {self.options.tokenizer} has no end-of-sequence token; "
+                    "give <no_append_eod>"
                 )
-            ids = [*ids, self.tokenizer.eos_id]
-        return Document(np.asarray(ids, dtype=np.int64), np.ones(len(ids), dtype=bool))
+            tokens = [*tokens, self.tokenizer.eos_id]
+        return Document(np.asarray(tokens, dtype=np.int64), np.ones(len(tokens), dtype=bool))
 
     def _check(self, document: Document) -> None:
         if not document.mask[1:].any():
             raise ValueError("nothing in it is supervised: no assistant tokens")
-        if document.ids.min() < 0 or document.ids.max() >= self.vocab_size:
-            bad = document.ids[(document.ids < 0) | (document.ids >= self.vocab_size)][0]
-            raise ValueError(
-                f"token id {bad} is outside the vocabulary's 0 to {self.vocab_size - 1}"
-            )
+        bad = document.ids[(document.ids < 0) | (document.ids >= self.vocab_size)]
+        if len(bad):
+            raise ValueError(outside(int(bad[0]), self.vocab_size))
 
 
 def _read_template(file: str | None) -> str | None:
@@ -115,19 +127,5 @@ def _read_template(file: str | None) -> str | None:
         return None
     path = Path(file)
     if not path.is_file():
-        raise ValueError(f"--chat-template {file}: no such file")
+        raise UserError(f"<chat_template> {file}: no such file")
     return path.read_text(encoding="utf-8")
-
-
-def _answer(record: Mapping[str, Any]) -> Document:
-    parts = []
-    for name in ("prompt_ids", "answer_ids"):
-        ids = record.get(name)
-        if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
-            raise ValueError(f"{name} must be a non-empty list of token ids")
-        if abs(worst := max(ids, key=abs)) >= _MAX_IDS:
-            raise ValueError(f"token id {worst} is outside any vocabulary")
-        parts.append(np.asarray(ids, dtype=np.int64))
-    mask = np.zeros(len(parts[0]) + len(parts[1]), dtype=bool)
-    mask[len(parts[0]) :] = True
-    return Document(np.concatenate(parts), mask)

@@ -1,15 +1,15 @@
-"""What a model generates inside a rendered conversation, exact for any chat template.
+"""Rendering of conversations with the exact spans that the model generates, for any chat template.
 
-A template that marks its own ``{% generation %}`` blocks is taken at its word. Any other one is
-rendered turn by turn: with the messages before an answer and the generation prompt (what a server
-sends), and with the answer as well; what the second has beyond the first is what the model said,
-end of turn included. Texts are compared from their start; an answer is never searched for.
+A template with ``{% generation %}`` blocks marks the spans itself. Any other template is rendered
+turn by turn: once with the messages before an answer and the generation prompt (a server sends
+this), and once with the answer as well; the rest of the second text after the first is the model's
+answer, end of turn included. Texts are compared from their start; an answer is never searched for.
 
-Templates differ by what follows a turn: Qwen3 takes the thinking out of earlier turns, Mistral
-moves the system prompt to the last user message. Turns that such a template renders differently
-later on are training samples of their own, each as the server and the model saw it; turns whose
-text the longer rendering starts with share it. So a stable template gives one sample a
-conversation, and no template gives a context that serving would not show.
+Some templates render a turn differently once the conversation continues: Qwen3 removes the thinking
+of earlier turns, Mistral moves the system prompt to the last user message. Such a turn becomes a
+training sample of its own, as server and model saw it; a turn whose text is a prefix of a longer
+rendering shares that sample. So a stable template gives one sample per conversation, and no
+template gives a context that does not occur in serving.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 class RenderedSample:
     """A text and the character spans [start, end) of it that the model generated.
 
-    ``marked`` spans are the template's own; the others end with what the template puts after an
-    answer, of which only the end-of-turn token is the model's.
+    ``marked``: the template marked the spans itself. Otherwise a span ends with the text that the
+    template puts after an answer, of which the model generates the end-of-turn token only.
     """
 
     text: str
@@ -39,10 +39,10 @@ class RenderedSample:
 
 
 class ChatTemplate:
-    """A Jinja chat template with the names and options it is always rendered with.
+    """Jinja chat template with the variables it is always rendered with.
 
-    ``unstable_turns`` counts the turns that the whole conversation's rendering does not show as
-    the model saw them.
+    ``unstable_turns`` counts the turns that the rendering of the whole conversation shows
+    differently than the model saw them.
     """
 
     def __init__(self, source: str, names: dict[str, str], options: dict[str, Any]) -> None:
@@ -51,10 +51,10 @@ class ChatTemplate:
         self.unstable_turns = 0
 
     def samples(self, conversation: Conversation) -> list[RenderedSample]:
-        """Every assistant message of the conversation in exactly one sample, in their order.
+        """Return samples that together hold every assistant message once, in order.
 
-        Raises ``ValueError`` when the template refuses the conversation, and when it lets an
-        answer change what stands before it.
+        Raises ``ValueError`` when the template refuses the conversation, or when an answer changes
+        the text before it.
         """
         if self.marks_generation:
             return [self._marked(conversation)]
@@ -64,22 +64,22 @@ class ChatTemplate:
             if conversation.messages[index]["role"] != "assistant":
                 continue
             text, start = self._turn(conversation, index)
-            whole = next((s for s in samples if s.text.startswith(text)), None)
-            if whole is None:
+            longer = next((s for s in samples if s.text.startswith(text)), None)
+            if longer is None:
                 self.unstable_turns += index != last
                 samples.append(RenderedSample(text, [(start, len(text))]))
             else:
-                whole.spans.insert(0, (start, len(text)))
+                longer.spans.insert(0, (start, len(text)))
         return samples[::-1]
 
     def render(
         self, messages: list[Message], tools: list[Any] | None, generation_prompt: bool = False
     ) -> str:
-        """The text of ``messages``; ``ValueError`` with the template's own words if it refuses."""
+        """Render ``messages``; raise ``ValueError`` with the template's own words if it refuses."""
         return self._render(messages, tools, generation_prompt, False)[0]
 
     def _turn(self, conversation: Conversation, index: int) -> tuple[str, int]:
-        """(text up to the end of the answer ``messages[index]``, where the model began)."""
+        """Return the text up to the end of the answer ``messages[index]``, and where it begins."""
         before, tools = conversation.messages[:index], conversation.tools
         prompt = self.render(before, tools, generation_prompt=True)
         turn = self.render([*before, conversation.messages[index]], tools)
@@ -87,25 +87,28 @@ class ChatTemplate:
             return turn, len(prompt)
         header = self._header(before, tools)
         if turn.startswith(prompt):
-            # No generation prompt in this template: a header that it writes is not the model's,
-            # a space is part of the answer's first token.
+            # This template has no generation prompt. The header of a turn is not generated, but a
+            # space after it is part of the answer's first token.
             written = turn.startswith(header) and header[len(prompt) :].strip()
             return turn, len(header) if written else len(prompt)
         if not turn.startswith(header):
             raise ValueError(
-                f"message {index + 1}: the chat template renders what is before this answer by "
-                "what is in it (thinking, with --thinking off?), so no prefix of the text is its "
-                "prompt; mark the answer with {% generation %} in the template"
+                f"message {index + 1}: with this answer the chat template renders the text before "
+                "it differently (because of thinking, with enable_thinking false?), so no prefix "
+                "of the text is its prompt; mark the answer with {% generation %} in the template"
             )
         if prompt.startswith(header):
-            return turn, len(header)  # the prompt opens a block (thinking) that history lacks
-        # The prompt is another one than the history shows: what the model said, put after it.
-        own_space = _trailing_space(header).removeprefix(_trailing_space(prompt))
-        return prompt + turn[len(header) - len(own_space) :], len(prompt)
+            return turn, len(header)  # the prompt opens a block (thinking) that history omits
+        # The prompt differs from the history: append the answer to the prompt.
+        space = _trailing_space(header).removeprefix(_trailing_space(prompt))
+        return prompt + turn[len(header) - len(space) :], len(prompt)
 
     def _header(self, before: list[Message], tools: list[Any] | None) -> str:
-        """The part of a rendered turn that no answer changes: what the turn's rendering with two
-        answers that differ from their first character on has in common."""
+        """Return the part of a rendered turn before its answer, which no answer changes.
+
+        It is the common prefix of the turn's renderings with two answers that differ in their first
+        character.
+        """
         one, other = [
             self.render([*before, {"role": "assistant", "content": word}], tools)
             for word in ("a", "b")

@@ -1,7 +1,4 @@
-"""Tokenizers as chat masks need them: ids with the characters each one stands for.
-
-A Hugging Face directory (its fast tokenizer) or a SentencePiece ``.model`` file.
-"""
+"""Tokenizers that give each token's characters, as loss masks need: Hugging Face, SentencePiece."""
 
 from __future__ import annotations
 
@@ -10,11 +7,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from megatron_eagle.errors import UserError
+
 Offsets = list[tuple[int, int]]
 
 
 class TextTokenizer(Protocol):
-    """``special_ids`` may end a turn; ``names`` are what templates call bos_token and so on."""
+    """Tokenizer whose ``special_ids`` may end a turn.
+
+    ``names`` maps the names by which chat templates know special tokens (``bos_token``) to them.
+    """
 
     vocab_size: int
     eos_id: int | None
@@ -22,32 +24,35 @@ class TextTokenizer(Protocol):
     names: dict[str, str]
 
     def encode(self, text: str) -> tuple[list[int], Offsets]:
-        """Ids of ``text`` with nothing added, and the characters [start, end) of each."""
+        """Return the ids of ``text``, nothing added, and the characters [start, end) of each."""
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """The text of ``ids``, special tokens included."""
+        """Return the text of ``ids``, special tokens included."""
         ...
 
     def chat_template(self, tools: list[Any] | None) -> str | None:
-        """The tokenizer's own template."""
+        """Return the tokenizer's own template, if it has one."""
         ...
 
 
 def load_tokenizer(path: str | Path) -> TextTokenizer:
-    """Raises ``ValueError`` naming ``path`` when it holds no tokenizer that can tell offsets."""
+    """Load the tokenizer of a Hugging Face directory or a SentencePiece ``.model`` file.
+
+    Raises ``UserError`` naming ``path`` when it holds no tokenizer that gives offsets.
+    """
     source = Path(path)
     if source.is_file() and source.suffix == ".model":
         return SentencePieceTokenizer(source)
     if not source.is_dir():
-        raise ValueError(
-            f"--tokenizer {path}: neither a Hugging Face directory nor a SentencePiece .model file"
+        raise UserError(
+            f"<tokenizer> {path}: neither a Hugging Face directory nor a SentencePiece .model file"
         )
     return HuggingFaceTokenizer(source)
 
 
 class HuggingFaceTokenizer:
-    """The fast tokenizer of a Hugging Face directory."""
+    """Fast tokenizer of a Hugging Face directory."""
 
     def __init__(self, directory: Path) -> None:
         from transformers import AutoTokenizer
@@ -56,11 +61,11 @@ class HuggingFaceTokenizer:
             self.inner: Any = AutoTokenizer.from_pretrained(directory)
         except (OSError, ValueError, KeyError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"--tokenizer {directory}: cannot be read: {reason}") from error
+            raise UserError(f"<tokenizer> {directory}: cannot be read: {reason}") from error
         if not self.inner.is_fast:
-            raise ValueError(
-                f"--tokenizer {directory}: masks need token offsets, which only a fast tokenizer "
-                "(tokenizer.json) tells"
+            raise UserError(
+                f"<tokenizer> {directory}: masks need token offsets, which only a fast tokenizer "
+                "(tokenizer.json) gives"
             )
         self.vocab_size = len(self.inner)
         self.eos_id: int | None = self.inner.eos_token_id
@@ -87,9 +92,11 @@ class HuggingFaceTokenizer:
 
 @dataclass
 class SentencePieceTokenizer:
-    """A SentencePiece model. Control pieces written out in a text (``</s>``) become their ids, as
-    the Hugging Face form of such a tokenizer does; what lies between them is encoded piece by
-    piece."""
+    """SentencePiece model.
+
+    Control pieces that a text spells out (``</s>``) become their ids, as in the Hugging Face form
+    of such a tokenizer; the texts between them are encoded one by one.
+    """
 
     file: Path
     names: dict[str, str] = field(default_factory=dict)
@@ -100,7 +107,7 @@ class SentencePieceTokenizer:
         try:
             self.inner: Any = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"--tokenizer {self.file}: cannot be read: {error}") from error
+            raise UserError(f"<tokenizer> {self.file}: cannot be read: {error}") from error
         self.vocab_size: int = self.inner.vocab_size()
         eos = self.inner.eos_id()
         self.eos_id: int | None = eos if eos >= 0 else None

@@ -1,1 +1,1 @@
-"""A base's hidden states on disk, to train a draft without the base's layers."""
+"""Offline features: the base's hidden states on disk, to train a draft without running the base."""

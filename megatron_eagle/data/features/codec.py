@@ -1,4 +1,7 @@
-"""Hidden states as bytes on disk and back: fp32, bf16, or fp8 with a scale per row and layer."""
+"""Hidden states as bytes on disk and back: fp32, bf16, or fp8 with a scale per token and layer.
+
+Shapes: n tokens, each a row of ``blocks`` hidden states of ``width`` numbers.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +18,10 @@ _FP8_MAX = 448.0
 
 @dataclass(frozen=True)
 class RowCodec:
-    """Rows of ``blocks`` hidden states of ``width`` numbers each, stored as ``dtype``.
+    """Encoding of rows of ``blocks`` hidden states, ``width`` numbers each, as ``dtype``.
 
-    float8 is e4m3; every hidden state has an fp32 scale of its own, at the end of its row, since
-    layers differ tenfold in size and first tokens thousandfold.
+    float8 is e4m3 with one fp32 scale per hidden state, at the end of its row: layers differ by a
+    factor of ten in size, first tokens by a factor of a thousand.
     """
 
     dtype: str
@@ -27,7 +30,7 @@ class RowCodec:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one row on disk."""
+        """Return the bytes of one row on disk."""
         numbers = self.blocks * self.width
         return {"float32": 4, "bfloat16": 2, "float8": 1}[self.dtype] * numbers + self._scale_bytes
 
@@ -36,7 +39,7 @@ class RowCodec:
         return 4 * self.blocks if self.dtype == "float8" else 0
 
     def encode(self, rows: Tensor) -> np.ndarray:
-        """rows [n, blocks * width] -> uint8 [n, row_bytes]."""
+        """Encode rows [n, blocks * width] as uint8 [n, row_bytes]; no gradient."""
         rows = rows.detach().cpu()
         if self.dtype != "float8":
             return _as_bytes(rows.to(getattr(torch, self.dtype)))
@@ -47,7 +50,7 @@ class RowCodec:
         )
 
     def decode(self, stored: np.ndarray) -> Tensor:
-        """The inverse, [n, blocks * width] in fp32 or bf16."""
+        """Decode uint8 [n, row_bytes] to [n, blocks * width] in fp32 if stored so, else in bf16."""
         data = torch.from_numpy(np.array(stored))  # a copy: memory maps are not writable
         if self.dtype != "float8":
             return data.view(getattr(torch, self.dtype))

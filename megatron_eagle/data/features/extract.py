@@ -1,7 +1,7 @@
-"""Running a base over documents and writing what a draft learns from: offline features.
+"""Extraction of offline features: run the base over documents and store its hidden states.
 
-Data-parallel replicas of the base take the shards in turn; a run that was killed goes on with the
-shards that lack. What is written does not depend on the layout, but for the base's own rounding.
+Data-parallel replicas of the base take the shards in turn; a run that was killed continues with the
+shards that are missing. The files do not depend on the layout, up to the base's own rounding.
 """
 
 from __future__ import annotations
@@ -18,26 +18,31 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from megatron_eagle.checkpoint.atomic import write_json
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.data.bin_packing import pack
 from megatron_eagle.data.documents import FittedDocuments
 from megatron_eagle.data.features.base_rows import BaseRows
 from megatron_eagle.data.features.codec import RowCodec
-from megatron_eagle.data.features.shard_writer import ShardWriter, is_done, write_json
-from megatron_eagle.data.features.store import FeaturePlan, needed_rows, read_plan
+from megatron_eagle.data.features.shard_writer import ShardWriter, is_done
+from megatron_eagle.data.features.store import FeaturePlan, needed_positions, read_plan
+from megatron_eagle.errors import UserError
 from megatron_eagle.pipeline.exchange import ForwardPass
 from megatron_eagle.pipeline.links import StageLinks
 from megatron_eagle.teacher.base import FrozenBase
 
 Progress = Callable[[str], None]
 IDLE = [np.zeros(1, dtype=np.int64)]
-"""The sequence of a replica that has nothing left to do."""
+"""Sequence that a replica runs when it has no documents left but others do."""
 
 
 @dataclass(frozen=True)
 class Replica:
-    """Number and count of the base's data-parallel replicas. ``in_step``: their experts are spread
-    over all of them, so all must run as many sequences."""
+    """Number of this data-parallel replica of the base, and their count.
+
+    ``in_step``: expert parallelism spans the replicas, so every one must run the same number of
+    forward passes.
+    """
 
     number: int = 0
     count: int = 1
@@ -53,8 +58,10 @@ def plan_features(
     stored: str,
     shard_bytes: int,
 ) -> tuple[FeaturePlan, int]:
-    """What will be written of ``documents``, which ``source`` names, and its bytes. Runs the base
-    once on random tokens: a collective of all its ranks."""
+    """Plan the features of ``documents``, which come from ``source``; return plan and bytes.
+
+    Runs the base once on random tokens, to measure its layers: a collective of all its ranks.
+    """
     width, layers = base.config.hidden_size, base.capture.layers
     row_bytes = [RowCodec(stored, blocks, width).row_bytes for blocks in (len(layers), 1)]
     sizes, digest = survey(documents, row_bytes)
@@ -76,19 +83,21 @@ def plan_features(
 
 
 def survey(documents: FittedDocuments, row_bytes: Sequence[int]) -> tuple[list[int], str]:
-    """Bytes of every document's rows, given those of a captured and of a final row, and a digest of
-    all tokens and masks."""
+    """Return the bytes of every document's rows and a digest of all tokens and masks.
+
+    ``row_bytes`` are the bytes of one token's aux hidden states and of its final hidden state.
+    """
     sizes, digest = [], hashlib.sha256()
     for index in range(len(documents)):
         ids, mask = documents[index]
         digest.update(ids.tobytes() + mask.tobytes())
-        captured, targets = needed_rows(mask)
-        sizes.append(captured * row_bytes[0] + len(targets) * row_bytes[1])
+        with_aux, targets = needed_positions(mask)
+        sizes.append(with_aux * row_bytes[0] + len(targets) * row_bytes[1])
     return sizes, digest.hexdigest()
 
 
 def cut_into_shards(sizes: list[int], limit: int) -> tuple[int, ...]:
-    """Numbers of documents of shards of about ``limit`` bytes, in order."""
+    """Cut documents of ``sizes`` into shards of about ``limit`` bytes; return their counts."""
     shards, filled = [0], 0
     for size in sizes:
         if filled and filled + size > limit:
@@ -100,33 +109,33 @@ def cut_into_shards(sizes: list[int], limit: int) -> tuple[int, ...]:
 
 
 def begin(plan: FeaturePlan, directory: Path, total: int, progress: Progress) -> None:
-    """Say what will be written, check that it fits, and leave the plan in ``directory``.
+    """Report what will be written, check that it fits, and write the plan into ``directory``.
 
-    Raises ``ValueError`` when the disk is too small, or the directory holds another extraction.
+    Raises ``UserError`` when the disk is too small or the directory holds another extraction.
     """
     directory.mkdir(parents=True, exist_ok=True)
     if (directory / "plan.json").is_file():
         begun = read_plan(directory, "plan.json")
-        # Measured again in another layout, sizes differ in their last digits.
+        # Layer sizes measured in another layout differ in their last digits.
         if begun != replace(plan, layer_sizes=begun.layer_sizes):
-            raise ValueError(
-                f"--output {directory}: holds features of other options, data or base; choose "
+            raise UserError(
+                f"<output> {directory}: holds features of other options, data or base; choose "
                 "another directory"
             )
     elif any(directory.iterdir()):
-        raise ValueError(f"--output {directory}: is not empty")
+        raise UserError(f"<output> {directory}: is not empty")
     else:
         write_json(directory / "plan.json", plan.as_dict())
-    lacking = [i for i in range(len(plan.shards)) if not is_done(directory, i)]
-    share = total * len(lacking) / len(plan.shards)
+    missing = _missing(plan, directory)
+    needed = total * len(missing) / len(plan.shards)
     free = shutil.disk_usage(directory).free
     progress(
         f"{sum(plan.shards):,} documents, {total / 2**30:.2f} GiB in {len(plan.shards)} shards as "
-        f"{plan.stored}; {len(lacking)} shards to write, {free / 2**30:.1f} GiB free"
+        f"{plan.stored}; {len(missing)} shards to write, {free / 2**30:.1f} GiB free"
     )
-    if share > free:
-        raise ValueError(
-            f"--output {directory}: {share / 2**30:.2f} GiB to write, {free / 2**30:.2f} GiB free"
+    if needed > free:
+        raise UserError(
+            f"<output> {directory}: {needed / 2**30:.2f} GiB to write, {free / 2**30:.2f} GiB free"
         )
 
 
@@ -138,26 +147,32 @@ def extract(
     replica: Replica,
     progress: Progress,
 ) -> None:
-    """Write this replica's share of the missing shards; all its ranks call it alike, and with
-    ``replica.in_step`` all ranks at once."""
+    """Write this replica's part of the missing shards.
+
+    A collective of the replica's ranks, and with ``replica.in_step`` of all ranks.
+    """
     firsts = np.cumsum([0, *plan.shards])
-    shares = [
-        {i: _together(documents, firsts, i) for i in _missing(plan, directory, number, replica)}
+    todo_by_replica = {
+        number: {
+            shard: _sequences(documents, firsts, shard)
+            for shard in _missing(plan, directory)
+            if shard % replica.count == number
+        }
         for number in (range(replica.count) if replica.in_step else [replica.number])
-    ]
+    }
     if replica.in_step:
         torch.distributed.barrier()  # nobody finishes a shard before all have counted
-    todo = shares[replica.number if replica.in_step else 0]
-    counts = [sum(map(len, share.values())) for share in shares]
-    idle = max(counts) - sum(map(len, todo.values()))
-    own = ([documents[i][0] for i in group] for group in chain(*todo.values()))
-    found = rows.run(chain(own, repeat(IDLE, idle)))
+    todo = todo_by_replica[replica.number]
+    counts = {n: sum(map(len, shards.values())) for n, shards in todo_by_replica.items()}
+    idle = max(counts.values()) - counts[replica.number]
+    sequences = ([documents[i][0] for i in group] for group in chain(*todo.values()))
+    results = rows.run(chain(sequences, repeat(IDLE, idle)))
     started, tokens = time.monotonic(), 0
     for done, (shard, groups) in enumerate(todo.items(), start=1):
         members = range(int(firsts[shard]), int(firsts[shard + 1]))
         writer = ShardWriter(documents, members, plan, directory, shard) if rows.has_rows else None
         for group in groups:
-            hidden = next(found)
+            hidden = next(results)
             if writer is not None and hidden is not None:
                 writer.add(group, hidden)
         if writer is not None:
@@ -168,24 +183,24 @@ def extract(
             f"{done}/{len(todo)} shards, {tokens / (time.monotonic() - started):.0f} tokens/s, "
             f"{pace * (len(todo) - done) / 60:.1f} min left"
         )
-    deque(found, maxlen=0)  # idle sequences, and until everything sent has left
+    deque(results, maxlen=0)  # run the idle sequences and wait for all sends
 
 
-def _missing(plan: FeaturePlan, directory: Path, number: int, replica: Replica) -> list[int]:
-    shards = range(number, len(plan.shards), replica.count)
-    return [shard for shard in shards if not is_done(directory, shard)]
+def _missing(plan: FeaturePlan, directory: Path) -> list[int]:
+    """Return the shards that are not written yet."""
+    return [shard for shard in range(len(plan.shards)) if not is_done(directory, shard)]
 
 
 def finish(directory: Path) -> None:
-    """Write the index, all shards being there."""
+    """Write the index; all shards must be there."""
     plan = read_plan(directory, "plan.json")
-    lacking = [i for i in range(len(plan.shards)) if not is_done(directory, i)]
-    assert not lacking, f"shards {lacking} are not written"
+    missing = _missing(plan, directory)
+    assert not missing, f"shards {missing} are not written"
     write_json(directory / "index.json", plan.as_dict())
 
 
-def _together(documents: FittedDocuments, firsts: np.ndarray, shard: int) -> list[list[int]]:
-    """Which documents of a shard run in one sequence, the same in every layout."""
+def _sequences(documents: FittedDocuments, firsts: np.ndarray, shard: int) -> list[list[int]]:
+    """Group the documents of a shard into sequences, in the same way in every layout."""
     first, stop = int(firsts[shard]), int(firsts[shard + 1])
     groups = pack(documents.lengths[first:stop], documents.seq_length, 0)
     return [[first + int(i) for i in group] for group in groups]

@@ -1,12 +1,16 @@
-"""The directory of offline features: what is in it, and reading it.
+"""Directory of offline features: its files, and reading them.
 
-``plan.json`` says what was to be written: the base, its captured layers, how documents fall into
-shards. A shard is three files, raw rows of captured layers, raw rows of final hidden states, and
-the documents' tokens and masks, and a JSON with their sizes and checksums that is written last.
-``index.json`` is written when all shards are there; training reads nothing without it.
+``plan.json`` describes the extraction: the base, its aux layers, the number of documents per shard.
+A shard has three data files (``captured``: rows of aux hidden states, ``final``: rows of final
+hidden states, ``documents``: tokens and masks) and a JSON with their sizes and checksums, written
+last. ``index.json`` is written when all shards are there; training reads no directory without it.
 
-Of a document whose last supervised token is u_max, the captured layers of tokens 0 .. u_max - 1 are
-kept (prompts too: the draft attends to them) and the final hidden of supervised tokens only.
+A document whose last supervised token is u_max keeps the aux hidden states of tokens 0 .. u_max - 1
+(prompts included, since the draft attends to them) and the final hidden states of its supervised
+tokens.
+
+Shapes: N documents, n tokens of one, r tokens with aux hidden states, m supervised tokens, A aux
+layers, H hidden size and V ids of the base.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.data.features.codec import RowCodec
+from megatron_eagle.errors import UserError
 
 FORMAT, VERSION = "megatron_eagle.features", 1
 ROW_FILES = ("captured", "final")
@@ -31,9 +36,11 @@ ROW_FILES = ("captured", "final")
 
 @dataclass(frozen=True)
 class FeaturePlan:
-    """``shards``: the number of documents of each. ``fingerprint``: of the base's weights.
-    ``documents``: a digest of all ids and masks. ``layer_sizes``: the typical RMS of each captured
-    layer, by which a draft is started.
+    """Description of an extraction, as ``plan.json`` and ``index.json`` hold it.
+
+    ``fingerprint`` identifies the base's weights; ``documents`` is a digest of all ids and masks;
+    ``stored`` and ``computed`` are the dtypes of files and base; ``layer_sizes`` is the typical RMS
+    of each aux layer, with which a new draft is scaled; ``shards`` counts each shard's documents.
     """
 
     base: str
@@ -50,75 +57,81 @@ class FeaturePlan:
     shards: tuple[int, ...]
 
     def codec(self, kind: str) -> RowCodec:
+        """Return the encoding of the row file ``kind``."""
         blocks = len(self.aux_layers) if kind == "captured" else 1
         return RowCodec(self.stored, blocks, self.hidden_size)
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the JSON object, format and version included."""
         return {"format": FORMAT, "version": VERSION, **json.loads(json.dumps(asdict(self)))}
 
 
 def shard_file(directory: Path, shard: int, kind: str) -> Path:
-    """``kind`` is one of ROW_FILES, "documents" or "json"."""
+    """Return the path of a shard's file; ``kind`` is one of ROW_FILES, "documents" or "json"."""
     suffix = {"documents": "documents.npz", "json": "json"}.get(kind, f"{kind}.bin")
     return directory / f"shard_{shard:05d}.{suffix}"
 
 
-def needed_rows(mask: np.ndarray) -> tuple[int, np.ndarray]:
-    """(how many tokens of a document need captured layers, which ones need a final hidden)."""
+def needed_positions(mask: np.ndarray) -> tuple[int, np.ndarray]:
+    """Return what training reads of a document with this mask [n].
+
+    (r: aux hidden states of the first r tokens; positions [m] of the final hidden states)
+    """
     targets = np.flatnonzero(mask[1:]) + 1
     return (int(targets[-1]) if len(targets) else 0), targets
 
 
 def read_plan(directory: Path, name: str = "index.json") -> FeaturePlan:
-    """``ValueError`` naming the directory if it is not there, unfinished, or another format."""
-    where = f"--eagle-offline-features {directory}"
+    """Read a plan; raise ``UserError`` naming it if it is absent, unfinished or damaged."""
     file = directory / name
     if not file.is_file():
         begun = (directory / "plan.json").is_file()
-        why = "unfinished; run tools/extract_features.py again" if begun else "no index.json in it"
-        raise ValueError(f"{where}: {why}")
+        why = "unfinished; run the extraction again" if begun else "no index.json in it"
+        raise UserError(f"{directory}: {why}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if (content.pop("format"), content.pop("version")) != (FORMAT, VERSION):
-            raise ValueError("another format or version")
+            raise UserError("another format or version")
         fields: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value
             for key, value in content.items()
         }
         return FeaturePlan(**fields)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{where}: {name} cannot be read: {error}") from None
+        raise UserError(f"{file}: cannot be read: {error}") from None
 
 
 def checksum(file: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file in hexadecimal digits."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def verify(directory: Path) -> None:
-    """Recompute every checksum; ``ValueError`` naming the first file that differs."""
+    """Recompute every checksum; raise ``UserError`` naming the first file that differs."""
     for shard in range(len(read_plan(directory).shards)):
         for name, digest in _shard_description(directory, shard)["sha256"].items():
             if checksum(directory / name) != digest:
-                raise ValueError(f"{directory / name}: damaged, its checksum differs")
+                raise UserError(f"{directory / name}: damaged, its checksum differs")
 
 
 class FeatureDocuments:
-    """Documents with the hidden states of their tokens, memory-mapped.
+    """Documents with the hidden states of their tokens, memory-mapped; ``lengths`` [N] int64.
 
-    Raises ``ValueError`` naming directory or file when something is missing, cut short, or was made
-    by another base than ``fingerprint``.
+    Raises ``UserError`` naming directory or file when a file is missing or truncated, or the
+    features were made with another base than the one of ``fingerprint``.
     """
 
     def __init__(self, directory: str, fingerprint: str, vocab_size: int) -> None:
         self.directory = Path(directory)
         self.plan = read_plan(self.directory)
-        where = f"--eagle-offline-features {directory}"
+        where = f"<offline_features> {directory}"
         if self.plan.fingerprint != fingerprint:
-            raise ValueError(f"{where}: features of another base, {self.plan.base}")
+            raise UserError(f"{where}: features of another base, {self.plan.base}")
         if self.plan.vocab_size != vocab_size:
-            raise ValueError(f"{where}: of a base with {self.plan.vocab_size} token ids")
+            raise UserError(
+                f"{where}: made with a base of {self.plan.vocab_size} token ids, not {vocab_size}"
+            )
         self._shards = [
             _Shard(self.directory, number, documents, self.plan)
             for number, documents in enumerate(self.plan.shards)
@@ -127,18 +140,18 @@ class FeatureDocuments:
         self.lengths: np.ndarray = np.concatenate([shard.lengths for shard in self._shards])
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """ids [n] int64 and mask [n] bool of one document."""
+        """Return ids [n] int64 and mask [n] bool (True: supervised) of one document."""
         shard, document = self._find(index)
         return shard.tokens(document)
 
     def hidden(self, index: int) -> tuple[Tensor, Tensor]:
-        """Captured layers [r, A * H] of the document's first r tokens, and final hidden [m, H] of
+        """Return aux_hidden [r, A * H] of the document's first r tokens and final_hidden [m, H] of
         its m supervised tokens, in fp32 or bf16."""
         shard, document = self._find(index)
         return shard.hidden(document)
 
     def counts(self, vocab_size: int) -> Tensor:
-        """How often each id is supervised, [V] int64."""
+        """Count how often each id is supervised, [V] int64."""
         counts = np.zeros(vocab_size, dtype=np.int64)
         for shard in self._shards:
             counts += np.bincount(shard.ids[shard.mask > 0], minlength=vocab_size)
@@ -153,16 +166,17 @@ class _Shard:
     def __init__(self, directory: Path, number: int, documents: int, plan: FeaturePlan) -> None:
         sizes = _shard_description(directory, number)["bytes"]
         for name, size in sizes.items():
-            found = (directory / name).stat().st_size if (directory / name).is_file() else None
-            if found != size:
-                what = "is missing" if found is None else f"has {found} bytes instead of {size}"
-                raise ValueError(f"--eagle-offline-features {directory}: {name} {what}")
+            file = directory / name
+            actual = file.stat().st_size if file.is_file() else None
+            if actual != size:
+                fault = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
+                raise UserError(f"{file} {fault}")
         with np.load(shard_file(directory, number, "documents"), allow_pickle=False) as content:
             self.ids, self.mask = content["ids"], content["mask"]
             self.lengths: np.ndarray = content["lengths"]
         assert len(self.lengths) == documents
         self._starts = _starts(self.lengths)
-        rows = [needed_rows(self.tokens(i)[1]) for i in range(documents)]
+        rows = [needed_positions(self.tokens(i)[1]) for i in range(documents)]
         self._rows = {
             "captured": _starts([count for count, _ in rows]),
             "final": _starts([len(targets) for _, targets in rows]),
@@ -180,13 +194,13 @@ class _Shard:
         return self.ids[part].astype(np.int64), self.mask[part] > 0
 
     def hidden(self, document: int) -> tuple[Tensor, Tensor]:
-        captured, final = (
+        aux_hidden, final_hidden = (
             self._codecs[kind].decode(
                 self._maps[kind][self._rows[kind][document] : self._rows[kind][document + 1]]
             )
             for kind in ROW_FILES
         )
-        return captured, final
+        return aux_hidden, final_hidden
 
 
 def _starts(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -198,4 +212,4 @@ def _shard_description(directory: Path, number: int) -> dict[str, Any]:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ValueError(f"--eagle-offline-features {directory}: {file.name}: {error}") from None
+        raise UserError(f"{file}: cannot be read: {error}") from None

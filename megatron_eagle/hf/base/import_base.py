@@ -1,24 +1,23 @@
 """A Hugging Face base -> a Megatron ``torch_dist`` checkpoint that loads at any TP and PP.
 
 ``chunks`` names the global tensors. Vocabulary rows are unpadded: Megatron's vocabulary tensors
-accept a shorter one and fill in zeros. docs/design/architecture.md says why it does not use Megatron-Bridge.
+accept a shorter one and fill in zeros. docs/design/architecture.md says why Megatron-Bridge is not
+used.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from megatron_eagle.checkpoint.atomic import atomic_dir, check_unused
 from megatron_eagle.checkpoint.directory import BASE_JSON_NAME, TRACKER_NAME, BaseInfo
 from megatron_eagle.checkpoint.writer import Chunk, write_torch_dist
-from megatron_eagle.errors import UserError
 from megatron_eagle.hf.base.chunks import BaseTensors, Progress
 from megatron_eagle.hf.base.families import family_of
 from megatron_eagle.hf.base.megatron_args import facts_of, megatron_args
@@ -36,7 +35,7 @@ def import_base(hf_dir: Path, save: Path, progress: Progress = lambda line: None
     Everything is checked from headers before the first byte is written; ``save`` appears by rename
     when complete. Raises UserError for an unsupported or corrupt ``hf_dir``, or a ``save`` in use.
     """
-    _refuse_in_use(save)
+    check_unused(save, "save")
     weights = WeightsDir(hf_dir)
     config_path = str(hf_dir / "config.json")
     family = family_of(weights.config, config_path)
@@ -49,11 +48,9 @@ def import_base(hf_dir: Path, save: Path, progress: Progress = lambda line: None
     digest = hashlib.sha256()
     chunks = [_digested(chunk, digest) for chunk in tensors.chunks(weights, progress)]
 
-    partial_dir = save.parent / f".{save.name}.partial-{os.getpid()}"
-    try:
-        partial_dir.mkdir(parents=True)
-        write_torch_dist(partial_dir / RELEASE, chunks, COMMON_STATE, tensors.extra_states())
-        (partial_dir / TRACKER_NAME).write_text(RELEASE, encoding="utf-8")
+    with atomic_dir(save) as scratch:
+        write_torch_dist(scratch / RELEASE, chunks, COMMON_STATE, tensors.extra_states())
+        (scratch / TRACKER_NAME).write_text(RELEASE, encoding="utf-8")
         base = BaseInfo(
             family=family.name,
             name=hf_dir.resolve().name,
@@ -64,10 +61,7 @@ def import_base(hf_dir: Path, save: Path, progress: Progress = lambda line: None
             rope=rope,
         )
         text = json.dumps(base.as_dict(), indent=1)
-        (partial_dir / BASE_JSON_NAME).write_text(text + "\n", encoding="utf-8")
-        partial_dir.rename(save)
-    finally:
-        shutil.rmtree(partial_dir, ignore_errors=True)
+        (scratch / BASE_JSON_NAME).write_text(text + "\n", encoding="utf-8")
     return base
 
 
@@ -80,10 +74,3 @@ def _digested(chunk: Chunk, digest: Any) -> Chunk:
         return tensor
 
     return replace(chunk, load=load)
-
-
-def _refuse_in_use(save: Path) -> None:
-    if save.is_symlink() or (save.exists() and not save.is_dir()):
-        raise UserError(f"<save> {save}: exists and is not a directory")
-    if save.is_dir() and any(save.iterdir()):
-        raise UserError(f"<save> {save}: the directory exists and is not empty")

@@ -26,7 +26,7 @@ def softmax_after_topk(config: Mapping[str, Any], source: str) -> dict[str, Any]
 
 
 def qwen3_moe(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Read the experts of Qwen3-MoE: softmax over all, renormalised or not, in some or all layers."""
+    """Read the experts of Qwen3-MoE: softmax over all, renormalised or not, in any layers."""
     experts = "num_experts" if config.get("num_local_experts") is None else "num_local_experts"
     dense = config.get("mlp_only_layers") or []
     step = size(config, "decoder_sparse_step", source, 1)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_eagle.checkpoint.atomic import atomic_dir, check_unused
 from megatron_eagle.checkpoint.directory import TRACKER_NAME
 from megatron_eagle.checkpoint.reader import DraftCheckpoint
 from megatron_eagle.checkpoint.writer import Chunk, write_torch_dist
@@ -59,19 +58,11 @@ def write_draft_checkpoint(stored: StoredDraft, save: Path) -> None:
     It loads at any layout and holds no optimizer. Memory: the largest tensor. Raises ValueError
     when `save` is in use.
     """
-    if save.is_symlink() or (save.exists() and not save.is_dir()):
-        raise UserError(f"<save> {save}: exists and is not a directory")
-    if save.is_dir() and any(save.iterdir()):
-        raise UserError(f"<save> {save}: the directory exists and is not empty")
-    partial_dir = save.parent / f".{save.name}.partial-{os.getpid()}"
-    try:
-        partial_dir.mkdir(parents=True)
+    check_unused(save, "save")
+    with atomic_dir(save) as scratch:
         states = {f"{name}/shard_0_1": None for name in _extra_states(stored.info)}
-        write_torch_dist(partial_dir / RELEASE, list(_chunks(stored)), COMMON_STATE, states)
-        (partial_dir / TRACKER_NAME).write_text(RELEASE, encoding="utf-8")
-        partial_dir.rename(save)
-    finally:
-        shutil.rmtree(partial_dir, ignore_errors=True)
+        write_torch_dist(scratch / RELEASE, list(_chunks(stored)), COMMON_STATE, states)
+        (scratch / TRACKER_NAME).write_text(RELEASE, encoding="utf-8")
 
 
 def _chunks(stored: StoredDraft) -> Iterator[Chunk]:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_eagle.checkpoint.atomic import checked_output, replacing
+from megatron_eagle.checkpoint.atomic import atomic_dir, checked_output
 from megatron_eagle.checkpoint.reader import DraftCheckpoint
 from megatron_eagle.draft.vocab import check_vocab_ids
 from megatron_eagle.errors import UserError
@@ -64,7 +64,7 @@ def export_draft(
     weights = tensors["fc.weight"].dtype
     size = sum(tensor.nbytes for tensor in tensors.values())
     progress(f"writing {len(tensors)} tensors, {size / 2**20:.1f} MiB, to {target}")
-    with replacing(target) as scratch:
+    with atomic_dir(target, replace=True) as scratch:
         save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
         config = json.dumps(draft_config_json(info, fmt, weights), indent=2) + "\n"
         (scratch / "config.json").write_text(config, encoding="utf-8")

@@ -1,0 +1,98 @@
+"""JSONL files: lines parsed, token ids checked, and large files cut into pieces of whole lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_eagle.errors import UserError
+
+
+def parse_lines(content: bytes, first_line: int = 1) -> Iterator[tuple[int, Any]]:
+    """Yield (line number, value) of every line that is not blank.
+
+    For a line that is not JSON the value is a ``UserError`` saying why; the caller may go on.
+    """
+    for number, line in enumerate(content.split(b"\n"), start=first_line):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line.decode("utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            yield number, UserError(f"not JSON ({error})")
+
+
+def read_records(file: str | Path, parameter: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (``FILE:LINE``, JSON object) of every line that is not blank.
+
+    Raises ``UserError`` naming ``parameter`` when there is no such file, and naming file and line
+    when a line is not a JSON object.
+    """
+    path = Path(file)
+    if not path.is_file():
+        raise UserError(f"<{parameter}> {file}: no such file")
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            for _, value in parse_lines(line):
+                where = f"{file}:{number}"
+                if isinstance(value, UserError):
+                    raise UserError(f"{where}: {value}")
+                if not isinstance(value, dict):
+                    raise UserError(f"{where}: not a JSON object")
+                yield where, value
+
+
+def ids(record: Mapping[str, Any], key: str, vocab_size: int, where: str = "") -> list[int]:
+    """Return the token ids that ``record`` holds under ``key``, at least one.
+
+    Raises ``UserError``, starting with ``where``, unless they are a list of integers from 0 to
+    ``vocab_size`` - 1.
+    """
+    name = f"{where}: {key}" if where else key
+    values = record.get(key)
+    if not isinstance(values, list) or not values or not all(type(i) is int for i in values):
+        raise UserError(f"{name} must be a non-empty list of token ids")
+    for bad in (min(values), max(values)):
+        if not 0 <= bad < vocab_size:
+            raise UserError(f"{name}: {outside(bad, vocab_size)}")
+    return values
+
+
+def outside(token: int, vocab_size: int) -> str:
+    """Return the words for a token id that the vocabulary does not have."""
+    return f"token id {token} is outside the vocabulary's 0 to {vocab_size - 1}"
+
+
+@dataclass(frozen=True)
+class FilePiece:
+    """Bytes ``start`` to ``end`` of ``file``: whole lines, the first of them ``first_line``."""
+
+    file: str
+    start: int
+    end: int
+    first_line: int
+
+    def read(self) -> bytes:
+        """Return the bytes."""
+        with open(self.file, "rb") as data:
+            data.seek(self.start)
+            return data.read(self.end - self.start)
+
+
+def cut(file: str, size: int) -> Iterator[FilePiece]:
+    """Yield pieces of about ``size`` bytes that cover ``file``, in order.
+
+    Raises ``UserError`` naming ``<input>`` when there is no such file.
+    """
+    if not Path(file).is_file():
+        raise UserError(f"<input> {file}: no such file")
+    start, line = 0, 1
+    with open(file, "rb") as data:
+        while block := data.read(size):
+            block += data.readline()
+            yield FilePiece(file, start, start + len(block), line)
+            start += len(block)
+            line += block.count(b"\n")
