@@ -63,8 +63,10 @@ class DraftChain:
         look-up and an argmax; one broadcast over the pipeline.
         """
         if self.draft.mask_token is not None:
-            return self.base.stages.agreed(self._propose_at_once(verified, self.draft.mask_token))
-        return self.base.stages.agreed(self._propose_in_turn(verified))
+            return self.base.exchange.broadcast_last(
+                self._propose_at_once(verified, self.draft.mask_token)
+            )
+        return self.base.exchange.broadcast_last(self._propose_in_turn(verified))
 
     def _propose_in_turn(self, verified: Verified) -> Tensor:
         rows = torch.arange(verified.next_tokens.shape[1], device=verified.start.device)

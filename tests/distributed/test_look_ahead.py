@@ -91,13 +91,13 @@ def test_nothing_changes(bases: Path) -> None:
             assert len(one) == len(other) and all(map(torch.equal, one, other))
         first, evaluation, second, replayed, third, last = with_it["kinds"]
         assert evaluation == without["kinds"][1]
-        for done, count, begun, goes_on in (
+        for done, count, was_ahead, runs_ahead in (
             (first, 5, False, True),
             (second, 7, True, True),
             (replayed, 7, False, True),
             (third, 4, True, True),
             (last, 5, False, False),  # after a skipped iteration
         ):
-            plan = stage_actions(stage, 3, count, begun=begun, goes_on=goes_on)
+            plan = stage_actions(stage, 3, count, was_ahead=was_ahead, runs_ahead=runs_ahead)
             assert done == "".join(action.kind[0] for action in plan)
     assert "a" in ahead[0]["kinds"][0]

@@ -106,7 +106,7 @@ def test_no_stage_waits_for_another(bases: Path) -> None:
     stages = run_distributed(record_events, 2, case, base, draft)
     for stage, events in enumerate(stages):
         done = [(kind, m) for kind, m, _, _ in events if kind != "wait"]
-        assert done == stage_actions(stage, 2, count, begun=True, goes_on=True)
+        assert done == stage_actions(stage, 2, count, was_ahead=True, runs_ahead=True)
         begin, end = events[0][2], events[-1][3]
         busy = sum(stop - start for kind, _, start, stop in events if kind != "wait")
         assert busy / (end - begin) > 0.9, f"stage {stage} was busy {busy / (end - begin):.0%}"

@@ -155,11 +155,12 @@ def _one_iteration(case: PipelineCase, groups: Any) -> dict[str, Any]:
 
 
 def schedule_of(model: Any) -> Any:
-    """What training runs ``model`` by: ours on pipeline stages, else Megatron's."""
+    """Return the schedule that training runs ``model`` by: on pipeline stages the package's, else
+    Megatron's."""
     from megatron_eagle.compat import finalize_model_grads, require
     from megatron_eagle.pipeline.schedule import PipelineSchedule
 
-    if model.module.links is not None:
+    if model.module.exchange.stages > 1:
         return PipelineSchedule()
     model.module.config.finalize_model_grads_func = finalize_model_grads
     return require("megatron.core.pipeline_parallel.schedules:forward_backward_no_pipelining")

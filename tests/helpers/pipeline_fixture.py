@@ -71,7 +71,7 @@ def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tu
     from megatron_eagle.draft.model import EagleDraft
     from megatron_eagle.layers.backend import local_backend
     from megatron_eagle.model import EagleGPTModel
-    from megatron_eagle.pipeline.links import StageLinks
+    from megatron_eagle.pipeline.exchange import StageExchange
     from megatron_eagle.pipeline.replicas import FinalizeReplicas, equal_start
     from megatron_eagle.teacher.base import FrozenBase
     from megatron_eagle.teacher.build import base_config, build_base, load_base
@@ -85,15 +85,15 @@ def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tu
         num_layers_in_first_pipeline_stage=case.first, calculate_per_token_loss=True,
         expert_model_parallel_size=case.ep, **experts,
     )  # fmt: skip
-    links = StageLinks(groups.pp) if case.pp > 1 else None
-    if links is not None:
-        config.finalize_model_grads_func = FinalizeReplicas(links.group)
+    if case.pp > 1:
+        config.finalize_model_grads_func = FinalizeReplicas(groups.pp)
     ends = (groups.pp.rank() == 0, groups.pp.rank() == case.pp - 1)
     gpt = build_base(config, info, local_backend(), groups, *ends)
     shards = VocabShards(gpt)
     if not experts:
         load_base(gpt, case.base, shards)
     base = FrozenBase(gpt, case.captured, info.vocab_size, shards)
+    exchange = StageExchange.of(base, groups.pp)
     reference = case.draft.config
     options = EagleConfig(
         ttt_steps=reference.ttt_steps,
@@ -110,11 +110,11 @@ def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tu
         case.draft.vocab_ids, shard, encode_metadata({}), groups, lambda: base.output_weight,
         draft_rotary(base.rotary, info, options, base.output_weight.device),
     )  # fmt: skip
-    if links is None or links.is_first:
+    if exchange.is_first:
         load_reference_weights(draft, case.draft)
-    if links is not None:
-        equal_start(draft, links.group)
-    model = EagleGPTModel(base, draft, options, links)
+    if exchange.stages > 1:
+        equal_start(draft, groups.pp)
+    model = EagleGPTModel(base, draft, options, exchange)
     model.model_type = ModelType.encoder_or_decoder
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

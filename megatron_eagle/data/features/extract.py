@@ -1,7 +1,7 @@
-"""Running a base over documents and writing what a draft learns from: offline features.
+"""Extraction of offline features: running a base over documents and writing its hidden states.
 
-Data-parallel replicas of the base take the shards in turn; a run that was killed goes on with the
-shards that lack. What is written does not depend on the layout, but for the base's own rounding.
+Data-parallel replicas of the base take the shards in turn; a run after a killed one writes the
+missing shards. The content does not depend on the layout, apart from the base's own rounding.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ from megatron_eagle.data.features.base_rows import BaseRows
 from megatron_eagle.data.features.codec import RowCodec
 from megatron_eagle.data.features.shard_writer import ShardWriter, is_done, write_json
 from megatron_eagle.data.features.store import FeaturePlan, needed_rows, read_plan
-from megatron_eagle.pipeline.exchange import ForwardPass
-from megatron_eagle.pipeline.links import StageLinks
-from megatron_eagle.teacher.base import FrozenBase
+from megatron_eagle.pipeline.exchange import StageExchange
 
 Progress = Callable[[str], None]
 IDLE = [np.zeros(1, dtype=np.int64)]
@@ -36,8 +34,8 @@ IDLE = [np.zeros(1, dtype=np.int64)]
 
 @dataclass(frozen=True)
 class Replica:
-    """Number and count of the base's data-parallel replicas. ``in_step``: their experts are spread
-    over all of them, so all must run as many sequences."""
+    """Number and count of the base's data-parallel replicas. ``in_step``: expert parallelism spans
+    replicas, so every replica must run the same number of forwards."""
 
     number: int = 0
     count: int = 1
@@ -45,16 +43,16 @@ class Replica:
 
 
 def plan_features(
-    base: FrozenBase,
-    links: StageLinks | None,
+    exchange: StageExchange,
     info: BaseInfo,
     documents: FittedDocuments,
     source: str,
     stored: str,
     shard_bytes: int,
 ) -> tuple[FeaturePlan, int]:
-    """What will be written of ``documents``, which ``source`` names, and its bytes. Runs the base
-    once on random tokens: a collective of all its ranks."""
+    """Plan the extraction from ``documents``, which ``source`` names; return the plan and its size
+    in bytes. Runs the base once on random tokens: a collective of all its ranks."""
+    base = exchange.base
     width, layers = base.config.hidden_size, base.capture.layers
     row_bytes = [RowCodec(stored, blocks, width).row_bytes for blocks in (len(layers), 1)]
     sizes, digest = survey(documents, row_bytes)
@@ -69,7 +67,7 @@ def plan_features(
         vocab_size=info.vocab_size,
         stored=stored,
         computed=str(base.embedding_weight.dtype).removeprefix("torch."),
-        layer_sizes=tuple(base.layer_sizes(ForwardPass.over(base, links)).tolist()),
+        layer_sizes=tuple(base.layer_sizes(exchange).tolist()),
         shards=cut_into_shards(sizes, shard_bytes),
     )
     return plan, sum(sizes)
