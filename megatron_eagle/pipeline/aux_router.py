@@ -33,9 +33,10 @@ class AuxRouter:
         for those already posted. ``shape``: (S', B), its positions on this rank and its batch."""
         parts = self._parts(micro_batch)
         for stage in senders:
-            if stage != self.exchange.stage and stage not in parts:
-                if message := self.exchange.receive_outputs(shape, stage):
-                    parts[stage] = message
+            if stage == self.exchange.stage or stage in parts:
+                continue
+            if message := self.exchange.receive_outputs(shape, stage):
+                parts[stage] = message
 
     def deliver(self, micro_batch: int, aux_hidden: dict[int, Tensor], output: Tensor) -> None:
         """Hand on this stage's aux hidden states by layer id, and on the last stage the final
