@@ -15,8 +15,8 @@ class AuxRouter:
     """Delivers this stage's outputs to their owners; collects those of the micro-batches it owns.
 
     Bounded memory: a stage holds the outputs of the micro-batch it trains on and of the next one it
-    owns (:meth:`expect` is called one ahead), and what it sends stays alive until it has left. If
-    an owner has not received this stage's previous message yet, :meth:`deliver` blocks.
+    owns (``expect`` is called one ahead), and what it sends stays alive until it has left. If
+    an owner has not received this stage's previous message yet, ``deliver`` blocks.
     """
 
     def __init__(self, exchange: StageExchange, in_flight: InFlight) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+from torch import Tensor
+
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.pipeline.aux_router import AuxRouter
 from megatron_eagle.pipeline.exchange import Shape, StageExchange
@@ -27,16 +29,16 @@ number of the micro-batch; entered and left around it."""
 class BaseStream:
     """Runs this stage's layers of the base on one iteration's micro-batches, in order.
 
-    The iteration before runs the first forwards of a stream that it made by :meth:`next_iteration`;
-    :meth:`start` is called when the stream's own iteration begins.
+    A stream made by ``next_iteration`` runs its first forwards ahead, during the iteration
+    before its own; ``start`` is called when its own iteration begins.
 
     Args:
-        read: see :class:`~megatron_eagle.pipeline.micro_batches.MicroBatches`, as ``samples``.
-        observer: is told what happens.
+        read, samples: see ``MicroBatches``.
+        observer: see ``Observer``.
         in_flight: messages of earlier iterations that may still be leaving.
 
     Attributes:
-        was_ahead: whether the iteration before has run the first forwards.
+        was_ahead: whether the first forwards were run ahead.
     """
 
     def __init__(
@@ -93,16 +95,7 @@ class BaseStream:
         """Run the next forward, and hand on what it gives; the observer sees it as ``kind``."""
         exchange, in_flight = self.exchange, self.in_flight
         batch = self.batches.move(micro_batch, exchange.base.embedding_weight.device)
-        hidden = None
-        if not exchange.is_first:
-            if self._incoming is None:
-                self.expect_hidden(micro_batch)
-            assert self._incoming is not None
-            with self.observer("wait", micro_batch):
-                hidden = self._incoming.wait()
-            self._incoming = None
-            if micro_batch + 1 != self._count:
-                self.expect_hidden(micro_batch + 1)
+        hidden = None if exchange.is_first else self._take_hidden(micro_batch)
         with self.observer(kind, micro_batch):
             aux_hidden, output = exchange.base.run_stage(batch.tokens, hidden, batch.packing)
         if not exchange.is_last:
@@ -113,6 +106,18 @@ class BaseStream:
         self.router.deliver(micro_batch, aux_hidden, output)
         if owner_of(micro_batch, exchange.stages) != exchange.stage:
             self.batches.drop(micro_batch)
+
+    def _take_hidden(self, micro_batch: int) -> Tensor:
+        """Wait for the previous stage's output [S', B, H], and post the next receive."""
+        if self._incoming is None:
+            self.expect_hidden(micro_batch)
+        assert self._incoming is not None
+        with self.observer("wait", micro_batch):
+            hidden = self._incoming.wait()
+        self._incoming = None
+        if micro_batch + 1 != self._count:
+            self.expect_hidden(micro_batch + 1)
+        return hidden
 
     def collect(self, micro_batch: int) -> tuple[EagleBatch, BaseOutputs]:
         """Wait for the base's outputs for a micro-batch that this stage owns; return both, which

@@ -120,7 +120,7 @@ class StageExchange:
         return [*outputs, output] if self.is_last else outputs
 
     def send_outputs(self, outputs: list[Tensor], reader: int) -> Message | None:
-        """Post the send of this stage's :meth:`local_outputs` to the stage ``reader``; None without
+        """Post the send of this stage's ``local_outputs`` to the stage ``reader``; None without
         any.
 
         They travel side by side as one message: with ``CUDA_DEVICE_MAX_CONNECTIONS=1`` a second

@@ -23,11 +23,11 @@ class InFlight:
 
     @property
     def is_full(self) -> bool:
-        """Whether :meth:`make_room` must come before the next :meth:`add`."""
+        """Whether ``make_room`` must come before the next ``add``."""
         return len(self._queue) == SENDS_AHEAD
 
     def make_room(self) -> None:
-        """Wait until the messages of the oldest :meth:`add` have left."""
+        """Wait until the messages of the oldest ``add`` have left."""
         for message in self._queue.popleft():
             message.wait()
 

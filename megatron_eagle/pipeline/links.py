@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 
 @dataclass
 class Message:
-    """A tensor being sent or received; it must stay alive until :meth:`wait`."""
+    """A tensor being sent or received; it must stay alive until ``wait``."""
 
     tensor: Tensor
     work: Any

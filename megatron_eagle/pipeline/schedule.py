@@ -1,7 +1,6 @@
 """The schedule of a pipeline whose base only runs forward and whose every stage trains the draft.
 
-What a stage does, and when, is :func:`~megatron_eagle.pipeline.plan.stage_actions`;
-:class:`~megatron_eagle.pipeline.iteration.PipelineIteration` does it.
+``plan.stage_actions`` says what a stage does, and when; ``PipelineIteration`` does it.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ class PipelineSchedule:
     iteration, or skips some). An evaluation in between does not concern them.
 
     Args:
-        observer: see :data:`~megatron_eagle.pipeline.base_stream.Observer`.
+        observer: see ``base_stream.Observer``; by default NVTX ranges.
         another_follows: whether another training iteration follows the one that is called for; the
             same on all ranks.
     """

@@ -28,7 +28,7 @@ class FrozenBase(MegatronModule):
     """Frozen target model: always in eval mode, no gradients; returns hidden states, not logits.
 
     Its parameters never require a gradient, so they enter neither DDP buffers nor the optimizer.
-    Eval mode, which :meth:`train` refuses to leave, also keeps buffers (router biases, FP8 amax)
+    Eval mode, which ``train`` refuses to leave, also keeps buffers (router biases, FP8 amax)
     as they are.
 
     Args:

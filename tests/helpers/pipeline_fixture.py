@@ -17,12 +17,13 @@ from tests.helpers.draft_fixture import Case, draft_options, load_reference_weig
 
 @dataclass(frozen=True)
 class PipelineCase:
-    """``draft`` holds the draft's weights and sizes; ``micro_batches`` per data-parallel rank the
-    (tokens, loss mask) of each, and the positions in their documents if they are packed."""
+    """One layout's inputs. ``draft`` holds the draft's weights and sizes; ``micro_batches`` per
+    data-parallel rank the (tokens, loss mask) of each, and the positions in their documents if they
+    are packed."""
 
     draft: Case
     base: str
-    captured: tuple[int, ...]
+    aux_layers: tuple[int, ...]
     micro_batches: list[list[tuple[Tensor, ...]]]
     tp: int = 1
     pp: int = 1
@@ -34,7 +35,7 @@ class PipelineCase:
 
 
 class GivenStep:
-    """Stands for ForwardStep: hands out given micro-batches."""
+    """Stand-in for ForwardStep that hands out the case's micro-batches."""
 
     def __init__(self, case: PipelineCase, options: Any, groups: Any) -> None:
         from megatron_eagle.training.step import ForwardStep
@@ -57,7 +58,7 @@ class GivenStep:
 
 
 def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tuple[Any, Any, Any]:
-    """(model wrapped for data parallelism, step, process groups) on this rank, whose ``groups`` are
+    """Build (model wrapped for data parallelism, step, process groups) on this rank; ``groups`` are
     made if they are not given. With ``experts``, fields of the TransformerConfig, the base is a
     random MoE of the checkpoint's dimensions."""
     groups = groups or megatron_parallel(tp=case.tp, pp=case.pp, cp=case.cp, ep=case.ep)
@@ -92,7 +93,7 @@ def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tu
     shards = VocabShards(gpt)
     if not experts:
         load_base(gpt, case.base, shards)
-    base = FrozenBase(gpt, case.captured, info.vocab_size, shards)
+    base = FrozenBase(gpt, case.aux_layers, info.vocab_size, shards)
     exchange = StageExchange.of(base, groups.pp)
     reference = case.draft.config
     options = EagleConfig(
@@ -106,7 +107,7 @@ def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tu
         case.draft.vocab_ids.numel(), info.vocab_size, base.output_weight.shape[0], groups.tp
     )
     draft = EagleDraft(
-        draft_config(config, options), local_backend(), options, len(case.captured),
+        draft_config(config, options), local_backend(), options, len(case.aux_layers),
         case.draft.vocab_ids, shard, encode_metadata({}), groups, lambda: base.output_weight,
         draft_rotary(base.rotary, info, options, base.output_weight.device),
     )  # fmt: skip

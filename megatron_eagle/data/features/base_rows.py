@@ -43,7 +43,7 @@ class BaseRows:
 
     @property
     def has_rows(self) -> bool:
-        """Whether this rank is the one that writes what :meth:`run` yields."""
+        """Whether this rank is the one that writes what ``run`` yields."""
         return (
             self.exchange.is_last and self.base.tp_group.rank() == 0 and self.cp_group.rank() == 0
         )
