@@ -2,7 +2,7 @@
 
     python benchmarks/pipeline_schedule.py --output docs/benchmarks
 
-The order of each stage's work is `parallel/stage_plan.py`'s own, the one that training executes;
+The order of each stage's work is `megatron_eagle/pipeline/plan.py`'s, which training executes;
 durations are floating-point operations (attention's included) at one rate, messages take their
 bytes at one bandwidth. All stages wait for each other where an iteration ends, and the optimizer's
 own time counts for nothing. Compared with the plan in which the last stage alone trains the draft.
@@ -172,8 +172,11 @@ def measure(shape: Shape, steps: int, stages: int, micro_batches: int) -> Row:
     """An iteration in the middle of training, and the first one, which fills the pipeline."""
     ideal = micro_batches * (shape.base + shape.draft(steps)) / stages
     ours = [
-        [stage_actions(s, stages, micro_batches, begun=begun, goes_on=True) for s in range(stages)]
-        for begun in (False, True, True)
+        [
+            stage_actions(s, stages, micro_batches, was_ahead=was_ahead, runs_ahead=True)
+            for s in range(stages)
+        ]
+        for was_ahead in (False, True, True)
     ]
     last = [[last_stage_plan(s, stages, micro_batches) for s in range(stages)]]
     first, second, third = simulate(shape, ours, steps, True)

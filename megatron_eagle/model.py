@@ -27,7 +27,7 @@ from megatron_eagle.objective.draft_inputs import DraftInputs
 from megatron_eagle.objective.metrics import metric_sums, prefix_hits
 from megatron_eagle.objective.regression import hidden_regression
 from megatron_eagle.objective.unroll import unroll
-from megatron_eagle.pipeline.links import StageLinks
+from megatron_eagle.pipeline.exchange import StageExchange
 from megatron_eagle.pipeline.replicas import as_replica
 from megatron_eagle.platform.nvtx import nvtx_range
 from megatron_eagle.teacher.base import FrozenBase
@@ -43,7 +43,7 @@ class EagleGPTModel(MegatronModule):
         base: the frozen base, or this pipeline stage's layers of it.
         draft: the trainable draft on the same tensor-parallel group, whole on every stage.
         options: the run's options.
-        links: to the other pipeline stages, if there are any.
+        exchange: with the base's other pipeline stages; by default the base is whole here.
     """
 
     def __init__(
@@ -51,10 +51,11 @@ class EagleGPTModel(MegatronModule):
         base: FrozenBase,
         draft: EagleDraft,
         options: EagleConfig,
-        links: StageLinks | None = None,
+        exchange: StageExchange | None = None,
     ) -> None:
         super().__init__(config=base.config)
-        self.base, self.draft, self.options, self.links = base, draft, options, links
+        self.base, self.draft, self.options = base, draft, options
+        self.exchange = exchange or StageExchange(base)
         self.pg_collection = base.gpt.pg_collection
         self.share_embeddings_and_output_weights = False
         self.pre_process = self.post_process = True
@@ -73,7 +74,6 @@ class EagleGPTModel(MegatronModule):
         in_vocab = torch.zeros(base.vocab_size, dtype=torch.bool)
         in_vocab[draft.vocab_ids.cpu()] = True
         self.register_buffer("in_draft_vocab", in_vocab, persistent=False)
-        self.layers_by_stage = self._layers_by_stage()
 
     def forward(
         self, batch: EagleBatch, base_outputs: BaseOutputs | None = None
@@ -178,24 +178,15 @@ class EagleGPTModel(MegatronModule):
             )
         return self._mask
 
-    def _layers_by_stage(self) -> list[tuple[int, ...]]:
-        """The captured layers that each pipeline stage holds. A collective of the stages."""
-        here = self.base.capture.layers_here
-        if self.links is None:
-            return [here]
-        found: list[Any] = [None] * self.links.stages
-        torch.distributed.all_gather_object(found, here, group=self.links.group)
-        return found
-
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Ignore Megatron's schedules: what other stages send comes over the links."""
+        """Ignore Megatron's schedules: other stages' outputs come through the exchange."""
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
         """The draft alone: the base has a checkpoint of its own and never changes."""
         sharded = self.draft.sharded_state_dict(f"{prefix}draft.", sharded_offsets, metadata)
-        return sharded if self.links is None else as_replica(sharded, self.links.stage)
+        return as_replica(sharded, self.exchange.stage)
 
     def load_state_dict(  # type: ignore[override]
         self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False

@@ -140,7 +140,7 @@ def _run(args: argparse.Namespace, first: bool) -> int:
     from megatron_eagle.decode.load import fresh_draft, load_base, load_draft, read_draft_info
     from megatron_eagle.decode.prompt_shards import PromptShare, lockstep_groups
     from megatron_eagle.decode.prompts import read_prompt_ids, stop_ids
-    from megatron_eagle.pipeline.links import StageLinks
+    from megatron_eagle.pipeline.exchange import StageExchange
 
     base = load_base_json(args.base)
     prompts = read_prompt_ids(args.prompts, args.tokenizer, base.vocab_size)[: args.limit]
@@ -148,10 +148,10 @@ def _run(args: argparse.Namespace, first: bool) -> int:
     sizes = _sizes(args, base)
     groups = start(args.seed, **sizes)
     frozen = load_base(args.base, base, groups, about.info.aux_layers if about else ())
-    links = StageLinks(groups.pp) if groups.pp.size() > 1 else None
+    exchange = StageExchange.of(frozen, groups.pp)
     draft = None
     if about is not None and args.reinitialize:
-        draft = fresh_draft(about, frozen, links)
+        draft = fresh_draft(about, frozen, exchange)
     elif about is not None:
         draft = load_draft(about, frozen, args.draft)
     share = PromptShare.of(lockstep_groups(groups))
@@ -159,7 +159,7 @@ def _run(args: argparse.Namespace, first: bool) -> int:
         frozen,
         draft,
         prompts,
-        links=links,
+        exchange=exchange,
         share=share,
         max_new_tokens=args.max_new_tokens,
         draft_tokens=args.draft_tokens,

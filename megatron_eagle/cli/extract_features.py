@@ -115,7 +115,7 @@ def _extract(args: argparse.Namespace) -> None:
     from megatron_eagle.data.features.base_rows import BaseRows
     from megatron_eagle.data.features.extract import Replica, begin, extract, finish, plan_features
     from megatron_eagle.decode.load import load_base
-    from megatron_eagle.pipeline.links import StageLinks
+    from megatron_eagle.pipeline.exchange import StageExchange
 
     info = load_base_json(args.base)
     _check_layout(args, info)
@@ -130,10 +130,10 @@ def _extract(args: argparse.Namespace) -> None:
         expert=args.expert_model_parallel_size,
     )
     base = load_base(args.base, info, groups, layers).to(getattr(torch, args.dtype))
-    links = StageLinks(groups.pp) if groups.pp.size() > 1 else None
+    exchange = StageExchange.of(base, groups.pp)
     stored = args.store or args.dtype
     plan, total = plan_features(
-        base, links, info, documents, str(args.data), stored, args.shard_mib << 20
+        exchange, info, documents, str(args.data), stored, args.shard_mib << 20
     )
     first = torch.distributed.get_rank() == 0
     progress = (lambda line: print(line, flush=True)) if first else lambda _: None
@@ -141,7 +141,7 @@ def _extract(args: argparse.Namespace) -> None:
         begin(plan, args.output, total, progress)
     torch.distributed.barrier()  # a mistake found there stops the launcher, and all ranks
     replica = Replica(groups.dp.rank(), groups.dp.size(), groups.ep.size() > 1)
-    extract(BaseRows(base, links), documents, plan, args.output, replica, progress)
+    extract(BaseRows(exchange), documents, plan, args.output, replica, progress)
     torch.distributed.barrier()
     if first:
         finish(args.output)

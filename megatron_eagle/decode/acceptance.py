@@ -21,7 +21,7 @@ from megatron_eagle.decode.interleave import Steps, together
 from megatron_eagle.decode.prompt_shards import PromptShare
 from megatron_eagle.decode.speculative import ChainCounts, speculative_steps
 from megatron_eagle.draft.model import EagleDraft
-from megatron_eagle.pipeline.links import StageLinks
+from megatron_eagle.pipeline.exchange import StageExchange
 from megatron_eagle.teacher.base import FrozenBase
 
 EVERYTHING = PromptShare()
@@ -102,7 +102,7 @@ def evaluate_acceptance(
     draft: EagleDraft | None,
     prompts: Sequence[Sequence[int]],
     *,
-    links: StageLinks | None = None,
+    exchange: StageExchange | None = None,
     share: PromptShare = EVERYTHING,
     max_new_tokens: int = 64,
     draft_tokens: int = 3,
@@ -114,15 +114,15 @@ def evaluate_acceptance(
     """Continue this rank's ``share`` of ``prompts`` greedily, alone and with ``draft`` (None:
     alone only), and compare; without ``compare`` with the draft only.
 
-    ``base`` and ``draft`` are as training holds them, in any layout, ``links`` those between the
-    base's pipeline stages, of which each has a batch of its own under way. All ranks of the world
-    call this with the same arguments but for the share, and get the same report. Raises
+    ``base`` and ``draft`` are as training holds them, in any layout; ``exchange`` joins the base's
+    pipeline stages, of which each has a batch of its own under way. All ranks of the world call
+    this with the same arguments but for the share, and get the same report. Raises
     ``ValueError`` for an answer that would leave the base's positions.
     """
     assert compare or draft is not None
     check_lengths(prompts, max_new_tokens, base.gpt.max_sequence_length)
     stops, report = list(stop_ids), AcceptanceReport(ChainCounts(draft_tokens))
-    cached, plain = CachedBase(base, links), CachedBase(base, links, captures=False)
+    cached, plain = CachedBase(base, exchange), CachedBase(base, exchange, captures=False)
 
     def greedy(batch: Batch) -> Steps[list[list[int]]]:
         return greedy_steps(plain, batch, max_new_tokens, stops)
@@ -137,7 +137,7 @@ def evaluate_acceptance(
     ways = [("greedy", greedy)] if compare else []
     ways += [("speculative", speculative)] if draft is not None else []
     order = share.take(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
-    for wave in _waves(order, batch_size, cached.stages.count):
+    for wave in _waves(order, batch_size, cached.exchange.stages):
         indices, answers = list(chain.from_iterable(wave)), []
         for name, steps in ways:
             started = time.perf_counter()

@@ -14,7 +14,7 @@ from megatron_eagle.decode.token_padding import RowLayout
 from megatron_eagle.decode.vocab_argmax import vocab_argmax
 from megatron_eagle.parallel.vocab import VocabShard
 from megatron_eagle.pipeline.exchange import StageExchange
-from megatron_eagle.pipeline.links import Message, StageLinks
+from megatron_eagle.pipeline.links import Message
 from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.embedding import token_embeddings
 
@@ -37,18 +37,18 @@ class CachedBase:
     context-parallel ranks do not cut it, each decodes by itself.
 
     Its embedding and decoder are run directly, since ``GPTModel.forward`` knows positions 0 .. S-1
-    only. All ranks of a tensor-parallel group and of the pipeline, to whose stages ``links`` lead,
+    only. All ranks of a tensor-parallel group and of the pipeline, whose stages ``exchange`` joins,
     call every method alike, and get the same. Without ``captures`` the captured layers are not
     collected.
     """
 
     def __init__(
-        self, base: FrozenBase, links: StageLinks | None = None, captures: bool = True
+        self, base: FrozenBase, exchange: StageExchange | None = None, captures: bool = True
     ) -> None:
         self.base, self.gpt = base, base.gpt
         self.captured = base.capture.layers if captures else ()
         self.tp_group = base.tp_group
-        self.stages = StageExchange(base, links)
+        self.exchange = exchange or StageExchange(base)
         self.rows = RowLayout.of(base.config, base.tp_group)
         weight = base.output_weight
         self.device = weight.device
@@ -87,7 +87,7 @@ class CachedBase:
         tokens, positions = self.rows.padded(tokens, positions)
         cache.place(positions)
         output = self._run_stage(tokens, positions, cache)
-        return Forward(asked, output, self.base.capture.take(), self.stages.send(output))
+        return Forward(asked, output, self.base.capture.take(), self.exchange.send_hidden(output))
 
     def finish(self, forward: Forward) -> tuple[Tensor, Tensor]:
         """What a draft reads and the final hidden [n, B, H]. A draft reads the captured layers
@@ -97,23 +97,23 @@ class CachedBase:
         if forward.message is not None:
             forward.message.wait()
         output, asked = forward.output, forward.rows
-        final = self.rows.whole(self.stages.final(output), asked)
+        final = self.rows.whole(self.exchange.broadcast_last(output), asked)
         if not self.captured:
             return final, final
-        layers = [
-            self.rows.whole(x, asked) for x in self.stages.captured(forward.aux_hidden, output)
-        ]
-        return torch.cat(layers, dim=-1), final
+        shape = (output.shape[0], output.shape[1])
+        aux_hidden = self.exchange.broadcast_aux(forward.aux_hidden, shape)
+        return torch.cat([self.rows.whole(x, asked) for x in aux_hidden], dim=-1), final
 
     def _run_stage(self, tokens: Tensor, positions: Tensor, cache: KeyValueCache) -> Tensor:
         """This stage's layers: this rank's rows of [n, B, H]."""
         angles = self.rotary(positions, cache.capacity)
         hidden = None
-        if self.stages.is_first:
+        shape = (tokens.shape[1] // self.rows.parts, tokens.shape[0])
+        message = self.exchange.receive_hidden(shape)
+        if message is None:
             hidden = self.gpt.embedding(input_ids=tokens, position_ids=positions)
         else:
-            received = self.stages.receive(tokens.shape[1] // self.rows.parts, tokens.shape[0])
-            self.gpt.decoder.set_input_tensor(received)
+            self.gpt.decoder.set_input_tensor(message.wait())
         mla = self.gpt.config.multi_latent_attention
         with self.gpt.mla_rotary.at(angles) if mla else nullcontext():
             return self.gpt.decoder(
@@ -125,7 +125,9 @@ class CachedBase:
     def argmax(self, hidden: Tensor) -> Tensor:
         """Greedy ids [...] after final hidden [..., H]; one all-gather over TP, one broadcast over
         the pipeline."""
-        return self.stages.agreed(vocab_argmax(hidden, self._head, self._ids, self.tp_group))
+        return self.exchange.broadcast_last(
+            vocab_argmax(hidden, self._head, self._ids, self.tp_group)
+        )
 
     def logits_of(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """The logits of ``tokens`` [N] after one final hidden [H]; one all-reduce over TP."""

@@ -67,7 +67,7 @@ class DraftChain:
             in_turn=lambda: self._propose_in_turn(verified),
             at_once=lambda: self._propose_at_once(verified),
         )
-        return self.base.stages.agreed(self.draft.algorithm.run(schedule))
+        return self.base.exchange.broadcast_last(self.draft.algorithm.run(schedule))
 
     def _propose_in_turn(self, verified: Verified) -> Tensor:
         rows = torch.arange(verified.next_tokens.shape[1], device=verified.start.device)

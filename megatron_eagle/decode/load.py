@@ -24,8 +24,7 @@ from megatron_eagle.draft.vocab import check_vocab_ids
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.info import BASE_SIZES, DraftInfo, parse_draft_info
 from megatron_eagle.layers.backend import local_backend
-from megatron_eagle.pipeline.exchange import ForwardPass
-from megatron_eagle.pipeline.links import StageLinks
+from megatron_eagle.pipeline.exchange import StageExchange
 from megatron_eagle.pipeline.replicas import as_replica, equal_start
 from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.build import base_config, build_base, reason_of
@@ -120,15 +119,15 @@ def read_draft_info(directory: str | Path, base: BaseInfo) -> DraftCheckpointInf
 
 
 def fresh_draft(
-    about: DraftCheckpointInfo, base: FrozenBase, links: StageLinks | None = None
+    about: DraftCheckpointInfo, base: FrozenBase, exchange: StageExchange | None = None
 ) -> EagleDraft:
     """A draft of the checkpoint's shape and vocabulary as training starts it: random weights from
     this process's generators (on pipeline stages the first one's), captured layers scaled to one
     size."""
     draft = _build(about, base, initialize=True)
-    draft.start_evenly(lambda: base.layer_sizes(ForwardPass.over(base, links)))
-    if links is not None:
-        equal_start(draft, links.group)
+    draft.start_evenly(lambda: base.layer_sizes(exchange or StageExchange(base)))
+    if exchange is not None and exchange.stages > 1:
+        equal_start(draft, base.gpt.pg_collection.pp)
     return draft
 
 

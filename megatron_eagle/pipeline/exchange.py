@@ -1,125 +1,182 @@
-"""One decoding forward through the pipeline's stages, after which all of them know what it gave.
+"""Exchange of hidden states between pipeline stages, for training, decoding and feature extraction.
 
-All stages hold the same tokens, draft the same from the same captured layers, and take the last
-stage's word for a token chosen.
+Shapes: B batch, S sequence, S' this rank's part of it (cut over CP, and over TP under sequence
+parallelism; in decoding n tokens instead, cut over TP alone), H hidden size, A aux layers of all
+stages. A ``Shape`` is (S', B): every hidden state is [S', B, H].
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from megatron_eagle.attention.packing import Packing
 from megatron_eagle.pipeline.links import Message, StageLinks
 from megatron_eagle.teacher.base import FrozenBase
+from megatron_eagle.teacher.outputs import BaseOutputs
 
-
-class ForwardPass:
-    """One forward of the base through all pipeline stages, which keep their captured layers."""
-
-    def __init__(self, base: FrozenBase, links: StageLinks) -> None:
-        self.base, self.links, self.group = base, links, links.group
-
-    @classmethod
-    def over(cls, base: FrozenBase, links: StageLinks | None) -> ForwardPass | None:
-        """None without ``links``: the base is whole here."""
-        return None if links is None else cls(base, links)
-
-    def run(self, tokens: Tensor) -> dict[int, Tensor]:
-        """This stage's captured layers, by id, of tokens [B, S]. One message a link."""
-        hidden = None
-        if not self.links.is_first:
-            shape = (self.base.rows(tokens), tokens.shape[0], self.base.config.hidden_size)
-            hidden = self.links.receive_hidden(self.base.embedding_weight.new_empty(shape)).wait()
-        aux_hidden, out = self.base.run_stage(tokens, hidden)
-        if not self.links.is_last:
-            self.links.send_hidden(out).wait()
-        return aux_hidden
+Shape = tuple[int, int]
+Part = Message | list[Tensor]
+"""Hidden states of one stage for a micro-batch: under way, or computed by this stage itself."""
 
 
 class StageExchange:
-    """What stages tell each other while they decode; every method is called by all of them alike.
+    """Sends and receives the hidden states of one base on its pipeline stages.
 
-    Nothing is sent without ``links``, on one stage that has all layers.
+    Without ``links`` the base is whole on this rank and nothing is sent. Constructing it is a
+    collective of the stages, which tell each other which aux layers they hold.
+
+    Attributes:
+        stage, stages: this stage's number, and how many there are.
+        layers_by_stage: per stage, the ids of the aux layers that it holds, ascending.
     """
 
-    def __init__(self, base: FrozenBase, links: StageLinks | None) -> None:
+    def __init__(self, base: FrozenBase, links: StageLinks | None = None) -> None:
         self.base, self.links = base, links
-        self.config = base.config
-        here = base.capture.layers_here
-        self.layers_by_stage: list[Any] = [here]
+        self.stage, self.stages = (0, 1) if links is None else (links.stage, links.stages)
+        local_layers = base.capture.local_layers
+        self.layers_by_stage: list[Any] = [local_layers]
         if links is not None:
             self.layers_by_stage = [None] * links.stages
-            torch.distributed.all_gather_object(self.layers_by_stage, here, group=links.group)
+            torch.distributed.all_gather_object(
+                self.layers_by_stage, local_layers, group=links.group
+            )
 
-    @property
-    def count(self) -> int:
-        """Pipeline stages."""
-        return 1 if self.links is None else self.links.stages
+    @classmethod
+    def of(
+        cls, base: FrozenBase, group: ProcessGroup, timeout: timedelta | None = None
+    ) -> StageExchange:
+        """Link the stages of the pipeline ``group``, if there are several. Collective: every rank
+        of the world must call it."""
+        return cls(base, StageLinks(group, timeout) if group.size() > 1 else None)
 
     @property
     def is_first(self) -> bool:
-        return self.links is None or self.links.is_first
+        return self.stage == 0
 
-    def receive(self, rows: int, batch: int) -> Tensor:
-        """The hidden states [``rows``, ``batch``, H] of the stage before."""
-        assert self.links is not None
-        return self.links.receive_hidden(self._buffer(rows, batch, 1)).wait()
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.stages - 1
 
-    def send(self, hidden: Tensor) -> Message | None:
-        """This stage's output, to the next one if there is one."""
-        if self.links is None or self.links.is_last:
+    def buffer(self, shape: Shape, count: int) -> Tensor:
+        """Return an uninitialised [S', B, ``count`` * H] of the hidden states' dtype."""
+        config, weight = self.base.config, self.base.embedding_weight
+        dtype = torch.float32 if config.fp32_residual_connection else weight.dtype
+        width = count * config.hidden_size
+        return torch.empty(*shape, width, dtype=dtype, device=weight.device)
+
+    # From stage to stage.
+
+    def receive_hidden(self, shape: Shape) -> Message | None:
+        """Post the receive of the previous stage's output; None on the first stage."""
+        if self.links is None or self.is_first:
             return None
-        return self.links.send_hidden(hidden)
+        return self.links.receive_hidden(self.buffer(shape, 1))
 
-    def captured(self, aux_hidden: dict[int, Tensor], like: Tensor) -> list[Tensor]:
-        """All captured layers in order, from those of this stage; each of the shape of ``like``
-        [n, B, H]. One broadcast per stage that has some."""
-        found: dict[int, Tensor] = {}
+    def send_hidden(self, output: Tensor) -> Message | None:
+        """Post the send of this stage's output to the next stage; None on the last stage."""
+        if self.links is None or self.is_last:
+            return None
+        return self.links.send_hidden(output)
+
+    def run_stage(
+        self, tokens: Tensor, packing: Packing | None = None
+    ) -> tuple[dict[int, Tensor], Tensor]:
+        """Receive the previous stage's output for whole sequences of tokens [B, S], and run this
+        stage's layers on it. Returns the aux hidden states by layer id, and the output."""
+        message = self.receive_hidden(self.base.local_shape(tokens))
+        hidden = None if message is None else message.wait()
+        return self.base.run_stage(tokens, hidden, packing)
+
+    def local_aux_hidden(self, tokens: Tensor) -> dict[int, Tensor]:
+        """Run one forward through all stages, and return this stage's aux hidden states by layer
+        id. One message a link."""
+        aux_hidden, output = self.run_stage(tokens)
+        message = self.send_hidden(output)
+        if message is not None:
+            message.wait()
+        return aux_hidden
+
+    def sum_over_stages(self, values: Tensor) -> None:
+        """Sum ``values`` over the stages, in place. One all-reduce."""
+        if self.links is not None:
+            torch.distributed.all_reduce(values, group=self.links.group)
+
+    # To one stage: a micro-batch's owner in training, the last stage in feature extraction.
+
+    def outputs_of(self, stage: int) -> int:
+        """Return how many hidden states a reader needs from ``stage``: those of its aux layers, and
+        from the last stage the final hidden."""
+        return len(self.layers_by_stage[stage]) + (stage == self.stages - 1)
+
+    def local_outputs(self, aux_hidden: dict[int, Tensor], output: Tensor) -> list[Tensor]:
+        """Return the hidden states that a reader needs from this stage, the final one last."""
+        outputs = [aux_hidden[layer] for layer in sorted(aux_hidden)]
+        return [*outputs, output] if self.is_last else outputs
+
+    def send_outputs(self, outputs: list[Tensor], reader: int) -> Message | None:
+        """Post the send of this stage's ``local_outputs`` to the stage ``reader``; None without
+        any.
+
+        They travel side by side as one message: with ``CUDA_DEVICE_MAX_CONNECTIONS=1`` a second
+        receive from the same rank, which waits for the first, can keep the device from later work
+        that the sender may wait for.
+        """
+        if self.links is None or not outputs:
+            return None
+        return self.links.send_aux(torch.cat(outputs, dim=-1), reader)
+
+    def receive_outputs(self, shape: Shape, stage: int) -> Message | None:
+        """Post the receive of another ``stage``'s outputs; None if it has none."""
+        count = self.outputs_of(stage)
+        if self.links is None or not count:
+            return None
+        return self.links.receive_aux(self.buffer(shape, count), stage)
+
+    def assemble(self, parts: Mapping[int, Part]) -> BaseOutputs:
+        """Wait for the ``parts`` of a micro-batch, by stage, and return the base's outputs."""
+        outputs = {stage: self._arrived(stage, part) for stage, part in parts.items()}
+        by_layer: dict[int, Tensor] = {}
+        for stage, hiddens in outputs.items():
+            by_layer |= zip(self.layers_by_stage[stage], hiddens, strict=False)
+        # Contiguous, so that it does not keep alive the aux hidden states it travelled with.
+        final_hidden = outputs[self.stages - 1][-1].contiguous()
+        return BaseOutputs.of([by_layer[i] for i in self.base.capture.layers], final_hidden)
+
+    def _arrived(self, stage: int, part: Part) -> list[Tensor]:
+        if isinstance(part, Message):
+            return list(part.wait().chunk(self.outputs_of(stage), dim=-1))
+        return part
+
+    # To all stages, which in decoding hold the same tokens and draft the same from them.
+
+    def broadcast_aux(self, aux_hidden: dict[int, Tensor], shape: Shape) -> list[Tensor]:
+        """Return all A aux hidden states in order, given this stage's by layer id. One broadcast
+        per stage that has some."""
+        if self.links is None:
+            return [aux_hidden[layer] for layer in self.base.capture.layers]
+        by_layer: dict[int, Tensor] = {}
         for stage, layers in enumerate(self.layers_by_stage):
-            if layers:
-                mine = (
-                    torch.cat([aux_hidden[i] for i in layers], dim=-1)
-                    if layers[0] in aux_hidden
-                    else None
-                )
-                joined = self._from(stage, mine, like, len(layers))
-                found |= zip(layers, joined.chunk(len(layers), dim=-1), strict=True)
-        return [found[i] for i in self.base.capture.layers]
+            if not layers:
+                continue
+            if stage == self.stage:
+                joined = torch.cat([aux_hidden[layer] for layer in layers], dim=-1)
+            else:
+                joined = self.buffer(shape, len(layers))
+            torch.distributed.broadcast(joined, group=self.links.group, group_src=stage)
+            by_layer |= zip(layers, joined.chunk(len(layers), dim=-1), strict=True)
+        return [by_layer[layer] for layer in self.base.capture.layers]
 
-    def final(self, output: Tensor) -> Tensor:
-        """The last stage's ``output`` [n, B, H]. One broadcast."""
-        return self._from(-1, output, output, 1)
-
-    def agreed(self, tokens: Tensor) -> Tensor:
-        """The last stage's ``tokens``, which rounding must not make others than here. One
+    def broadcast_last(self, tensor: Tensor) -> Tensor:
+        """Return the last stage's ``tensor``; the other stages' has the same shape and dtype. One
         broadcast."""
         if self.links is None:
-            return tokens
-        tokens = tokens.contiguous()
-        last = self.links.stages - 1
-        torch.distributed.broadcast(tokens, group=self.links.group, group_src=last)
-        return tokens
-
-    def _from(self, stage: int, mine: Tensor | None, like: Tensor, blocks: int) -> Tensor:
-        if self.links is None:
-            assert mine is not None
-            return mine
-        source = stage % self.links.stages
-        tensor = mine if source == self.links.stage else None
-        if tensor is None:
-            tensor = self._buffer(like.shape[0], like.shape[1], blocks)
-        tensor = tensor.contiguous()
-        torch.distributed.broadcast(tensor, group=self.links.group, group_src=source)
+            return tensor
+        tensor = tensor.contiguous() if self.is_last else tensor.new_empty(tensor.shape)
+        torch.distributed.broadcast(tensor, group=self.links.group, group_src=self.stages - 1)
         return tensor
-
-    def _buffer(self, rows: int, batch: int, blocks: int) -> Tensor:
-        config = self.config
-        return torch.empty(
-            rows,
-            batch,
-            blocks * config.hidden_size,
-            dtype=torch.float32 if config.fp32_residual_connection else config.params_dtype,
-            device=self.base.embedding_weight.device,
-        )

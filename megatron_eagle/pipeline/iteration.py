@@ -1,171 +1,105 @@
-"""One iteration on one pipeline stage: base forwards, draft steps, and the messages between them.
-
-All stages read the same micro-batches, so every shape is known beforehand.
-"""
+"""One iteration on one pipeline stage: base forwards and draft steps, in the plan's order."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from megatron_eagle.compat import backward_step, forward_step, get_model_config, unwrap_model
-from megatron_eagle.objective.batch import EagleBatch
-from megatron_eagle.pipeline.aux_router import AuxRouter
-from megatron_eagle.pipeline.links import Message
-from megatron_eagle.pipeline.plan import forwards_ahead, owner_of, stage_actions
-from megatron_eagle.pipeline.read_ahead import peek
+from megatron_eagle.compat import backward_step, forward_step, get_model_config
+from megatron_eagle.pipeline.base_stream import BaseStream
+from megatron_eagle.pipeline.plan import stage_actions
 
-Observer = Callable[[str, int], AbstractContextManager[Any]]
-"""Called with what is about to happen (the kind of an action, or "wait" for a message) and the
-number of the micro-batch; entered and left around it."""
 
-SENDS_AHEAD = 2
-"""Hidden states that may be under way to the next stage before this one waits."""
+class IterationResult(NamedTuple):
+    """Number of supervised tokens this stage trained on, metric reports of its micro-batches, and
+    the stream whose first forwards were run ahead (None if none were)."""
+
+    tokens: Tensor
+    reports: list[dict[str, Tensor]]
+    ahead: BaseStream | None
 
 
 class PipelineIteration:
-    """One iteration, from its first base forward to its last draft step on this stage.
+    """One iteration, from its first base forward that was not run ahead to its last draft step.
 
     Args:
-        observer: is told what happens.
         step: Megatron's forward step function.
         chunk: the model, wrapped for data parallelism.
-        samples: its first samples, if they are known.
-        before: the iteration during whose end this one begins: what that sends is still leaving.
+        stream: the iteration's base forwards on this stage, started.
+        micro_batches: how many there are, on all stages together.
+        forward_only: whether the draft is evaluated instead of trained.
+        runs_ahead: whether the next iteration's first base forwards are run too.
     """
 
     def __init__(
         self,
-        observer: Observer,
         step: Any,
         chunk: Any,
-        samples: Sequence[Any] = (),
-        before: PipelineIteration | None = None,
+        stream: BaseStream,
+        micro_batches: int,
+        forward_only: bool,
+        runs_ahead: bool,
     ) -> None:
-        self.observer, self.step, self.chunk = observer, step, chunk
-        self.samples, self.begun = list(samples), before is not None
-        self.config = get_model_config(chunk)
-        eagle = unwrap_model(chunk)
-        self.base, self.links = eagle.base, eagle.links
-        self.router: AuxRouter = AuxRouter(
-            self.links,
-            self.base.capture.layers,
-            eagle.layers_by_stage,
-            self.config.hidden_size,
-            self._buffer,
-            {} if before is None else before.router.leaving,
-        )
+        self.step, self.chunk, self.config = step, chunk, get_model_config(chunk)
+        self.stream, self.micro_batches = stream, micro_batches
+        self.forward_only, self.runs_ahead = forward_only, runs_ahead
         self.reports: list[dict[str, Tensor]] = []
-        self.following: PipelineIteration | None = None
-        self._iterator: Iterator[Any] = iter(())
-        self._batches: dict[int, EagleBatch] = {}
-        self._read = 0
-        self._incoming: Message | None = None
-        self._outgoing: deque[Message] = deque() if before is None else before._outgoing
+        self._ahead: BaseStream | None = None
 
-    def run(
-        self, iterator: Iterator[Any], micro_batches: int, forward_only: bool, goes_on: bool
-    ) -> Tensor:
-        """All of it that is left to do; the number of supervised rows of this stage's micro-
-        batches. If training ``goes_on``, the ``following`` iteration is begun."""
-        stage, stages = self.links.stage, self.links.stages
-        self._iterator, last = iterator, micro_batches - 1
-        own = deque(range(stage, micro_batches, stages))
-        rows = torch.zeros([], dtype=torch.int, device=torch.cuda.current_device())
-        if own:
-            expected = forwards_ahead(stage, stages) if self.begun else 0
-            self.router.expect(own[0], range(expected, stages))
+    def run(self) -> IterationResult:
+        """Run all actions that this stage's plan has for the iteration."""
+        stage, stages = self.stream.exchange.stage, self.stream.exchange.stages
+        owned = deque(range(stage, self.micro_batches, stages))
+        tokens = torch.zeros([], dtype=torch.int, device=torch.cuda.current_device())
+        if owned:
+            self.stream.expect_outputs(owned[0])
         for kind, micro_batch in stage_actions(
-            stage, stages, micro_batches, begun=self.begun, goes_on=goes_on
+            stage,
+            stages,
+            self.micro_batches,
+            was_ahead=self.stream.was_ahead,
+            runs_ahead=self.runs_ahead,
         ):
             if kind == "base":
-                self._run_base(kind, micro_batch, expect_next=micro_batch < last)
-                if goes_on and micro_batch == last:
-                    self._next(last).expect_hidden(0)
+                self.stream.run(kind, micro_batch)
+                if self.runs_ahead and micro_batch == self.micro_batches - 1:
+                    self._next_stream().expect_hidden(0)
             elif kind == "ahead":
-                self._next(last)._run_base(kind, micro_batch, expect_next=True)
+                self._next_stream().run(kind, micro_batch)
             else:
-                own.popleft()
-                if own:  # so that no sender has to wait for this draft step
-                    self.router.expect(own[0], range(stages))
-                elif goes_on:
-                    self._next(last).expect_aux()
-                with self._reduce_after_last(own, forward_only):
-                    rows += self._train(micro_batch, forward_only)
-        assert not self.router.held
-        if not goes_on:
-            self.finish()
-        return rows
+                owned.popleft()
+                if owned:  # so that no sender has to wait for this draft step
+                    self.stream.expect_outputs(owned[0])
+                elif self.runs_ahead:
+                    self._next_stream().expect_outputs_ahead()
+                with self._reduce_after_last(is_last=not owned):
+                    tokens += self._train(micro_batch)
+        assert not self.stream.router.held
+        if not self.runs_ahead:
+            self.stream.finish()
+        return IterationResult(tokens, self.reports, self._ahead)
 
-    def expect_hidden(self, micro_batch: int) -> None:
-        """Post the receive of what the stage before makes of ``micro_batch``."""
-        if not self.links.is_first:
-            buffer = self._buffer(micro_batch, self.config.hidden_size)
-            self._incoming = self.links.receive_hidden(buffer)
+    def _next_stream(self) -> BaseStream:
+        if self._ahead is None:
+            self._ahead = self.stream.next_iteration()
+        return self._ahead
 
-    def expect_aux(self) -> None:
-        """Post those receives for this stage's first micro-batch that the iteration before
-        sends."""
-        stage = self.links.stage
-        self.router.expect(stage, range(forwards_ahead(stage, self.links.stages)))
-
-    def finish(self) -> None:
-        """Until all that was posted has arrived or left."""
-        if self._incoming is not None:
-            self._incoming.wait()
-        while self._outgoing:
-            self._outgoing.popleft().wait()
-        self.router.finish()
-
-    def _next(self, last: int) -> PipelineIteration:
-        """The iteration after this one, whose samples lie behind that of micro-batch ``last``."""
-        if self.following is None:
-            self._sample(last)
-            samples = peek(self._iterator, self.links.stages)
-            self.following = PipelineIteration(
-                self.observer, self.step, self.chunk, samples, before=self
-            )
-        return self.following
-
-    def _run_base(self, kind: str, micro_batch: int, expect_next: bool) -> None:
-        batch = self._batches[micro_batch] = self._batch(micro_batch).to(self.device)
-        hidden = None
-        if not self.links.is_first:
-            if self._incoming is None:
-                self.expect_hidden(micro_batch)
-            assert self._incoming is not None
-            with self.observer("wait", micro_batch):
-                hidden = self._incoming.wait()
-            self._incoming = None
-            if expect_next:
-                self.expect_hidden(micro_batch + 1)
-        with self.observer(kind, micro_batch):
-            aux_hidden, out = self.base.run_stage(batch.tokens, hidden, batch.packing)
-        if not self.links.is_last:
-            if len(self._outgoing) == SENDS_AHEAD:
-                with self.observer("wait", micro_batch):
-                    self._outgoing.popleft().wait()
-            self._outgoing.append(self.links.send_hidden(out))
-        self.router.deliver(micro_batch, aux_hidden, out)
-        if owner_of(micro_batch, self.links.stages) != self.links.stage:
-            del self._batches[micro_batch]
-
-    def _train(self, micro_batch: int, forward_only: bool) -> Tensor:
-        with self.observer("wait", micro_batch):
-            outputs = self.router.collect(micro_batch)
-        batch = self._batches.pop(micro_batch)
+    def _train(self, micro_batch: int) -> Tensor:
+        """Run the draft on ``micro_batch``, forward and (unless ``forward_only``) backward; return
+        its number of supervised tokens."""
+        batch, outputs = self.stream.collect(micro_batch)
 
         def step(_: Iterator[Any], model: Any) -> tuple[Any, Any]:
             return model(batch, outputs), self.step.loss
 
-        with self.observer("draft", micro_batch):
-            loss, rows = forward_step(
+        with self.stream.observer("draft", micro_batch):
+            loss, tokens = forward_step(
                 step,
                 None,
                 self.chunk,
@@ -173,40 +107,16 @@ class PipelineIteration:
                 None,
                 self.reports,
                 self.config,
-                self.base.cp_group.size(),
+                self.stream.exchange.base.cp_group.size(),
                 current_microbatch=micro_batch,
             )
-            if not forward_only:
+            if not self.forward_only:
                 backward_step(None, loss, None, self.config)
-        return rows
+        return tokens
 
-    def _reduce_after_last(self, left: Any, forward_only: bool) -> AbstractContextManager[Any]:
-        """Gradients meet the data-parallel ranks with this stage's last micro-batch."""
+    def _reduce_after_last(self, is_last: bool) -> AbstractContextManager[Any]:
+        """Keep data-parallel ranks from reducing gradients before this stage's last micro-batch."""
         no_sync = self.config.no_sync_func
-        if no_sync is None or forward_only or not left:
+        if no_sync is None or self.forward_only or is_last:
             return contextlib.nullcontext()
         return no_sync()
-
-    def _sample(self, micro_batch: int) -> Any:
-        while len(self.samples) <= micro_batch:
-            self.samples.append(next(self._iterator))
-        return self.samples[micro_batch]
-
-    def _batch(self, micro_batch: int) -> EagleBatch:
-        while self._read <= micro_batch:
-            sample = self._sample(self._read)
-            self._batches[self._read] = self.step.read(iter((sample,)))
-            self._read += 1
-        return self._batches[micro_batch]
-
-    def _buffer(self, micro_batch: int, width: int) -> Tensor:
-        """An uninitialised [S', B, width] for what another stage sends of ``micro_batch``."""
-        tokens = self._batch(micro_batch).tokens
-        dtype = torch.float32 if self.config.fp32_residual_connection else self.config.params_dtype
-        return torch.empty(
-            self.base.rows(tokens), tokens.shape[0], width, dtype=dtype, device=self.device
-        )
-
-    @property
-    def device(self) -> torch.device:
-        return self.base.embedding_weight.device

@@ -1,9 +1,11 @@
 """Point-to-point messages between the pipeline stages of one tensor- and data-parallel replica.
 
 Every message is posted and returns at once. NCCL runs the messages of two ranks in the order in
-which both posted them; three groups (the base's hidden states; captured layers to later stages; to
-earlier ones) keep that order the same on both sides, because between two ranks each group carries
-one direction only, micro-batch after micro-batch.
+which both posted them; three groups (the base's hidden states; aux hidden states to later stages;
+to earlier ones) keep that order the same on both sides, because between two ranks each group
+carries one direction only, micro-batch after micro-batch.
+
+Shapes: S' this rank's part of the sequence, B batch, H hidden size; n hidden states side by side.
 """
 
 from __future__ import annotations
@@ -20,44 +22,46 @@ from torch.distributed import ProcessGroup
 
 @dataclass
 class Message:
-    """A tensor under way, in either direction; it must stay alive until :meth:`wait`."""
+    """A tensor being sent or received; it must stay alive until ``wait``."""
 
     tensor: Tensor
     work: Any
 
     def wait(self) -> Tensor:
-        """Until the tensor has arrived, or left; on a GPU the stream waits, not the host."""
+        """Wait until the tensor has arrived or left, and return it; on a GPU the CUDA stream waits,
+        not the host."""
         self.work.wait()
         return self.tensor
 
 
 class StageLinks:
-    """The links of this rank to the other stages of its pipeline ``group``.
+    """Links from this rank to the other stages of its pipeline ``group``.
 
-    Made by all ranks of the world at once: torch makes groups that way.
+    Collective: every rank of the world must construct it, since torch makes process groups that
+    way.
     """
 
     def __init__(self, group: ProcessGroup, timeout: timedelta | None = None) -> None:
         self.group, self.stage, self.stages = group, group.rank(), group.size()
         self.ranks = torch.distributed.get_process_group_ranks(group)
-        every: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(every, self.ranks)
-        pipelines = sorted({tuple(ranks) for ranks in every})
+        by_rank: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(by_rank, self.ranks)
+        pipelines = sorted({tuple(ranks) for ranks in by_rank})
 
-        def another_group() -> ProcessGroup:
-            mine, _ = torch.distributed.new_subgroups_by_enumeration(
+        def new_group() -> ProcessGroup:
+            group, _ = torch.distributed.new_subgroups_by_enumeration(
                 [list(ranks) for ranks in pipelines], timeout=timeout
             )
-            return mine
+            return group
 
-        self._hidden, self._later, self._earlier = (another_group() for _ in range(3))
+        self._hidden, self._later, self._earlier = (new_group() for _ in range(3))
         self._connect()
 
     def _connect(self) -> None:
         """Exchange a number between every two stages in every group.
 
         NCCL connects two ranks at their first message, and the host waits there for the other one:
-        posted in any order but one for all, first messages can wait for each other forever.
+        unless all ranks post their first messages in one common order, those can deadlock.
         """
         number = torch.zeros(1, device=torch.cuda.current_device())
         for group in (self._hidden, self._later, self._earlier):
@@ -76,19 +80,19 @@ class StageLinks:
         return self.stage == self.stages - 1
 
     def send_hidden(self, hidden: Tensor) -> Message:
-        """To the next stage."""
+        """Post the send of ``hidden`` [S', B, H] to the next stage."""
         return self._send(hidden, self.stage + 1, self._hidden)
 
     def receive_hidden(self, buffer: Tensor) -> Message:
-        """From the stage before."""
+        """Post the receive of the previous stage's hidden states into ``buffer`` [S', B, H]."""
         return self._receive(buffer, self.stage - 1, self._hidden)
 
     def send_aux(self, tensor: Tensor, stage: int) -> Message:
-        """To the owner ``stage`` of a micro-batch."""
+        """Post the send of ``tensor`` [S', B, n * H] to the stage ``stage`` that reads it."""
         return self._send(tensor, stage, self._later if stage > self.stage else self._earlier)
 
     def receive_aux(self, buffer: Tensor, stage: int) -> Message:
-        """From ``stage``, as the owner."""
+        """Post the receive of ``buffer`` [S', B, n * H] from the stage ``stage``."""
         return self._receive(buffer, stage, self._later if stage < self.stage else self._earlier)
 
     def _send(self, tensor: Tensor, stage: int, group: ProcessGroup) -> Message:

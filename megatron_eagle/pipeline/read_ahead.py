@@ -1,4 +1,4 @@
-"""The first samples of the next iteration, seen before they are taken."""
+"""Peeking at the first samples of the next iteration before they are taken."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ class Peekable:
         return self._seen.popleft() if self._seen else next(self.source)
 
     def peek(self, count: int) -> list[Any]:
-        """The next ``count`` items."""
+        """Return the next ``count`` items, which stay to be taken."""
         while len(self._seen) < count:
             self._seen.append(next(self.source))
         return list(self._seen)[:count]
 
 
 def peek(iterator: Any, count: int) -> list[Any]:
-    """The next ``count`` samples of Megatron's training iterator.
+    """Return the next ``count`` samples of Megatron's training iterator, which stay to be taken.
 
-    It records what is taken from it, to replay an iteration that Megatron doubts. So the samples
-    are seen underneath it, and taken from it in their own iteration."""
+    That iterator records what is taken from it, to replay an iteration whose result Megatron's
+    rerun machine rejects. So the samples are read from the iterator underneath, and taken from
+    Megatron's in their own iteration."""
     if not isinstance(iterator.iterable, Peekable):
         iterator.iterable = Peekable(iterator.iterable)
     return iterator.iterable.peek(count)

@@ -1,4 +1,9 @@
-"""The frozen base: a GPTModel that only looks."""
+"""The frozen base, which is the target (verifier) model of speculative decoding.
+
+Shapes: B batch, S sequence, S' this rank's part of it (cut over CP in Megatron's zigzag order, and
+over TP under sequence parallelism), H hidden size, Vp this rank's rows of the vocabulary, A aux
+layers, d rotated channels of an attention head.
+"""
 
 from __future__ import annotations
 
@@ -20,48 +25,57 @@ from megatron_eagle.teacher.vocab_shards import VocabShards
 
 
 class FrozenBase(MegatronModule):
-    """A GPTModel that only looks: always in eval mode, no gradients, hidden states for logits.
+    """Frozen target model: always in eval mode, no gradients; returns hidden states, not logits.
 
-    Its parameters never require a gradient, so they enter neither DDP buffers nor the optimizer;
-    eval mode, which :meth:`train` refuses to leave, also keeps buffers (router biases, FP8 amax)
+    Its parameters never require a gradient, so they enter neither DDP buffers nor the optimizer.
+    Eval mode, which ``train`` refuses to leave, also keeps buffers (router biases, FP8 amax)
     as they are.
+
+    Args:
+        gpt: Megatron's GPTModel, or this pipeline stage's layers of it.
+        aux_layers: ids of the layers whose outputs are captured, ascending.
+        vocab_size: of the base, without padding.
+        shards: this rank's rows of embedding and output layer.
     """
 
     def __init__(
-        self, gpt: Any, captured: Sequence[int], vocab_size: int, shards: VocabShards | None = None
+        self,
+        gpt: Any,
+        aux_layers: Sequence[int],
+        vocab_size: int,
+        shards: VocabShards | None = None,
     ) -> None:
         super().__init__(config=gpt.config)
         self.gpt = gpt.requires_grad_(False).eval()
         self.shards = shards or VocabShards(gpt)
         self.vocab_size = vocab_size
-        self.capture = AuxCapture(gpt.decoder, captured)
+        self.capture = AuxCapture(gpt.decoder, aux_layers)
         self.tp_group, self.cp_group = gpt.pg_collection.tp, gpt.pg_collection.cp
         self._angles: Tensor | None = None
-        # GPTModel counts positions from the sequence's start; packed documents have their own.
+        # GPTModel counts positions from the sequence's start, packed documents from their own.
         position_rotary(gpt).register_forward_hook(
             lambda _module, _inputs, angles: angles if self._angles is None else self._angles
         )
-        # GPTModel returns the decoder's output when it is not to post-process it; the decoder's
-        # own final norm is not affected.
+        # Without post-processing, GPTModel returns the decoder's output instead of logits; the
+        # decoder's own final norm is not affected.
         gpt.post_process = False
 
     @property
     def embedding_weight(self) -> Tensor:
-        """[Vp, H]: this rank's rows of the word embedding."""
+        """Word embedding [Vp, H]."""
         return self.shards.embedding_weight
 
     @property
     def output_weight(self) -> Tensor:
-        """[Vp, H]: this rank's rows of the output layer (the embedding's, when tied)."""
+        """Weight of the output layer [Vp, H] (the embedding's, when tied)."""
         return self.shards.output_weight
 
     def train(self, mode: bool = True) -> FrozenBase:
+        """Stay in eval mode, whatever ``mode`` is."""
         return super().train(False)
 
     def forward(self, tokens: Tensor, packing: Packing | None = None) -> BaseOutputs:
-        """The base's outputs for whole sequences of tokens [B, S], packed of documents or not, all
-        layers being here. S' are this rank's rows: S, cut over CP in Megatron's zigzag order, and
-        over TP under sequence parallelism."""
+        """Run a base that is whole on this rank on sequences of tokens [B, S], packed or not."""
         aux_hidden, final = self.run_stage(tokens, None, packing)
         return BaseOutputs.of([aux_hidden[i] for i in self.capture.layers], final)
 
@@ -69,9 +83,17 @@ class FrozenBase(MegatronModule):
     def run_stage(
         self, tokens: Tensor, hidden: Tensor | None, packing: Packing | None = None
     ) -> tuple[dict[int, Tensor], Tensor]:
-        """This pipeline stage's layers: tokens [B, S], read by the first stage only, and ``hidden``
-        [S', B, H] of the stage before -> captured layers by id and the output, [S', B, H] each
-        (on the last stage after the final norm)."""
+        """Run this pipeline stage's layers.
+
+        Args:
+            tokens: whole sequences [B, S]; only the first stage embeds them.
+            hidden: the previous stage's output [S', B, H]; None on the first stage.
+            packing: the documents in the sequences, if they are packed.
+
+        Returns:
+            The aux hidden states by layer id and the stage's output, [S', B, H] each; the last
+            stage's output is the final hidden, after the final norm.
+        """
         shard = ContextShard.of(tokens.shape[1], self.cp_group)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         self.gpt.set_input_tensor(hidden)
@@ -81,14 +103,16 @@ class FrozenBase(MegatronModule):
             )
         return self.capture.take(), out
 
-    def rows(self, tokens: Tensor) -> int:
-        """S' of whole sequences of tokens [B, S]."""
+    def local_shape(self, tokens: Tensor) -> tuple[int, int]:
+        """Return (S', B) of whole sequences of tokens [B, S]."""
+        batch, length = tokens.shape
         parts = self.tp_group.size() if self.config.sequence_parallel else 1
-        return tokens.shape[1] // (self.cp_group.size() * parts)
+        return length // (self.cp_group.size() * parts), batch
 
     @contextmanager
     def _inside_documents(self, packing: Packing | None) -> Iterator[DocumentAttention | None]:
-        """What the base's layers attend by; inside, its RoPE angles restart at every document."""
+        """Yield what to give the layers as attention mask; inside, RoPE angles restart at every
+        document."""
         if packing is None:
             yield None
             return
@@ -101,8 +125,8 @@ class FrozenBase(MegatronModule):
 
     @torch.no_grad()
     def gather_final(self, final: Tensor, halo: int) -> Tensor:
-        """Final hidden [S', B, H] as :class:`~megatron_eagle.objective.batch.EagleBatch` counts its
-        target rows: whole over TP, the context-parallel pieces with ``halo`` rows more. One
+        """Gather the final hidden [S', B, H] to the rows by which ``EagleBatch`` counts its
+        targets: whole over TP, and each context-parallel piece with ``halo`` more positions. One
         all-gather over TP under sequence parallelism, and a small one over CP."""
         if self.config.sequence_parallel:
             final = gather_from_sequence_parallel_region(final, group=self.tp_group)
@@ -110,25 +134,25 @@ class FrozenBase(MegatronModule):
 
     @torch.no_grad()
     def rotary(self, length: int) -> Tensor:
-        """RoPE angles of positions 0 .. length - 1, [length, 1, 1, d]."""
+        """Return the RoPE angles of positions 0 .. length - 1, [length, 1, 1, d]."""
         # packed_seq: not cut over CP.
         return position_rotary(self.gpt)(length, packed_seq=True)
 
     @torch.no_grad()
-    def layer_sizes(self, stages: StageForward | None = None, length: int = 128) -> Tensor:
-        """Measure the typical RMS of each captured layer: [A] fp32, the same on every rank.
+    def layer_sizes(self, stages: StageForward, length: int = 128) -> Tensor:
+        """Measure the typical RMS of each aux layer's output: [A] fp32, the same on every rank.
 
         Measured on random tokens, which need no data; medians over tokens, since first tokens carry
-        massive activations. One all-gather per captured layer over each group that cuts the
-        sequence, so that no layout changes the medians, and one all-reduce over pipeline stages,
-        whose layers ``stages`` runs; beside the base's own communication.
+        massive activations. Collectives besides the base's own: one all-gather per aux layer over
+        each group that cuts the sequence, so that no layout changes the medians, and one all-reduce
+        over the pipeline ``stages``.
         """
         multiple = 2 * self.cp_group.size() * self.tp_group.size()
         length = -(-length // multiple) * multiple
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(self.vocab_size, (1, length), generator=generator)
         tokens = tokens.to(self.embedding_weight.device)
-        aux_hidden = self.run_stage(tokens, None)[0] if stages is None else stages.run(tokens)
+        aux_hidden = stages.local_aux_hidden(tokens)
         sizes = torch.zeros(len(self.capture.layers), device=self.embedding_weight.device)
         groups = [self.cp_group, *([self.tp_group] if self.config.sequence_parallel else [])]
         for layer, hidden in aux_hidden.items():
@@ -136,24 +160,24 @@ class FrozenBase(MegatronModule):
             for group in groups:
                 rms = _all_ranks(rms, group)
             sizes[self.capture.layers.index(layer)] = rms.median()
-        if stages is not None:
-            torch.distributed.all_reduce(sizes, group=stages.group)
+        stages.sum_over_stages(sizes)
         return sizes
 
 
 class StageForward(Protocol):
-    """One forward through all pipeline stages:
-    :class:`~megatron_eagle.pipeline.exchange.ForwardPass`."""
+    """Interface of ``pipeline.exchange.StageExchange`` to a forward through all stages."""
 
-    group: Any
+    def local_aux_hidden(self, tokens: Tensor) -> dict[int, Tensor]:
+        """Run tokens [B, S]; return this stage's aux hidden states [S', B, H] by layer id."""
+        ...
 
-    def run(self, tokens: Tensor) -> dict[int, Tensor]:
-        """This stage's captured layers, by id, of tokens [B, S]."""
+    def sum_over_stages(self, values: Tensor) -> None:
+        """Sum ``values`` over the stages, in place."""
         ...
 
 
 def _all_ranks(values: Tensor, group: Any) -> Tensor:
-    """[n] of every rank of ``group`` as [ranks * n]."""
+    """Gather [n] of every rank of ``group`` to [ranks * n]. One all-gather."""
     if group.size() == 1:
         return values
     received = values.new_empty(group.size() * values.numel())

@@ -29,8 +29,7 @@ from megatron_eagle.layers.backend import (
 )
 from megatron_eagle.loss.soft_cross_entropy import teacher_bytes
 from megatron_eagle.model import EagleGPTModel
-from megatron_eagle.pipeline.exchange import ForwardPass
-from megatron_eagle.pipeline.links import StageLinks
+from megatron_eagle.pipeline.exchange import StageExchange
 from megatron_eagle.pipeline.replicas import FinalizeReplicas, equal_start
 from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.build import build_base, load_base
@@ -73,9 +72,8 @@ class ModelBuilder:
         aux_layers = self.options.spec.aux_layers_of(config.num_layers)
         use_te = args.transformer_impl == "transformer_engine"
         backend = transformer_engine_backend() if use_te else local_backend()
-        links = _stage_links(pg_collection.pp)
-        if links is not None:
-            base_config.finalize_model_grads_func = FinalizeReplicas(links.group)
+        if pg_collection.pp.size() > 1:
+            base_config.finalize_model_grads_func = FinalizeReplicas(pg_collection.pp)
         plan = self._features(aux_layers)
         if plan is not None:
             base_config = config_without_layers(base_config)
@@ -92,16 +90,18 @@ class ModelBuilder:
             base = FrozenBase(gpt, aux_layers, self.base.vocab_size, shards)
         else:
             base = OfflineBase(gpt, aux_layers, self.base.vocab_size, plan.layer_sizes)
+        timeout = timedelta(minutes=args.distributed_timeout_minutes)
+        exchange = StageExchange.of(base, pg_collection.pp, timeout)
         draft = self._build_draft(config, backend, base, pg_collection)
         if self.warm_start is not None:
             print_rank_0(f"> starting from the draft in {self.warm_start.source}")
             load_warm_start(draft, self.warm_start)
         elif self.options.train.init_from_base:
-            self._start_as_base(draft, lambda: base.layer_sizes(ForwardPass.over(base, links)))
+            self._start_as_base(draft, lambda: base.layer_sizes(exchange))
         else:
-            draft.start_evenly(lambda: base.layer_sizes(ForwardPass.over(base, links)))
-        if links is not None:
-            equal_start(draft, links.group)
+            draft.start_evenly(lambda: base.layer_sizes(exchange))
+        if exchange.stages > 1:
+            equal_start(draft, pg_collection.pp)
         numbers = " ".join(map(str, aux_layers)) or "none"
         print_rank_0(
             f"> draft: {sum(p.numel() for p in draft.parameters()):,} parameters per rank, "
@@ -110,7 +110,7 @@ class ModelBuilder:
         )
         if draft.tp_group.size() > 1:
             print_rank_0(self._teacher_size(args, draft.shard.padded_rows))
-        return EagleGPTModel(base, draft, self.options, links)
+        return EagleGPTModel(base, draft, self.options, exchange)
 
     def _start_as_base(self, draft: EagleDraft, layer_sizes: Callable[[], Tensor]) -> None:
         assert self.options.train.base_checkpoint is not None
@@ -169,9 +169,3 @@ class ModelBuilder:
             moe_aux_loss_coeff=options.moe_aux_loss_coeff,
             initialize=config.perform_initialization,
         )
-
-
-def _stage_links(group: Any) -> StageLinks | None:
-    if group.size() == 1:
-        return None
-    return StageLinks(group, timedelta(minutes=get_args().distributed_timeout_minutes))

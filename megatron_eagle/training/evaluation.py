@@ -111,7 +111,7 @@ class AcceptanceEvaluation:
                 eagle.base,
                 eagle.draft,
                 self.prompts,
-                links=eagle.links,
+                exchange=eagle.exchange,
                 share=self._share,
                 max_new_tokens=self.options.train.eval_new_tokens,
                 draft_tokens=self.settings["draft_tokens"],

@@ -80,6 +80,7 @@ def propose(
     from megatron_eagle.decode.speculative import ChainCounts, speculative_steps
     from megatron_eagle.draft.metadata import encode_metadata
     from megatron_eagle.hf.draft.info import DraftInfo
+    from megatron_eagle.pipeline.exchange import StageExchange
     from megatron_eagle.pipeline.links import StageLinks
 
     base = load_base_json(directory)
@@ -94,11 +95,12 @@ def propose(
         info = DraftInfo(draft_spec(case.config, captured, size), base, DRAFTS)
         about = load.DraftCheckpointInfo(info, case.vocab_ids, encode_metadata({}))
         frozen = load.load_base(directory, base, groups, captured)
-        draft = load.fresh_draft(about, frozen, links)
+        exchange = StageExchange(frozen, links)
+        draft = load.fresh_draft(about, frozen, exchange)
         load_reference_weights(
             draft, dataclasses.replace(case, sequence_parallel=sequence_parallel)
         )
-        cached = CachedBase(frozen, links)
+        cached = CachedBase(frozen, exchange)
         chains: list[Tensor] = []
 
         class Spy(DraftChain):

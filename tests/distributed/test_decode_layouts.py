@@ -91,9 +91,9 @@ def evaluate(rank: int, world: int, setup: Setup, layout: dict[str, Any]) -> dic
         draft_case = dataclasses.replace(setup.draft, sequence_parallel=True)
         case = PipelineCase(draft_case, setup.base, CAPTURED, [], first=first, **layout)
         model, _, groups = build_pipeline(case)
-        base, draft, links = model.module.base, model.module.draft, model.module.links
+        base, draft, exchange = model.module.base, model.module.draft, model.module.exchange
     else:
-        base, draft, links, groups = load(setup, layout)
+        base, draft, exchange, groups = load(setup, layout)
     from megatron_eagle.compat import get_cuda_rng_tracker
     from megatron_eagle.decode import acceptance
     from megatron_eagle.decode.prompt_shards import PromptShare, lockstep_groups
@@ -114,7 +114,7 @@ def evaluate(rank: int, world: int, setup: Setup, layout: dict[str, Any]) -> dic
     acceptance.speculative_steps = spying_decode
     share = PromptShare.of(lockstep_groups(groups))
     report = acceptance.evaluate_acceptance(
-        base, draft, setup.prompts, links=links, share=share, max_new_tokens=NEW_TOKENS,
+        base, draft, setup.prompts, exchange=exchange, share=share, max_new_tokens=NEW_TOKENS,
         draft_tokens=DRAFTS, batch_size=4, stop_ids=setup.stops,
     )  # fmt: skip
     figures = {k: v for k, v in report.as_dict().items() if "second" not in k}
@@ -127,18 +127,18 @@ def load(setup: Setup, layout: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
     from megatron_eagle.decode.load import DraftCheckpointInfo, fresh_draft, load_base
     from megatron_eagle.draft.metadata import encode_metadata
     from megatron_eagle.hf.draft.info import DraftInfo
-    from megatron_eagle.pipeline.links import StageLinks
+    from megatron_eagle.pipeline.exchange import StageExchange
 
     info = load_base_json(setup.base)
     base = load_base(setup.base, info, groups, CAPTURED)
-    links = StageLinks(groups.pp) if groups.pp.size() > 1 else None
+    exchange = StageExchange.of(base, groups.pp)
     spec = draft_spec(setup.draft.config, CAPTURED, setup.draft.vocab_ids.numel())
     about = DraftCheckpointInfo(
         DraftInfo(spec, info, DRAFTS), setup.draft.vocab_ids, encode_metadata({})
     )
-    draft = fresh_draft(about, base, links)
+    draft = fresh_draft(about, base, exchange)
     load_reference_weights(draft, setup.draft)
-    return base, draft, links, groups
+    return base, draft, exchange, groups
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ LAYOUTS = [
 
 def record_stage(rank: int, world: int, setup: Setup) -> list[tuple[float, float]]:
     """When this pipeline stage ran its layers, made to last a given time."""
-    base, draft, links, _ = load(setup, {"pp": world})
+    base, draft, exchange, _ = load(setup, {"pp": world})
     from megatron_eagle.decode import base as decoding
     from megatron_eagle.decode.acceptance import evaluate_acceptance
 
@@ -200,7 +200,13 @@ def record_stage(rank: int, world: int, setup: Setup) -> list[tuple[float, float
 
     decoding.CachedBase._run_stage = slow_stage
     evaluate_acceptance(
-        base, draft, setup.prompts[:4], links=links, max_new_tokens=6, draft_tokens=1, compare=False
+        base,
+        draft,
+        setup.prompts[:4],
+        exchange=exchange,
+        max_new_tokens=6,
+        draft_tokens=1,
+        compare=False,
     )
     return spans
 

@@ -28,19 +28,19 @@ def extracted(
     from megatron_eagle.data.features.base_rows import BaseRows
     from megatron_eagle.data.features.extract import Replica, begin, extract, finish, plan_features
     from megatron_eagle.decode.load import load_base
-    from megatron_eagle.pipeline.links import StageLinks
+    from megatron_eagle.pipeline.exchange import StageExchange
 
     info = load_base_json(base)
     frozen = load_base(base, info, groups, (0, 2))
     documents = FittedDocuments(open_documents(answers, info.vocab_size), LENGTH)
-    links = StageLinks(groups.pp) if groups.pp.size() > 1 else None
-    plan, total = plan_features(frozen, links, info, documents, answers, "float32", 40_000)
+    exchange = StageExchange.of(frozen, groups.pp)
+    plan, total = plan_features(exchange, info, documents, answers, "float32", 40_000)
     assert len(plan.shards) % 2 == 1 and len(plan.shards) > 2, "replicas have unequal shares"
     if rank == 0:
         begin(plan, Path(output), total, len)
     torch.distributed.barrier()
     replica = Replica(groups.dp.rank(), groups.dp.size(), groups.ep.size() > 1)
-    extract(BaseRows(frozen, links), documents, plan, Path(output), replica, len)
+    extract(BaseRows(exchange), documents, plan, Path(output), replica, len)
     torch.distributed.barrier()
     if rank == 0:
         finish(Path(output))

@@ -24,8 +24,8 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(rank: int, world: int, case: PipelineCase, ahead: bool) -> dict[str, Any]:
-    """Iterations with an evaluation after the first, one that is replayed and one that is skipped;
-    what each gave, and what was done."""
+    """Run iterations with an evaluation after the first, one that is replayed and one that is
+    skipped; return each one's results, and the kinds of its actions."""
     from megatron.core.rerun_state_machine import (
         RerunDataIterator,
         RerunMode,
@@ -42,7 +42,7 @@ def train(rank: int, world: int, case: PipelineCase, ahead: bool) -> dict[str, A
     schedule = PipelineSchedule(observer, lambda: ahead and left > 1)
     samples = case.micro_batches[0]
     iterator = RerunDataIterator(iter(samples))
-    found = []
+    results = []
 
     def call(iterator: Any, count: int, **options: Any) -> None:
         model.zero_grad_buffer()
@@ -57,7 +57,7 @@ def train(rank: int, world: int, case: PipelineCase, ahead: bool) -> dict[str, A
         )
         kinds.append("".join(kind[0] for kind, *_ in observer.events if kind != "wait"))
         gradients = [p.main_grad.clone() for p in model.module.draft.parameters()]
-        found.append([*(report["eagle_sums"].detach() for report in reports), *gradients])
+        results.append([*(report["eagle_sums"].detach() for report in reports), *gradients])
 
     for number, count in enumerate(MICRO_BATCHES):
         if number == 3:  # Megatron skips an iteration: its samples are taken and not used
@@ -67,17 +67,17 @@ def train(rank: int, world: int, case: PipelineCase, ahead: bool) -> dict[str, A
             continue
         iterator.advance()
         call(iterator, count)
-        if number == 1:  # Megatron doubts a result: the same samples once more
+        if number == 1:  # Megatron rejects a result: the same samples once more
             iterator.rewind()
             call(iterator, count)
-            assert all(map(torch.equal, found[-1], found[-2]))
+            assert all(map(torch.equal, results[-1], results[-2]))
         with torch.no_grad():
             for parameter in model.module.draft.parameters():
                 parameter -= 0.1 * parameter.main_grad
         if number == 0:
             call(iter(samples[:3]), 3, forward_only=True)
         left -= 1
-    return {"found": found, "kinds": kinds, "exhausted": next(iterator, None) is None}
+    return {"results": results, "kinds": kinds, "exhausted": next(iterator, None) is None}
 
 
 def test_nothing_changes(bases: Path) -> None:
@@ -87,17 +87,17 @@ def test_nothing_changes(bases: Path) -> None:
     ahead = run_distributed(train, 3, case, True)
     for stage, (without, with_it) in enumerate(zip(plain, ahead, strict=True)):
         assert without["exhausted"] and with_it["exhausted"]
-        for one, other in zip(without["found"], with_it["found"], strict=True):
+        for one, other in zip(without["results"], with_it["results"], strict=True):
             assert len(one) == len(other) and all(map(torch.equal, one, other))
         first, evaluation, second, replayed, third, last = with_it["kinds"]
         assert evaluation == without["kinds"][1]
-        for done, count, begun, goes_on in (
+        for done, count, was_ahead, runs_ahead in (
             (first, 5, False, True),
             (second, 7, True, True),
             (replayed, 7, False, True),
             (third, 4, True, True),
             (last, 5, False, False),  # after a skipped iteration
         ):
-            plan = stage_actions(stage, 3, count, begun=begun, goes_on=goes_on)
+            plan = stage_actions(stage, 3, count, was_ahead=was_ahead, runs_ahead=runs_ahead)
             assert done == "".join(action.kind[0] for action in plan)
     assert "a" in ahead[0]["kinds"][0]

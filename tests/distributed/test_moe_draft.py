@@ -15,7 +15,7 @@ from megatron_eagle.hf.base.import_base import import_base
 from megatron_eagle.testing.harness import run_distributed
 from tests.distributed.test_reference_parity import close
 from tests.helpers.draft_fixture import Case, local_part, megatron_names
-from tests.helpers.pipeline_case import CAPTURED, LENGTH, outputs_of_base
+from tests.helpers.pipeline_case import AUX_LAYERS, LENGTH, outputs_of_base
 from tests.helpers.pipeline_case import CONFIG as DENSE
 from tests.helpers.pipeline_fixture import PipelineCase, build_pipeline
 from tests.helpers.tiny_hf import make_base
@@ -61,7 +61,7 @@ def make_case(folder: Path, micro_batches: int, dp: int, **layout: Any) -> Pipel
         return torch.randint(config.vocab_size, (2, LENGTH)), mask
 
     given = [[micro_batch() for _ in range(micro_batches)] for _ in range(dp)]
-    return PipelineCase(draft, str(folder / "base"), CAPTURED, given, **layout)
+    return PipelineCase(draft, str(folder / "base"), AUX_LAYERS, given, **layout)
 
 
 def train_once(rank: int, world: int, case: PipelineCase, save: str) -> dict[str, Any]:

@@ -48,16 +48,16 @@ def test_equals_reference(
     world: int, name: str, micro_batches: int, dp: int, layout: dict[str, Any], bases: Path
 ) -> None:
     case = make_case(bases, name, micro_batches, dp, **layout)
-    results = [found for (found,) in run_distributed(train_once, world, [case])]
+    results = [result for (result,) in run_distributed(train_once, world, [case])]
     compare(case, results)
-    for found in results:
-        own = len(range(found["stage"], micro_batches, case.pp))
-        assert found["micro_batches"] == own
-        assert found["shared"] == {found["stage"] > 0}, "the norm counts the first stage alone"
+    for result in results:
+        owned = len(range(result["stage"], micro_batches, case.pp))
+        assert result["micro_batches"] == owned
+        assert result["shared"] == {result["stage"] > 0}, "the norm counts the first stage alone"
 
 
 class SleepingStages:
-    """An observer that makes every base forward and draft step last a given time, and notes when
+    """An observer that makes every base forward and draft step last a given time, and records when
     things happened."""
 
     def __init__(self, base: float, draft: float) -> None:
@@ -75,7 +75,7 @@ class SleepingStages:
 
 
 def record_events(rank: int, world: int, case: PipelineCase, base: float, draft: float) -> Any:
-    """What happens in an iteration between two others."""
+    """Record the events of an iteration between two others."""
     from megatron.core.rerun_state_machine import RerunDataIterator
 
     from megatron_eagle.pipeline.schedule import PipelineSchedule
@@ -106,7 +106,7 @@ def test_no_stage_waits_for_another(bases: Path) -> None:
     stages = run_distributed(record_events, 2, case, base, draft)
     for stage, events in enumerate(stages):
         done = [(kind, m) for kind, m, _, _ in events if kind != "wait"]
-        assert done == stage_actions(stage, 2, count, begun=True, goes_on=True)
+        assert done == stage_actions(stage, 2, count, was_ahead=True, runs_ahead=True)
         begin, end = events[0][2], events[-1][3]
         busy = sum(stop - start for kind, _, start, stop in events if kind != "wait")
         assert busy / (end - begin) > 0.9, f"stage {stage} was busy {busy / (end - begin):.0%}"

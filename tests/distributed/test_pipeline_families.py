@@ -13,7 +13,7 @@ from megatron_eagle.hf.base.import_base import import_base
 from megatron_eagle.testing.harness import run_distributed
 from tests.distributed.test_reference_parity import TOLERANCE
 from tests.helpers.pipeline_case import (
-    CAPTURED,
+    AUX_LAYERS,
     CONFIG,
     compare,
     import_bases,
@@ -26,7 +26,7 @@ from tests.helpers.tiny_hf import make_base
 FULL_VOCAB = {"draft_vocab_size": CONFIG.vocab_size}
 EAGLE31 = {"fc_norm": True, "norm_output": True}
 FAMILIES: dict[str, dict[str, Any]] = {
-    "eagle1": {"eagle1": True, "num_aux": 1, "captured": (), **FULL_VOCAB},
+    "eagle1": {"eagle1": True, "num_aux": 1, "aux_layers": (), **FULL_VOCAB},
     "eagle3.1": EAGLE31,
     "two-layers": {"num_layers": 2},
     "norms": {"norm_before_fc": True, "norm_before_residual": True},
@@ -39,10 +39,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "lk-alpha": {"loss": "lk-alpha"},
     "lk-lambda": {"loss": "lk-lambda", "lk_decay": 2.0},
     "packed": {"packed": True, "ttt_steps": 4},
-    "packed-eagle1": {"packed": True, "eagle1": True, "num_aux": 1, "captured": (), **FULL_VOCAB},
+    "packed-eagle1": {"packed": True, "eagle1": True, "num_aux": 1, "aux_layers": (), **FULL_VOCAB},
     "packed-eagle3.1": {"packed": True, **EAGLE31},
     "packed-p-eagle": {"packed": True, "mask_token": 7},
-    "latent-base": {"base": "latent", "captured": (0, 1, 3), "num_kv_heads": 8, "first": 1},
+    "latent-base": {"base": "latent", "aux_layers": (0, 1, 3), "num_kv_heads": 8, "first": 1},
 }
 """Fields of the reference's configuration, or of the case."""
 SP = {"tp": 2, "sequence_parallel": True}
@@ -64,20 +64,20 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def family_case(bases: Path, family: str, layout: dict[str, Any]) -> PipelineCase:
-    given = {"base": "untied", "captured": CAPTURED, "packed": False, **FAMILIES[family]}
-    known = {field.name for field in dataclasses.fields(CONFIG)}
-    config = dataclasses.replace(CONFIG, **{k: v for k, v in given.items() if k in known})
-    if "first" in given and "first" in layout:
-        layout = {**layout, "first": given["first"]}
+    fields = {"base": "untied", "aux_layers": AUX_LAYERS, "packed": False, **FAMILIES[family]}
+    names = {field.name for field in dataclasses.fields(CONFIG)}
+    config = dataclasses.replace(CONFIG, **{k: v for k, v in fields.items() if k in names})
+    if "first" in fields and "first" in layout:
+        layout = {**layout, "first": fields["first"]}
     return make_case(
-        bases, given["base"], 3, 1, config=config, captured=given["captured"],
-        packed=given["packed"], **layout,
+        bases, fields["base"], 3, 1, config=config, aux_layers=fields["aux_layers"],
+        packed=fields["packed"], **layout,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize(("world", "layout"), LAYOUTS)
 def test_equals_reference(world: int, layout: dict[str, Any], bases: Path) -> None:
-    """One start of the ranks for all families."""
+    """Start the ranks once for all families."""
     cases = [family_case(bases, family, layout) for family in FAMILIES]
     results = run_distributed(train_once, world, cases)
     # The reference reads what an undivided base gives; one whose layers are cut rounds otherwise.
@@ -85,7 +85,7 @@ def test_equals_reference(world: int, layout: dict[str, Any], bases: Path) -> No
     wrong = []
     for number, (family, case) in enumerate(zip(FAMILIES, cases, strict=True)):
         try:
-            compare(case, [found[number] for found in results], (3 if cut else 1) * TOLERANCE)
+            compare(case, [result[number] for result in results], (3 if cut else 1) * TOLERANCE)
         except AssertionError as error:
             wrong.append(f"{family}: {error}")
     assert not wrong, "\n".join(wrong)
@@ -101,5 +101,5 @@ def test_equals_reference(world: int, layout: dict[str, Any], bases: Path) -> No
 )
 def test_a_base_of_experts(world: int, dp: int, layout: dict[str, Any], bases: Path) -> None:
     config = dataclasses.replace(CONFIG, rope_theta=1e6)  # Mixtral's
-    case = make_case(bases, "experts", 3, dp, config=config, captured=(0, 1, 3), **layout)
-    compare(case, [found for (found,) in run_distributed(train_once, world, [case])])
+    case = make_case(bases, "experts", 3, dp, config=config, aux_layers=(0, 1, 3), **layout)
+    compare(case, [result for (result,) in run_distributed(train_once, world, [case])])

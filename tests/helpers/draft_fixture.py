@@ -170,7 +170,7 @@ class GivenBase(torch.nn.Module):
         self.config, self.case, self.tp_group = config, case, group
         self.cp_group = draft_groups().cp
         self.vocab_size = case.config.vocab_size
-        self.capture = SimpleNamespace(layers_here=())
+        self.capture = SimpleNamespace(local_layers=())
         self.gpt = torch.nn.Module()
         self.gpt.pg_collection = draft_groups()
         scaling = case.config.rope_scaling

@@ -1,4 +1,4 @@
-"""One iteration beside a real base in some layout, and what the reference makes of it."""
+"""One iteration beside a real base in some layout, and the reference's results for it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.helpers.pipeline_fixture import PipelineCase, build_pipeline
 from tests.helpers.tiny_hf import SIZES, make_base
 from tests.reference.eagle3 import ReferenceConfig, ReferenceEagle3
 
-LAYERS, CAPTURED, LENGTH = 7, (0, 3, 6), 24
+LAYERS, AUX_LAYERS, LENGTH = 7, (0, 3, 6), 24
 STARTS = [[0, 9, 13, 24], [0, 2, 3, 17, 24]]
-"""Of the documents in a micro-batch of two packed sequences."""
+"""Starts of the documents in each of a micro-batch's two packed sequences, and their end."""
 CONFIG = ReferenceConfig(
     hidden_size=SIZES["hidden_size"],
     target_hidden_size=SIZES["hidden_size"],
@@ -37,7 +37,8 @@ Sums = dict[str, Tensor]
 
 
 def import_bases(folder: Path) -> Path:
-    """Dense bases of seven layers, "tied" and "untied", each beside its Hugging Face files."""
+    """Import dense bases of seven layers, "tied" and "untied", each beside its Hugging Face
+    files."""
     for name, tied in (("tied", True), ("untied", False)):
         fields = {"num_hidden_layers": LAYERS, "tie_word_embeddings": tied}
         make_base(folder / f"{name}_hf", "llama", **fields)
@@ -51,11 +52,11 @@ def make_case(
     micro_batches: int,
     dp: int,
     config: ReferenceConfig = CONFIG,
-    captured: tuple[int, ...] = CAPTURED,
+    aux_layers: tuple[int, ...] = AUX_LAYERS,
     packed: bool = False,
     **layout: Any,
 ) -> PipelineCase:
-    """Random weights of a draft, and random micro-batches for ``dp`` data-parallel ranks."""
+    """Make random weights of a draft, and random micro-batches for ``dp`` data-parallel ranks."""
     torch.manual_seed(0)
     source = bases / f"{name}_hf"
     weights = load_file((source if source.is_dir() else bases / "hf") / "model.safetensors")
@@ -69,17 +70,17 @@ def make_case(
             parameter.normal_(0.0, spread).add_(1.0 if parameter.dim() == 1 else 0.0)
         if config.eagle1:
             reference.lm_head.weight.copy_(output_weight)
-    nothing = torch.empty(0)
+    empty = torch.empty(0)
     draft = Case(
         config=config,
         weights={name: p.detach().clone() for name, p in reference.named_parameters()},
         vocab_ids=ids,
         embedding=embedding,
         output_weight=output_weight,
-        aux=nothing,
-        final_hidden=nothing,
-        tokens=nothing,
-        loss_mask=nothing,
+        aux=empty,
+        final_hidden=empty,
+        tokens=empty,
+        loss_mask=empty,
         sequence_parallel=layout.get("sequence_parallel", False),
     )
     positions = [
@@ -92,23 +93,23 @@ def make_case(
         tokens = torch.randint(config.vocab_size, (2, LENGTH))
         return tokens, mask.float(), *(positions if packed else [])
 
-    given = [[micro_batch(i) for i in range(micro_batches)] for _ in range(dp)]
-    return PipelineCase(draft, str(bases / name), captured, given, **layout)
+    by_rank = [[micro_batch(i) for i in range(micro_batches)] for _ in range(dp)]
+    return PipelineCase(draft, str(bases / name), aux_layers, by_rank, **layout)
 
 
 def documents_of(case: PipelineCase) -> list[tuple[Tensor, Tensor]]:
-    """(tokens, loss mask) of everything that attends to itself alone."""
-    given = [micro_batch for share in case.micro_batches for micro_batch in share]
+    """Return (tokens, loss mask) of every document: a packed one, or a whole sequence."""
+    micro_batches = [micro_batch for by_rank in case.micro_batches for micro_batch in by_rank]
     return [
         (tokens[row, a:b], mask[row, a:b])
-        for tokens, mask, *positions in given
+        for tokens, mask, *positions in micro_batches
         for row, starts in enumerate(STARTS if positions else ([0, tokens.shape[1]],) * 2)
         for a, b in pairwise(starts)
     ]
 
 
 def outputs_of_base(rank: int, world: int, case: PipelineCase) -> list[tuple[Tensor, Tensor]]:
-    """What the undivided base gives for every document, [1, S, ...]."""
+    """Run the undivided base on every document: (features, final hidden) [1, S, ...] of each."""
     undivided = {"tp": 1, "pp": 1, "cp": 1, "ep": 1, "first": None, "sequence_parallel": False}
     model, _, _ = build_pipeline(dataclasses.replace(case, **undivided))
     runs = [model.module.base(tokens.unsqueeze(0)) for tokens, _ in documents_of(case)]
@@ -116,21 +117,21 @@ def outputs_of_base(rank: int, world: int, case: PipelineCase) -> list[tuple[Ten
 
 
 def train_once(rank: int, world: int, cases: list[PipelineCase]) -> list[dict[str, Any]]:
-    """One iteration of each of ``cases``, which share a layout."""
+    """Run one iteration of each of ``cases``, which share a layout."""
     layout = cases[0]
     groups = megatron_parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp, ep=layout.ep)
     return [_one_iteration(case, groups) for case in cases]
 
 
 def _one_iteration(case: PipelineCase, groups: Any) -> dict[str, Any]:
-    """Sums over all ranks, finished gradients, and what of them is this rank's."""
+    """Run one iteration: sums over all ranks, finished gradients, and this rank's part of them."""
     model, step, _ = build_pipeline(case, groups)
-    share = case.micro_batches[groups.dp.rank()]
+    micro_batches = case.micro_batches[groups.dp.rank()]
     reports = schedule_of(model)(
         forward_step_func=step,
-        data_iterator=iter(share),
+        data_iterator=iter(micro_batches),
         model=[model],
-        num_microbatches=len(share),
+        num_microbatches=len(micro_batches),
         seq_length=LENGTH,
         micro_batch_size=2,
         pg_collection=groups,
@@ -155,58 +156,60 @@ def _one_iteration(case: PipelineCase, groups: Any) -> dict[str, Any]:
 
 
 def schedule_of(model: Any) -> Any:
-    """What training runs ``model`` by: ours on pipeline stages, else Megatron's."""
+    """Return the schedule that training runs ``model`` by: on pipeline stages the package's, else
+    Megatron's."""
     from megatron_eagle.compat import finalize_model_grads, require
     from megatron_eagle.pipeline.schedule import PipelineSchedule
 
-    if model.module.links is not None:
+    if model.module.exchange.stages > 1:
         return PipelineSchedule()
     model.module.config.finalize_model_grads_func = finalize_model_grads
     return require("megatron.core.pipeline_parallel.schedules:forward_backward_no_pipelining")
 
 
 def expectation(case: PipelineCase) -> tuple[Sums, Sums]:
-    """The reference's sums and gradients per supervised row, over all documents."""
+    """Return the reference's sums and gradients per supervised token, over all documents."""
     config, weights = case.draft.config, case.draft.weights
     reference = ReferenceEagle3(config, case.draft.embedding, case.draft.vocab_ids)
     reference.load_state_dict(weights, strict=False)
-    reference.double()  # so that what differs is the package's rounding alone
+    reference.double()  # so that only the package's rounding differs
     reference.lm_head.requires_grad_(not config.eagle1)
     (outputs,) = run_distributed(outputs_of_base, 1, case)
     sums: Sums = {}
     for (aux, final), (tokens, mask) in zip(outputs, documents_of(case), strict=True):
         logits = final.double() @ case.draft.output_weight.double().t()
-        found = reference.forward_ttt(aux.double(), tokens.unsqueeze(0), logits, mask.unsqueeze(0))
-        (found["loss"] * found["counts"][0]).backward()
-        for key in {"loss_sums", "counts", "hits", "prefixes", "regression_sums"} & found.keys():
-            sums[key] = sums.get(key, 0) + found[key].detach()
-    rows = sums["counts"][0]
-    gradients = {k: p.grad / rows for k, p in reference.named_parameters() if p.requires_grad}
+        result = reference.forward_ttt(aux.double(), tokens.unsqueeze(0), logits, mask.unsqueeze(0))
+        (result["loss"] * result["counts"][0]).backward()
+        for key in {"loss_sums", "counts", "hits", "prefixes", "regression_sums"} & result.keys():
+            sums[key] = sums.get(key, 0) + result[key].detach()
+    supervised = sums["counts"][0]
+    gradients = {k: p.grad / supervised for k, p in reference.named_parameters() if p.requires_grad}
     return sums, gradients
 
 
 def compare(
     case: PipelineCase, results: list[dict[str, Any]], tolerance: float = TOLERANCE
 ) -> None:
-    """Losses, counts and gradients on every rank against the reference's; replicas bit-equal."""
+    """Compare losses, counts and gradients on every rank with the reference's; replicas must be
+    bit-equal."""
     sums, gradients = expectation(case)
     steps = case.draft.config.ttt_steps
-    for rank, found in enumerate(results):
-        losses, counts, hits, prefixes, regression = found["sums"][:-2].view(-1, steps)
+    for rank, result in enumerate(results):
+        losses, counts, hits, prefixes, regression = result["sums"][:-2].view(-1, steps)
         close(losses, sums["loss_sums"], "loss per step", tolerance)
         regressions = sums.get("regression_sums", torch.zeros(steps))
         close(regression, regressions, "regression per step", tolerance)
         for name, value in (("counts", counts), ("hits", hits), ("prefixes", prefixes)):
             assert value.tolist() == sums[name].tolist(), name
         for parameter, (sources, kind) in megatron_names(case.draft).items():
-            whole = local_part([gradients[s] for s in sources], kind, case.draft, *found["tp"])
-            gradient = found["grads"][parameter]
+            whole = local_part([gradients[s] for s in sources], kind, case.draft, *result["tp"])
+            gradient = result["grads"][parameter]
             if kind == "vocab":
-                start, rows = found["vocab"]
+                start, rows = result["vocab"]
                 whole, gradient = whole[start : start + rows], gradient[:rows]
                 if rows == 0:
                     continue
             close(gradient, whole, f"gradient of {parameter} on rank {rank}", tolerance)
             for other in results:
-                if other["tp"] == found["tp"]:
-                    assert other["grads"][parameter].equal(found["grads"][parameter])
+                if other["tp"] == result["tp"]:
+                    assert other["grads"][parameter].equal(result["grads"][parameter])

@@ -17,12 +17,13 @@ from tests.helpers.draft_fixture import Case, draft_options, load_reference_weig
 
 @dataclass(frozen=True)
 class PipelineCase:
-    """``draft`` holds the draft's weights and sizes; ``micro_batches`` per data-parallel rank the
-    (tokens, loss mask) of each, and the positions in their documents if they are packed."""
+    """One layout's inputs. ``draft`` holds the draft's weights and sizes; ``micro_batches`` per
+    data-parallel rank the (tokens, loss mask) of each, and the positions in their documents if they
+    are packed."""
 
     draft: Case
     base: str
-    captured: tuple[int, ...]
+    aux_layers: tuple[int, ...]
     micro_batches: list[list[tuple[Tensor, ...]]]
     tp: int = 1
     pp: int = 1
@@ -34,7 +35,7 @@ class PipelineCase:
 
 
 class GivenStep:
-    """Stands for ForwardStep: hands out given micro-batches."""
+    """Stand-in for ForwardStep that hands out the case's micro-batches."""
 
     def __init__(self, case: PipelineCase, options: Any, groups: Any) -> None:
         from megatron_eagle.training.step import ForwardStep
@@ -57,7 +58,7 @@ class GivenStep:
 
 
 def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tuple[Any, Any, Any]:
-    """(model wrapped for data parallelism, step, process groups) on this rank, whose ``groups`` are
+    """Build (model wrapped for data parallelism, step, process groups) on this rank; ``groups`` are
     made if they are not given. With ``experts``, fields of the TransformerConfig, the base is a
     random MoE of the checkpoint's dimensions."""
     groups = groups or megatron_parallel(tp=case.tp, pp=case.pp, cp=case.cp, ep=case.ep)
@@ -71,7 +72,7 @@ def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tu
     from megatron_eagle.draft.metadata import encode_metadata
     from megatron_eagle.layers.backend import local_backend
     from megatron_eagle.model import EagleGPTModel
-    from megatron_eagle.pipeline.links import StageLinks
+    from megatron_eagle.pipeline.exchange import StageExchange
     from megatron_eagle.pipeline.replicas import FinalizeReplicas, equal_start
     from megatron_eagle.teacher.base import FrozenBase
     from megatron_eagle.teacher.build import base_config, build_base, load_base
@@ -84,15 +85,15 @@ def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tu
         num_layers_in_first_pipeline_stage=case.first, calculate_per_token_loss=True,
         expert_model_parallel_size=case.ep, **experts,
     )  # fmt: skip
-    links = StageLinks(groups.pp) if case.pp > 1 else None
-    if links is not None:
-        config.finalize_model_grads_func = FinalizeReplicas(links.group)
+    if case.pp > 1:
+        config.finalize_model_grads_func = FinalizeReplicas(groups.pp)
     ends = (groups.pp.rank() == 0, groups.pp.rank() == case.pp - 1)
     gpt = build_base(config, info, local_backend(), groups, *ends)
     shards = VocabShards(gpt)
     if not experts:
         load_base(gpt, case.base, shards)
-    base = FrozenBase(gpt, case.captured, info.vocab_size, shards)
+    base = FrozenBase(gpt, case.aux_layers, info.vocab_size, shards)
+    exchange = StageExchange.of(base, groups.pp)
     reference = case.draft.config
     options = EagleConfig.of(
         ttt_steps=reference.ttt_steps,
@@ -104,7 +105,7 @@ def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tu
     device = base.output_weight.device
     draft = build_draft(
         spec=options.spec,
-        num_aux=len(case.captured),
+        num_aux=len(case.aux_layers),
         base_config=config,
         backend=local_backend(),
         vocab_ids=case.draft.vocab_ids,
@@ -117,11 +118,11 @@ def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tu
         device=device,
         moe_aux_loss_coeff=options.moe_aux_loss_coeff,
     )
-    if links is None or links.is_first:
+    if exchange.is_first:
         load_reference_weights(draft, case.draft)
-    if links is not None:
-        equal_start(draft, links.group)
-    model = EagleGPTModel(base, draft, options, links)
+    if exchange.stages > 1:
+        equal_start(draft, groups.pp)
+    model = EagleGPTModel(base, draft, options, exchange)
     model.model_type = ModelType.encoder_or_decoder
     ddp = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,

@@ -26,6 +26,7 @@ from megatron_eagle.data.features.extract import (
     survey,
 )
 from megatron_eagle.data.features.store import FeatureDocuments, FeaturePlan, verify
+from megatron_eagle.pipeline.exchange import StageExchange
 
 HIDDEN, LAYERS = 6, (1, 2)
 
@@ -35,7 +36,10 @@ class CountingBase:
 
     tp_group = cp_group = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
     embedding_weight = torch.zeros(1)
-    capture = SimpleNamespace(layers_here=LAYERS)
+    capture = SimpleNamespace(layers=LAYERS, local_layers=LAYERS)
+
+    def local_shape(self, tokens: Tensor) -> tuple[int, int]:
+        return tokens.shape[1], 1
 
     def run_stage(self, tokens: Tensor, hidden: None, packing: Any) -> tuple[dict, Tensor]:
         length = tokens.shape[1]
@@ -44,7 +48,7 @@ class CountingBase:
         return {2: final + 0.5, 1: final + 0.25}, final
 
 
-ROWS = BaseRows(CountingBase(), None)  # type: ignore[arg-type]
+ROWS = BaseRows(StageExchange(CountingBase()))  # type: ignore[arg-type]
 
 
 @pytest.fixture

@@ -29,13 +29,13 @@ def test_forwards_ahead_are_those_that_the_next_iteration_leaves_out(
 ) -> None:
     for stage in range(stages):
         plain = stage_actions(stage, stages, micro_batches)
-        going_on = stage_actions(stage, stages, micro_batches, goes_on=True)
-        ahead = [a.micro_batch for a in going_on if a.kind == "ahead"]
+        running_ahead = stage_actions(stage, stages, micro_batches, runs_ahead=True)
+        ahead = [a.micro_batch for a in running_ahead if a.kind == "ahead"]
         assert ahead == list(range(stages - 1 - stage)), "received before the iteration ends"
-        begun = stage_actions(stage, stages, micro_batches, begun=True)
-        left = [a.micro_batch for a in begun if a.kind == "base"]
+        was_ahead = stage_actions(stage, stages, micro_batches, was_ahead=True)
+        left = [a.micro_batch for a in was_ahead if a.kind == "base"]
         assert ahead + left == list(range(micro_batches))
-        for actions in (going_on, begun):
+        for actions in (running_ahead, was_ahead):
             assert [a for a in actions if a.kind == "draft"] == [
                 a for a in plain if a.kind == "draft"
             ]
@@ -48,7 +48,7 @@ def test_one_draft_step_per_round_at_the_same_point_on_every_stage() -> None:
     kinds = ["".join(a.kind[0] for a in stage_actions(stage, 4, 12)) for stage in range(4)]
     assert kinds == ["bbbbbdbbbbdbbbd"] * 4
     kinds = [
-        "".join(a.kind[0] for a in stage_actions(stage, 4, 8, begun=True, goes_on=True))
+        "".join(a.kind[0] for a in stage_actions(stage, 4, 8, was_ahead=True, runs_ahead=True))
         for stage in range(4)
     ]
     assert kinds == ["bbdbbbadaa", "bbbdbbbada", "bbbbdbbbad", "bbbbbdbbbd"]

@@ -1,16 +1,16 @@
-"""The base's hidden states of documents, brought to one rank, however the base is cut.
+"""The base's hidden states of documents, brought to one rank in any parallel layout.
 
-Documents are laid end to end into sequences, so that short ones cost no padding. Pipeline stages
-take them up one behind the other and send their captured layers to the last, which puts together
-what context-parallel ranks hold; its first rank has the rows. Tensor-parallel ranks all have them.
+Documents are concatenated into sequences, so that short ones cost no padding. Pipeline stages run
+them one after another and send their aux hidden states to the last stage, which gathers over
+context parallelism; the first rank of that group has the result. Tensor-parallel ranks all have it.
+
+Shapes: S sequence, S' this rank's part of it, H hidden size, A aux layers.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,70 +18,64 @@ from torch import Tensor
 
 from megatron_eagle.attention.packing import Packing
 from megatron_eagle.parallel.context import gather_sequence
-from megatron_eagle.pipeline.links import Message, StageLinks
-from megatron_eagle.teacher.base import FrozenBase
-
-SENT_AHEAD = 2
-"""Sequences whose hidden states may be under way to later stages before this one waits."""
+from megatron_eagle.pipeline.exchange import Part, StageExchange
+from megatron_eagle.pipeline.in_flight import InFlight
+from megatron_eagle.teacher.outputs import BaseOutputs
 
 
 @dataclass(frozen=True)
 class SequenceRows:
-    """Captured layers [S, A * H] and final hidden [S, H] of documents laid end to end, which begin
-    at ``starts``."""
+    """Hidden states of concatenated documents that begin at ``starts``: the aux layers' as features
+    [S, A * H], and the final hidden [S, H]."""
 
-    captured: Tensor
+    features: Tensor
     final: Tensor
     starts: list[int]
 
 
 class BaseRows:
-    """Runs ``base``, or this pipeline stage of it, over sequences of documents. ``links`` lead to
-    the other stages, if there are any. A collective of the stages."""
+    """Runs the base of ``exchange``, or this pipeline stage of it, over sequences of documents."""
 
-    def __init__(self, base: FrozenBase, links: StageLinks | None) -> None:
-        self.base, self.links = base, links
-        self.cp_group = base.cp_group
+    def __init__(self, exchange: StageExchange) -> None:
+        self.exchange, self.base = exchange, exchange.base
+        self.cp_group = self.base.cp_group
         self._multiple = 2 * self.cp_group.size() if self.cp_group.size() > 1 else 1
-        here = base.capture.layers_here
-        self._layers_by_stage: list[Any] = [here]
-        if links is not None:
-            self._layers_by_stage = [None] * links.stages
-            torch.distributed.all_gather_object(self._layers_by_stage, here, group=links.group)
 
     @property
     def has_rows(self) -> bool:
-        """Whether this rank gets what :meth:`run` computes."""
-        last = self.links is None or self.links.is_last
-        return last and self.base.tp_group.rank() == 0 and self.cp_group.rank() == 0
+        """Whether this rank is the one that writes what ``run`` yields."""
+        return (
+            self.exchange.is_last and self.base.tp_group.rank() == 0 and self.cp_group.rank() == 0
+        )
 
     @torch.no_grad()
     def run(self, sequences: Iterable[Sequence[np.ndarray]]) -> Iterator[SequenceRows | None]:
-        """The rows of every sequence, in order, on the last stage; None on the others.
+        """Yield the hidden states of every sequence, in order, on the last stage; None on others.
 
         Per sequence: the base's own communication, one message to the next stage and one to the
-        last, and on the last one two all-gathers over context parallelism. All ranks of tensor,
-        context, pipeline and expert parallelism must consume as many.
+        last, and on the last stage two all-gathers over context parallelism. All ranks of tensor,
+        context, pipeline and expert parallelism must consume the same number of sequences.
         """
-        under_way: deque[list[Message]] = deque()
+        exchange, in_flight = self.exchange, InFlight()
         for documents in sequences:
-            ids, packing, starts = self._laid_end_to_end(documents)
-            aux_hidden, out = self.base.run_stage(ids, self._from_stage_before(ids), packing)
-            if self.links is None or self.links.is_last:
-                yield self._rows(ids, aux_hidden, out, starts)
+            ids, packing, starts = self._concatenate(documents)
+            aux_hidden, output = exchange.run_stage(ids, packing)
+            outputs = exchange.local_outputs(aux_hidden, output)
+            if exchange.is_last:
+                yield self._gather(self._collect(ids, outputs), starts)
                 continue
-            if len(under_way) == SENT_AHEAD:
-                _wait(under_way.popleft())
-            under_way.append([self.links.send_hidden(out), *self._send(aux_hidden)])
+            if in_flight.is_full:
+                in_flight.make_room()
+            sent = exchange.send_hidden(output)
+            in_flight.add(sent, exchange.send_outputs(outputs, exchange.stages - 1))
             yield None
-        for messages in under_way:
-            _wait(messages)
+        in_flight.finish()
 
-    def _laid_end_to_end(
+    def _concatenate(
         self, documents: Sequence[np.ndarray]
     ) -> tuple[Tensor, Packing | None, list[int]]:
-        """ids [1, S], who attends to whom, and where each document begins; padding is a document
-        of its own at the end."""
+        """Return ids [1, S], the packing (None for one document), and where each document begins;
+        padding is a document of its own at the end."""
         lengths = [len(document) for document in documents]
         padding = -sum(lengths) % self._multiple
         ids = np.concatenate([*documents, np.zeros(padding, dtype=np.int64)])
@@ -93,40 +87,19 @@ class BaseRows:
         starts = np.cumsum([0, *lengths])[:-1].tolist()
         return torch.from_numpy(ids).unsqueeze(0).to(device), packing, starts
 
-    def _from_stage_before(self, ids: Tensor) -> Tensor | None:
-        if self.links is None or self.links.is_first:
-            return None
-        return self.links.receive_hidden(self._buffer(ids, 1)).wait()
+    def _collect(self, ids: Tensor, outputs: list[Tensor]) -> BaseOutputs:
+        """Receive the other stages' outputs and join them with this stage's."""
+        shape = self.base.local_shape(ids)
+        parts: dict[int, Part] = {self.exchange.stage: outputs}
+        for stage in range(self.exchange.stage):
+            if message := self.exchange.receive_outputs(shape, stage):
+                parts[stage] = message
+        return self.exchange.assemble(parts)
 
-    def _send(self, aux_hidden: dict[int, Tensor]) -> list[Message]:
-        if not aux_hidden:
-            return []
-        assert self.links is not None
-        joined = torch.cat([aux_hidden[layer] for layer in sorted(aux_hidden)], dim=-1)
-        return [self.links.send_aux(joined, self.links.stages - 1)]
-
-    def _rows(
-        self, ids: Tensor, aux_hidden: dict[int, Tensor], out: Tensor, starts: list[int]
-    ) -> SequenceRows:
-        parts = []
-        for stage, layers in enumerate(self._layers_by_stage):
-            if self.links is None or stage == self.links.stage:
-                parts += [aux_hidden[layer] for layer in layers]
-            elif layers:
-                buffer = self._buffer(ids, len(layers))
-                parts.append(self.links.receive_aux(buffer, stage).wait())
-        captured, final = (
+    def _gather(self, outputs: BaseOutputs, starts: list[int]) -> SequenceRows:
+        """Gather [S', 1, H] hidden states over context parallelism. Two all-gathers."""
+        features, final_hidden = (
             gather_sequence(hidden[:, 0], self.cp_group)
-            for hidden in (torch.cat(parts, dim=-1), out)
+            for hidden in (outputs.features, outputs.final_hidden)
         )
-        return SequenceRows(captured, final, starts)
-
-    def _buffer(self, ids: Tensor, blocks: int) -> Tensor:
-        """An uninitialised [S', 1, blocks * H] for what another stage sends."""
-        width = blocks * self.base.config.hidden_size
-        return self.base.embedding_weight.new_empty(self.base.rows(ids), 1, width)
-
-
-def _wait(messages: Iterable[Message]) -> None:
-    for message in messages:
-        message.wait()
+        return SequenceRows(features, final_hidden, starts)

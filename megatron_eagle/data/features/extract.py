@@ -27,9 +27,7 @@ from megatron_eagle.data.features.codec import RowCodec
 from megatron_eagle.data.features.shard_writer import ShardWriter, is_done
 from megatron_eagle.data.features.store import FeaturePlan, needed_positions, read_plan
 from megatron_eagle.errors import UserError
-from megatron_eagle.pipeline.exchange import ForwardPass
-from megatron_eagle.pipeline.links import StageLinks
-from megatron_eagle.teacher.base import FrozenBase
+from megatron_eagle.pipeline.exchange import StageExchange
 
 Progress = Callable[[str], None]
 IDLE = [np.zeros(1, dtype=np.int64)]
@@ -50,8 +48,7 @@ class Replica:
 
 
 def plan_features(
-    base: FrozenBase,
-    links: StageLinks | None,
+    exchange: StageExchange,
     info: BaseInfo,
     documents: FittedDocuments,
     source: str,
@@ -62,6 +59,7 @@ def plan_features(
 
     Runs the base once on random tokens, to measure its layers: a collective of all its ranks.
     """
+    base = exchange.base
     width, layers = base.config.hidden_size, base.capture.layers
     row_bytes = [RowCodec(stored, blocks, width).row_bytes for blocks in (len(layers), 1)]
     sizes, digest = survey(documents, row_bytes)
@@ -76,7 +74,7 @@ def plan_features(
         vocab_size=info.vocab_size,
         stored=stored,
         computed=str(base.embedding_weight.dtype).removeprefix("torch."),
-        layer_sizes=tuple(base.layer_sizes(ForwardPass.over(base, links)).tolist()),
+        layer_sizes=tuple(base.layer_sizes(exchange).tolist()),
         shards=cut_into_shards(sizes, shard_bytes),
     )
     return plan, sum(sizes)

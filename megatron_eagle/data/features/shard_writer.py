@@ -58,7 +58,7 @@ class ShardWriter:
             first, second = self.starts[member]
             target_rows = torch.from_numpy(targets + start).to(rows.final.device)
             self.maps["captured"][first : first + count] = self.codecs["captured"].encode(
-                rows.captured[start : start + count]
+                rows.features[start : start + count]
             )
             self.maps["final"][second : second + len(targets)] = self.codecs["final"].encode(
                 rows.final[target_rows]
