@@ -12,8 +12,9 @@ from megatron_eagle.compat import MegatronModule
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.draft.moe import take_balance_loss
-from megatron_eagle.loss.row_losses import row_loss
-from megatron_eagle.loss.soft_cross_entropy import Budgets, LossRows, soft_cross_entropy
+from megatron_eagle.loss.inputs import Budgets, LossRows
+from megatron_eagle.loss.registry import row_loss
+from megatron_eagle.loss.soft_cross_entropy import soft_cross_entropy
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.objective.metrics import metric_sums, prefix_hits
 from megatron_eagle.objective.regression import hidden_regression
@@ -148,13 +149,13 @@ class EagleGPTModel(MegatronModule):
             loss, sums, hits = soft_cross_entropy(
                 hidden,
                 self.draft.lm_head(),
-                targets,
+                targets,  # not computed yet: the loss pulls them chunk by chunk
                 self._loss_rows(batch),
                 self.draft.tp_group,
                 self.budgets,
                 self.row_loss,
             )
-            rows = sums[self.options.ttt_steps]  # of step 0: what the batch's loss is divided by
+            rows = sums.rows[0]  # of step 0: what the batch's loss is divided by
             balance = take_balance_loss(self.draft, rows, self.draft.cp_group)
             if balance is not None:
                 loss = loss + balance
