@@ -67,9 +67,10 @@ class DraftStep:
     @torch.no_grad()
     def loss_per_step(self) -> list[float]:
         """Each step's mean over its own rows, without step weights."""
-        sums = self.model(self.batch)[1]
-        losses, rows = sums[:-2].view(-1, self.model.options.train.ttt_steps)[:2]
-        return (losses / rows).tolist()
+        from megatron_eagle.objective.metrics import MetricSums
+
+        sums = MetricSums.unpack(self.model(self.batch)[1])
+        return (sums.loss / sums.rows).tolist()
 
 
 def build(problem: Problem, device: str, options: dict[str, Any]) -> tuple[DraftStep, list[Tensor]]:
@@ -155,7 +156,7 @@ def run_rank(rank: int, args: argparse.Namespace, store: str) -> None:
         options["logits_budget_mib"] = args.logits_budget_mib
     forward, resting = build(problem, args.device, options)
     if args.given_logits:
-        resting.append(give_logits(forward))
+        resting.append(give_logits(forward.model, forward.batch))
     result: dict[str, Any] = measure(forward, resting, args.iters)
     with CollectiveCounter() as counter:
         forward().backward()

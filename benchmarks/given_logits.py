@@ -1,7 +1,7 @@
-"""Our step with the base's logits given, as the peers' are: the same work as theirs.
+"""Run the package's step on given base logits, as the peers' steps do: the same work for all.
 
-The package has no such path: a Megatron base stops before its output layer, and the teacher makes
-the rows that the loss asks for. Here the product is left out, and nothing else.
+The package has no such path: a Megatron base stops before its output layer, and the teacher
+computes the positions that the loss asks for. Here the product is left out, and nothing else.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:  # importing Megatron waits for platform.enable()
-    from benchmarks.draft_step import DraftStep
+    from megatron_eagle.loss.statistics import TeacherStats
+    from megatron_eagle.model import EagleGPTModel
+    from megatron_eagle.objective.batch import EagleBatch
 
 
 @dataclass(frozen=True)
 class GivenLogits:
-    """A teacher of one rank that reads ``logits`` [R, V] at ``target_rows`` [M]."""
+    """Teacher of one rank that reads ``logits`` [S * B, V] at ``target_rows`` [M]."""
 
     logits: Tensor
     target_rows: Tensor
@@ -31,21 +33,20 @@ class GivenLogits:
     def draft_columns(self) -> int:
         return self.vocab_ids.numel()
 
-    def rows(self, chunk: slice) -> tuple[Tensor, Tensor]:
-        """As :meth:`megatron_eagle.teacher.targets.TeacherTargets.rows`."""
+    def rows(self, chunk: slice) -> tuple[Tensor, TeacherStats]:
+        """Return what ``TeacherTargets.rows`` returns, without the product."""
         from megatron_eagle.teacher.targets import softmax_and_statistics_
 
         full = self.logits[self.target_rows[chunk]].float()
-        whole = self.draft_columns == self.full_columns
-        draft = full if whole else full[:, self.vocab_ids]
+        same = self.draft_columns == self.full_columns
+        draft = full if same else full[:, self.vocab_ids]
         return draft, softmax_and_statistics_(draft, full, 0)
 
 
-def give_logits(step: DraftStep) -> Tensor:
-    """Let ``step`` read the base's logits; they are returned, [S * B, V]."""
-    model, batch = step.model, step.batch
-    rows = model.base(batch.tokens, batch.packing).final_hidden.flatten(0, 1)
-    logits = rows @ model.base.output_weight.t()
+def give_logits(model: EagleGPTModel, batch: EagleBatch) -> Tensor:
+    """Let ``model`` read the base's logits for ``batch``, and return them, [S * B, V]."""
+    hidden = model.base(batch.tokens, batch.packing).final_hidden.flatten(0, 1)
+    logits = hidden @ model.base.output_weight.t()
     teacher = GivenLogits(logits, batch.target_rows, model.draft.vocab_ids)
-    model.targets = lambda *_: (teacher, rows)  # type: ignore[method-assign, assignment]
+    model.targets = lambda *_: (teacher, hidden)  # type: ignore[method-assign, assignment]
     return logits

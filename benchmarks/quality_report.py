@@ -37,13 +37,13 @@ def _flags(variant: dict[str, str | None]) -> str:
 def _result(folder: Path) -> dict[str, Any]:
     report = json.loads((folder / "eval.json").read_text())
     lines = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
-    logged = [line for line in lines if "accepted_length" in line]
+    logged = [line for line in lines if "simulated_accepted_length" in line]
     return {
         "accepted_length": report["accepted_length"],
         "acceptance": report["acceptance"],
         "equal_to_greedy": report["equal_to_greedy"],
         "supervised_rows": max(line["supervised_rows"] for line in lines),
-        "curve": [[line["iteration"], line["accepted_length"]] for line in logged],
+        "curve": [[line["iteration"], line["simulated_accepted_length"]] for line in logged],
     }
 
 

@@ -20,8 +20,10 @@ from megatron_eagle.compat import MegatronModule
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.draft.moe import take_balance_loss
-from megatron_eagle.loss.row_losses import row_loss
-from megatron_eagle.loss.soft_cross_entropy import Budgets, LossRows, soft_cross_entropy
+from megatron_eagle.loss.inputs import Budgets, LossRows
+from megatron_eagle.loss.registry import row_loss
+from megatron_eagle.loss.soft_cross_entropy import soft_cross_entropy
+from megatron_eagle.loss.sums import LossSums
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.objective.draft_inputs import DraftInputs
 from megatron_eagle.objective.metrics import metric_sums, prefix_hits
@@ -149,11 +151,11 @@ class EagleGPTModel(MegatronModule):
         )
 
     def extra_losses(
-        self, batch: EagleBatch, hidden: Tensor, target_hidden: Tensor, sums: Tensor
+        self, batch: EagleBatch, hidden: Tensor, target_hidden: Tensor, sums: LossSums
     ) -> tuple[Tensor | float, Tensor | None]:
         """Return the losses beside the head's: a MoE draft's balance loss and EAGLE-1's regression,
         summed; and the regression's sums per step [K] for the metrics."""
-        supervised = sums[self.options.train.ttt_steps]  # tokens of step 0, which divide the loss
+        supervised = sums.rows[0]  # tokens of step 0, which divide the loss
         extra: Tensor | float = 0.0
         balance = take_balance_loss(self.draft, supervised, self.draft.cp_group)
         if balance is not None:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_eagle.parallel.collectives import all_gather
+
 
 @dataclass(frozen=True)
 class RowLayout:
@@ -52,6 +54,4 @@ class RowLayout:
         all-gather under sequence parallelism."""
         if self.parts == 1:
             return part
-        received = part.new_empty(self.parts * part.shape[0], *part.shape[1:])
-        torch.distributed.all_gather_into_tensor(received, part.contiguous(), group=self.group)
-        return received[:rows]
+        return all_gather(part, self.group).flatten(0, 1)[:rows]

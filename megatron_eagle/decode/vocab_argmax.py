@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_eagle.parallel.collectives import all_gather
 from megatron_eagle.parallel.vocab import EMPTY_SHARD_MAX, combine_argmax
 
 
@@ -24,7 +25,6 @@ def vocab_argmax(hidden: Tensor, weight: Tensor, ids: Tensor, group: ProcessGrou
         token = ids[index]
     if group.size() == 1:
         return token
-    mine = torch.stack([best.double(), token.double()])  # ids are exact in fp64
-    shards = mine.new_empty(2 * group.size(), *best.shape)
-    torch.distributed.all_gather_into_tensor(shards, mine, group=group)
-    return combine_argmax(shards[0::2], shards[1::2])
+    pair = torch.stack([best.double(), token.double()])  # ids are exact in fp64
+    maxima, tokens = all_gather(pair, group).unbind(1)
+    return combine_argmax(maxima, tokens)

@@ -1,1 +1,4 @@
-"""The fused, vocab-parallel loss of all steps."""
+"""Losses of all TTT steps on vocabulary shards, fused with the draft's head.
+
+Start at ``soft_cross_entropy.py``; the losses by name are in ``registry.py``.
+"""

@@ -1,90 +1,138 @@
-"""From the statistics of vocabulary shards to losses, accuracies and log Z: one all-gather.
+"""Combine the statistics of all vocabulary shards into losses, accuracies and log Z.
 
-A shard's own statistics, fp32: of the draft ``local`` [K, N, 4] max, sum of exp(z - max), Σ p z
-(p the teacher's softmax over the shard) and the base id of the max, and what a loss adds (see
-:mod:`megatron_eagle.loss.row_losses`); of the teacher [N, 5] max and
-sum of exp over the draft shard, and max, its id and sum of exp over the full vocabulary's shard.
+Shape letters: T ranks (shards), K TTT steps, N target positions. q is the draft's softmax, p the
+base's over the draft vocabulary; Z normalises q. A shard's *mass* is the probability that q or p
+gives its tokens together: a softmax over the shard, times the mass, is the shard's part of q or p.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_eagle.loss.statistics import ShardStats, TeacherStats, gather_statistics
+from megatron_eagle.loss.sums import LossSums
 from megatron_eagle.parallel.vocab import combine_argmax, combine_log_sum_exp
 
 
+class ShardMass(NamedTuple):
+    """Factors that make this shard's softmaxes parts of the whole: q = softmax * ``draft``,
+    p = softmax * ``teacher``, and p * ``coverage`` is the base's over its whole vocabulary."""
+
+    draft: Tensor
+    """[K, N]: mass of this shard under q."""
+    teacher: Tensor
+    """[N]: mass of this shard under p."""
+    coverage: Tensor
+    """[N]: the base's probability inside the draft vocabulary."""
+
+    def take(self, positions: slice) -> ShardMass:
+        """Return the masses at some of the N positions."""
+        return ShardMass(*(field[..., positions] for field in self))
+
+
+class Overlap(NamedTuple):
+    """How q and the base's whole softmax P = p * coverage overlap: [K, N] each, over all shards."""
+
+    alpha: Tensor
+    """Σ min(P, q): the probability that a verifier accepts a token drafted from q."""
+    below: Tensor
+    """Σ q over the tokens where q < P."""
+
+
 @dataclass(frozen=True)
-class Reduced:
-    """Over all shards: [K, N] each, the teacher's [N]; and of each of T shards what losses other
-    than the soft cross-entropy need: ``teacher_max`` [T, N], ``added`` [T, K, N], and the
-    logarithms of its share of both softmaxes, [T, K, N] and [T, N]."""
+class ReducedStats:
+    """Statistics reduced over the T vocabulary shards; the fields of one shape [T, ...] stay per
+    shard, for losses other than the soft cross-entropy. ``rank``: this rank's place among them."""
 
+    rank: int
     cross_entropy: Tensor
+    """[K, N]: -Σ p log q."""
     log_z: Tensor
+    """[K, N]."""
     hit: Tensor
+    """[K, N] bool: the draft's argmax is the base's over its whole vocabulary."""
     teacher_log_z: Tensor
+    """[N]: over the draft vocabulary."""
     teacher_argmax: Tensor
-    teacher_coverage: Tensor
+    """[N] int64: over the base's whole vocabulary."""
+    coverage: Tensor
+    """[N]: the base's probability inside the draft vocabulary."""
     teacher_max: Tensor
-    added: Tensor | None
-    draft_log_shares: Tensor
-    teacher_log_shares: Tensor
+    """[T, N]: the base's largest logit in each draft shard."""
+    extra: Tensor | None
+    """[T, K, N]: the loss's own statistic."""
+    draft_log_mass: Tensor
+    """[T, K, N]: logarithm of each shard's mass under q."""
+    teacher_log_mass: Tensor
+    """[T, N]: logarithm of each shard's mass under p."""
+    overlap: Overlap | None = None
+    """For losses that need it, after a second reduction."""
 
-    def sums(self, value: Tensor, mask: Tensor, first_rows: Tensor) -> Tensor:
-        """The metrics [3 * K + 2] of the rows of ``mask`` [K, N]: loss, rows and hits of each step;
-        then the base's probability inside the draft vocabulary, and its rows, those of
-        ``first_rows`` [N], the targets of step 0 (the others may be another rank's)."""
-        per_step = torch.stack([(value * mask).sum(-1), mask.sum(-1), (self.hit & mask).sum(-1)])
-        coverage = [(self.teacher_coverage * first_rows).sum(), first_rows.sum()]
-        return torch.cat([per_step.flatten(), torch.stack(coverage)])
+    def sums(self, loss: Tensor, mask: Tensor, first_step: Tensor) -> LossSums:
+        """Sum ``loss`` [K, N] and the hits over the positions of ``mask`` [K, N] bool, and the
+        coverage over ``first_step`` [N] bool, the targets of step 0 (a context-parallel rank also
+        holds targets whose step 0 is another rank's)."""
+        return LossSums(
+            loss=(loss * mask).sum(-1),
+            rows=mask.sum(-1).float(),
+            hits=(self.hit & mask).sum(-1).float(),
+            coverage=(self.coverage * first_step).sum(),
+            coverage_rows=first_step.sum().float(),
+        )
 
 
-def reduce_shards(local: Tensor, teacher: Tensor, group: ProcessGroup) -> Reduced:
-    """Join all shards: one all-gather over ``group``, none for a single rank."""
-    locals_, teachers = _gather(local, teacher, group)
-    maxima, sums, dots, ids, *added = locals_.unbind(-1)
-    draft_max, draft_sum, full_max, full_id, full_sum = teachers.unbind(-1)
-    log_z = combine_log_sum_exp(maxima, sums)
-    teacher_log_z = combine_log_sum_exp(draft_max, draft_sum)
-    teacher_log_shares = _log_shares(draft_max, draft_sum, teacher_log_z)
-    share = teacher_log_shares.exp()
-    teacher_argmax = combine_argmax(full_max, full_id)
-    return Reduced(
-        cross_entropy=log_z - (dots * share.unsqueeze(1)).sum(0),
+def reduce_shards(draft: ShardStats, teacher: TeacherStats, group: ProcessGroup) -> ReducedStats:
+    """Reduce the statistics of this rank's shard, [K, N] and [N], with all others.
+
+    One all-gather over ``group``, none for a single rank. Not differentiable.
+    """
+    drafts, teachers = gather_statistics(draft, teacher, group)
+    log_z = combine_log_sum_exp(drafts.max, drafts.sum_exp)
+    teacher_log_z = combine_log_sum_exp(teachers.max, teachers.sum_exp)
+    full_log_z = combine_log_sum_exp(teachers.full_max, teachers.full_sum_exp)
+    teacher_argmax = combine_argmax(teachers.full_max, teachers.full_argmax)
+    teacher_log_mass = _log_mass(teachers.max, teachers.sum_exp, teacher_log_z)
+    return ReducedStats(
+        rank=0 if group.size() == 1 else group.rank(),
+        cross_entropy=log_z - (drafts.dot * teacher_log_mass.exp().unsqueeze(1)).sum(0),
         log_z=log_z,
-        hit=combine_argmax(maxima, ids) == teacher_argmax,
+        hit=combine_argmax(drafts.max, drafts.argmax) == teacher_argmax,
         teacher_log_z=teacher_log_z,
         teacher_argmax=teacher_argmax,
-        teacher_coverage=(teacher_log_z - combine_log_sum_exp(full_max, full_sum)).exp(),
-        teacher_max=draft_max,
-        added=added[0] if added else None,
-        draft_log_shares=_log_shares(maxima, sums, log_z),
-        teacher_log_shares=teacher_log_shares,
+        coverage=(teacher_log_z - full_log_z).exp(),
+        teacher_max=teachers.max,
+        extra=drafts.extra,
+        draft_log_mass=_log_mass(drafts.max, drafts.sum_exp, log_z),
+        teacher_log_mass=teacher_log_mass,
     )
 
 
-def _log_shares(maxima: Tensor, sums: Tensor, log_z: Tensor) -> Tensor:
-    """Finite for empty shards too, whose share is then 0 in fp32."""
-    return sums.clamp_min(1.0).log() + maxima - log_z  # a shard's own max adds 1 to its sum
+def shard_mass(draft: ShardStats, teacher: TeacherStats, reduced: ReducedStats) -> ShardMass:
+    """Return the masses of this rank's shard from its own statistics, [K, N] and [N]."""
+    return ShardMass(
+        draft=draft.sum_exp * (draft.max - reduced.log_z).exp(),
+        teacher=teacher.sum_exp * (teacher.max - reduced.teacher_log_z).exp(),
+        coverage=reduced.coverage,
+    )
 
 
-def shard_shares(local: Tensor, teacher: Tensor, reduced: Reduced) -> tuple[Tensor, Tensor]:
-    """What this shard's softmaxes are multiplied with to be parts of the whole: [K, N] and [N]."""
-    draft = local[..., 1] * (local[..., 0] - reduced.log_z).exp()
-    return draft, teacher[:, 1] * (teacher[:, 0] - reduced.teacher_log_z).exp()
+def shard_overlap(draft: Tensor, teacher: Tensor, mass: ShardMass) -> Tensor:
+    """Return this shard's part of :class:`Overlap`, [2, K, N], from its softmaxes ``draft``
+    [K, N, Dp] and ``teacher`` [N, Dp]; the sum over all shards is the whole. No collective."""
+    full = teacher * (mass.teacher * mass.coverage).unsqueeze(-1)
+    parts = []
+    for softmax, step_mass in zip(draft, mass.draft, strict=True):
+        q = softmax.float() * step_mass.unsqueeze(-1)
+        parts.append(torch.stack([torch.minimum(q, full).sum(-1), (q * (q < full)).sum(-1)]))
+    return torch.stack(parts, dim=1)
 
 
-def _gather(local: Tensor, teacher: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-    """[K, N, n] and [N, 5] of every rank as [T, K, N, n] and [T, N, 5]."""
-    if group.size() == 1:
-        return local.unsqueeze(0), teacher.unsqueeze(0)
-    payload = torch.cat([local.flatten(), teacher.flatten()])
-    received = payload.new_empty(group.size() * payload.numel())
-    torch.distributed.all_gather_into_tensor(received, payload, group=group)
-    received = received.view(group.size(), -1)
-    mine, theirs = received.split([local.numel(), teacher.numel()], dim=1)
-    return mine.unflatten(1, local.shape), theirs.unflatten(1, teacher.shape)
+def _log_mass(maxima: Tensor, sums: Tensor, log_z: Tensor) -> Tensor:
+    """Return log(sum) + max - log Z; finite for an empty shard too, whose mass is then 0 in fp32
+    (any other shard's own maximum adds 1 to its sum)."""
+    return sums.clamp_min(1.0).log() + maxima - log_z

@@ -1,8 +1,10 @@
-"""The softmax of a shard of logits, made in place, with what joins it to the other shards'.
+"""Turn a shard of logits into its softmax in place, with the statistics that join the shards.
 
-A shard's softmax q is relative to the shard alone; with its max and its sum of exp(z - max), the
-softmax over all shards is q * sum * exp(max - log Z). On a CPU the passes go over a few rows at a
+A shard's softmax is normalised over the shard alone; times sum * exp(max - log Z) it is the shard's
+part of the softmax over the whole vocabulary. On a CPU the passes go over a few positions at a
 time, which stay in a core's cache from the first pass to the last.
+
+Shape letters: K TTT steps, N target positions, Dp columns of this rank's shard of a vocabulary.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_eagle.loss.statistics import ShardStats
 from megatron_eagle.parallel.vocab import EMPTY_SHARD_MAX, row_chunks
 from megatron_eagle.platform.compiler import compilable, is_compiling
 
@@ -17,43 +20,47 @@ CACHED_BYTES = 2 << 20
 _SPAN = 128
 
 
-def shard_softmax_(logits: Tensor) -> Tensor:
-    """``logits`` [N, Dp] become their softmax over this shard, in place.
+def shard_softmax_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn ``logits`` [N, Dp] into their softmax over this shard, in place.
 
-    Returns fp32 [N, 3]: max, sum of exp(z - max), and the position of the max (the first of
-    equals). An empty shard gives ``EMPTY_SHARD_MAX``, 0 and 0, which vanish in any combination.
+    Returns fp32 [N] each: maximum, sum of exp(z - max), and the position of the maximum (the first
+    of equals). An empty shard gives ``EMPTY_SHARD_MAX``, 0 and 0, which vanish in any combination.
     """
-    return _by_blocks(logits.unsqueeze(0), None, False)[0][:, [0, 1, 3]]
+    top, sum_exp, _, position = _by_blocks(logits.unsqueeze(0), None, False)[:, 0]
+    return top, sum_exp, position
 
 
-def draft_softmax_(logits: Tensor, teacher: Tensor, subtract: bool) -> Tensor:
-    """``logits`` [K, N, Dp] become their softmax over this shard, minus ``teacher`` [N, Dp] fp32
-    with ``subtract``, in place.
+def draft_softmax_(logits: Tensor, teacher: Tensor, subtract: bool) -> ShardStats:
+    """Turn ``logits`` [K, N, Dp] into their softmax over this shard, in place; with ``subtract``
+    into softmax minus ``teacher`` [N, Dp] fp32.
 
-    Returns fp32 [K, N, 4]: max, sum of exp(z - max), Σ teacher z, position of the max.
+    Returns the statistics [K, N], their ``argmax`` as the position in this shard.
     """
-    return _by_blocks(logits, teacher, subtract)
+    return ShardStats(*_by_blocks(logits, teacher, subtract))
 
 
-def rescale_(softmax: Tensor, ratio: Tensor, teacher: Tensor, scale: Tensor) -> None:
-    """``softmax`` [K, N, Dp] becomes softmax * ratio [K, N] - teacher [N, Dp] * scale [N]."""
+def rescale_(softmax: Tensor, mass: Tensor, teacher: Tensor, teacher_mass: Tensor) -> None:
+    """Turn ``softmax`` [K, N, Dp] into softmax * ``mass`` [K, N] - ``teacher`` [N, Dp] *
+    ``teacher_mass`` [N], in place."""
     _, count, columns = softmax.shape
-    for step, own in zip(softmax, ratio, strict=True):
+    for step, step_mass in zip(softmax, mass, strict=True):
         for rows in _blocks(count, columns, softmax.is_cuda):
-            _rescale_block_(step[rows], own[rows], teacher[rows], scale[rows])
+            _rescale_block_(step[rows], step_mass[rows], teacher[rows], teacher_mass[rows])
 
 
 def _by_blocks(logits: Tensor, teacher: Tensor | None, subtract: bool) -> Tensor:
+    """Run :func:`_softmax_block_` over logits [K, N, Dp]; returns its statistics [4, K, N]."""
     steps, count, columns = logits.shape
-    found = logits.new_zeros(steps, count, 4, dtype=torch.float32)
+    statistics = logits.new_zeros(4, steps, count, dtype=torch.float32)
     if columns == 0:
-        found[..., 0] = EMPTY_SHARD_MAX
-        return found
+        statistics[0] = EMPTY_SHARD_MAX
+        return statistics
     for rows in _blocks(count, columns, logits.is_cuda):
-        own = None if teacher is None else teacher[rows]
+        block_teacher = None if teacher is None else teacher[rows]
         for step in range(steps):
-            found[step, rows] = _softmax_block_(logits[step, rows], own, subtract)
-    return found
+            block = _softmax_block_(logits[step, rows], block_teacher, subtract)
+            statistics[:, step, rows] = block
+    return statistics
 
 
 def _blocks(count: int, columns: int, on_gpu: bool) -> list[slice]:
@@ -64,6 +71,8 @@ def _blocks(count: int, columns: int, on_gpu: bool) -> list[slice]:
 
 @compilable
 def _softmax_block_(logits: Tensor, teacher: Tensor | None, subtract: bool) -> Tensor:
+    """Turn ``logits`` [N, Dp] into their softmax in place; returns [4, N] fp32: maximum, sum of
+    exp(z - max), Σ teacher z (without a teacher the maximum), position of the maximum."""
     top, index = row_max(logits)
     wide = logits.float()  # fp32 logits themselves
     dot = top if teacher is None else torch.linalg.vecdot(wide, teacher)
@@ -74,18 +83,18 @@ def _softmax_block_(logits: Tensor, teacher: Tensor | None, subtract: bool) -> T
         torch.sub(softmax, teacher, out=logits)
     elif softmax is not logits:
         logits.copy_(softmax)
-    return torch.stack([top.float(), total, dot, index.float()], -1)
+    return torch.stack([top.float(), total, dot, index.float()])
 
 
 @compilable
-def _rescale_block_(softmax: Tensor, ratio: Tensor, teacher: Tensor, scale: Tensor) -> None:
-    ratio, scale = ratio.unsqueeze(-1), scale.unsqueeze(-1)
-    scaled = softmax.mul_(ratio) if softmax.dtype == torch.float32 else softmax * ratio
-    torch.addcmul(scaled, teacher, scale, value=-1.0, out=softmax)
+def _rescale_block_(softmax: Tensor, mass: Tensor, teacher: Tensor, teacher_mass: Tensor) -> None:
+    mass, teacher_mass = mass.unsqueeze(-1), teacher_mass.unsqueeze(-1)
+    scaled = softmax.mul_(mass) if softmax.dtype == torch.float32 else softmax * mass
+    torch.addcmul(scaled, teacher, teacher_mass, value=-1.0, out=softmax)
 
 
 def row_max(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Max and its position, the first of equals, of each row of [N, Dp].
+    """Return the maximum and its position, the first of equals, of each row of [N, Dp].
 
     PyTorch's own max with positions is not vectorised on a CPU, its amax is: first the maxima of
     short spans, then the position inside the first best span. The last two spans may overlap.
@@ -93,8 +102,8 @@ def row_max(logits: Tensor) -> tuple[Tensor, Tensor]:
     columns = logits.shape[-1]
     if logits.is_cuda or is_compiling() or columns < 2 * _SPAN:
         return logits.max(dim=-1)
-    whole = columns // _SPAN
-    maxima = logits[:, : whole * _SPAN].unflatten(1, (whole, _SPAN)).amax(-1)
+    count = columns // _SPAN
+    maxima = logits[:, : count * _SPAN].unflatten(1, (count, _SPAN)).amax(-1)
     if columns % _SPAN:
         maxima = torch.cat([maxima, logits[:, -_SPAN:].amax(-1, keepdim=True)], dim=1)
     start = (maxima.argmax(-1, keepdim=True) * _SPAN).clamp_(max=columns - _SPAN)

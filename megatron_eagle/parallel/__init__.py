@@ -1,1 +1,1 @@
-"""Vocab-parallel primitives: shards, statistics, the fused loss. No Megatron global state."""
+"""Cuts of vocabularies and sequences over process groups, collectives, and matrix products."""

@@ -1,7 +1,9 @@
-"""How a vocabulary is cut over the tensor-parallel group, and how its shards' statistics join.
+"""Cut a vocabulary over the tensor-parallel group, and combine its shards' softmax statistics.
 
 Padding never enters a softmax: rows beyond the true vocabulary are sliced off, not masked, so a
 shard is a matrix of its real rows only (possibly none on the last ranks).
+
+Shape letters: T ranks (shards), N token positions.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ EMPTY_SHARD_MAX = -1e30
 
 @dataclass(frozen=True)
 class VocabShard:
-    """The contiguous ids ``[start, start + rows)`` of one rank, out of ``size`` true ids.
+    """Contiguous ids ``[start, start + rows)`` of one rank, out of ``size`` true ids.
 
     ``padded_rows`` is the height of the stored matrix on every rank; ``rows`` of them are real.
     """
@@ -31,7 +33,7 @@ class VocabShard:
 
     @classmethod
     def of(cls, size: int, group: ProcessGroup, padded_rows: int | None = None) -> VocabShard:
-        """This rank's shard; ``padded_rows`` defaults to the least that covers ``size``."""
+        """Return this rank's shard; by default the least ``padded_rows`` that cover ``size``."""
         world = group.size()
         least = -(-size // world)
         rows = least if padded_rows is None else padded_rows
@@ -57,27 +59,31 @@ def draft_vocab_shard(
 
 
 def combine_log_sum_exp(maxima: Tensor, sums: Tensor) -> Tensor:
-    """logsumexp over all shards from their [T, N] maxima and sums; [N], no collective."""
+    """Return the logsumexp [N] over all shards from their maxima and sums of exp(z - max) [T, N].
+
+    No collective.
+    """
     top = maxima.max(dim=0).values
     return top + (sums * (maxima - top).exp()).sum(0).log()
 
 
 def combine_argmax(maxima: Tensor, ids: Tensor) -> Tensor:
-    """Global ids [N] (int64) of the row maxima from all shards' [T, N]; ties take the lowest id."""
+    """Return the ids [N] int64 of the largest of all shards' ``maxima`` [T, N], whose ids are
+    ``ids`` [T, N] of any dtype; ties take the lowest id. No collective."""
     ids = ids.long()
     is_top = maxima == maxima.max(dim=0).values
     return ids.masked_fill(~is_top, torch.iinfo(torch.int64).max).min(dim=0).values
 
 
 def row_chunks(rows: int, columns: int, budget_bytes: int) -> list[slice]:
-    """Slices of ``rows`` such that a chunk of fp32 [chunk, columns] stays within the budget."""
-    step = max(1, budget_bytes // (4 * max(1, columns)))
-    return [slice(i, min(i + step, rows)) for i in range(0, rows, step)]
+    """Return slices of ``rows`` such that fp32 [slice, columns] stays within ``budget_bytes``."""
+    size = max(1, budget_bytes // (4 * max(1, columns)))
+    return [slice(i, min(i + size, rows)) for i in range(0, rows, size)]
 
 
 def even_chunks(rows: int, largest: int) -> list[slice]:
-    """The fewest slices of ``rows`` of at most ``largest`` (at least 1) rows each, all of nearly
-    the same size; one empty slice of no rows."""
+    """Return the fewest slices of ``rows`` of at most ``largest`` (at least 1) rows each, all of
+    nearly the same size; one empty slice of no rows."""
     number = max(1, -(-rows // max(1, largest)))
     bounds = [rows * i // number for i in range(number + 1)]
-    return [slice(a, b) for a, b in pairwise(bounds)]
+    return [slice(start, stop) for start, stop in pairwise(bounds)]

@@ -23,13 +23,6 @@ def product(x: Tensor, weight: Tensor) -> Tensor:
     return torch.mm(x, weight.t())
 
 
-def product_fp32(x: Tensor, weight: Tensor) -> Tensor:
-    """:func:`product` in fp32. On a GPU that of 16-bit factors is never rounded to 16 bits."""
-    if x.is_cuda and x.dtype != torch.float32:
-        return torch.mm(x, weight.t(), out_dtype=torch.float32)
-    return product(x, weight).float()
-
-
 def add_outer_(total: Tensor, left: Tensor, right: Tensor) -> None:
     """total [M, H] fp32 += left [N, M]ᵀ @ right [N, H], whatever the dtype of the two."""
     if _by_onednn(left, right):
@@ -39,8 +32,6 @@ def add_outer_(total: Tensor, left: Tensor, right: Tensor) -> None:
             part += product(columns.t(), right.t())
     elif left.dtype == torch.float32:
         total.addmm_(left.t(), right)
-    elif left.is_cuda and _adds_halves_to_fp32():
-        torch.addmm(total, left.t(), right, out_dtype=torch.float32, out=total)
     else:
         total += left.t() @ right
 
@@ -75,15 +66,12 @@ def _by_onednn(x: Tensor, y: Tensor) -> bool:
     )
 
 
-@cache
-def _adds_halves_to_fp32() -> bool:
-    """Whether addmm takes an fp32 sum beside 16-bit factors: not in every PyTorch."""
-    half = torch.zeros(16, 16, dtype=torch.bfloat16, device="cuda")
-    try:
-        torch.addmm(half.float(), half, half, out_dtype=torch.float32)
-    except RuntimeError:
-        return False
-    return True
+def default_output_bytes() -> int:
+    """Return how many bytes of results each product should have to run near full speed.
+
+    MKL needs more rows in a product than oneDNN does before it comes near the processor's speed.
+    """
+    return (32 if onednn_is_faster() else 56) << 20
 
 
 @cache

@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_eagle.attention.mla import position_rotary
 from megatron_eagle.attention.packing import DocumentAttention, Packing
 from megatron_eagle.compat import MegatronModule, gather_from_sequence_parallel_region
+from megatron_eagle.parallel.collectives import all_gather
 from megatron_eagle.parallel.context import ContextShard, append_halo
 from megatron_eagle.platform.nvtx import nvtx_range
 from megatron_eagle.teacher.aux_capture import AuxCapture
@@ -158,7 +159,7 @@ class FrozenBase(MegatronModule):
         for layer, hidden in aux_hidden.items():
             rms = hidden.float().square().mean(-1).sqrt().flatten()
             for group in groups:
-                rms = _all_ranks(rms, group)
+                rms = all_gather(rms, group).flatten()
             sizes[self.capture.layers.index(layer)] = rms.median()
         stages.sum_over_stages(sizes)
         return sizes
@@ -174,12 +175,3 @@ class StageForward(Protocol):
     def sum_over_stages(self, values: Tensor) -> None:
         """Sum ``values`` over the stages, in place."""
         ...
-
-
-def _all_ranks(values: Tensor, group: Any) -> Tensor:
-    """Gather [n] of every rank of ``group`` to [ranks * n]. One all-gather."""
-    if group.size() == 1:
-        return values
-    received = values.new_empty(group.size() * values.numel())
-    torch.distributed.all_gather_into_tensor(received, values.contiguous(), group=group)
-    return received

@@ -1,4 +1,9 @@
-"""One look-up of the base's frozen embedding for all TTT steps."""
+"""Look up the base's frozen embedding, once for all TTT steps.
+
+Shape letters: S sequence, B micro-batch, H hidden size, Vp this rank's rows of the base's
+vocabulary, K TTT steps, R runs of positions on this rank; S' is S over the context-parallel and,
+under sequence parallelism, the tensor-parallel ranks.
+"""
 
 from __future__ import annotations
 
@@ -25,13 +30,13 @@ def step_embeddings(
     sequence_parallel: bool,
     spans: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
-    """Embeddings of x_1 .. x_{S+K-1} from this rank's rows ``weight`` [Vp, H] of the base's.
+    """Look up the embeddings of x_1 .. x_{S+K-1} in this rank's rows ``weight`` [Vp, H].
 
-    tokens [B, S] -> [R, S' / R + K - 1, B, H] for the S' rows of this rank, which lie in R runs of
-    positions: the ``spans`` of its context-parallel part (by default one, the whole sequence),
-    each cut over TP under sequence parallelism. Step t consumes rows t .. t + S' / R - 1 of every
-    run. Tokens beyond the sequence read id 0: the rows that consume them are never supervised. One
-    all-reduce or reduce-scatter over TP.
+    tokens [B, S] -> [R, S' / R + K - 1, B, H] for the S' positions of this rank, which lie in R
+    runs: the ``spans`` of its context-parallel part (by default one, the whole sequence), each cut
+    over TP under sequence parallelism. Step t consumes entries t .. t + S' / R - 1 of every run.
+    Tokens beyond the sequence read id 0: the positions that consume them are never supervised. One
+    all-reduce over TP, or a reduce-scatter under sequence parallelism. Not differentiable.
     """
     spans = spans or [(0, tokens.shape[1])]
     parts = group.size() if sequence_parallel else 1
@@ -44,9 +49,9 @@ def step_embeddings(
             for low in range(start, stop, size)
         ]
     )
-    rows = windows.transpose(1, 2).flatten(0, 1)  # [parts * R * (S' / R + K - 1), B]
-    found = _lookup(rows, weight, vocab_size, group, sequence_parallel)
-    return found.unflatten(0, (len(spans), -1))
+    ids = windows.transpose(1, 2).flatten(0, 1)  # [parts * R * (S' / R + K - 1), B]
+    embeddings = _lookup(ids, weight, vocab_size, group, sequence_parallel)
+    return embeddings.unflatten(0, (len(spans), -1))
 
 
 @torch.no_grad()
@@ -57,15 +62,16 @@ def token_embeddings(
     group: ProcessGroup,
     sequence_parallel: bool = False,
 ) -> Tensor:
-    """Embeddings [n, B, H] of tokens [B, n] from this rank's rows ``weight`` [Vp, H] of the base's,
-    or under sequence parallelism this rank's part of them. One all-reduce or reduce-scatter over
-    TP."""
+    """Look up the embeddings [n, B, H] of tokens [B, n] in this rank's rows ``weight`` [Vp, H];
+    under sequence parallelism, return this rank's part of them. One all-reduce or reduce-scatter
+    over TP. Not differentiable."""
     return _lookup(tokens.t(), weight, vocab_size, group, sequence_parallel)
 
 
 @torch.no_grad()
 def token_embedding(token: int, weight: Tensor, vocab_size: int, group: ProcessGroup) -> Tensor:
-    """[H]: the embedding of one token, on every rank. One all-reduce over ``group``."""
+    """Look up the embedding [H] of one token, on every rank. One all-reduce over ``group``. Not
+    differentiable."""
     ids = torch.tensor([token], device=weight.device)
     return _lookup(ids, weight, vocab_size, group, sequence_parallel=False)[0]
 
@@ -73,21 +79,21 @@ def token_embedding(token: int, weight: Tensor, vocab_size: int, group: ProcessG
 def _lookup(
     ids: Tensor, weight: Tensor, vocab_size: int, group: ProcessGroup, sequence_parallel: bool
 ) -> Tensor:
-    found = _partial_lookup(ids, weight, vocab_size, group)
+    partial = _partial_lookup(ids, weight, vocab_size, group)
     sum_over_ranks = (
         reduce_scatter_to_sequence_parallel_region
         if sequence_parallel and group.size() > 1
         else reduce_from_tensor_model_parallel_region
     )
-    return sum_over_ranks(found, group=group)
+    return sum_over_ranks(partial, group=group)
 
 
 def _partial_lookup(ids: Tensor, weight: Tensor, vocab_size: int, group: ProcessGroup) -> Tensor:
-    """Rows of this rank's ids, zeros for the others': summed over TP they are the embeddings."""
+    """Look up this rank's ids, and zeros for other ranks' ids: the sum over TP is complete."""
     if group.size() == 1:
         return torch.nn.functional.embedding(ids, weight)
     start = VocabShard.of(vocab_size, group, weight.shape[0]).start
     local = ids - start
     outside = (local < 0) | (local >= weight.shape[0])
-    found = torch.nn.functional.embedding(local.masked_fill(outside, 0), weight)
-    return found.masked_fill(outside.unsqueeze(-1), 0.0)
+    partial = torch.nn.functional.embedding(local.masked_fill(outside, 0), weight)
+    return partial.masked_fill(outside.unsqueeze(-1), 0.0)

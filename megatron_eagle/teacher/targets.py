@@ -1,9 +1,12 @@
-"""Teacher targets: what the base predicts at the supervised positions, made once per micro-batch.
+"""Compute the teacher: the base's predictions at the supervised positions, once per micro-batch.
 
 Each rank computes its shard only: a softmax over its part of the draft vocabulary, and statistics
-over its part of the full vocabulary. What the ranks must tell each other (five numbers a row)
-travels with the loss's own statistics, so nothing is sent here. The loss asks for a chunk of rows
-when it needs them, and all its steps use them at once.
+of both vocabularies, which travel with the loss's own, so that nothing is sent here. The loss pulls
+the teacher: :meth:`TeacherHead.targets` computes nothing, and the loss asks for one chunk of target
+positions at a time, which all its TTT steps use at once.
+
+Shape letters: M target positions of a micro-batch, c positions of a chunk, H hidden size; Vp and Dp
+this rank's shards of the base's and the draft's vocabulary.
 """
 
 from __future__ import annotations
@@ -15,15 +18,17 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_eagle.loss.shard_softmax import shard_softmax_
+from megatron_eagle.loss.statistics import TeacherStats
+from megatron_eagle.parallel.products import product_fp32
 from megatron_eagle.parallel.vocab import VocabShard, draft_vocab_shard
-from megatron_eagle.platform.products import product_fp32
 
 
 @dataclass(frozen=True)
 class TeacherTargets:
-    """The base's predictions at M target rows, computed a chunk of rows at a time.
+    """The base's predictions at M target positions, computed when the loss asks for a chunk of them
+    (:class:`megatron_eagle.loss.inputs.TeacherRows`).
 
-    ``final_hidden`` [M, H]: after the base's final norm, full rows on every TP rank.
+    ``final_hidden`` [M, H]: after the base's final norm, in full on every TP rank.
     """
 
     head: TeacherHead
@@ -31,40 +36,52 @@ class TeacherTargets:
 
     @property
     def full_columns(self) -> int:
+        """Width of the widest shard of the base's vocabulary."""
         return self.head.full_shard.padded_rows
 
     @property
     def draft_columns(self) -> int:
+        """Width of the widest shard of the draft vocabulary."""
         return self.head.draft_shard.padded_rows
 
     @torch.no_grad()
-    def rows(self, chunk: slice) -> tuple[Tensor, Tensor]:
-        """Softmax over this rank's draft shard, fp32 [c, Dp], and statistics fp32 [c, 5]: max and
-        sum of exp over the draft shard; max, its id (exact in fp32 below 2**24) and sum of exp
-        over the full vocabulary's shard. No collective."""
+    def rows(self, chunk: slice) -> tuple[Tensor, TeacherStats]:
+        """Compute the softmax over this rank's draft shard, fp32 [c, Dp], and the statistics [c] of
+        both shards. Not differentiable; no collective."""
         head, hidden = self.head, self.final_hidden[chunk]
         full = product_fp32(hidden, head.full_weight)
-        whole = head.draft_weight is head.full_weight
-        draft = full if whole else product_fp32(hidden, head.draft_weight)
+        same = head.draft_weight is head.full_weight
+        draft = full if same else product_fp32(hidden, head.draft_weight)
         return draft, softmax_and_statistics_(draft, full, head.full_shard.start)
 
 
-def softmax_and_statistics_(draft: Tensor, full: Tensor, start: int) -> Tensor:
-    """``draft`` [c, Dp] fp32 becomes its softmax, in place, and ``full`` [c, Vp], whose first id is
-    ``start``, is overwritten; they may be one tensor. Returns the statistics [c, 5] of
-    :meth:`TeacherTargets.rows`. No collective."""
+def softmax_and_statistics_(draft: Tensor, full: Tensor, start: int) -> TeacherStats:
+    """Turn the logits ``draft`` [c, Dp] fp32 into their softmax, in place, and return the
+    statistics [c].
+
+    ``full`` [c, Vp], the logits of this rank's base vocabulary, whose first id is ``start``, is
+    overwritten; the two may be one tensor. No collective.
+    """
     draft_stats = shard_softmax_(draft)
     full_stats = draft_stats if full is draft else shard_softmax_(full)
-    ids = full_stats[:, 2:] + start
-    return torch.cat([draft_stats[:, :2], full_stats[:, :1], ids, full_stats[:, 1:2]], dim=1)
+    full_max, full_sum_exp, position = full_stats
+    return TeacherStats(
+        max=draft_stats[0],
+        sum_exp=draft_stats[1],
+        full_max=full_max,
+        full_argmax=position + start,
+        full_sum_exp=full_sum_exp,
+    )
 
 
 class TeacherHead:
     """This rank's frozen rows of the base's output layer, over both vocabularies.
 
     ``full_weight`` [Vp, H] are the base's own rows without padding; ``draft_weight`` [Dp, H] the
-    rows of this rank's draft ids, fetched from their owners once, here (one reduce per rank over
-    ``group``), or the same tensor when the draft keeps the whole vocabulary.
+    rows of this rank's draft ids, or the same tensor when the draft keeps the whole vocabulary.
+
+    Collective: to fetch the draft's rows from the ranks that hold them, the constructor runs one
+    reduce per rank over ``group``, unless the draft keeps the whole vocabulary.
     """
 
     def __init__(
@@ -81,18 +98,19 @@ class TeacherHead:
             self.draft_weight = self._fetch_rows(weight, vocab_ids, group)
 
     def _fetch_rows(self, weight: Tensor, vocab_ids: Tensor, group: ProcessGroup) -> Tensor:
-        padded = self.draft_shard.padded_rows
-        mine = weight.new_empty(0)
-        for rank, ids in enumerate(vocab_ids.split(padded)):
+        """Return [Dp, H], the rows of this rank's part of the draft ``vocab_ids``."""
+        fetched = weight.new_empty(0)
+        for rank, ids in enumerate(vocab_ids.split(self.draft_shard.padded_rows)):
             local = ids.to(weight.device) - self.full_shard.start
             inside = (local >= 0) & (local < self.full_shard.rows)
             rows = weight[local.clamp(0, weight.shape[0] - 1)] * inside.unsqueeze(-1)
             if group.size() > 1:
                 torch.distributed.reduce(rows, group=group, group_dst=rank)
             if rank == group.rank():
-                mine = rows
-        return mine.view(-1, weight.shape[1])
+                fetched = rows
+        return fetched.view(-1, weight.shape[1])
 
     def targets(self, final_hidden: Tensor) -> TeacherTargets:
-        """Targets of ``final_hidden`` [M, H]; nothing is computed yet."""
+        """Return the targets of ``final_hidden`` [M, H]; nothing is computed yet, the loss pulls
+        them chunk by chunk."""
         return TeacherTargets(self, final_hidden)

@@ -1,7 +1,9 @@
-"""The base's vocabulary matrices on the pipeline stages that do not hold them.
+"""Give every pipeline stage the base's embedding and output layer.
 
 The draft of every stage looks up the base's embedding and multiplies by its output layer, which
 Megatron keeps on the first and the last stage only. The others load frozen shards of their own.
+
+Shape letters: Vp this rank's rows of the base's padded vocabulary, H hidden size.
 """
 
 from __future__ import annotations
@@ -17,10 +19,10 @@ _EMBEDDING, _OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 
 
 class VocabShards(MegatronModule):
-    """This TP rank's [Vp, H] rows of the embedding and the output layer, whichever stage it is on.
+    """Hold this TP rank's rows [Vp, H] of the embedding and the output layer, on any stage.
 
-    Holds parameters of its own only for what ``gpt`` lacks; :func:`~megatron_eagle.teacher.build`
-    loads them with the base.
+    It has parameters of its own only for the matrices that ``gpt``'s stage lacks;
+    :mod:`megatron_eagle.teacher.build` loads them with the base.
     """
 
     def __init__(self, gpt: Any) -> None:
@@ -51,11 +53,13 @@ class VocabShards(MegatronModule):
 
     @property
     def embedding_weight(self) -> Tensor:
+        """[Vp, H]."""
         (borrowed,) = self._borrowed["embedding"]
         return self.embedding if borrowed is None else borrowed
 
     @property
     def output_weight(self) -> Tensor:
+        """[Vp, H]; the embedding itself where the base ties the two."""
         (borrowed,) = self._borrowed["output"]
         if borrowed is not None:
             return borrowed
@@ -64,7 +68,7 @@ class VocabShards(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """This module's own parameters under the names of the base's checkpoint."""
+        """Return this module's own parameters under the names of the base's checkpoint."""
         keys = {"embedding": _EMBEDDING, "output": _OUTPUT}
         return {
             prefix + name: make_tp_sharded_tensor_for_checkpoint(

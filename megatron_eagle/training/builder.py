@@ -27,7 +27,7 @@ from megatron_eagle.layers.backend import (
     local_backend,
     transformer_engine_backend,
 )
-from megatron_eagle.loss.soft_cross_entropy import teacher_bytes
+from megatron_eagle.loss.inputs import teacher_bytes
 from megatron_eagle.model import EagleGPTModel
 from megatron_eagle.pipeline.exchange import StageExchange
 from megatron_eagle.pipeline.replicas import FinalizeReplicas, equal_start

@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_eagle.compat import replace, require
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.objective.batch import EagleBatch
-from megatron_eagle.objective.metrics import ROWS_PER_STEP, reduce_metrics
+from megatron_eagle.objective.metrics import MetricSums, reduce_metrics
 from megatron_eagle.pipeline.schedule import PipelineSchedule
 from megatron_eagle.platform.nvtx import nvtx_range
 from megatron_eagle.training.data import next_batch
@@ -39,7 +39,7 @@ class ForwardStep:
         """(sum of losses, rows supervised at step 0, metric sums). Megatron divides the summed
         gradients by the rows of the whole global batch."""
         loss, sums = output
-        rows = sums[self.options.train.ttt_steps].to(torch.int)
+        rows = MetricSums.unpack(sums).rows[0].to(torch.int)
         return loss, rows, {_SUMS: sums}
 
 
@@ -61,8 +61,8 @@ def replace_schedule(options: EagleConfig) -> None:
                 reports = schedule(**call)
             sums = [report[_SUMS] for report in reports]
             if not sums:  # an evaluation of fewer micro-batches than stages
-                width = ROWS_PER_STEP * options.train.ttt_steps + 2
-                sums = [torch.zeros(width, device=torch.cuda.current_device())]
+                device = torch.cuda.current_device()
+                sums = [MetricSums.zeros(options.train.ttt_steps, device).pack()]
             groups = (
                 mpu.get_data_parallel_group(with_context_parallel=True),
                 mpu.get_pipeline_model_parallel_group(),

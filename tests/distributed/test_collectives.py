@@ -98,18 +98,19 @@ class GivenTeacher:
     full_columns = draft_columns = 5
 
     def __init__(self) -> None:
-        self.softmax, self.statistics = torch.rand(7, 5).softmax(-1), torch.rand(7, 5) + 1
+        self.softmax, self.statistics = torch.rand(7, 5).softmax(-1), torch.rand(5, 7) + 1
 
-    def rows(self, chunk: slice) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.softmax[chunk].clone(), self.statistics[chunk]
+    def rows(self, chunk: slice) -> tuple[torch.Tensor, Any]:
+        from megatron_eagle.loss.statistics import TeacherStats
+
+        return self.softmax[chunk].clone(), TeacherStats(*self.statistics[:, chunk])
 
 
 def count_losses(rank: int, world: int) -> dict[str, Any]:
     """Collectives of every loss, forward and backward, all chunks kept."""
-    return {
-        name: count_loss_only(rank, world, 2, 1 << 20, name)
-        for name in ("kl", "ce", "reverse-kl", "tv", "lk-alpha", "lk-lambda")
-    }
+    from megatron_eagle.loss.registry import ROW_LOSSES
+
+    return {name: count_loss_only(rank, world, 2, 1 << 20, name) for name in ROW_LOSSES}
 
 
 def test_losses_of_the_acceptance_are_one_collective_more() -> None:
@@ -118,24 +119,27 @@ def test_losses_of_the_acceptance_are_one_collective_more() -> None:
             more = {} if name in ("kl", "ce", "reverse-kl") else {"allreduce": 1}
             assert counts["forward"] == {"allgather_base": 1, **more}, name
             assert counts["backward"] == {}, name
+            extra = 1 if name in ("ce", "reverse-kl") else 0
+            assert counts["sent"] == [3 * 7 * (4 + extra) + 7 * 5], name
 
 
 def count_loss_only(
     rank: int, world: int, chunk_rows: int, budget: int, name: str = "kl"
 ) -> dict[str, Any]:
-    from megatron_eagle.loss import soft_cross_entropy as module
-    from megatron_eagle.loss.row_losses import row_loss
+    from megatron_eagle.loss.inputs import Budgets, LossRows
+    from megatron_eagle.loss.registry import row_loss
+    from megatron_eagle.loss.soft_cross_entropy import soft_cross_entropy
 
     torch.manual_seed(rank)
     hidden, weight = torch.randn(3, 7, 8, requires_grad=True), torch.randn(5, 8, requires_grad=True)
     mask, steps = torch.ones(3, 7, dtype=torch.bool), torch.ones(3)
-    rows = module.LossRows(mask, steps, torch.arange(5), None)
+    rows = LossRows(mask, steps, torch.arange(5), None)
     group = torch.distributed.group.WORLD
     assert group is not None
     chunk_bytes = 4 * chunk_rows * (3 * 5 + GivenTeacher.full_columns)
-    budgets = module.Budgets(1 << 20, budget, chunk_bytes)
+    budgets = Budgets(1 << 20, budget, chunk_bytes)
     with CollectiveCounter() as forward:
-        loss, *_ = module.soft_cross_entropy(
+        loss, *_ = soft_cross_entropy(
             hidden, weight, GivenTeacher(), rows, group, budgets, row_loss(name, 3.0)
         )
     with CollectiveCounter() as backward:

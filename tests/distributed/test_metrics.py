@@ -16,10 +16,17 @@ STEPS = 2
 def sums(losses: list[float], rows: list[int], hits: list[int], coverage: float) -> torch.Tensor:
     """A micro-batch's vector; all hits of step 1 are those of start rows that hit before, and the
     smooth-L1 is half the loss. Coverage is summed over the rows of step 0."""
-    from megatron_eagle.objective.metrics import metric_sums
+    from megatron_eagle.loss.sums import LossSums
+    from megatron_eagle.objective.metrics import MetricSums, metric_sums
 
-    made = torch.tensor([*losses, *rows, *hits, coverage, rows[0]], dtype=torch.float32)
-    return metric_sums(made, torch.tensor(hits).float(), torch.tensor(losses) / 2)
+    loss_sums = LossSums(
+        *(torch.tensor(values, dtype=torch.float32) for values in (losses, rows, hits)),
+        torch.tensor(coverage),
+        torch.tensor(float(rows[0])),
+    )
+    packed = metric_sums(loss_sums, torch.tensor(hits).float(), torch.tensor(losses) / 2)
+    assert packed.shape == MetricSums.zeros(STEPS, torch.device("cpu")).pack().shape
+    return packed
 
 
 def reduce_on_rank(rank: int, world: int) -> dict[str, Any]:
@@ -47,7 +54,7 @@ def test_one_all_reduce_and_exact_means() -> None:
                 "regression_1": 1.0,
                 "accuracy_0": 4 / 10,
                 "accuracy_1": 2 / 7,
-                "accepted_length": 1 + (4 + 2) / 10,
+                "simulated_accepted_length": 1 + (4 + 2) / 10,
                 "vocab_coverage": 8.0 / 10,
                 "supervised_rows": 10,
             }

@@ -76,6 +76,7 @@ def run_case(rank: int, world: int, case: Case) -> dict[str, Any]:
     """Loss, sums and gradients of this rank's shards, gradients finished as Megatron does."""
     groups = megatron_parallel(tp=world // case.cp, cp=case.cp)
     from megatron_eagle.objective.batch import EagleBatch
+    from megatron_eagle.objective.metrics import MetricSums
 
     model = build_model(case)
     context = (groups.cp.rank(), case.cp)
@@ -88,7 +89,7 @@ def run_case(rank: int, world: int, case: Case) -> dict[str, Any]:
     sums = sums.detach()
     for tensor in (total, sums):
         torch.distributed.all_reduce(tensor, group=groups.cp)
-    rows = sums[case.config.ttt_steps]
+    rows = MetricSums.unpack(sums).rows[0]
     (loss / rows).backward()
     for parameter in model.draft.parameters():
         torch.distributed.all_reduce(parameter.grad, group=groups.cp)
@@ -122,6 +123,8 @@ def compare_with(
     reference: ReferenceEagle3,
     results: list[dict[str, Any]],
 ) -> None:
+    from megatron_eagle.objective.metrics import MetricSums
+
     expected["loss"].backward()
     grads = {name: p.grad for name, p in reference.named_parameters()}
     steps = case.config.ttt_steps
@@ -133,13 +136,13 @@ def compare_with(
         results = [{**result, "loss": whole} for result in results]
     for rank, result in enumerate(results):
         close(torch.tensor(result["loss"]), expected["loss"].detach(), "loss")
-        loss_sums, counts, hits, prefixes, regression = result["sums"][:-2].view(5, steps)
+        sums = MetricSums.unpack(result["sums"])
         wanted = expected.get("regression_sums", torch.zeros(steps)).detach()
-        close(regression, wanted, "regression per step")
-        close(loss_sums, expected["loss_sums"].detach(), "loss per step")
-        assert counts.tolist() == expected["counts"].tolist()
-        assert hits.tolist() == expected["hits"].tolist()
-        assert prefixes.tolist() == expected["prefixes"].tolist()
+        close(sums.regression, wanted, "regression per step")
+        close(sums.loss, expected["loss_sums"].detach(), "loss per step")
+        assert sums.rows.tolist() == expected["counts"].tolist()
+        assert sums.hits.tolist() == expected["hits"].tolist()
+        assert sums.prefix_hits.tolist() == expected["prefixes"].tolist()
         for name, (sources, kind) in megatron_names(case).items():
             whole = local_part([grads[s] for s in sources], kind, case, *result["tp"])
             found = result["grads"][name]

@@ -192,14 +192,17 @@ def compare(
 ) -> None:
     """Compare losses, counts and gradients on every rank with the reference's; replicas must be
     bit-equal."""
+    from megatron_eagle.objective.metrics import MetricSums
+
     sums, gradients = expectation(case)
     steps = case.draft.config.ttt_steps
     for rank, result in enumerate(results):
-        losses, counts, hits, prefixes, regression = result["sums"][:-2].view(-1, steps)
-        close(losses, sums["loss_sums"], "loss per step", tolerance)
+        metrics = MetricSums.unpack(result["sums"])
+        close(metrics.loss, sums["loss_sums"], "loss per step", tolerance)
         regressions = sums.get("regression_sums", torch.zeros(steps))
-        close(regression, regressions, "regression per step", tolerance)
-        for name, value in (("counts", counts), ("hits", hits), ("prefixes", prefixes)):
+        close(metrics.regression, regressions, "regression per step", tolerance)
+        counts = {"counts": metrics.rows, "hits": metrics.hits, "prefixes": metrics.prefix_hits}
+        for name, value in counts.items():
             assert value.tolist() == sums[name].tolist(), name
         for parameter, (sources, kind) in megatron_names(case.draft).items():
             whole = local_part([gradients[s] for s in sources], kind, case.draft, *result["tp"])

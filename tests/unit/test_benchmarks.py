@@ -85,7 +85,7 @@ def losses_with_and_without_given_logits(rank: int, world: int) -> list[tuple[fl
     for draft_vocab in (50, 90):
         forward, _ = build(dataclasses.replace(TINY, draft_vocab=draft_vocab), "cpu", {})
         plain = forward().item()
-        give_logits(forward)
+        give_logits(forward.model, forward.batch)
         found.append((plain, forward().item()))
     return found
 

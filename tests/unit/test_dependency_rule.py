@@ -17,7 +17,8 @@ OUTSIDE = {"examples", "tools", "tests", "benchmarks"}
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("compat", "errors", "algorithms"),
     ("config",),
-    ("platform", "checkpoint", "parallel"),
+    ("platform", "checkpoint"),
+    ("parallel",),
     ("attention", "loss"),
     ("layers",),
     ("teacher", "draft"),

@@ -6,12 +6,15 @@ from typing import Any, cast
 
 import pytest
 import torch
+from megatron_eagle.config.checks import LOSSES
 from torch import Tensor
 
-from megatron_eagle.config.checks import LOSSES
-from megatron_eagle.loss import soft_cross_entropy as module
-from megatron_eagle.loss.row_losses import row_loss
+from megatron_eagle.loss.inputs import Budgets, LossRows
+from megatron_eagle.loss.registry import ROW_LOSSES, row_loss
 from megatron_eagle.loss.shard_softmax import row_max, shard_softmax_
+from megatron_eagle.loss.soft_cross_entropy import soft_cross_entropy
+from megatron_eagle.loss.statistics import TeacherStats
+from megatron_eagle.loss.sums import LossSums
 from megatron_eagle.parallel.vocab import even_chunks
 
 STEPS, TARGETS, SIZE, VOCAB = 3, 11, 16, 700
@@ -28,31 +31,29 @@ class Teacher:
     def __init__(self, logits: Tensor, outside: int = 0) -> None:
         self.logits, self.outside = logits, outside
 
-    def rows(self, chunk: slice) -> tuple[Tensor, Tensor]:
+    def rows(self, chunk: slice) -> tuple[Tensor, TeacherStats]:
         softmax = self.logits[chunk].clone()
-        found = shard_softmax_(softmax)
+        top, sum_exp, position = shard_softmax_(softmax)
         # The tokens outside the draft's vocabulary repeat the first ones.
-        full_sum = found[:, 1:2] * (1 + softmax[:, : self.outside].sum(-1, keepdim=True))
-        return softmax, torch.cat([found[:, :2], found[:, :1], found[:, 2:], full_sum], 1)
+        full_sum_exp = sum_exp * (1 + softmax[:, : self.outside].sum(-1))
+        return softmax, TeacherStats(top, sum_exp, top, position, full_sum_exp)
 
 
-def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, module.LossRows]:
+def problem(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, LossRows]:
     torch.manual_seed(0)
     hidden = torch.randn(STEPS, TARGETS, SIZE).to(dtype).requires_grad_()
     weight = torch.randn(VOCAB, SIZE).to(dtype).requires_grad_()
     mask = torch.rand(STEPS, TARGETS) < 0.7
-    rows = module.LossRows(mask, torch.tensor([1.0, 0.8, 0.64]), torch.arange(VOCAB), None)
+    rows = LossRows(mask, torch.tensor([1.0, 0.8, 0.64]), torch.arange(VOCAB), None)
     return hidden, weight, 2 * torch.randn(TARGETS, VOCAB), rows
 
 
-def run(dtype: torch.dtype, chunk_rows: int) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+def run(dtype: torch.dtype, chunk_rows: int) -> tuple[Tensor, LossSums, tuple[Tensor, ...]]:
     hidden, weight, logits, rows = problem(dtype)
     chunk_bytes = 4 * chunk_rows * (STEPS + 1) * VOCAB
-    group, budgets = cast(Any, OneRank()), module.Budgets(0, 0, chunk_bytes)
-    loss, sums, found_hits = module.soft_cross_entropy(
-        hidden, weight, Teacher(logits), rows, group, budgets
-    )
-    assert found_hits.sum(-1).tolist() == sums[2 * STEPS : 3 * STEPS].tolist()
+    group, budgets = cast(Any, OneRank()), Budgets(0, 0, chunk_bytes)
+    loss, sums, hits = soft_cross_entropy(hidden, weight, Teacher(logits), rows, group, budgets)
+    assert hits.sum(-1).tolist() == sums.hits.tolist()
     return loss.detach(), sums, torch.autograd.grad(2.5 * loss, [hidden, weight])
 
 
@@ -71,7 +72,7 @@ def test_equals_autograd(chunk_rows: int) -> None:
     wanted, wanted_gradients, hits = expected(torch.float32)
     torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradients, wanted_gradients, rtol=1e-4, atol=1e-5)
-    assert sums[2 * STEPS : 3 * STEPS].tolist() == hits.tolist()
+    assert sums.hits.tolist() == hits.tolist()
 
 
 def test_bf16_keeps_fp32_statistics() -> None:
@@ -83,7 +84,11 @@ def test_bf16_keeps_fp32_statistics() -> None:
         assert difference < 0.01
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "lk-lambda"])
+def test_the_options_and_the_registry_name_the_same_losses() -> None:
+    assert tuple(ROW_LOSSES) == LOSSES
+
+
+@pytest.mark.parametrize("name", [name for name in ROW_LOSSES if name != "lk-lambda"])
 def test_gradients_equal_finite_differences(name: str) -> None:
     """Along a random direction of hidden and weight; a quarter of the base's vocabulary is outside
     the draft's, so that what it likes there lowers the acceptance. (lk-lambda does not
@@ -92,9 +97,9 @@ def test_gradients_equal_finite_differences(name: str) -> None:
 
     def value(at: float, directions: tuple[Tensor, ...]) -> Tensor:
         moved = [x + at * d for x, d in zip((hidden, weight), directions, strict=True)]
-        return module.soft_cross_entropy(
+        return soft_cross_entropy(
             moved[0], moved[1], Teacher(logits, outside=VOCAB // 4), rows,
-            cast(Any, OneRank()), module.Budgets(0, 0), row_loss(name, 3.0),
+            cast(Any, OneRank()), Budgets(0, 0), row_loss(name, 3.0),
         )[0]  # fmt: skip
 
     directions = (torch.randn_like(hidden), torch.randn_like(weight) / 4)
@@ -108,8 +113,8 @@ def test_gradients_equal_finite_differences(name: str) -> None:
 
 def test_a_second_backward_is_refused() -> None:
     hidden, weight, logits, rows = problem(torch.float32)
-    loss, *_ = module.soft_cross_entropy(
-        hidden, weight, Teacher(logits), rows, cast(Any, OneRank()), module.Budgets(0, 0)
+    loss, *_ = soft_cross_entropy(
+        hidden, weight, Teacher(logits), rows, cast(Any, OneRank()), Budgets(0, 0)
     )
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace operation"):
@@ -118,9 +123,9 @@ def test_a_second_backward_is_refused() -> None:
 
 def test_no_gradient_is_made_where_none_is_wanted() -> None:
     hidden, weight, logits, rows = problem(torch.float32)
-    group, budgets = cast(Any, OneRank()), module.Budgets(0, 0)
+    group, budgets = cast(Any, OneRank()), Budgets(0, 0)
     with torch.no_grad():
-        loss, *_ = module.soft_cross_entropy(hidden, weight, Teacher(logits), rows, group, budgets)
+        loss, *_ = soft_cross_entropy(hidden, weight, Teacher(logits), rows, group, budgets)
     assert not loss.requires_grad
     torch.testing.assert_close(loss, expected(torch.float32)[0], rtol=1e-5, atol=1e-5)
 
