@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-if TYPE_CHECKING:  # importing Megatron waits for platform.enable()
+if TYPE_CHECKING:  # only the ranks import Megatron
     from benchmarks.draft_step import DraftStep
 
 

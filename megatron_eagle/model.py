@@ -21,7 +21,7 @@ from megatron_eagle.objective.unroll import DraftInputs, target_hidden, unroll
 from megatron_eagle.parallel.context import ContextShard
 from megatron_eagle.pipeline.links import StageLinks
 from megatron_eagle.pipeline.replicas import as_replica
-from megatron_eagle.platform.nvtx import nvtx_range
+from megatron_eagle.platform.profiling import nvtx_range
 from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.embedding import step_embeddings, token_embedding
 from megatron_eagle.teacher.outputs import BaseOutputs

@@ -17,7 +17,7 @@ from megatron_eagle.compat import (
     get_cuda_rng_tracker,
     set_tensor_model_parallel_attributes,
 )
-from megatron_eagle.platform.products import linear
+from megatron_eagle.platform.cpu.products import linear
 
 
 class FeatureProjection(MegatronModule):

@@ -25,7 +25,7 @@ from megatron_eagle.compat import (
 )
 from megatron_eagle.draft.features import empty_parameter
 from megatron_eagle.layers.base_spec import MLA_NORMS
-from megatron_eagle.platform.products import linear
+from megatron_eagle.platform.cpu.products import linear
 
 
 class DownProjection(MegatronModule):

@@ -30,7 +30,7 @@ from megatron_eagle.loss.reduction import Reduced, reduce_shards, shard_shares
 from megatron_eagle.loss.row_losses import Shares, SoftCrossEntropy, overlap_statistics
 from megatron_eagle.loss.shard_softmax import draft_softmax_
 from megatron_eagle.parallel.vocab import even_chunks
-from megatron_eagle.platform.products import add_outer_, onednn_is_faster, product
+from megatron_eagle.platform.cpu.products import add_outer_, onednn_is_faster, product
 
 CHUNK_BYTES = {"cpu": (32 if onednn_is_faster() else 56) << 20, "cuda": 2 << 30}
 """Logits of teacher and draft that exist at a time, unless they are kept. MKL wants more rows in a

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_eagle.compat import get_model_config
 from megatron_eagle.pipeline.iteration import Observer, PipelineIteration
-from megatron_eagle.platform.nvtx import nvtx_range
+from megatron_eagle.platform.profiling import nvtx_range
 
 
 class PipelineSchedule:

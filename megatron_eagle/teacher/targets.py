@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_eagle.loss.shard_softmax import shard_softmax_
 from megatron_eagle.parallel.vocab import VocabShard
-from megatron_eagle.platform.products import product_fp32
+from megatron_eagle.platform.cpu.products import product_fp32
 
 
 @dataclass(frozen=True)
