@@ -9,9 +9,6 @@ from megatron_eagle.hf.tables.config_fields import require, size
 from megatron_eagle.hf.tables.entries import Dims
 from megatron_eagle.hf.tables.rope import described_rope, rope_fields
 
-# The latent norms' class has this default, and the layers do not pass rms_norm_eps.
-MLA_NORM_EPS = 1e-6
-
 
 def mla_args(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Megatron argparse names -> values.
