@@ -121,13 +121,13 @@ def blocks_forward(
         return _forward(q, k, v, scale, plan[0])
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    for (batch, rows), blocks in groupby(plan, lambda block: (block.batch, block.query)):
+    for (batch, queries), blocks in groupby(plan, lambda block: (block.batch, block.query)):
         part: tuple[Tensor, Tensor] | None = None
         for block in blocks:
             new = _forward(*_cut(q, k, v, block), scale, block)
             part = new if part is None else merge(*part, *new)
         assert part is not None
-        out[batch, :, rows], lse[batch, :, rows] = part
+        out[batch, :, queries], lse[batch, :, queries] = part
     return out, lse
 
 
@@ -150,16 +150,16 @@ def blocks_backward(
         return _backward(grad_out, q, k, v, out, lse, scale, plan[0])
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for block in plan:
-        batch, rows, keys = block.batch, block.query, block.key
+        batch, queries, keys = block.batch, block.query, block.key
         part_q, part_k, part_v = _backward(
-            grad_out[batch, :, rows],
+            grad_out[batch, :, queries],
             *_cut(q, k, v, block),
-            out[batch, :, rows],
-            lse[batch, :, rows].contiguous(),
+            out[batch, :, queries],
+            lse[batch, :, queries].contiguous(),
             scale,
             block,
         )
-        dq[batch, :, rows] += part_q
+        dq[batch, :, queries] += part_q
         dk[batch, :, keys] += part_k
         dv[batch, :, keys] += part_v
     return dq, dk, dv
