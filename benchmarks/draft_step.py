@@ -30,7 +30,7 @@ from benchmarks.given_logits import give_logits
 from benchmarks.measure import measure
 from benchmarks.problem import DTYPES, Problem, add_problem_flags, problem_from
 
-if TYPE_CHECKING:  # importing Megatron waits for platform.enable()
+if TYPE_CHECKING:  # only the ranks import Megatron
     from megatron_eagle.model import EagleGPTModel
     from megatron_eagle.objective.batch import EagleBatch
 

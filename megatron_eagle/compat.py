@@ -1,4 +1,4 @@
-"""The one file that imports Megatron names which move between releases.
+"""Import Megatron names that move between releases, and patch Megatron: both are done here only.
 
 The rest of the package takes such names from here, so a Megatron release that moves one is a
 one-line change, and its symptom is an error that spells out the path that was expected.
@@ -6,13 +6,71 @@ one-line change, and its symptom is an error that spells out the path that was e
 A path is written ``"package.module:Attribute"`` or ``"package.module:Class.method"``.
 """
 
+# ruff: noqa: F401 - the imports for type checkers are what other modules import from here
+
 from __future__ import annotations
 
 import importlib
+import logging
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from megatron.core import dist_checkpointing
+    from megatron.core.activations import quick_gelu
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+    from megatron.core.distributed import finalize_model_grads
+    from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_layer_local_spec,
+        get_gpt_layer_with_transformer_engine_spec,
+    )
+    from megatron.core.pipeline_parallel.schedules import backward_step, forward_step
+    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
+    from megatron.core.tensor_parallel.mappings import (
+        copy_to_tensor_model_parallel_region,
+        gather_from_sequence_parallel_region,
+        gather_from_tensor_model_parallel_region,
+        reduce_from_tensor_model_parallel_region,
+        reduce_scatter_to_sequence_parallel_region,
+    )
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+    from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+    from megatron.core.transformer.identity_op import IdentityOp
+    from megatron.core.transformer.mlp import MLP
+    from megatron.core.transformer.module import MegatronModule
+    from megatron.core.transformer.moe.router import TopKRouter
+    from megatron.core.transformer.multi_latent_attention import (
+        MLASelfAttention,
+        MultiLatentAttention,
+    )
+    from megatron.core.transformer.spec_utils import build_module
+    from megatron.core.transformer.utils import (
+        ensure_metadata_has_dp_cp_group,
+        is_layer_window_attention,
+        make_sharded_tensors_for_checkpoint,
+    )
+    from megatron.core.utils import (
+        configure_nvtx_profiling,
+        get_model_config,
+        make_tp_sharded_tensor_for_checkpoint,
+        nvtx_range_pop,
+        nvtx_range_push,
+        unwrap_model,
+    )
+
+logger = logging.getLogger("megatron_eagle")
 
 TESTED_MEGATRON = "0.19.2"
+
+_MARKER = "_megatron_eagle_patches"
 
 _PATHS = {
     "ColumnParallelLinear": "megatron.core.tensor_parallel:ColumnParallelLinear",
@@ -36,6 +94,7 @@ _PATHS = {
     "apply_factories": "megatron.core.dist_checkpointing.mapping:apply_factories",
     "backward_step": "megatron.core.pipeline_parallel.schedules:backward_step",
     "build_module": "megatron.core.transformer.spec_utils:build_module",
+    "configure_nvtx_profiling": "megatron.core.utils:configure_nvtx_profiling",
     "copy_to_tensor_model_parallel_region": (
         "megatron.core.tensor_parallel.mappings:copy_to_tensor_model_parallel_region"
     ),
@@ -70,6 +129,8 @@ _PATHS = {
         "megatron.core.utils:make_tp_sharded_tensor_for_checkpoint"
     ),
     "nested_values": "megatron.core.dist_checkpointing.dict_utils:nested_values",
+    "nvtx_range_pop": "megatron.core.utils:nvtx_range_pop",
+    "nvtx_range_push": "megatron.core.utils:nvtx_range_push",
     "quick_gelu": "megatron.core.activations:quick_gelu",
     "reduce_from_tensor_model_parallel_region": (
         "megatron.core.tensor_parallel.mappings:reduce_from_tensor_model_parallel_region"
@@ -83,21 +144,21 @@ _PATHS = {
     "unwrap_model": "megatron.core.utils:unwrap_model",
 }
 
+if not TYPE_CHECKING:  # a type checker and an editor see the imports above, and no other name
 
-def __getattr__(name: str) -> Any:
-    """Names of ``_PATHS``, imported when first asked for: Megatron itself must be imported only
-    after :func:`megatron_eagle.platform.enable`."""
-    if name not in _PATHS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return require(_PATHS[name])
+    def __getattr__(name: str) -> Any:
+        """Import a name of ``_PATHS`` when it is first asked for."""
+        if name not in _PATHS:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return require(_PATHS[name])
 
 
 class MovedSymbolError(ImportError):
-    """Megatron no longer has a name where this package expects it."""
+    """A name that is not where this package expects it in Megatron or PyTorch."""
 
 
 def installed_megatron() -> str:
-    """The installed megatron-core version, or ``"not installed"``."""
+    """Return the installed megatron-core version, or ``"not installed"``."""
     try:
         return version("megatron-core")
     except PackageNotFoundError:
@@ -108,24 +169,69 @@ def require(path: str) -> Any:
     """Return the object at ``path``.
 
     Raises:
-        MovedSymbolError: the module or a name inside it is not there; the message holds the exact
+        MovedSymbolError: the module or a name inside it does not exist; the message holds the exact
             path, and the installed and the tested megatron-core versions.
     """
     owner, name = _owner(path)
-    if not hasattr(owner, name):
-        raise _moved(path)
     return getattr(owner, name)
 
 
-def replace(path: str, value: Any) -> None:
-    """Set the existing attribute at ``path`` to ``value``; raises like :func:`require`."""
+class Patch(NamedTuple):
+    """One replacement that an object stands for: why it was made, and the object before it."""
+
+    why: str
+    original: Any
+
+
+def patches_of(value: Any) -> tuple[Patch, ...]:
+    """Return the patches of this package that ``value`` carries, oldest first."""
+    return getattr(value, _MARKER, ())
+
+
+def patch(path: str, value: Any, why: str) -> None:
+    """Put ``value``, often a wrapper of ``require(path)``, in the place of the object at ``path``.
+
+    The new object carries a marker (``patches_of``) with the reason ``why``. An object that already
+    carries one with the same reason is left alone, so patching twice is the same as patching once.
+    Every patch that is made gives one line at level INFO of the logger ``megatron_eagle``.
+
+    Raises:
+        MovedSymbolError: as ``require`` does.
+    """
+    patch_all({path: value}, why)
+
+
+def patch_all(replacements: Mapping[str, Any], why: str) -> None:
+    """Put each value of ``replacements`` in the place of the object at the path that is its key.
+
+    This is ``patch`` for several objects with one reason and one log line. Numbers and booleans
+    cannot carry a marker: they are set where they differ.
+    """
+    patched = [path for path, value in replacements.items() if _install(path, value, why)]
+    if patched:
+        logger.info("patched %s: %s", ", ".join(patched), why)
+
+
+def _install(path: str, value: Any, why: str) -> bool:
+    """Set the object at ``path`` to ``value``, unless that was done before."""
     owner, name = _owner(path)
-    if not hasattr(owner, name):
-        raise _moved(path)
+    original = getattr(owner, name)
+    earlier = patches_of(original)
+    if any(made.why == why for made in earlier) or (isinstance(value, int) and value == original):
+        return False
     setattr(owner, name, value)
+    if not isinstance(value, int):
+        # Read back: of a static method, the function is what others get and what can be marked.
+        setattr(getattr(owner, name), _MARKER, (*earlier, Patch(why, original)))
+    return True
 
 
 def _owner(path: str) -> tuple[Any, str]:
+    """Return the module or class that has the last name of ``path`` as an attribute, and the name.
+
+    Raises:
+        MovedSymbolError: as ``require`` does.
+    """
     module_name, _, attributes = path.partition(":")
     assert attributes, f"{path!r} must look like 'package.module:Name'"
     *parents, name = attributes.split(".")
@@ -139,6 +245,8 @@ def _owner(path: str) -> tuple[Any, str]:
         if not hasattr(owner, parent):
             raise _moved(path)
         owner = getattr(owner, parent)
+    if not hasattr(owner, name):
+        raise _moved(path)
     return owner, name
 
 

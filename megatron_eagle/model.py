@@ -31,7 +31,7 @@ from megatron_eagle.objective.regression import hidden_regression
 from megatron_eagle.objective.unroll import unroll
 from megatron_eagle.pipeline.exchange import StageExchange
 from megatron_eagle.pipeline.replicas import as_replica
-from megatron_eagle.platform.nvtx import nvtx_range
+from megatron_eagle.platform.profiling import nvtx_range
 from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.embedding import token_embedding
 from megatron_eagle.teacher.outputs import BaseOutputs

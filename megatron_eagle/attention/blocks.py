@@ -1,11 +1,13 @@
-"""Block-causal attention: one softmax per row over any union of rectangles and triangles.
+"""Attend by a plan of blocks: one softmax per query over any union of rectangles and triangles.
 
-A plan is a list of blocks: rows of the queries that attend to a span of the keys, all of them or
-causally. Plain causal attention is one block. A rank that holds two pieces of a sequence cut for
-context parallelism, a sequence packed of several documents, and a sliding window are more. Each
-block is a flash kernel, and blocks of the same rows are merged by their log-sum-exp, so no mask
-exists and masked blocks cost nothing. Backward feeds the merged output and log-sum-exp to every
-block.
+A plan is a list of blocks: a span of queries that attends to a span of keys, to all of them or
+causally. Plain causal attention is one block. Two pieces of a sequence cut for context parallelism,
+documents packed into a sequence, and a sliding window take several. Each block is a flash kernel,
+and blocks of the same queries are merged by their log-sum-exp, so there is no mask tensor and keys
+that nobody sees cost nothing. Backward feeds the merged output and log-sum-exp to every block.
+
+Shape letters: B sequences, n query heads and g key/value heads of this TP rank (g divides n), S
+query positions, L key positions, d channels of a key, dv of a value.
 """
 
 from __future__ import annotations
@@ -25,10 +27,11 @@ ALL = slice(None)
 
 @dataclass(frozen=True)
 class Block:
-    """The query rows ``query`` of the sequences ``batch`` attend to the keys ``key``.
+    """The queries ``query`` of the sequences ``batch`` attend to the keys ``key``.
 
-    In a ``causal`` block, which is square, row i sees the keys 0..i of the block, and the keys i..
-    when it is ``reverse`` too."""
+    In a ``causal`` block, which is square, query i sees the keys 0..i of the block. If it is
+    ``reverse`` too, query i sees the block's key i and all later ones.
+    """
 
     query: slice = ALL
     key: slice = ALL
@@ -38,10 +41,10 @@ class Block:
 
 
 Plan = Sequence[Block]
-"""Blocks of the same rows stand next to each other; every row is in at least one block."""
+"""Blocks of the same queries are neighbours in the list; every query is in at least one block."""
 
 CAUSAL: Plan = (Block(),)
-"""Every row sees itself and all rows before it."""
+"""Every position sees itself and all positions before it."""
 
 
 def span_plan(
@@ -50,11 +53,14 @@ def span_plan(
     batch: slice = ALL,
     window: int | None = None,
 ) -> list[Block]:
-    """The plan of local rows that hold the ``spans`` (start, stop) of a sequence, one after the
-    other, against the keys of the whole sequence in order.
+    """Return the plan of this rank's queries against the keys of the whole sequence in order.
 
-    With ``documents``, ascending (start, stop) that cover the spans, a row sees only what lies in
-    its own document; with a ``window`` (2 or more), only itself and the window - 1 keys before it.
+    Args:
+        spans: the (start, stop) of a sequence that this rank's queries hold, one after the other.
+        documents: ascending (start, stop) that cover the spans; a query then sees the keys of its
+            own document only.
+        batch: the sequences that the plan is for.
+        window: a query sees itself and the ``window`` - 1 keys before it; at least 2.
     """
     blocks: list[Block] = []
     offset = 0
@@ -71,19 +77,30 @@ def span_plan(
 def _document_blocks(
     first: int, low: int, high: int, shift: int, batch: slice, window: int
 ) -> Iterator[Block]:
-    """The rows low .. high - 1 (local rows, once ``shift`` is added) of a document that begins at
-    ``first``."""
+    """Yield the blocks of positions low .. high - 1 of a document that begins at ``first``.
+
+    Adding ``shift`` to a position gives its index among this rank's queries. For first = low = 0,
+    high = 6 and window = 3, with a letter per block:
+
+        key         0  1  2  3  4  5
+        position 0  a                   a: causal, back to the document's start
+        position 1  a  a
+        position 2  a  a  a
+        position 3     c  c  b          b: causal, the newest keys
+        position 4        c  b  b       c: reverse, the oldest keys in the window
+        position 5           f  g  e    e, f, g: the next turn; g lies between its two triangles
+    """
 
     def block(start: int, stop: int, key: slice, causal: bool, reverse: bool = False) -> Block:
         return Block(slice(start + shift, stop + shift), key, causal, batch, reverse)
 
-    whole = min(high, first + window)  # rows before it see their document from its start
-    if low < whole:
+    cut = min(high, first + window)  # positions before it see back to their document's start
+    if low < cut:
         if first < low:
-            yield block(low, whole, slice(first, low), causal=False)
-        yield block(low, whole, slice(low, whole), causal=True)
-    # window - 1 rows share no more than one triangle of own keys and one of earlier ones.
-    for start in range(max(low, whole), high, window - 1):
+            yield block(low, cut, slice(first, low), causal=False)
+        yield block(low, cut, slice(low, cut), causal=True)
+    # With at most window - 1 queries at a time, the newest keys and the oldest do not overlap.
+    for start in range(max(low, cut), high, window - 1):
         stop = min(high, start + window - 1)
         oldest = start - window + 1
         middle = oldest + stop - start
@@ -96,22 +113,21 @@ def _document_blocks(
 def blocks_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, plan: Plan
 ) -> tuple[Tensor, Tensor]:
-    """(out [B, n, S, dv], lse [B, n, S] fp32) of the plan's softmax.
+    """Return out [B, n, S, dv] and lse [B, n, S] fp32 of the plan's softmax.
 
-    q [B, n, S, d], k [B, g, L, d], v [B, g, L, dv], g dividing n, this TP rank's heads. Not
-    differentiable by itself; no collective.
+    q [B, n, S, d], k [B, g, L, d], v [B, g, L, dv]. Not differentiable by itself; no collective.
     """
     if len(plan) == 1:
         return _forward(q, k, v, scale, plan[0])
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
-    for (batch, rows), blocks in groupby(plan, lambda block: (block.batch, block.query)):
+    for (batch, queries), blocks in groupby(plan, lambda block: (block.batch, block.query)):
         part: tuple[Tensor, Tensor] | None = None
         for block in blocks:
             new = _forward(*_cut(q, k, v, block), scale, block)
             part = new if part is None else merge(*part, *new)
         assert part is not None
-        out[batch, :, rows], lse[batch, :, rows] = part
+        out[batch, :, queries], lse[batch, :, queries] = part
     return out, lse
 
 
@@ -125,29 +141,32 @@ def blocks_backward(
     scale: float,
     plan: Plan,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v from the ``out`` and ``lse`` of the whole softmax, of which the plan
-    may be a part only. Keys that no block touches get zeros."""
+    """Return the gradients of q, k, v from ``out`` and ``lse``.
+
+    These may be of a larger softmax, of which the plan is a part. Keys that no block touches get
+    zeros. No collective.
+    """
     if len(plan) == 1:
         return _backward(grad_out, q, k, v, out, lse, scale, plan[0])
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for block in plan:
-        batch, rows, keys = block.batch, block.query, block.key
+        batch, queries, keys = block.batch, block.query, block.key
         part_q, part_k, part_v = _backward(
-            grad_out[batch, :, rows],
+            grad_out[batch, :, queries],
             *_cut(q, k, v, block),
-            out[batch, :, rows],
-            lse[batch, :, rows].contiguous(),
+            out[batch, :, queries],
+            lse[batch, :, queries].contiguous(),
             scale,
             block,
         )
-        dq[batch, :, rows] += part_q
+        dq[batch, :, queries] += part_q
         dk[batch, :, keys] += part_k
         dv[batch, :, keys] += part_v
     return dq, dk, dv
 
 
 def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Two softmaxes of the same rows over disjoint keys as one."""
+    """Merge two softmaxes of the same queries over disjoint keys: (out, lse) of the union."""
     merged = torch.logaddexp(lse, other_lse)
     weight = (lse - merged).exp().unsqueeze(-1).to(out.dtype)
     other_weight = (other_lse - merged).exp().unsqueeze(-1).to(out.dtype)
@@ -155,6 +174,8 @@ def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[T
 
 
 class _BlockAttention(torch.autograd.Function):
+    """Differentiable ``blocks_forward`` without the log-sum-exp."""
+
     @staticmethod
     def forward(ctx: Any, scale: float, plan: Plan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out, lse = blocks_forward(q, k, v, scale, plan)
@@ -172,18 +193,18 @@ class _BlockAttention(torch.autograd.Function):
 def block_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, plan: Plan = CAUSAL
 ) -> Tensor:
-    """softmax(scale * q kᵀ) v over the plan's blocks, [B, n, S, dv] in the query's dtype.
+    """Return softmax(scale * q kᵀ) v over the plan's blocks, [B, n, S, dv] in the query's dtype.
 
-    Shapes as in :func:`blocks_forward`; differentiable in all three; no collective.
+    Shapes as in ``blocks_forward``; differentiable in query, key and value; no collective.
     """
     return _BlockAttention.apply(scale, plan, query, key, value)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float, block: Block) -> tuple[Tensor, Tensor]:
-    """One block's own (out, lse), of its rows and keys."""
+    """Return (out, lse) of one block's queries and keys alone."""
     if not block.reverse:
         return flash.forward(q, k, v, scale, block.causal)
-    # Backwards in time, the keys i.. are the keys ..i.
+    # Flipped, "key i and all later ones" is "key i and all earlier ones": causal.
     out, lse = flash.forward(q.flip(2), k.flip(2), v.flip(2), scale, block.causal)
     return out.flip(2), lse.flip(2)
 
@@ -198,6 +219,7 @@ def _backward(
     scale: float,
     block: Block,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of one block's queries, keys and values."""
     if not block.reverse:
         return flash.backward(grad_out, q, k, v, out, lse, scale, block.causal)
     grad_out, q, k, v, out, lse = (x.flip(2) for x in (grad_out, q, k, v, out, lse))
@@ -208,13 +230,17 @@ def _backward(
 def sink_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, plan: Plan, sink: Tensor
 ) -> Tensor:
-    """:func:`block_attention` under a softmax that ``sink`` [n], a score per head, joins without a
-    value. Not differentiable: only frozen bases have sinks."""
+    """Run ``block_attention`` with ``sink`` [n], a score per head that joins the softmax.
+
+    A sink has no value: it only takes its part of the probability. Not differentiable, since only
+    frozen bases have sinks; no collective.
+    """
     out, lse = blocks_forward(query, key, value, scale, plan)
-    share = torch.sigmoid(lse - sink.float().unsqueeze(-1))  # what the sink leaves
-    return out * share.unsqueeze(-1).to(out.dtype)
+    left = torch.sigmoid(lse - sink.float().unsqueeze(-1))  # the keys' part of the probability
+    return out * left.unsqueeze(-1).to(out.dtype)
 
 
 def _cut(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the queries, keys and values of a block, as views."""
     batch, keys = block.batch, block.key
     return q[batch, :, block.query], k[batch, :, keys], v[batch, :, keys]

@@ -1,9 +1,12 @@
-"""The core attention that base and draft share, as a Megatron-Core ``core_attention`` builder.
+"""Define the core attention of base and draft, as a Megatron-Core ``core_attention`` builder.
 
 Every Megatron attention (GQA, MLA) hands its ``attention_mask`` argument untouched to its core
 attention. Here that argument is not a tensor but what a mask would have described: ``None`` for
-plain causal attention, or an :class:`AttentionState` that remembers keys and values (the trunk and
+plain causal attention, or an ``AttentionState`` that remembers keys and values (the trunk and
 branch of a TTT unroll, a decoding cache).
+
+Shape letters: B sequences, n query heads and g key/value heads of this TP rank (g divides n), S
+positions of this CP rank, d channels of a key, dv of a value.
 """
 
 from __future__ import annotations
@@ -24,15 +27,12 @@ from megatron_eagle.attention.blocks import (
 )
 from megatron_eagle.attention.trunk_branch import trunk_branch_attention
 from megatron_eagle.checkpoint.sharded_tensors import sharded_tensors
-from megatron_eagle.compat import (
-    MegatronModule,
-    is_layer_window_attention,
-)
+from megatron_eagle.compat import MegatronModule, is_layer_window_attention
 from megatron_eagle.parallel.context import ContextShard, gather_key_value
 
 
 class AttentionState(Protocol):
-    """Remembers keys and values per layer and attends to them."""
+    """Attention by remembered keys and values, kept per layer."""
 
     def attend(
         self,
@@ -44,21 +44,26 @@ class AttentionState(Protocol):
         window: int | None = None,
         sink: Tensor | None = None,
     ) -> Tensor:
-        """query [B, n, S, d] against what ``layer`` saw so far and key [B, g, S, d], value
-        [B, g, S, dv]. Returns [B, n, S, dv].
+        """Attend to the keys of earlier calls of ``layer`` and to these; return [B, n, S, dv].
 
-        With a ``window``, a row sees itself and the window - 1 keys before it; ``sink`` [n] is a
-        score per head that joins the softmax and carries no value."""
+        Args:
+            layer: Megatron's layer number.
+            query, key, value: [B, n, S, d], [B, g, S, d], [B, g, S, dv].
+            scale: factor of the scores.
+            window: a position sees itself and the ``window`` - 1 keys before it.
+            sink: [n], a score per head that joins the softmax and has no value.
+        """
         ...
 
 
 class TrunkBranchState:
-    """The keys and values of one TTT unroll: the first call of a layer sets its trunk, every later
-    call adds one branch key per row. Use one instance per micro-batch.
+    """Keys and values of one TTT unroll: the trunk of step 0 and the branches of later steps.
 
-    Under context parallelism the trunk is gathered over ``group`` once per layer, however many
-    steps attend to it; branch keys belong to their row and stay where they are. ``plan`` says what
-    each row sees of the trunk, if it is not simply what lies before it (packed documents).
+    The first call of a layer sets its trunk, every later call adds one branch key per position. Use
+    one instance per micro-batch. Under context parallelism the trunk is gathered over ``group``:
+    one all-gather per layer, however many steps attend to it (backward: one reduce-scatter). Branch
+    keys are used at their own position only and are not sent. ``plan`` says which positions of the
+    trunk each query sees, if not simply all earlier ones (packed documents).
     """
 
     def __init__(self, group: ProcessGroup, plan: Plan | None = None) -> None:
@@ -76,6 +81,7 @@ class TrunkBranchState:
         window: int | None = None,
         sink: Tensor | None = None,
     ) -> Tensor:
+        """See ``AttentionState``; differentiable in query, key and value."""
         assert window is None and sink is None, "drafts have neither"
         keys = self._keys.setdefault(layer, [])
         values = self._values.setdefault(layer, [])
@@ -88,18 +94,19 @@ class TrunkBranchState:
 
 
 def context_plan(length: int, group: ProcessGroup, window: int | None = None) -> Plan:
-    """Causal attention of this rank's rows to all ``length`` keys of the sequence, in order."""
+    """Return the causal plan of this CP rank's queries against all ``length`` keys in order."""
     if group.size() == 1 and window is None:
         return CAUSAL
     return span_plan(ContextShard.of(length, group).spans, window=window)
 
 
 class EagleCoreAttention(MegatronModule):
-    """Causal or stateful attention over this TP rank's heads. No dropout, no mask.
+    """Causal or stateful attention over this TP rank's heads. No dropout, no mask tensor.
 
     query [S, B, n, d], key [S, B, g, d], value [S, B, g, dv] -> [S, B, n * dv]. Under context
     parallelism S is this rank's part in Megatron's zigzag order, keys and values are gathered (one
     all-gather), and backward sums their gradients (one reduce-scatter); no collective otherwise.
+    The constructor's arguments are Megatron's.
     """
 
     def __init__(
@@ -122,7 +129,7 @@ class EagleCoreAttention(MegatronModule):
         windowed = is_layer_window_attention(
             config.window_size, config.window_attn_skip_freq, layer_number
         )
-        # Megatron counts the keys before a row's own.
+        # Megatron's size does not count a position's own key.
         self.window = config.window_size[0] + 1 if windowed else None
         self.softmax_offset: Tensor | None = None
         if config.softmax_type == "learnable":
@@ -142,6 +149,7 @@ class EagleCoreAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
+        """Attend causally, or by the state that comes as ``attention_mask``; shapes above."""
         assert attention_bias is None and packed_seq_params is None
         scale = self.softmax_scale or query.shape[-1] ** -0.5
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query, key, value))
@@ -170,12 +178,15 @@ class EagleCoreAttention(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
+        """Return the sinks, if there are any, as a tensor cut over TP."""
         tensors, axes = self.state_dict(prefix="", keep_vars=True), {"softmax_offset": 0}
         return sharded_tensors(tensors, axes, self.tp_group, prefix, sharded_offsets, metadata)
 
 
 def with_eagle_attention(layer_spec: Any) -> Any:
-    """``layer_spec`` (a TransformerLayer ``ModuleSpec``, changed in place) using
-    :class:`EagleCoreAttention`; parameters and checkpoint keys stay the same."""
+    """Return ``layer_spec``, a TransformerLayer ``ModuleSpec``, with ``EagleCoreAttention``.
+
+    It is changed in place; parameters and checkpoint keys stay the same.
+    """
     layer_spec.submodules.self_attention.submodules.core_attention = EagleCoreAttention
     return layer_spec

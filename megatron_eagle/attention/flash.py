@@ -1,13 +1,16 @@
-"""Attention that also returns the log-sum-exp, and its backward from *any* out and lse.
+"""Run flash attention that returns the log-sum-exp, and its backward from *any* out and lse.
 
 PyTorch's flash kernels expose both halves. Feeding the backward with the output and log-sum-exp
-of a larger softmax (see :mod:`megatron_eagle.attention.blocks`) gives the exact gradients of
-this part inside that softmax, since it recomputes P = exp(q k - lse).
+of a larger softmax (see ``blocks``) gives the exact gradients of this part inside that softmax,
+since it recomputes P = exp(q k - lse).
 
-Layout [B, n, S, d] for q, [B, g, L, d] for k and [B, g, L, dv] for v with g dividing n (grouped
-queries; no flash kernel wants K/V repeated) and dv <= d (MLA's are narrower; the kernels want one
-width and see zeros behind them); lse [B, n, S] fp32. ``causal`` needs S = L; otherwise every row
-sees every key. No mask tensor, no collective.
+q is [B, n, S, d], k [B, g, L, d], v [B, g, L, dv], lse [B, n, S] fp32. K and V are not repeated for
+grouped queries. Values may be narrower than keys (MLA): the kernels want one width, so they are
+padded with zeros. ``causal`` needs S = L; otherwise every query sees every key. No mask tensor, no
+collective.
+
+Shape letters: B sequences, n query heads and g key/value heads of this TP rank (g divides n), S
+query positions, L key positions, d channels of a key, dv <= d channels of a value.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ _aten = torch.ops.aten
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """(out [B, n, S, dv], lse [B, n, S]) of softmax(scale * q kᵀ) v."""
+    """Return out [B, n, S, dv] and lse [B, n, S] of softmax(scale * q kᵀ) v."""
     assert not causal or q.shape[2] == k.shape[2]
     width, on_cpu = v.shape[-1], q.device.type == "cpu"
     if not on_cpu and not _has_cuda_flash(q):
@@ -44,7 +47,7 @@ def backward(
     scale: float,
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v given the (possibly merged) ``out`` and ``lse`` of the whole softmax."""
+    """Return the gradients of q, k, v; ``out`` and ``lse`` may be those of a larger softmax."""
     width, on_cpu = v.shape[-1], q.device.type == "cpu"
     if not on_cpu and not _has_cuda_flash(q):
         return _dense_backward(grad_out, q, k, v, out, lse, scale, causal)
@@ -63,12 +66,13 @@ def backward(
 
 
 def widened(x: Tensor, q: Tensor) -> Tensor:
-    """x [..., dv] as wide as q, by zeros."""
+    """Pad x [..., dv] with zeros to the d channels of q."""
     missing = q.shape[-1] - x.shape[-1]
     return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
 def _has_cuda_flash(q: Tensor) -> bool:
+    """Return whether CUDA's flash kernels take the dtype and width of q."""
     size = q.shape[-1]
     return (
         q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and size <= 256 and size % 8 == 0
@@ -76,10 +80,12 @@ def _has_cuda_flash(q: Tensor) -> bool:
 
 
 def _repeat_groups(q: Tensor, k: Tensor) -> Tensor:
+    """Repeat k (or v) [B, g, L, d] for every query head: [B, n, L, d]."""
     return k if q.shape[1] == k.shape[1] else k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
 
 
 def _sum_groups(grad: Tensor, k: Tensor) -> Tensor:
+    """Sum a gradient [B, n, L, d] over the query heads of each key head: [B, g, L, d]."""
     if grad.shape == k.shape:
         return grad
     return grad.unflatten(1, (k.shape[1], -1)).sum(2)
@@ -88,6 +94,7 @@ def _sum_groups(grad: Tensor, k: Tensor) -> Tensor:
 def _probabilities(
     q: Tensor, k: Tensor, lse: Tensor | None, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
+    """Return the softmax [B, n, S, L] and its lse [B, n, S], both fp32; uses a given lse."""
     scores = torch.matmul(q, _repeat_groups(q, k).transpose(-1, -2)).float() * scale
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
@@ -99,7 +106,7 @@ def _probabilities(
 def _dense_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool
 ) -> tuple[Tensor, Tensor]:
-    """fp32 on a GPU, where no flash kernel takes it: quadratic memory, for numerics tests."""
+    """Attend in fp32 on a GPU, where no flash kernel does: quadratic memory, for numeric tests."""
     probabilities, lse = _probabilities(q, k, None, scale, causal)
     return torch.matmul(probabilities.to(v.dtype), _repeat_groups(q, v)), lse
 

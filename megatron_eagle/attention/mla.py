@@ -1,7 +1,9 @@
-"""What multi-latent attention needs of ours: RoPE angles handed in, and its norms' epsilon.
+"""Patch Megatron's multi-latent attention (MLA) layers: RoPE angles, a missing norm, an epsilon.
 
 Megatron's MLA computes angles of positions 0, 1, .. inside every layer. Here all layers ask one
-module, which packed documents and decoding give the angles of their own positions.
+module, to which packed documents and decoding give the angles of their own positions.
+
+Shape letters: S positions, B sequences, d rotated channels.
 """
 
 from __future__ import annotations
@@ -17,11 +19,15 @@ from megatron_eagle.attention.rope import Rope, attention_factor, set_frequencie
 from megatron_eagle.compat import RotaryEmbedding
 
 NORM_EPS = 1e-6
-"""The latent norms' in every MLA model so far: their layers do not pass rms_norm_eps on."""
+"""Epsilon of the norms of latents in every MLA model so far, whatever its rms_norm_eps."""
 
 
 class MLARotary(torch.nn.Module):
-    """In place of the rotary module of every MLA layer: (angles [S, 1 or B, 1, d], factor)."""
+    """Rotary module shared by all MLA layers: returns (angles [S, 1 or B, 1, d], factor).
+
+    The angles are of positions 0 .. length - 1, or those set by ``at``. ``factor`` multiplies cos
+    and sin.
+    """
 
     def __init__(self, rotary: Any, factor: float) -> None:
         super().__init__()
@@ -36,7 +42,7 @@ class MLARotary(torch.nn.Module):
 
     @contextmanager
     def at(self, angles: Tensor) -> Iterator[None]:
-        """Inside, the layers' rows have these angles [S, 1 or B, 1, d]."""
+        """Give the layers these angles [S, 1 or B, 1, d] inside the context."""
         self._angles = angles
         try:
             yield
@@ -45,7 +51,18 @@ class MLARotary(torch.nn.Module):
 
 
 def patch_mla_layers(gpt: Any, rope: Rope, theta: float, norm: Callable[..., Any]) -> None:
-    """Give the MLA layers of a GPTModel ``gpt.mla_rotary`` and the norms they lack."""
+    """Replace the rotary module of a GPTModel's MLA layers and set the norms of their latents.
+
+    All layers share one new ``MLARotary``, which is also kept as ``gpt.mla_rotary``. Where queries
+    have no low-rank projection, Megatron leaves out the norm of the key/value latent, too: it is
+    added. The epsilon of all these norms becomes ``NORM_EPS``.
+
+    Args:
+        gpt: the model, changed in place.
+        rope: the base's description, empty for unscaled frequencies of ``theta``.
+        theta: base of the frequencies.
+        norm: builder of a norm, called with ``config``, ``hidden_size`` and ``eps``.
+    """
     config = gpt.config
     rotary = RotaryEmbedding(
         config.qk_pos_emb_head_dim,
@@ -70,5 +87,5 @@ def patch_mla_layers(gpt: Any, rope: Rope, theta: float, norm: Callable[..., Any
 
 
 def position_rotary(gpt: Any) -> Any:
-    """The Megatron RotaryEmbedding of the base's layers, MLA or not."""
+    """Return the Megatron RotaryEmbedding of a GPTModel's layers, MLA or not."""
     return gpt.mla_rotary.rotary if gpt.config.multi_latent_attention else gpt.rotary_pos_emb

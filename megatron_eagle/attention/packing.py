@@ -1,8 +1,11 @@
-"""Sequences packed of several documents: who attends to whom, and at which positions.
+"""Describe sequences packed of several documents: who attends to whom, and at which positions.
 
-A row sees its own document only, and positions restart with every document, so each document is
-computed as if it stood alone. Attention is one plan of causal blocks, one a document; RoPE angles
-are looked up by position. No mask exists, and what lies between documents costs nothing.
+A token sees its own document only, and positions restart with every document, so each document is
+computed as if it were alone. Attention is a plan of causal blocks, one or more per document; RoPE
+angles are looked up by position. There is no mask tensor, and pairs of tokens from two documents
+cost nothing.
+
+Shape letters: B sequences, S their length, CP context-parallel ranks, d channels of a head.
 """
 
 from __future__ import annotations
@@ -22,10 +25,12 @@ Spans = tuple[tuple[int, int], ...]
 
 @dataclass(frozen=True)
 class Packing:
-    """The documents of a micro-batch of B sequences of S tokens.
+    """Documents of a micro-batch of B sequences of S tokens.
 
-    positions [B, S] int64: of every token within its document. ``documents``: for every sequence
-    the (start, stop) of its documents, ascending, covering it; known on the host.
+    Attributes:
+        positions: [B, S] int64, the position of every token within its document.
+        documents: for every sequence the (start, stop) of its documents, ascending, covering it;
+            on the host.
     """
 
     positions: Tensor
@@ -33,7 +38,7 @@ class Packing:
 
     @classmethod
     def of(cls, positions: Tensor) -> Packing:
-        """From host ``positions`` [B, S]; a document begins wherever they are 0."""
+        """Find the documents from host ``positions`` [B, S]: one begins wherever they are 0."""
         documents = []
         for row in positions:
             starts = [0, *((row[1:] == 0).nonzero()[:, 0] + 1).tolist(), len(row)]
@@ -41,11 +46,11 @@ class Packing:
         return cls(positions, tuple(documents))
 
     def to(self, positions: Tensor) -> Packing:
-        """The same with ``positions`` on another device."""
+        """Return the same documents with ``positions``, a copy of them on another device."""
         return replace(self, positions=positions)
 
     def plan(self, group: ProcessGroup, window: int | None = None) -> Plan:
-        """The attention of this context-parallel rank's rows to the whole sequences' keys."""
+        """Return the plan of this CP rank's queries against the keys of the whole sequences."""
         spans = ContextShard.of(self.positions.shape[1], group).spans
         return [
             block
@@ -54,19 +59,23 @@ class Packing:
         ]
 
     def angles(self, rotary: Tensor, group: ProcessGroup, step: int = 0) -> Tensor:
-        """RoPE angles [S / CP, B, 1, d] of this context-parallel rank's rows at TTT step ``step``,
-        from ``rotary`` [L, 1, 1, d], L being more than the last position plus the step."""
+        """Return RoPE angles [S / CP, B, 1, d] of this CP rank's tokens at TTT step ``step``.
+
+        They are looked up in ``rotary`` [P, 1, 1, d], the angles of positions 0 .. P - 1, where P
+        must exceed the last position plus the step.
+        """
         shard = ContextShard.of(self.positions.shape[1], group)
         return rotary[:, 0][shard.take(self.positions, 1).t() + step]
 
 
 class DocumentAttention:
-    """The base's attention inside documents, an :class:`~megatron_eagle.attention.core
-    .AttentionState` without a memory. Under context parallelism keys and values are gathered over
-    ``group`` (one all-gather a layer)."""
+    """Attention of the base inside documents: an ``AttentionState`` that remembers nothing.
+
+    Under context parallelism keys and values are gathered over ``group``: one all-gather per layer.
+    """
 
     def __init__(self, packing: Packing, group: ProcessGroup) -> None:
-        self._plan = cache(partial(packing.plan, group))  # of every window once
+        self._plan = cache(partial(packing.plan, group))  # by window
         self._group = group
 
     def attend(
@@ -79,6 +88,7 @@ class DocumentAttention:
         window: int | None = None,
         sink: Tensor | None = None,
     ) -> Tensor:
+        """See ``AttentionState``."""
         key, value = gather_key_value(key, value, self._group)
         if sink is not None:
             return sink_attention(query, key, value, scale, self._plan(window), sink)

@@ -1,9 +1,9 @@
-"""Rotary embeddings that Megatron's flags cannot say: other constants, other ways of scaling.
+"""Set rotary embeddings that Megatron's flags cannot express: other constants, other scalings.
 
-A description is what eagle_base.json holds as "rope": rope_type, rope_theta, and the numbers of its
-kind, all of them given. The frequencies follow the definitions of Hugging Face's
-modeling_rope_utils (linear; llama3; yarn, arXiv 2309.00071), and replace those of the Megatron
-module, which stays in charge of everything else.
+A description is what eagle_base.json holds as "rope": rope_type, rope_theta, and every number that
+this type needs. The frequencies follow the definitions of Hugging Face's modeling_rope_utils
+(linear; llama3; yarn, arXiv 2309.00071). They replace the frequencies of the Megatron module, which
+does everything else.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ Rope = Mapping[str, Any]
 
 
 def inverse_frequencies(rope: Rope, dim: int) -> Tensor:
-    """[dim / 2] fp32: radians per position of each pair of the ``dim`` rotated channels."""
+    """Return [dim / 2] fp32: radians per position of each pair of the ``dim`` rotated channels."""
     base = 1.0 / rope["rope_theta"] ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     kinds = {"default": _unscaled, "linear": _linear, "llama3": _llama3, "yarn": _yarn}
     return kinds[rope["rope_type"]](base, rope, dim)
 
 
 def attention_factor(rope: Rope) -> float:
-    """What cos and sin of both queries and keys are multiplied by."""
+    """Return the factor of cos and sin, for queries and keys alike."""
     return rope.get("attention_factor", 1.0)
 
 
@@ -36,9 +36,11 @@ def set_frequencies(module: Any, rope: Rope) -> None:
 
 
 def set_attention_factor(config: Any, factor: float) -> None:
-    """Make Megatron's attention layers of TransformerConfig ``config`` multiply by ``factor``.
+    """Make the attention layers of a TransformerConfig multiply cos and sin by ``factor``.
 
-    They derive it from three yarn numbers, in a formula that gives 1 + 0.1 mscale log(scale).
+    Megatron has no such option: it derives the factor from three yarn numbers as
+    1 + 0.1 * mscale * log(scaling_factor), so these are chosen to give the factor. With a scaling
+    factor of exp(10) the formula is 1 + mscale.
     """
     if factor != 1.0:
         config.yarn_rotary_scaling_factor = math.exp(10)
@@ -47,15 +49,17 @@ def set_attention_factor(config: Any, factor: float) -> None:
 
 
 def _unscaled(base: Tensor, rope: Rope, dim: int) -> Tensor:
+    """Return the frequencies as they are."""
     return base
 
 
 def _linear(base: Tensor, rope: Rope, dim: int) -> Tensor:
+    """Slow all frequencies down by the factor."""
     return base / rope["factor"]
 
 
 def _llama3(base: Tensor, rope: Rope, dim: int) -> Tensor:
-    """Long waves are slowed down by the factor, short ones not, those between in part."""
+    """Slow low frequencies down by the factor, high ones not, those between in part."""
     turns = rope["original_max_position_embeddings"] * base / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     kept = ((turns - low) / (high - low)).clamp(0, 1)
@@ -63,10 +67,10 @@ def _llama3(base: Tensor, rope: Rope, dim: int) -> Tensor:
 
 
 def _yarn(base: Tensor, rope: Rope, dim: int) -> Tensor:
-    """As llama3, with a ramp over channels instead of wave lengths."""
+    """Slow frequencies down as ``_llama3``, with a ramp over channels instead of wave lengths."""
 
     def channel(turns: float) -> float:
-        """The pair that turns so often over the original context."""
+        """Return the channel pair that makes ``turns`` turns over the original context."""
         length = rope["original_max_position_embeddings"] / (turns * 2 * math.pi)
         return dim * math.log(length) / (2 * math.log(rope["rope_theta"]))
 

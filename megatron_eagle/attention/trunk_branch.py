@@ -1,11 +1,15 @@
-"""The attention of a TTT step: a causal trunk and a few branch keys in the query's own row.
+"""Attend in a TTT step: to a causal trunk, and to a few branch keys at the query's position.
 
-At step t, row p attends to the step-0 keys 0..p (the trunk, the same at every step) and to one key
-per later step j = 1..t, all of row p (the branch); one softmax over both. The trunk is flash
-kernels, one per block of its plan (:mod:`megatron_eagle.attention.blocks`), the branch an
-elementwise dot product, both merged by their log-sum-exp, so memory is linear in S and K and no
-mask exists. Backward: the flash backward fed with the merged output and log-sum-exp for the trunk,
-elementwise products for the branch (the ring-attention identity).
+At step t, position p attends to the step-0 keys 0..p (the trunk, the same at every step) and to one
+key per later step j = 1..t, all of position p (the branch); one softmax over both. The trunk is
+flash kernels, one per block of its plan (``blocks``), the branch an elementwise dot product, both
+merged by their log-sum-exp, so memory is linear in S and in the number of steps and there is no
+mask tensor. Backward: the flash backward fed with the merged output and log-sum-exp for the trunk,
+elementwise products for the branch (the identity that ring attention rests on).
+
+Shape letters: B sequences, n query heads and g key/value heads of this TP rank (g divides n),
+r = n / g, S query positions of this CP rank, L trunk positions, t branch steps, d channels of a
+key, dv of a value.
 """
 
 from __future__ import annotations
@@ -27,12 +31,17 @@ def trunk_branch_attention(
     scale: float,
     plan: Plan = CAUSAL,
 ) -> Tensor:
-    """softmax(scale * q [trunk ; branch]ᵀ) [trunk ; branch], differentiable in all inputs.
+    """Return softmax(scale * q [trunk ; branch]ᵀ) [trunk ; branch], [B, n, S, dv].
 
-    query [B, n, S, d]; trunk key [B, g, L, d] and value [B, g, L, dv], g dividing n (heads of this
-    TP rank), of which the ``plan`` says what each row sees; branch lists hold one key [B, g, S, d]
-    and value [B, g, S, dv] per later step, empty at step 0. Under context parallelism S is this
-    rank's part and L the whole sequence. Returns [B, n, S, dv] in the query's dtype. No collective.
+    Differentiable in all tensors; no collective.
+
+    Args:
+        query: [B, n, S, d]; the result has its dtype.
+        trunk_key, trunk_value: [B, g, L, d] and [B, g, L, dv], the whole sequence also under
+            context parallelism.
+        branch_keys, branch_values: [B, g, S, d] and [B, g, S, dv] per later step; empty at step 0.
+        scale: factor of the scores.
+        plan: which queries see which positions of the trunk.
     """
     assert len(branch_keys) == len(branch_values)
     return _TrunkBranch.apply(
@@ -41,11 +50,13 @@ def trunk_branch_attention(
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
-    """[B, n, S, d] -> [B, g, n/g, S, d], a view."""
+    """Split the heads of x: [B, n, S, d] -> [B, g, r, S, d], a view."""
     return x.unflatten(1, (groups, -1))
 
 
 class _TrunkBranch(torch.autograd.Function):
+    """Differentiable trunk and branch; ``branch`` is the keys of all steps, then the values."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -78,8 +89,8 @@ class _TrunkBranch(torch.autograd.Function):
 
 
 def _scores(q: Tensor, key: Tensor, scale: float) -> Tensor:
-    """Row-wise dot products [B, g, r, S] of grouped queries with one key per row, in fp32."""
-    # Not einsum: it makes a matrix product of every row.
+    """Return dot products [B, g, r, S] fp32 of grouped queries with one key per position."""
+    # Not einsum: it makes a matrix product of every position.
     return (q * key.float().unsqueeze(2)).sum(-1) * scale
 
 
@@ -91,6 +102,7 @@ def _merge(
     values: tuple[Tensor, ...],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    """Merge branch keys and values into (out, lse) of the trunk."""
     groups = keys[0].shape[1]
     grouped_q, lse5 = _grouped(q, groups), lse.unflatten(1, (groups, -1))
     scores = torch.stack([_scores(grouped_q, key, scale) for key in keys])  # [t, B, g, r, S]
@@ -112,6 +124,7 @@ def _branch_backward(
     scale: float,
     dq: Tensor,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Add the branch's part to the trunk's ``dq``; return it and the branch's own gradients."""
     groups = keys[0].shape[1]
     q5, do5, lse5 = _grouped(q, groups), _grouped(grad_out, groups), lse.unflatten(1, (groups, -1))
     delta = torch.linalg.vecdot(grad_out.float(), out.float()).unflatten(1, (groups, -1))

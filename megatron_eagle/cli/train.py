@@ -39,8 +39,8 @@ def _train() -> None:
     from megatron.training import pretrain, set_startup_timestamps
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
+    from megatron_eagle.compat import configure_nvtx_profiling
     from megatron_eagle.platform.compiler import compile_regions
-    from megatron_eagle.platform.nvtx import mark_ranges
     from megatron_eagle.training.arguments import parse_eagle_args, show_help
     from megatron_eagle.training.builder import ModelBuilder
     from megatron_eagle.training.data import DatasetProvider
@@ -56,7 +56,7 @@ def _train() -> None:
     options, stored = adopt_warm_start(options, sys.argv[1:])
     args, base = parse_eagle_args(options)
     compile_regions(options.train.compile)
-    mark_ranges(options.train.nvtx)
+    configure_nvtx_profiling(options.train.nvtx)
     replace_schedule(options)
     log = None if options.train.log_file is None else MetricsLog(options.train.log_file)
     if log is not None:

@@ -1,4 +1,4 @@
-"""Which modules a layer is made of: Megatron-Core's own, or Transformer Engine's."""
+"""Choose the modules that layers are made of: Megatron-Core's own, or Transformer Engine's."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from megatron_eagle.compat import (
     get_gpt_layer_with_transformer_engine_spec,
     require,
 )
+from megatron_eagle.errors import UserError
 from megatron_eagle.layers.base_spec import checkpoint_names, local_base_spec
 from megatron_eagle.layers.lean_layers import GatedMLP, RMSNorm
 
@@ -24,9 +25,11 @@ from megatron_eagle.layers.lean_layers import GatedMLP, RMSNorm
 class LayerBackend:
     """Builders of one implementation.
 
-    ``base_spec(config, pp_rank)`` gives the spec of the base's block on a pipeline stage and
-    ``layer_spec(config)`` a TransformerLayer spec of the draft; ``norm`` and ``column_linear``
-    build a norm and an un-normed column-parallel linear.
+    Attributes:
+        base_spec: (config, pp_rank) -> spec of the base's block on a pipeline stage.
+        layer_spec: config -> TransformerLayer spec of the draft.
+        norm: builds a norm.
+        column_linear: builds a column-parallel linear without a norm in front.
     """
 
     base_spec: Callable[[Any, int], Any]
@@ -36,7 +39,7 @@ class LayerBackend:
 
 
 def local_backend() -> LayerBackend:
-    """Modules of Megatron-Core alone (``--transformer-impl local``), RMSNorm."""
+    """Return the builders of Megatron-Core's own modules (``transformer_impl`` local), RMSNorm."""
     provider = LocalSpecProvider()
 
     def layer_spec(config: Any) -> Any:
@@ -58,11 +61,15 @@ def local_backend() -> LayerBackend:
 
 
 def transformer_engine_backend() -> LayerBackend:
-    """Transformer Engine's modules; raises ``ValueError`` where it is not installed."""
+    """Return the builders of Transformer Engine's modules.
+
+    Raises:
+        UserError: Transformer Engine is not installed.
+    """
     if not require("megatron.core.extensions.transformer_engine:HAVE_TE"):
-        raise ValueError(
-            "--transformer-impl transformer_engine: Transformer Engine is not installed; "
-            "use --transformer-impl local"
+        raise UserError(
+            "<transformer_impl> transformer_engine: Transformer Engine is not installed; "
+            "use <transformer_impl> local"
         )
     provider = require("megatron.core.extensions.transformer_engine_spec_provider:TESpecProvider")()
 
@@ -85,8 +92,10 @@ def transformer_engine_backend() -> LayerBackend:
 
 
 def _lean(layer_spec: Any) -> Any:
-    """``layer_spec`` (changed in place) with the modules of
-    :mod:`~megatron_eagle.layers.lean_layers`; parameters and checkpoint keys stay the same."""
+    """Return ``layer_spec``, changed in place, with the modules of ``lean_layers``.
+
+    Parameters and checkpoint keys stay the same.
+    """
     layer = layer_spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     if layer.mlp.func == MLP.as_mlp_submodule:

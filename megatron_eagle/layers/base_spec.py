@@ -1,7 +1,7 @@
-"""The base's layers out of Megatron-Core's own modules: dense or MoE, our core attention.
+"""Specify the base's layers from Megatron-Core's own modules: dense or MoE, our core attention.
 
-Checkpoint keys are those of Transformer Engine's layers, whatever the modules: a norm that TE fuses
-into the linear layer after it carries that layer's name.
+Checkpoint keys are the same as with Transformer Engine's layers. Transformer Engine fuses a norm
+into the linear layer after it, so the norm's key starts with that layer's name.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ NORM_BEFORE_FC1 = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
 def local_base_spec(config: Any, pp_rank: int) -> Any:
-    """TransformerBlockSubmodules of the layers of pipeline stage ``pp_rank``."""
+    """Return the TransformerBlockSubmodules of the layers of pipeline stage ``pp_rank``."""
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=False, normalization="RMSNorm", pp_rank=pp_rank
     )
-    # Megatron's specs of equal layers are one object.
+    # Equal layers share one spec object: change each object once.
     for spec in {id(spec): spec for spec in block.layer_specs}.values():
         with_eagle_attention(spec)
         spec.submodules.sharded_state_dict_keys_map = checkpoint_names(config, spec)
@@ -35,7 +35,7 @@ def local_base_spec(config: Any, pp_rank: int) -> Any:
 
 
 def checkpoint_names(config: Any, layer_spec: Any) -> dict[str, str]:
-    """The names in a checkpoint of what a local layer calls otherwise, by prefix."""
+    """Map prefixes of a local layer's parameters to prefixes in a checkpoint, where they differ."""
     return {
         **(MLA_NORMS if config.multi_latent_attention else NORM_BEFORE_QKV),
         **({} if _is_moe(layer_spec) else NORM_BEFORE_FC1),
@@ -43,5 +43,5 @@ def checkpoint_names(config: Any, layer_spec: Any) -> dict[str, str]:
 
 
 def _is_moe(layer_spec: Any) -> bool:
-    # Both kinds of MLP are partials: of MoELayer, or of MLP.as_mlp_submodule.
+    """Return whether a layer has experts; both kinds of MLP are partials with ``submodules``."""
     return hasattr(layer_spec.submodules.mlp.keywords["submodules"], "experts")

@@ -1,7 +1,9 @@
-"""Group-limited routing as DeepSeek's models do it.
+"""Route tokens to experts of a few groups, as DeepSeek's models do.
 
 Megatron 0.19 scores a group by its best topk // group_topk experts. DeepSeek-V2 takes the best one,
-DeepSeek-V3 the best two, however many are chosen.
+DeepSeek-V3 the best two, however many experts are chosen.
+
+Shape letters: S positions, B sequences, E experts.
 """
 
 from __future__ import annotations
@@ -15,11 +17,15 @@ from megatron_eagle.compat import TopKRouter
 
 
 class GroupLimitedRouter(TopKRouter):
-    """A frozen router: no losses, no token is dropped. Its parameters are TopKRouter's."""
+    """Frozen group-limited router: no losses, no dropped token, TopKRouter's parameters."""
 
     def routing(self, logits: Tensor, padding_mask: Any = None) -> tuple[Tensor, Tensor]:
-        """logits [S, B, E] -> weights [S * B, E], zero but for the chosen experts, and which they
-        are, bool [S * B, E]."""
+        """Choose experts by logits [S, B, E]. No collective.
+
+        Returns:
+            Weights [S * B, E], zero for experts that are not chosen, and the choice, bool
+            [S * B, E].
+        """
         assert padding_mask is None and not self.training
         config = self.config
         logits = logits.view(-1, config.num_moe_experts)

@@ -1,7 +1,9 @@
-"""RMSNorm and gated MLP that keep little for backward, for layers without Transformer Engine.
+"""Define an RMSNorm and a gated MLP that keep little for backward, without Transformer Engine.
 
-The same parameters and numbers as Megatron's local modules, whose eager operators keep every
-intermediate result.
+Parameters and results are the same as with Megatron's local modules, whose eager operators keep
+every intermediate result.
+
+Shape letters: H hidden channels, F intermediate channels of this TP rank.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from megatron_eagle.compat import MLP
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    """[..., H] -> [..., H], statistics in fp32; keeps its input and one number a row.
+    """RMSNorm [..., H] -> [..., H], fp32 statistics; keeps its input and one number per position.
 
     Under sequence parallelism its weight is marked, so that its gradient is summed over TP.
     """
@@ -25,28 +27,32 @@ class RMSNorm(torch.nn.RMSNorm):
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
+        """Normalise x; differentiable in x and the weight, no collective."""
         if x.is_cuda:  # PyTorch has a fused kernel
             return super().forward(x)
         return _RMSNorm.apply(x, self.weight, self.eps)
 
 
 class GatedMLP(MLP):
-    """silu(gate) * up, keeping the two and not what is made of them.
+    """Megatron's MLP; silu(gate) * up keeps gate and up for backward, and nothing else.
 
-    Any other activation, and Megatron's own fused one, are left to Megatron.
+    Any other activation, and Megatron's own fused one, run as in Megatron's MLP.
     """
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Run the MLP; arguments, results and collectives are Megatron's."""
         config = self.config
-        own = config.gated_linear_unit and config.activation_func is torch.nn.functional.silu
-        given = any(x is not None for x in (*args, *kwargs.values()))
-        if not own or given or config.add_bias_linear or config.bias_activation_fusion:
+        swiglu = config.gated_linear_unit and config.activation_func is torch.nn.functional.silu
+        extra = any(x is not None for x in (*args, *kwargs.values()))
+        if not swiglu or extra or config.add_bias_linear or config.bias_activation_fusion:
             return super().forward(hidden_states, *args, **kwargs)
-        both, _ = self.linear_fc1(hidden_states)
-        return self.linear_fc2(_SwiGLU.apply(both))
+        gate_up, _ = self.linear_fc1(hidden_states)
+        return self.linear_fc2(_SwiGLU.apply(gate_up))
 
 
 class _RMSNorm(torch.autograd.Function):
+    """RMSNorm that keeps x and the inverse root mean square of every position."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.float()
@@ -66,17 +72,19 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up of gate and up [..., 2F] -> [..., F], which keeps its input alone."""
+
     @staticmethod
-    def forward(ctx: Any, both: Tensor) -> Tensor:
-        ctx.save_for_backward(both)
-        gate, up = both.chunk(2, dim=-1)
+    def forward(ctx: Any, gate_up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
         return torch.nn.functional.silu(gate).mul_(up)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (both,) = ctx.saved_tensors
-        gate, up = both.chunk(2, dim=-1)
-        grad = torch.empty_like(both)
+        (gate_up,) = ctx.saved_tensors
+        gate, up = gate_up.chunk(2, dim=-1)
+        grad = torch.empty_like(gate_up)
         grad_gate, grad_up = grad.chunk(2, dim=-1)
         torch.mul(grads[0], torch.nn.functional.silu(gate), out=grad_up)
         torch.ops.aten.silu_backward.grad_input(grads[0] * up, gate, grad_input=grad_gate)

@@ -20,7 +20,7 @@ from megatron_eagle.attention.core import TrunkBranchState
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.objective.draft_inputs import DraftInputs
 from megatron_eagle.objective.parallel_steps import parallel_steps
-from megatron_eagle.platform.nvtx import nvtx_range
+from megatron_eagle.platform.profiling import nvtx_range
 
 
 def unroll(

@@ -1,6 +1,6 @@
 """Multiply matrices: fp32 results of 16-bit factors on a GPU, the fastest kernel on a CPU.
 
-Which kernel a CPU runs is decided in :mod:`megatron_eagle.platform.products`, and nowhere else.
+Which kernel a CPU runs is decided in :mod:`megatron_eagle.platform.cpu.products`, and nowhere else.
 Shape letters: N rows, M outputs of a row (rows of a weight), H inputs of a row.
 """
 
@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from megatron_eagle.platform import products as cpu_products
+from megatron_eagle.platform.cpu import products as cpu_products
 
 _GPU_OUTPUT_BYTES = 2 << 30
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from megatron_eagle.compat import get_model_config, unwrap_model
 from megatron_eagle.pipeline.base_stream import BaseStream, Observer
 from megatron_eagle.pipeline.iteration import PipelineIteration
-from megatron_eagle.platform.nvtx import nvtx_range
+from megatron_eagle.platform.profiling import nvtx_range
 
 
 class PipelineSchedule:

@@ -1,4 +1,7 @@
-"""Adam that keeps its state the way Transformer Engine's ``FusedAdam`` does."""
+"""Adam that keeps its state the way Transformer Engine's ``FusedAdam`` does.
+
+``patches.use_checkpointable_adam`` says why Megatron needs it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 import torch
 from torch.optim.adam import adam
 
-from megatron_eagle.compat import replace, require
+from megatron_eagle.errors import UserError
 
 
 class FusedAdam(torch.optim.Optimizer):
@@ -25,7 +28,7 @@ class FusedAdam(torch.optim.Optimizer):
         capturable: must be False.
 
     Raises:
-        ValueError: ``capturable`` is True.
+        UserError: ``capturable`` is True.
     """
 
     def __init__(
@@ -39,9 +42,7 @@ class FusedAdam(torch.optim.Optimizer):
         capturable: bool = False,
     ) -> None:
         if capturable:
-            raise ValueError(
-                "--optimizer-cuda-graph needs Transformer Engine's or Apex's optimizer"
-            )
+            raise UserError("<optimizer_cuda_graph> needs Transformer Engine's or Apex's optimizer")
         self.adam_w_mode = adam_w_mode
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "bias_correction": True})
@@ -56,6 +57,7 @@ class FusedAdam(torch.optim.Optimizer):
                 self._update(group)
 
     def _update(self, group: dict[str, Any]) -> None:
+        """Run one fused Adam step on the parameters of ``group`` that have gradients."""
         params = [param for param in group["params"] if param.grad is not None]
         if not params:
             return
@@ -80,25 +82,9 @@ class FusedAdam(torch.optim.Optimizer):
         )
 
     def _state_of(self, param: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the parameter's moments, zeros before its first step."""
         state = self.state[param]
         if not state:
             state["exp_avg"] = torch.zeros_like(param)
             state["exp_avg_sq"] = torch.zeros_like(param)
         return state
-
-
-def use_checkpointable_adam() -> None:
-    """Give Megatron :class:`FusedAdam` unless Transformer Engine or Apex already provides one.
-
-    With ``torch.optim.AdamW`` a checkpoint of the distributed optimizer cannot be loaded again
-    (megatron/core/optimizer/distrib_optimizer.py: the assert on one common step in ``state_dict``
-    fails on a fresh optimizer, and the sharded state has no ``step``).
-    """
-    distributed = "megatron.core.optimizer.distrib_optimizer"
-    if require(f"{distributed}:HAVE_APEX_OR_TE"):
-        return
-    replace("megatron.core.optimizer:Adam", FusedAdam)
-    replace("megatron.core.optimizer:USING_PYTORCH_OPTIMIZER", False)
-    replace(f"{distributed}:Adam", FusedAdam)
-    replace(f"{distributed}:HAVE_APEX_OR_TE", True)
-    replace(f"{distributed}:USING_APEX_OPTIMIZER", True)

@@ -1,8 +1,8 @@
-"""Optional torch.compile of the collective-free hot regions.
+"""Compile hot regions without collectives by ``torch.compile``, if the run asks for it.
 
-A region is a function decorated with :func:`compilable`. It runs eagerly until
-:func:`compile_regions` is called (``--eagle-compile``); should compilation fail, the run says so
-once and that region goes on eagerly.
+A region is a function decorated with ``compilable``. It runs eagerly until ``compile_regions`` is
+called (``--eagle-compile``). If compilation fails, one warning says so and that region continues to
+run eagerly.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ _state = {"enabled": False}
 
 
 def compile_regions(enabled: bool = True) -> None:
-    """Compile (or stop compiling) every :func:`compilable` function from its next call on."""
+    """Compile (or stop compiling) every ``compilable`` function from its next call on."""
     _state["enabled"] = enabled
 
 
 def is_compiling() -> bool:
-    """Whether regions are compiled: then one pass does what eager operators need several for."""
+    """Return whether regions are compiled: a compiled region needs one pass, eager ones several."""
     return _state["enabled"]
 
 
@@ -42,15 +42,15 @@ def compilable[**P, R](function: Callable[P, R]) -> Callable[P, R]:
         try:
             return compiled["region"](*args, **kwargs)
         except Exception as error:
-            eager = function(*args, **kwargs)  # a mistake of ours raises here, uncovered
-            _say_once(function, error)
+            eager = function(*args, **kwargs)  # an error in the function itself raises here
+            _warn(function, error)
             compiled["region"] = function
             return eager
 
     return run
 
 
-def _say_once(function: Callable[..., Any], error: Exception) -> None:
+def _warn(function: Callable[..., Any], error: Exception) -> None:
     reason = str(error).strip().splitlines()
     logger.warning(
         "--eagle-compile: %s could not be compiled and runs eagerly (%s: %s)",

@@ -1,15 +1,27 @@
-"""Run a function on several gloo ranks of this machine and bring back what each returned.
+"""Run a function on several gloo ranks of this machine and return what each rank returned.
 
-    def tp_loss(rank, world_size, weights):
+A complete test module::
+
+    import torch
+
+    from megatron_eagle.testing import megatron_parallel, run_distributed
+
+
+    def column_sum(rank: int, world_size: int, weight: torch.Tensor) -> torch.Tensor:
         groups = megatron_parallel(tp=world_size)
-        ...
-        return loss.item()
+        part = weight.chunk(world_size, dim=1)[rank].sum(dim=1)
+        torch.distributed.all_reduce(part, group=groups.tp)
+        return part
 
-    def test_tp_matches_tp1():
-        losses = run_distributed(tp_loss, 2, weights)
 
-``fn`` must be a module-level function. Ranks are fresh processes without CUDA, forked from one
-server that has imported torch and Megatron once, so a run costs well under a second of start-up.
+    def test_a_sum_over_two_ranks() -> None:
+        weight = torch.ones(3, 4)
+        for result in run_distributed(column_sum, 2, weight):
+            assert result.tolist() == [4.0, 4.0, 4.0]
+
+The function must be at module level, since ranks import it by name. Ranks are fresh processes
+without CUDA, forked from one server that has imported torch and Megatron once, so that a run after
+the first one starts in well under a second.
 """
 
 from __future__ import annotations
@@ -34,15 +46,18 @@ from unittest import mock
 import torch
 
 PRELOADED = ["torch", "megatron.core.models.gpt", "megatron.training.training"]
+"""Modules that the server imports once, before it forks a rank."""
+
 RANK_ENVIRONMENT = {
     "CUDA_VISIBLE_DEVICES": "",
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",  # Megatron's jit_fuser would compile for seconds
 }
+"""Environment variables of every rank."""
 
 
 class RankError(AssertionError):
-    """A rank raised or died; the message holds its number and its traceback."""
+    """Failure of a rank that raised or died, with its number and its traceback."""
 
 
 def run_distributed(
@@ -52,33 +67,36 @@ def run_distributed(
 
     Args:
         fn: a module-level function; a rank has one thread and its default group is initialised.
-        args: picklable; copied to every rank, tensors included.
+        world_size: the number of ranks.
+        args: picklable arguments, copied to every rank, tensors included.
         timeout: seconds for all ranks together.
 
     Returns:
-        The picklable results, in rank order.
+        The results in rank order; they must be picklable.
 
     Raises:
         RankError: a rank raised or died; the others are stopped at once.
-        TimeoutError: with the stack of every rank that was still running.
+        TimeoutError: the time is over; the message has the stack of every rank still running.
     """
     call = pickle.dumps((fn, args))
     with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stop:
         connections: dict[Any, int] = {}
         for rank in range(world_size):
-            ours, theirs = multiprocessing.Pipe()
-            stop.callback(ours.close)
-            process = start_rank(_rank_main, rank, world_size, call, theirs, scratch, timeout)
+            parent_end, rank_end = multiprocessing.Pipe()
+            stop.callback(parent_end.close)
+            process = start_rank(_rank_main, rank, world_size, call, rank_end, scratch, timeout)
             stop.callback(stop_rank, process)
-            theirs.close()
-            connections[ours] = rank
+            rank_end.close()
+            connections[parent_end] = rank
         results = _collect(connections, timeout, Path(scratch))
     return [results[rank] for rank in range(world_size)]
 
 
 def start_rank(target: Callable[..., None], *args: Any) -> BaseProcess:
-    """``target(*args)`` in a process forked from the server, the leader of a process group of its
-    own, which :func:`stop_rank` ends as a whole."""
+    """Run ``target(*args)`` in a process forked from the server.
+
+    It leads a process group of its own, which ``stop_rank`` ends as a whole.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     process = context.Process(target=_as_leader, args=(target, *args))
@@ -93,7 +111,7 @@ def _as_leader(target: Callable[..., None], *args: Any) -> None:
 
 
 def stop_rank(process: BaseProcess) -> None:
-    """End a rank and what it has spawned: Megatron's checkpoint writers outlive their rank."""
+    """End a rank and the processes it started: Megatron's checkpoint writers outlive their rank."""
     assert process.pid is not None
     with contextlib.suppress(ProcessLookupError):  # it may not lead a process group yet
         os.killpg(process.pid, signal.SIGKILL)
@@ -110,16 +128,17 @@ def megatron_parallel(
     etp: int | None = None,
     seed: int = 1234,
 ) -> Any:
-    """Inside a rank: Megatron on the CPU, its process groups, and its random generators.
+    """Set up Megatron inside a rank: the CPU platform, process groups, and random generators.
 
-    Sequence parallelism has no group of its own: set ``sequence_parallel`` in the model's config.
+    Collective: every rank must call it. Sequence parallelism has no group of its own: set
+    ``sequence_parallel`` in the model's config.
 
     Args:
         tp, pp, cp, ep: sizes of the tensor, pipeline, context and expert parallel groups; the rest
             of the world is data parallel.
         etp: ranks that share an expert; all of the tensor parallel group by default.
         vpp: virtual pipeline stages of each rank.
-        seed: the base of the model-parallel seeds; the same on every rank.
+        seed: base of the model-parallel seeds; the same on every rank.
 
     Returns:
         Megatron's ``ProcessGroupCollection``.
@@ -147,6 +166,7 @@ def megatron_parallel(
 def _rank_main(
     rank: int, world_size: int, call: bytes, parent: Connection, scratch: str, timeout: float
 ) -> None:
+    """Join the process group, call the function, and send (succeeded, result) to the parent."""
     torch.set_num_threads(1)
     with open(_stack_file(Path(scratch), rank), "w") as stacks:
         faulthandler.dump_traceback_later(timeout, file=stacks)
@@ -165,14 +185,15 @@ def _rank_main(
         finally:
             faulthandler.cancel_dump_traceback_later()
     parent.send_bytes(answer)
-    # Staying until the parent has everything keeps this rank's end from being "closed by peer"
-    # in the others, which would hide the first error.
+    # Stay until the parent has everything: if this rank ended now, the others would raise "closed
+    # by peer", which would hide the first error.
     with contextlib.suppress(EOFError, OSError):
         parent.recv_bytes()
     os.killpg(0, signal.SIGKILL)  # the parent is gone without having stopped this rank
 
 
 def _collect(pending: dict[Any, int], timeout: float, scratch: Path) -> dict[int, Any]:
+    """Receive the results of ``pending`` (connection -> rank), or raise the first error."""
     results: dict[int, Any] = {}
     deadline = time.monotonic() + timeout + 2.0  # ranks write their stacks at `timeout`
     pending = dict(pending)
@@ -194,9 +215,9 @@ def _collect(pending: dict[Any, int], timeout: float, scratch: Path) -> dict[int
 
 
 def _describe_hang(ranks: list[int], timeout: float, scratch: Path) -> str:
-    stacks = [_stack_file(scratch, rank) for rank in ranks]
-    found = [f"{stack.name}:\n{stack.read_text()}" for stack in stacks if stack.exists()]
-    return f"ranks {ranks} still running after {timeout:g} s\n" + "\n".join(found)
+    files = [_stack_file(scratch, rank) for rank in ranks]
+    stacks = [f"{file.name}:\n{file.read_text()}" for file in files if file.exists()]
+    return f"ranks {ranks} still running after {timeout:g} s\n" + "\n".join(stacks)
 
 
 def _stack_file(scratch: Path, rank: int) -> Path:

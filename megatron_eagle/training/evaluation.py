@@ -23,13 +23,13 @@ from megatron.training import (
 )
 
 from megatron_eagle.checkpoint.directory import BaseInfo
-from megatron_eagle.compat import replace, require, unwrap_model
+from megatron_eagle.compat import patch, require, unwrap_model
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.decode.acceptance import AcceptanceReport, check_lengths, evaluate_acceptance
 from megatron_eagle.decode.prompt_shards import PromptShare, lockstep_groups
 from megatron_eagle.decode.prompts import digest, read_prompt_ids, stop_ids
 from megatron_eagle.model import EagleGPTModel
-from megatron_eagle.platform.nvtx import nvtx_range
+from megatron_eagle.platform.profiling import nvtx_range
 from megatron_eagle.training.best_checkpoint import BestCheckpoint
 from megatron_eagle.training.metrics_log import MetricsLog
 
@@ -84,7 +84,7 @@ class AcceptanceEvaluation:
                 self._evaluate(model, optimizer, iteration)
             return after_step(model, optimizer, scheduler, iteration, *rest)
 
-        replace(_AFTER_STEP, called)
+        patch(_AFTER_STEP, called, "measure the draft's accepted length at an interval")
 
     def _evaluate(self, model: list[Any], optimizer: Any, iteration: int) -> None:
         timers = get_timers()

@@ -11,7 +11,7 @@ import torch
 from megatron.training import get_args
 from torch import Tensor
 
-from megatron_eagle.compat import replace, require
+from megatron_eagle.compat import patch, require
 
 _TRAINING_LOG = "megatron.training.training:training_log"
 
@@ -46,7 +46,7 @@ class MetricsLog:
             self._record(loss_dict, rate, iteration, grad_norm=rest[3])
             return training_log(loss_dict, totals, rate, iteration, *rest, **kw)
 
-        replace(_TRAINING_LOG, logged)
+        patch(_TRAINING_LOG, logged, f"write metrics to {self.path}")
 
     def _record(
         self, metrics: dict[str, Tensor], rate: Any, iteration: int, grad_norm: Any

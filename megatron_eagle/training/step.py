@@ -10,12 +10,12 @@ from megatron.core import mpu
 from megatron.training import get_args
 from torch import Tensor
 
-from megatron_eagle.compat import replace, require
+from megatron_eagle.compat import patch, require
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.objective.metrics import MetricSums, reduce_metrics
 from megatron_eagle.pipeline.schedule import PipelineSchedule
-from megatron_eagle.platform.nvtx import nvtx_range
+from megatron_eagle.platform.profiling import nvtx_range
 from megatron_eagle.training.data import next_batch
 
 _SCHEDULE = "megatron.training.training:get_forward_backward_func"
@@ -79,7 +79,7 @@ def replace_schedule(options: EagleConfig) -> None:
 
         return forward_backward
 
-    replace(_SCHEDULE, get_forward_backward_func)
+    patch(_SCHEDULE, get_forward_backward_func, "stages train the draft, metrics meet once")
 
 
 def _another_iteration_follows() -> bool:

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+import importlib
 import os
+import textwrap
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_eagle.testing.harness import RankError, megatron_parallel, run_distributed
+from megatron_eagle.testing import RankError, harness, megatron_parallel, run_distributed
 
 
 def _sum_of_ranks(rank: int, world_size: int, start: torch.Tensor) -> tuple[int, torch.Tensor]:
@@ -83,3 +86,13 @@ def _group_sizes(rank: int, world_size: int, layout: dict[str, int]) -> dict[str
 )
 def test_megatron_groups(layout: dict[str, int], expected: dict[str, int]) -> None:
     assert run_distributed(_group_sizes, 4, layout) == [expected] * 4
+
+
+def test_the_example_in_the_docstring_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert harness.__doc__ is not None
+    code = harness.__doc__.split("::\n", 1)[1].split("\nThe function must")[0]
+    (tmp_path / "harness_example.py").write_text(textwrap.dedent(code))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    importlib.import_module("harness_example").test_a_sum_over_two_ranks()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import fake_tensor
 
-from megatron_eagle.compat import replace
+from megatron_eagle.compat import patch_all
 
 DEVICE = torch.device("cuda:0")
 
@@ -28,21 +28,26 @@ def fake_cuda(world_size: int) -> Any:
 
     torch.distributed.destroy_process_group()
     torch.distributed.init_process_group("fake", rank=0, world_size=world_size, store=FakeStore())
-    replace("torch.cuda:is_available", lambda: True)
-    replace("torch.cuda:current_device", lambda: 0)
-    replace("torch.cuda:device_count", lambda: 1)
-    replace("torch.cuda:manual_seed", lambda seed: None)
-    replace("torch.cuda:get_rng_state", lambda *args, **kwargs: torch.get_rng_state())
-    replace("torch:Tensor.pin_memory", lambda tensor, *args: tensor)
-    replace("torch.nn:Module.cuda", lambda module, *args: _move(module, lambda t: t.to(DEVICE)))
-    replace("torch.nn:Module.bfloat16", lambda module: _move(module, _bfloat16))
     random = "megatron.core.tensor_parallel.random"
-    replace(f"{random}:_get_cuda_rng_state", lambda *args, **kwargs: torch.get_rng_state())
-    replace(f"{random}:_set_cuda_rng_state", lambda *args, **kwargs: None)
-    replace(f"{random}:CudaRNGStatesTracker.fork", lambda *args: contextlib.nullcontext())
-    # Fake tensors would look for a real device to go by.
-    replace("torch._subclasses.fake_tensor:init_gpu_context", lambda device: None)
-    replace("torch._subclasses.fake_tensor:FakeTensorMode.avoid_device_init", True)
+    patch_all(
+        {
+            "torch.cuda:is_available": lambda: True,
+            "torch.cuda:current_device": lambda: 0,
+            "torch.cuda:device_count": lambda: 1,
+            "torch.cuda:manual_seed": lambda seed: None,
+            "torch.cuda:get_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+            "torch:Tensor.pin_memory": lambda tensor, *args: tensor,
+            "torch.nn:Module.cuda": lambda module, *args: _move(module, lambda t: t.to(DEVICE)),
+            "torch.nn:Module.bfloat16": lambda module: _move(module, _bfloat16),
+            f"{random}:_get_cuda_rng_state": lambda *args, **kwargs: torch.get_rng_state(),
+            f"{random}:_set_cuda_rng_state": lambda *args, **kwargs: None,
+            f"{random}:CudaRNGStatesTracker.fork": lambda *args: contextlib.nullcontext(),
+            # Fake tensors would look for a real device to go by.
+            "torch._subclasses.fake_tensor:init_gpu_context": lambda device: None,
+            "torch._subclasses.fake_tensor:FakeTensorMode.avoid_device_init": True,
+        },
+        "a CUDA device of fake tensors",
+    )
     return fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
 
 

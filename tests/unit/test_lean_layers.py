@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.layers import lean_layers
-from megatron_eagle.platform import products
+from megatron_eagle.platform.cpu import products
 
 
 def check(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:

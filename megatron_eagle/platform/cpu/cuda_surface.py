@@ -1,4 +1,4 @@
-"""The part of ``torch.cuda`` that Megatron calls unconditionally, answered for one idle device.
+"""Answer the part of ``torch.cuda`` that Megatron calls unconditionally for one idle device.
 
 ``torch.cuda.is_available()`` stays False: Megatron reads it to decide about Transformer Engine,
 Triton and NCCL, and all of them must stay off.
@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from megatron_eagle.compat import replace, require
-from megatron_eagle.platform.devices import CPU
+from megatron_eagle.compat import patch_all, require
+from megatron_eagle.platform.cpu.devices import CPU
 
 # With device_count() == 0 Megatron builds no model-parallel group and says nothing
 # (megatron/training/initialize.py, _initialize_distributed). Capability (0, 0) is below every
@@ -44,7 +44,7 @@ CONSTANTS: dict[str, Any] = {
 
 
 class InertStream:
-    """A ``torch.cuda.Stream`` and ``torch.cuda.Event`` for a device that is always synchronous."""
+    """Stream and event of a device that is always synchronous."""
 
     device = CPU
     cuda_stream = 0
@@ -82,22 +82,26 @@ class InertStream:
 
 def provide_idle_device() -> None:
     """Answer device queries, memory statistics, streams, events and NVTX ranges."""
-    for name, value in CONSTANTS.items():
-        replace(f"torch.cuda:{name}", _constant(value))
-    replace("torch.cuda:memory_stats", lambda device=None: collections.defaultdict(int))
     stream = InertStream()
-    replace("torch.cuda:current_stream", _constant(stream))
-    replace("torch.cuda:default_stream", _constant(stream))
-    replace("torch.cuda:stream", lambda stream: contextlib.nullcontext())
-    replace("torch.cuda:Stream", InertStream)
-    replace("torch.cuda:Event", InertStream)
+    patch_all(
+        {
+            **{f"torch.cuda:{name}": _constant(value) for name, value in CONSTANTS.items()},
+            "torch.cuda:memory_stats": lambda device=None: collections.defaultdict(int),
+            "torch.cuda:current_stream": _constant(stream),
+            "torch.cuda:default_stream": _constant(stream),
+            "torch.cuda:stream": lambda stream: contextlib.nullcontext(),
+            "torch.cuda:Stream": InertStream,
+            "torch.cuda:Event": InertStream,
+        },
+        "one idle device answers",
+    )
 
 
 def share_the_cpu_generator() -> None:
-    """Make the device's random generator the CPU's, the only one that draws anything here.
+    """Make the CPU's random generator the device's too: no other generator draws anything.
 
     Upstream: megatron/core/tensor_parallel/random.py swaps CUDA generator states for its
-    model-parallel regions, and warns when the CPU state moved inside one: here it always does.
+    model-parallel regions, and warns when the CPU state changed inside one: here it always does.
     """
 
     def get_rng_state(device: Any = "cuda") -> torch.Tensor:
@@ -109,20 +113,30 @@ def share_the_cpu_generator() -> None:
     def manual_seed(seed: int) -> None:
         torch.default_generator.manual_seed(int(seed))
 
-    for function in (get_rng_state, set_rng_state, manual_seed):
-        replace(f"torch.cuda:{function.__name__}", function)
-        replace(f"torch.cuda.random:{function.__name__}", function)
-
     def set_cuda_rng_state(
         new_state: torch.Tensor, device: Any = -1, graph_safe: bool = False
     ) -> None:
         torch.set_rng_state(new_state)
 
-    replace("megatron.core.tensor_parallel.random:_set_cuda_rng_state", set_cuda_rng_state)
+    functions = (get_rng_state, set_rng_state, manual_seed)
+    patch_all(
+        {
+            f"{module}:{function.__name__}": function
+            for module in ("torch.cuda", "torch.cuda.random")
+            for function in functions
+        }
+        | {"megatron.core.tensor_parallel.random:_set_cuda_rng_state": set_cuda_rng_state},
+        "the CPU's random generator is the device's",
+    )
     logging.getLogger(require("megatron.core.tensor_parallel.random:__name__")).addFilter(
-        lambda record: "CPU RNG state changed" not in record.getMessage()
+        _is_not_about_the_cpu_generator
     )
 
 
+def _is_not_about_the_cpu_generator(record: logging.LogRecord) -> bool:
+    return "CPU RNG state changed" not in record.getMessage()
+
+
 def _constant(value: Any) -> Callable[..., Any]:
+    """Return a function that returns ``value`` whatever it is called with."""
     return lambda *args, **kwargs: value

@@ -1,7 +1,7 @@
-"""Megatron's linear layers through the fastest products that the processor has.
+"""Run Megatron's linear layers with the fastest products that the processor has.
 
-megatron/core/tensor_parallel/layers.py multiplies with ``torch.matmul``; see
-:mod:`megatron_eagle.platform.products` for why that is slow on some processors.
+megatron/core/tensor_parallel/layers.py multiplies with ``torch.matmul``; ``products`` says why that
+is slow on some processors.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eagle.compat import replace, require
-from megatron_eagle.platform.products import linear, onednn_is_faster
+from megatron_eagle.compat import patch, require
+from megatron_eagle.platform.cpu.products import linear, onednn_is_faster
 
 _LAYERS = "megatron.core.tensor_parallel.layers"
 
@@ -20,17 +20,18 @@ _LAYERS = "megatron.core.tensor_parallel.layers"
 def speed_up_linears() -> None:
     """Replace the products of column- and row-parallel linears where another kernel is faster.
 
-    Only the plain cases: fp32, and what a rank does without sequence parallelism. The gradient of
-    the input meets the other ranks exactly where Megatron's does.
+    Only the plain cases: fp32, and no sequence parallelism. The input's gradient is reduced over
+    the tensor-parallel ranks exactly where Megatron reduces it.
     """
     if not onednn_is_faster():
         return
     for name in ("linear_with_grad_accumulation_and_async_allreduce", "linear_with_frozen_weight"):
         path = f"{_LAYERS}:{name}"
-        replace(path, _fast_linear(require(path)))
+        patch(path, _fast_linear(require(path)), "fp32 products by oneDNN")
 
 
 def _fast_linear(original: Any) -> Any:
+    """Wrap one of Megatron's linear functions; cases that are not plain still go to it."""
     copy_to_region = require(
         "megatron.core.tensor_parallel.mappings:copy_to_tensor_model_parallel_region"
     )

@@ -1,4 +1,4 @@
-"""Device arguments: ``device="cuda"``, ``.cuda()`` and their kin mean the CPU.
+"""Make device arguments mean the CPU: ``device="cuda"``, ``.cuda()`` and the like.
 
 Only the functions that take a device are wrapped, each by name. A ``TorchFunctionMode`` would be
 one class instead of a list, but it runs Python code for every operation of every model (about
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from megatron_eagle.compat import replace, require
+from megatron_eagle.compat import patch, patch_all, require
 
 CPU = torch.device("cpu")
 
@@ -25,23 +25,30 @@ FACTORIES = (
 )
 TENSOR_FACTORIES = ("new_empty", "new_full", "new_ones", "new_tensor", "new_zeros")
 
+LAST_PATCHED = "torch:Tensor.cuda"
+"""The path that ``redirect_devices_to_cpu`` patches last."""
+
 
 def redirect_devices_to_cpu() -> None:
     """Make every device argument that names a CUDA device name the CPU."""
     _keep_device_contexts_working()
-    for name in FACTORIES:
-        _wrap(f"torch:{name}", _cpu_factory)
-    for name in TENSOR_FACTORIES:
-        _wrap(f"torch:Tensor.{name}", _cpu_factory)
-    _wrap("torch:Tensor.to", _cpu_move)
-    _wrap("torch:Tensor.type", _cuda_type_name)
-    replace("torch:Tensor.cuda", lambda tensor, *args, **kwargs: tensor)
-    replace("torch:Tensor.pin_memory", lambda tensor, *args, **kwargs: tensor)
-    replace("torch:Tensor.record_stream", lambda tensor, stream: None)
+    factories = [f"torch:{name}" for name in FACTORIES]
+    factories += [f"torch:Tensor.{name}" for name in TENSOR_FACTORIES]
+    patch_all(
+        {
+            **{path: _like_torch(_cpu_factory, require(path)) for path in factories},
+            "torch:Tensor.to": _like_torch(_cpu_move, require("torch:Tensor.to")),
+            "torch:Tensor.type": _like_torch(_cuda_type_name, require("torch:Tensor.type")),
+            "torch:Tensor.pin_memory": lambda tensor, *args, **kwargs: tensor,
+            "torch:Tensor.record_stream": lambda tensor, stream: None,
+            LAST_PATCHED: lambda tensor, *args, **kwargs: tensor,
+        },
+        "a CUDA device means the CPU",
+    )
 
 
 def on_cpu(device: Any) -> Any:
-    """The CPU for an index, a ``"cuda..."`` string or a CUDA device; else ``device`` unchanged."""
+    """Return the CPU for an index, a ``"cuda..."`` string or a CUDA device, else ``device``."""
     kind = type(device)
     if kind is str:
         return CPU if device.startswith("cuda") else device
@@ -50,12 +57,14 @@ def on_cpu(device: Any) -> Any:
     return CPU if kind is int else device
 
 
-def _wrap(path: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-    original = require(path)
+def _like_torch(
+    wrapper: Callable[[Callable[..., Any]], Callable[..., Any]], original: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return ``wrapper(original)`` under the name of the ``original``."""
     wrapped = wrapper(original)
     functools.update_wrapper(wrapped, original)
     wrapped.__module__ = "torch"  # builtins have None here, which torch.fx cannot print
-    replace(path, wrapped)
+    return wrapped
 
 
 def _cpu_factory(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -82,7 +91,7 @@ def _cpu_move(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _cuda_type_name(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Megatron sorts parameters by the string ``"torch.cuda.FloatTensor"`` and friends.
+    """Name CUDA types: Megatron sorts parameters by strings like ``"torch.cuda.FloatTensor"``.
 
     Upstream: megatron/core/optimizer/{optimizer,distrib_optimizer,clip_grads}.py.
     """
@@ -97,16 +106,18 @@ def _cuda_type_name(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _keep_device_contexts_working() -> None:
-    """``with torch.device("meta"):`` recognises factories by identity, so list them unwrapped.
+    """Keep ``with torch.device(...)`` working: "meta" as it is, "cuda" entering the CPU.
 
-    ``with torch.device("cuda"):`` (megatron/core/models/common/embeddings/
-    yarn_rotary_pos_embedding.py) enters the CPU instead.
+    It recognises factories by identity, from a list that PyTorch makes on first use: it is made
+    here, before the factories are wrapped. "cuda" is entered in megatron/core/models/common/
+    embeddings/yarn_rotary_pos_embedding.py.
     """
     require("torch.utils._device:_device_constructors")()
-    original = require("torch.utils._device:DeviceContext.__init__")
+    path = "torch.utils._device:DeviceContext.__init__"
+    original = require(path)
 
     @functools.wraps(original)
     def init(self: Any, device: Any) -> None:
         original(self, on_cpu(device))
 
-    replace("torch.utils._device:DeviceContext.__init__", init)
+    patch(path, init, "a context of a CUDA device means the CPU")

@@ -1,0 +1,97 @@
+"""Patch what Megatron needs on every device: one small function for each obstacle.
+
+``apply`` is called by ``megatron_eagle.platform.enable``. Each function says what upstream does,
+and becomes unnecessary when upstream changes that.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_eagle.compat import patch, patch_all, require
+from megatron_eagle.platform.adam import FusedAdam
+
+
+def apply() -> None:
+    """Set one environment variable and make the patches of this module."""
+    # validate_args insists on it for tensor, sequence and context parallelism.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    skip_helper_build_without_makefile()
+    allow_sequence_parallel_torch_norm()
+    use_checkpointable_adam()
+    load_optimizer_state_without_grad()
+
+
+def skip_helper_build_without_makefile() -> None:
+    """Do not run ``make`` where there is nothing to make.
+
+    The wheel ships ``helpers_cpp`` compiled, without its Makefile; megatron/training/initialize.py
+    runs ``make`` regardless and exits when it fails (megatron/core/datasets/utils.py).
+    """
+    path = "megatron.core.datasets.utils:compile_helpers"
+    require(path)
+    source = require("megatron.core.datasets.utils:__file__")
+    if not Path(source).with_name("Makefile").exists():
+        require("megatron.core.datasets.helpers_cpp:build_blending_indices")
+        patch(path, lambda: None, "the wheel has compiled helpers and no Makefile")
+
+
+def allow_sequence_parallel_torch_norm() -> None:
+    """Let the torch norm of local layer specs run under sequence parallelism.
+
+    megatron/core/transformer/torch_norm.py refuses it because torch's norms do not mark their
+    parameters; marked, ``finalize_model_grads`` sums their gradients over the TP group.
+    """
+    path = "megatron.core.transformer.torch_norm:WrappedTorchNorm.__new__"
+    original = require(path)
+
+    @functools.wraps(original)
+    def new(cls: type, config: Any, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        unsharded = copy.copy(config)
+        unsharded.sequence_parallel = False
+        norm = original(cls, unsharded, *args, **kwargs)
+        for parameter in norm.parameters():
+            parameter.sequence_parallel = config.sequence_parallel
+        return norm
+
+    patch(path, staticmethod(new), "torch norms under sequence parallelism")
+
+
+def use_checkpointable_adam() -> None:
+    """Give Megatron ``FusedAdam`` unless Transformer Engine or Apex already provides one.
+
+    With ``torch.optim.AdamW`` a checkpoint of the distributed optimizer cannot be loaded again
+    (megatron/core/optimizer/distrib_optimizer.py: the assert on one common step in ``state_dict``
+    fails on a fresh optimizer, and the sharded state has no ``step``).
+    """
+    distributed = "megatron.core.optimizer.distrib_optimizer"
+    if require(f"{distributed}:HAVE_APEX_OR_TE"):
+        return
+    patch_all(
+        {
+            "megatron.core.optimizer:Adam": FusedAdam,
+            "megatron.core.optimizer:USING_PYTORCH_OPTIMIZER": False,
+            f"{distributed}:Adam": FusedAdam,
+            f"{distributed}:HAVE_APEX_OR_TE": True,
+            f"{distributed}:USING_APEX_OPTIMIZER": True,
+        },
+        "an Adam whose state can be loaded again",
+    )
+
+
+def load_optimizer_state_without_grad() -> None:
+    """Load an fp32 distributed optimizer in place, which autograd forbids outside ``no_grad``.
+
+    megatron/core/optimizer/distrib_optimizer.py decorates the other loaders and misses this one.
+    """
+    path = (
+        "megatron.core.optimizer.distrib_optimizer:"
+        "DistributedOptimizer.load_parameter_state_from_dp_reshardable"
+    )
+    patch(path, torch.no_grad()(require(path)), "loading in place needs no_grad")
