@@ -9,32 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eagle.checkpoint.directory import BaseInfo, token_ids
+from megatron_eagle.errors import UserError
 
 
-def read_prompt_ids(
-    path: Path,
-    tokenizer_dir: str | None,
-    vocab_size: int,
-    flag: str = "--prompts",
-    tokenizer_flag: str = "--tokenizer",
-) -> list[list[int]]:
+def read_prompt_ids(path: Path, tokenizer_dir: str | None, vocab_size: int) -> list[list[int]]:
     """Token ids per line: ``prompt_ids``, or ``prompt`` encoded by the tokenizer of
-    ``tokenizer_dir`` as plain text. Raises ``ValueError`` naming file and line, and the flags that
-    gave them."""
+    ``tokenizer_dir`` as plain text. Raises ``UserError`` naming file and line."""
     if not path.is_file():
-        raise ValueError(f"{flag} {path}: no such file")
-    tokenizer = None
-    if tokenizer_dir is not None:
-        tokenizer = _tokenizer(tokenizer_dir, tokenizer_flag)
+        raise UserError(f"<prompts> {path}: no such file")
+    tokenizer = None if tokenizer_dir is None else _tokenizer(tokenizer_dir)
     prompts = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if line.strip():
-                where = f"{flag} {path}: line {number}"
-                ids = _ids(line, tokenizer, where, tokenizer_flag)
+                where = f"<prompts> {path}: line {number}"
+                ids = _ids(line, tokenizer, where)
                 prompts.append(_checked(ids, vocab_size, where))
     if not prompts:
-        raise ValueError(f"{flag} {path}: holds no prompt")
+        raise UserError(f"<prompts> {path}: holds no prompt")
     return prompts
 
 
@@ -48,33 +40,33 @@ def stop_ids(base: BaseInfo) -> list[int]:
     return token_ids(base.hf_config, "eos_token_id")
 
 
-def _tokenizer(directory: str, flag: str) -> Any:
+def _tokenizer(directory: str) -> Any:
     if not Path(directory).is_dir():
-        raise ValueError(f"{flag} {directory}: no such directory")
+        raise UserError(f"<tokenizer> {directory}: no such directory")
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(directory)
 
 
-def _ids(line: str, tokenizer: Any, where: str, tokenizer_flag: str) -> Any:
+def _ids(line: str, tokenizer: Any, where: str) -> Any:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
+        raise UserError(f"{where}: not JSON ({error})") from None
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: not a JSON object")
+        raise UserError(f"{where}: not a JSON object")
     if "prompt_ids" in record:
         return record["prompt_ids"]
     if not isinstance(record.get("prompt"), str):
-        raise ValueError(f"{where}: has neither prompt_ids nor prompt")
+        raise UserError(f"{where}: has neither prompt_ids nor prompt")
     if tokenizer is None:
-        raise ValueError(f"{where}: holds text, which needs {tokenizer_flag}")
+        raise UserError(f"{where}: holds text, which needs <tokenizer>")
     return tokenizer(record["prompt"])["input_ids"]
 
 
 def _checked(ids: Any, vocab_size: int, where: str) -> list[int]:
     if not isinstance(ids, list) or not ids or any(type(i) is not int for i in ids):
-        raise ValueError(f"{where}: the prompt must be a non-empty list of token ids")
+        raise UserError(f"{where}: the prompt must be a non-empty list of token ids")
     if min(ids) < 0 or max(ids) >= vocab_size:
-        raise ValueError(f"{where}: token ids must lie in 0 to {vocab_size - 1}")
+        raise UserError(f"{where}: token ids must lie in 0 to {vocab_size - 1}")
     return ids

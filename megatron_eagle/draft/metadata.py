@@ -15,7 +15,7 @@ from torch import Tensor
 
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.config import EagleConfig
-from megatron_eagle.config.checks import flag_name
+from megatron_eagle.errors import UserError
 
 FORMAT = "megatron_eagle.draft"
 VERSION = 1
@@ -46,7 +46,7 @@ def encode_metadata(content: dict[str, Any]) -> Tensor:
     """``content`` as uint8 [SIZE]: UTF-8 JSON padded with spaces."""
     text = json.dumps({"format": FORMAT, "version": VERSION, **content}).encode()
     if len(text) > SIZE:
-        raise ValueError(f"the draft's metadata take {len(text)} bytes, at most {SIZE} fit")
+        raise UserError(f"the draft's metadata take {len(text)} bytes, at most {SIZE} fit")
     return torch.frombuffer(bytearray(text.ljust(SIZE)), dtype=torch.uint8)
 
 
@@ -55,11 +55,11 @@ def decode_metadata(tensor: Tensor, source: str) -> dict[str, Any]:
     try:
         content = json.loads(bytes(tensor.cpu().numpy()).decode())
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{source}: the draft's metadata are damaged: {error}") from error
+        raise UserError(f"{source}: the draft's metadata are damaged: {error}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"{source}: the draft's metadata are damaged: not a JSON object")
+        raise UserError(f"{source}: the draft's metadata are damaged: not a JSON object")
     if content.get("format") != FORMAT or content.get("version") != VERSION:
-        raise ValueError(
+        raise UserError(
             f"{source}: not a draft of this program's format: "
             f"{content.get('format')!r} version {content.get('version')!r}"
         )
@@ -71,9 +71,9 @@ def check_same_experts(saved: dict[str, Any], now: dict[str, Any], source: str) 
     a MoE draft only with its experts cut as they were."""
     then, is_now = (content.get("expert_parallel", 1) for content in (saved, now))
     if then != is_now:
-        raise ValueError(
-            f"--expert-model-parallel-size {is_now}: the MoE draft in {source} was trained with "
-            f"{then}; resume with that, or give --no-load-optim for its weights alone"
+        raise UserError(
+            f"<expert_model_parallel_size> {is_now}: the MoE draft in {source} was trained with "
+            f"{then}; resume with that, or give <no_load_optim> for its weights alone"
         )
 
 
@@ -101,18 +101,16 @@ def check_same_draft(saved: dict[str, Any], now: dict[str, Any], source: str) ->
             getattr(EagleConfig.from_mapping(content["config"]), option) for content in (saved, now)
         )
         if then != is_now:
-            raise ValueError(
-                f"{flag_name(option)}: this run has {is_now}, the draft in {source} {then}"
-            )
+            raise UserError(f"<{option}>: this run has {is_now}, the draft in {source} {then}")
     if saved["aux_layers"] != now["aux_layers"]:
-        raise ValueError(
-            f"--eagle-aux-layers: this run has {now['aux_layers']}, "
+        raise UserError(
+            f"<aux_layers>: this run has {now['aux_layers']}, "
             f"the draft in {source} {saved['aux_layers']}"
         )
     # Another base of the same dimensions would go on training a draft for nobody.
     if any(saved["base"][key] != now["base"][key] for key in ("megatron_args", "fingerprint")):
-        raise ValueError(
-            f"--eagle-base-checkpoint: the draft in {source} was trained on another base, "
+        raise UserError(
+            f"<base_checkpoint>: the draft in {source} was trained on another base, "
             f"{saved['base']['name']}"
         )
     widths = [
@@ -121,6 +119,6 @@ def check_same_draft(saved: dict[str, Any], now: dict[str, Any], source: str) ->
     ]
     for name, then in widths[0].items():
         if then != widths[1][name]:
-            raise ValueError(
-                f"{flag_name(name)}: this run has {widths[1][name]}, the draft in {source} {then}"
+            raise UserError(
+                f"<{name}>: this run has {widths[1][name]}, the draft in {source} {then}"
             )

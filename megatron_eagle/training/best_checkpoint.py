@@ -20,6 +20,7 @@ from megatron_eagle.checkpoint.directory import (
     resolve_checkpoint,
 )
 from megatron_eagle.compat import dist_checkpointing
+from megatron_eagle.errors import UserError
 
 
 class BestCheckpoint:
@@ -43,10 +44,10 @@ class BestCheckpoint:
             figures = json.loads(file.read_text(encoding="utf-8"))
             found = cls(directory, float(figures["accepted_length"]), int(figures["iteration"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}: cannot be read: {error}") from error
+            raise UserError(f"{file}: cannot be read: {error}") from error
         for name, value in settings.items():
             if figures.get(name) != value:
-                raise ValueError(
+                raise UserError(
                     f"--save: the best draft in {directory} was measured with {name} "
                     f"{figures.get(name)}, this run has {value}; move it away, or choose another "
                     "--save"

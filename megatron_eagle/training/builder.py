@@ -20,6 +20,7 @@ from megatron_eagle.data.features.store import FeaturePlan, read_plan
 from megatron_eagle.draft.layer_config import draft_config, draft_rotary
 from megatron_eagle.draft.metadata import draft_metadata, encode_metadata
 from megatron_eagle.draft.model import EagleDraft
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.import_hf import StoredDraft
 from megatron_eagle.layers.backend import (
     LayerBackend,
@@ -128,7 +129,7 @@ class ModelBuilder:
             return None
         plan = read_plan(Path(self.options.offline_features))
         if plan.aux_layers != captured:
-            raise ValueError(
+            raise UserError(
                 f"--eagle-offline-features {self.options.offline_features}: of layers "
                 f"{' '.join(map(str, plan.aux_layers))}, this run captures "
                 f"{' '.join(map(str, captured))} (--eagle-aux-layers)"

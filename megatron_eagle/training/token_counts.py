@@ -17,6 +17,8 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.training.utils import get_blend_and_blend_per_split
 from torch import Tensor
 
+from megatron_eagle.errors import UserError
+
 TOKENS_PER_DATA_SET = 50_000_000
 """Plenty to rank ids by frequency; reading it takes seconds."""
 
@@ -38,7 +40,7 @@ class TrainingBlend:
         blend, per_split = get_blend_and_blend_per_split(args)
         chosen = blend or (per_split and per_split[0])
         if not chosen:
-            raise ValueError("no training data: give --eagle-train-data or --data-path")
+            raise UserError("no training data: give --eagle-train-data or --data-path")
         prefixes, weights = chosen
         parts = [float(part) for part in (args.split or "1").split(",")]
         share = parts[0] / sum(parts) if blend else 1.0
@@ -68,7 +70,7 @@ def _count(prefix: str, share: float, vocab_size: int) -> tuple[np.ndarray, int]
     for document in range(0, documents, -(-tokens // TOKENS_PER_DATA_SET) or 1):
         ids = dataset[document]
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < vocab_size:
-            raise ValueError(
+            raise UserError(
                 f"--data-path {prefix}: token id {int(ids.max())} is outside the base's "
                 f"0 to {vocab_size - 1}"
             )

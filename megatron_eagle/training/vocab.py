@@ -18,6 +18,7 @@ from megatron_eagle.draft.metadata import (
     draft_metadata,
 )
 from megatron_eagle.draft.vocab import check_vocab_ids, choose_vocab_ids, load_vocab_ids
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.import_hf import StoredDraft
 from megatron_eagle.training.data import count_supervised, protected_ids
 
@@ -36,14 +37,14 @@ def draft_vocab_ids(
     if resumed is not None:
         check_vocab_ids(resumed, base.vocab_size, f"--load {args.load}")
         if options.draft_vocab_size not in (None, resumed.numel()):
-            raise ValueError(
+            raise UserError(
                 f"--eagle-draft-vocab-size {options.draft_vocab_size}: the draft in --load "
                 f"{args.load} has {resumed.numel()} ids"
             )
         if options.vocab_map is not None:
             given = load_vocab_ids(options.vocab_map, base.vocab_size, resumed.numel())
             if not torch.equal(given, resumed):
-                raise ValueError(
+                raise UserError(
                     f"--eagle-vocab-map {options.vocab_map}: the draft in --load {args.load} has "
                     "other ids"
                 )

@@ -21,6 +21,7 @@ from megatron_eagle.config.checks import flag_name
 from megatron_eagle.config.flags import given_options
 from megatron_eagle.config.widths import LAYER_WIDTHS
 from megatron_eagle.draft.model import EagleDraft
+from megatron_eagle.errors import UserError, message_of
 from megatron_eagle.hf.draft.checkpoint import open_checkpoint_draft
 from megatron_eagle.hf.draft.import_hf import StoredDraft, open_hf_draft
 from megatron_eagle.training.base_start import BaseStart, Tensors
@@ -53,7 +54,7 @@ def adopt_warm_start(
     assert options.base_checkpoint is not None
     stored = _open(options, load_base_json(options.base_checkpoint))
     if options.vocab_map is not None:
-        raise ValueError(
+        raise UserError(
             f"--eagle-vocab-map {options.vocab_map}: the draft of --eagle-warm-start "
             f"{options.warm_start} brings its own"
         )
@@ -64,7 +65,7 @@ def adopt_warm_start(
     found = {**theirs, **stored.info.options.layer_widths(stored.info.base.megatron_args)}
     for name in given_options(argv) & set(DECIDED):
         if getattr(options, name) != found[name]:
-            raise ValueError(
+            raise UserError(
                 f"{flag_name(name)} {_words(name, getattr(options, name))}: the draft of "
                 f"--eagle-warm-start {options.warm_start} has {_words(name, found[name])}"
             )
@@ -127,7 +128,7 @@ def _open(options: EagleConfig, base: BaseInfo) -> StoredDraft:
         stored = open_checkpoint_draft(directory)
         _check_base(stored, base)
     except ValueError as error:
-        raise ValueError(f"--eagle-warm-start {error}") from error
+        raise UserError(f"--eagle-warm-start {message_of(error)}") from error
     return stored
 
 
@@ -136,7 +137,7 @@ def _check_base(stored: StoredDraft, base: BaseInfo) -> None:
     theirs = stored.info.base.megatron_args
     for name, value in base.megatron_args.items():
         if theirs.get(name) != value:
-            raise ValueError(
+            raise UserError(
                 f"{stored.source}: trained for a base with {name} = {theirs.get(name)}, "
                 f"--eagle-base-checkpoint has {value}"
             )
