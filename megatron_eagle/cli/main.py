@@ -2,6 +2,11 @@
 
 Only the chosen command is imported, and a command imports torch and Megatron only once it runs, so
 that every ``--help`` but that of ``train``, which lists Megatron's flags too, answers at once.
+
+Several processes are started by either of
+
+    torchrun --nproc-per-node 8 -m megatron_eagle train ...
+    torchrun --nproc-per-node 8 --no-python megatron-eagle train ...
 """
 
 from __future__ import annotations
@@ -49,4 +54,6 @@ def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"usage: {PROGRAM} SUBCOMMAND ...", "", "subcommands:"]
     lines += [f"  {name:{width}}  {summary}" for name, (_, summary) in COMMANDS.items()]
-    return "\n".join([*lines, "", f"`{PROGRAM} SUBCOMMAND --help` lists the flags of one."])
+    lines += ["", f"`{PROGRAM} SUBCOMMAND --help` lists the flags of one."]
+    lines += ["Several processes: torchrun --nproc-per-node N -m megatron_eagle SUBCOMMAND ..."]
+    return "\n".join(lines)
