@@ -1,11 +1,12 @@
-"""UserError: a mistake in what a user gave, told in the caller's own words."""
+"""UserError: a mistake in what a user gave, worded without the flags of any one command."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 
-_PARAMETER = re.compile(r"<(\w+)>")
+_PARAMETER = re.compile(r"(?<![\w'\"])<([a-z][a-z0-9_]+)>(?!['\"])")
+"""A name in angle brackets, but not a quoted one: that is a user's text, such as a token."""
 
 
 class UserError(ValueError):
@@ -13,7 +14,7 @@ class UserError(ValueError):
 
     Library code knows parameters, not the flags that a command gave them by. So a message writes a
     parameter as ``<name>``: ``UserError("<format> gguf: not one of hf, vllm")``. ``str()`` shows
-    its plain name, and a command shows its own flag through :meth:`named`.
+    its plain name, and a command shows its own flag through ``named``.
     """
 
     def __init__(self, message: str) -> None:
@@ -26,3 +27,8 @@ class UserError(ValueError):
     def named(self, flag_of: Callable[[str], str]) -> str:
         """Return the message with ``flag_of(name)`` in place of every ``<name>``."""
         return _PARAMETER.sub(lambda match: flag_of(match[1]), self.message)
+
+
+def message_of(error: BaseException) -> str:
+    """Return the message of ``error`` with every ``<name>`` kept, to put it into another error."""
+    return error.message if isinstance(error, UserError) else str(error)

@@ -1,4 +1,7 @@
-"""The same as ``megatron-eagle import-base``."""
+"""Convert a Hugging Face model to a base: the same as ``megatron-eagle import-base``.
+
+python tools/import_base.py --hf DIR --save CKPT
+"""
 
 from megatron_eagle.cli.import_base import main
 

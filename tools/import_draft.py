@@ -1,4 +1,7 @@
-"""The same as ``megatron-eagle import-draft``."""
+"""Convert a Hugging Face draft: the same as ``megatron-eagle import-draft``.
+
+python tools/import_draft.py --hf DIR --base BASE --save CKPT
+"""
 
 from megatron_eagle.cli.import_draft import main
 

@@ -1,4 +1,7 @@
-"""The same as ``megatron-eagle prepare-data``."""
+"""Tokenize chats or texts for training: the same as ``megatron-eagle prepare-data``.
+
+python tools/prepare_data.py --input chats.jsonl --tokenizer HF_DIR --output-prefix data/chats
+"""
 
 from megatron_eagle.cli.prepare_data import main
 

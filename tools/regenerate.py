@@ -1,4 +1,7 @@
-"""The same as ``megatron-eagle regenerate``."""
+"""Write a model's answers to prompts: the same as ``megatron-eagle regenerate``.
+
+python tools/regenerate.py --model HF_DIR --prompts prompts.jsonl --output answers.jsonl
+"""
 
 from megatron_eagle.cli.regenerate import main
 

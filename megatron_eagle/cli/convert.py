@@ -1,6 +1,6 @@
-"""Trained draft (Megatron checkpoint) -> Hugging Face EAGLE-3 directory for an inference server.
+"""Export a trained draft (Megatron checkpoint) as the directory of an inference server.
 
-    python tools/convert_to_hf.py --load CKPT --output DIR [--format sglang] [--eval figures.json]
+    megatron-eagle convert --load CKPT --output DIR [--format sglang] [--eval figures.json]
 
 Needs no GPU and no torchrun, whatever layout the draft was trained in.
 """
@@ -8,41 +8,46 @@ Needs no GPU and no torchrun, whatever layout the draft was trained in.
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import torch
+from megatron_eagle.cli.boundary import flags_of, run
 
-from megatron_eagle.hf.draft.card import algorithm_name, read_evaluation
-from megatron_eagle.hf.draft.export import DTYPES, export_draft
-from megatron_eagle.hf.draft.formats import FORMATS
+FORMATS = ("hf", "vllm", "sglang", "trtllm", "speculators")
+DTYPES = ("float32", "bfloat16", "float16")
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 after one `error:` line on stderr."""
-    args = _parser().parse_args(argv)
-    try:
-        info = export_draft(
-            args.load,
-            args.output,
-            dtype=DTYPES[args.dtype] if args.dtype else None,
-            overwrite=args.overwrite,
-            progress=print,
-            fmt=FORMATS[args.format],
-            data=args.data,
-            evaluation=read_evaluation(args.eval) if args.eval else None,
-            check=partial(_verify, args.load) if args.verify else (lambda directory: None),
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the command and return its exit status: 0, or 2 for a user's mistake."""
+    args = _parser(prog).parse_args(argv)
+    return run(partial(_convert, args), flags_of(args))
+
+
+def _convert(args: argparse.Namespace) -> int:
+    from megatron_eagle.hf.draft import export
+    from megatron_eagle.hf.draft.card import algorithm_name, read_evaluation
+    from megatron_eagle.hf.draft.formats import FORMATS as formats
+
+    info = export.export_draft(
+        args.load,
+        args.output,
+        dtype=export.DTYPES[args.dtype] if args.dtype else None,
+        overwrite=args.overwrite,
+        progress=print,
+        fmt=formats[args.format],
+        data=args.data,
+        evaluation=read_evaluation(args.eval) if args.eval else None,
+        check=partial(_verify, args.load) if args.verify else (lambda directory: None),
+    )
     print(f"{algorithm_name(info)} draft for {info.base.name!r} is in {args.output}")
     return 0
 
 
 def _verify(load: Path, exported: Path) -> None:
     """Compare the finished files with the checkpoint's draft, before they get their name."""
+    import torch
+
     from megatron_eagle.platform import enable
 
     enable()
@@ -52,14 +57,14 @@ def _verify(load: Path, exported: Path) -> None:
 
     groups = start(seed=0)
     try:
-        difference = check_export(read_draft(load, f"--load {load}"), load, exported, groups)
+        difference = check_export(read_draft(load, f"<load> {load}"), load, exported, groups)
     finally:
         torch.distributed.destroy_process_group()
     print(f"verified: {STEPS} steps equal the checkpoint's draft to {difference:.1e}")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--load",
         type=Path,
@@ -73,12 +78,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--format",
-        choices=list(FORMATS),
+        choices=FORMATS,
         default="hf",
         help="hf (default) is read by vLLM, SGLang, TensorRT-LLM and SpecForge alike; the others "
         "hold what one reader wants, and drafts that the rest cannot run",
     )
-    parser.add_argument("--dtype", choices=list(DTYPES), help="of the weights (default: as saved)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: as saved)")
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an earlier export in --output"
     )
@@ -87,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
         "--eval",
         type=Path,
         metavar="FILE",
-        help="--output of tools/eval_acceptance.py: accepted length, for the model card (default: "
+        help="--output of `megatron-eagle eval`: accepted length, for the model card (default: "
         "what training measured, of a draft in SAVE/best)",
     )
     parser.add_argument(
@@ -96,7 +101,3 @@ def _parser() -> argparse.ArgumentParser:
         help="read the files back in plain PyTorch and compare logits with the checkpoint's draft",
     )
     return parser
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

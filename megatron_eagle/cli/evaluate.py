@@ -1,14 +1,15 @@
-"""Greedy speculative decoding with base and draft: accepted length, acceptance, speed, equality.
+"""Decode prompts speculatively: accepted length, acceptance, speed, equality with greedy decoding.
 
-    python tools/eval_acceptance.py --base BASE --draft DRAFT --prompts prompts.jsonl
-    torchrun --nproc-per-node 8 tools/eval_acceptance.py ...     (the same, tensor-parallel)
+    megatron-eagle eval --base BASE --draft DRAFT --prompts prompts.jsonl
+    torchrun --nproc-per-node 8 -m megatron_eagle eval ...     (the same, tensor-parallel)
 
-Other layouts by Megatron's flags. Ranks that neither tensor, pipeline nor expert parallelism ties
-together decode prompts of their own, context-parallel ones too; the figures are of all prompts.
+Megatron's flags choose another layout. Ranks that neither tensor, pipeline nor expert parallelism
+ties together decode different prompts, context-parallel ranks too; the figures are over all
+prompts.
 
-Exit status: 0; 1 when a speculative answer is not the greedy one (the prompts are named); 2 for a
-user's mistake. Accepted length is 1 + accepted drafts per verification, the mean over all
-verifications of all prompts; the token a prefill gives is no verification.
+Exit status: 0; 1 when a speculative answer differs from the greedy one (the prompts are named); 2
+for a user's mistake. Accepted length is 1 + the accepted drafts of a verification, averaged over
+all verifications of all prompts; the token that a prefill gives is not a verification.
 """
 
 from __future__ import annotations
@@ -16,45 +17,42 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megatron_eagle.checkpoint.atomic import write_json
-from megatron_eagle.cli.mistakes import report_mistake
+from megatron_eagle.cli.boundary import at_least_one, end_process_groups, flags_of, names_of, run
+from megatron_eagle.errors import UserError
 from megatron_eagle.platform import enable
 
 NO_DRAFT = "none"
-_SIZES = {
-    "tensor-model": "default: all processes that the other sizes leave",
-    "pipeline-model": "stages; layers that they do not divide evenly go to the first",
-    "context": "decodes prompts of its own: no sequence is cut",
-    "expert-model": "ranks over which the base's experts are spread",
-    "expert-tensor": "ranks that share an expert (default: as in training)",
+LAYOUT = {
+    "--tensor-model-parallel-size": "default: all processes that the other sizes leave",
+    "--pipeline-model-parallel-size": "layers it does not divide evenly go to the first stage",
+    "--context-parallel-size": "these ranks decode different prompts: no sequence is cut",
+    "--expert-model-parallel-size": "ranks over which the base's experts are spread",
+    "--expert-tensor-parallel-size": "ranks that share an expert (default: as in training)",
 }
+SIZES = names_of(LAYOUT)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    args = _parser().parse_args(argv)
-    first = os.environ.get("RANK", "0") == "0"
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the command and return its exit status, see above."""
+    args = _parser(prog).parse_args(argv)
     try:
-        _check(args)
-        enable()
-        return _run(args, first)
-    except (ValueError, OSError) as error:
-        return report_mistake(error)
+        return run(partial(_evaluate, args), flags_of(args, base_checkpoint="--base"))
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        end_process_groups()
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def _parser(prog: str | None = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--base", required=True, metavar="CKPT", help="base checkpoint (tools/import_base.py)"
-    )
+        "--base", required=True, metavar="CKPT",
+        help="base checkpoint (`megatron-eagle import-base`)",
+    )  # fmt: skip
     parser.add_argument(
         "--draft", required=True, metavar="CKPT",
         help=f"directory training saved to, its best/, or {NO_DRAFT!r} to time the base alone",
@@ -77,63 +75,23 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-size", type=int, default=16,
         help="prompts decoded together; 1 shows the latency gain, more finish sooner",
     )  # fmt: skip
-    for name, text in _SIZES.items():
-        parser.add_argument(f"--{name}-parallel-size", type=int, metavar="N", help=text)
+    for flag, text in LAYOUT.items():
+        parser.add_argument(flag, type=int, metavar="N", help=text)
     parser.add_argument("--seed", type=int, default=0, help="of --reinitialize")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
     return parser
 
 
 def _check(args: argparse.Namespace) -> None:
-    sizes = [f"{name.replace('-', '_')}_parallel_size" for name in _SIZES]
-    for name in ("max_new_tokens", "draft_tokens", "limit", "batch_size", *sizes):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    at_least_one(args, "max_new_tokens", "draft_tokens", "limit", "batch_size", *SIZES)
     if args.reinitialize and args.draft == NO_DRAFT:
-        raise ValueError(f"--reinitialize needs --draft CKPT, not {NO_DRAFT!r}")
+        raise UserError(f"<reinitialize> needs <draft> CKPT, not {NO_DRAFT!r}")
 
 
-def _sizes(args: argparse.Namespace, base: Any) -> dict[str, Any]:
-    """The layout for ``start``, checked before any rank can wait for another."""
-    from megatron_eagle.training.layout import check_processes
+def _evaluate(args: argparse.Namespace) -> int:
+    _check(args)
 
-    pipeline, context, expert = (
-        getattr(args, f"{name}_parallel_size") or 1
-        for name in ("pipeline_model", "context", "expert_model")
-    )
-    rest = {
-        "pipeline-model-parallel": pipeline,
-        "context-parallel": context,
-        "expert-model-parallel": expert,
-    }
-    if (expert > 1 or args.expert_tensor_parallel_size) and not base.megatron_args.get(
-        "num_experts"
-    ):
-        raise ValueError(f"--expert-model-parallel-size {expert}: the base has no experts")
-    tensor = args.tensor_model_parallel_size
-    if tensor is None:
-        check_processes(rest)
-        tensor = int(os.environ.get("WORLD_SIZE", "1")) // (pipeline * context * expert)
-    check_processes({"tensor-model-parallel": tensor, **rest, "expert-model-parallel": 1})
-    expert_tensor = args.expert_tensor_parallel_size or base.megatron_args.get(
-        "expert_tensor_parallel_size"
-    )
-    check_processes({
-        "expert-model-parallel": expert,
-        "expert-tensor-parallel": expert_tensor or tensor,
-        "pipeline-model-parallel": pipeline,
-    })  # fmt: skip
-    return {
-        "tensor_parallel": tensor,
-        "pipeline": pipeline,
-        "context": context,
-        "expert": expert,
-        "expert_tensor_parallel": expert_tensor,
-    }
-
-
-def _run(args: argparse.Namespace, first: bool) -> int:
+    enable()
     from megatron_eagle.checkpoint.directory import load_base_json
     from megatron_eagle.cli.process_groups import start
     from megatron_eagle.decode.acceptance import evaluate_acceptance
@@ -141,11 +99,13 @@ def _run(args: argparse.Namespace, first: bool) -> int:
     from megatron_eagle.decode.prompt_shards import PromptShare, lockstep_groups
     from megatron_eagle.decode.prompts import read_prompt_ids, stop_ids
     from megatron_eagle.pipeline.exchange import StageExchange
+    from megatron_eagle.training.layout import sizes_without_trainer
 
+    first = os.environ.get("RANK", "0") == "0"
     base = load_base_json(args.base)
     prompts = read_prompt_ids(args.prompts, args.tokenizer, base.vocab_size)[: args.limit]
     about = None if args.draft == NO_DRAFT else read_draft_info(args.draft, base)
-    sizes = _sizes(args, base)
+    sizes = sizes_without_trainer(base, **{name: getattr(args, name) for name in SIZES})
     groups = start(args.seed, **sizes)
     frozen = load_base(args.base, base, groups, about.info.aux_layers if about else ())
     exchange = StageExchange.of(frozen, groups.pp)
@@ -184,8 +144,8 @@ def _present(args: argparse.Namespace, report: Any, sizes: dict[str, Any]) -> No
             f"mean of {figures['verifications']} verifications of {args.draft_tokens} drafts"
         )
         for name in ("acceptance", "conditional_acceptance"):
-            shares = " ".join(f"{share:.3f}" for share in figures[name])
-            print(f"{name.replace('_', ' ')} per chain position: {shares}")
+            rates = " ".join(f"{rate:.3f}" for rate in figures[name])
+            print(f"{name.replace('_', ' ')} per chain position: {rates}")
         if not report.mismatches:
             print("speculative answers equal the greedy ones, token by token")
     for mismatch in report.mismatches:

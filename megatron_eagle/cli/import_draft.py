@@ -1,6 +1,6 @@
-"""Somebody's EAGLE-3 draft (Hugging Face directory) -> Megatron draft checkpoint.
+"""Convert an EAGLE-3 draft of any project (Hugging Face directory) to a Megatron checkpoint.
 
-    python tools/import_draft.py --hf DIR --base BASE --save CKPT
+    megatron-eagle import-draft --hf DIR --base BASE --save CKPT
 
 Needs no GPU and no torchrun; the result loads at any tensor-parallel size.
 """
@@ -8,23 +8,28 @@ Needs no GPU and no torchrun; the result loads at any tensor-parallel size.
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_eagle.checkpoint.directory import load_base_json
-from megatron_eagle.hf.draft.checkpoint import write_draft_checkpoint
-from megatron_eagle.hf.draft.import_hf import open_hf_draft
+from megatron_eagle.cli.boundary import flags_of, run
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 after one `error:` line on stderr."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the command and return its exit status: 0, or 2 for a user's mistake."""
+    args = _parser(prog).parse_args(argv)
+    return run(partial(_import_draft, args), flags_of(args, base_checkpoint="--base"))
+
+
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--hf", type=Path, required=True, metavar="DIR",
         help="draft written by SafeAILab, SpecForge, ModelOpt, speculators, vLLM or this project",
     )  # fmt: skip
     parser.add_argument(
-        "--base", required=True, metavar="CKPT", help="its base (tools/import_base.py)"
+        "--base", required=True, metavar="CKPT", help="its base (`megatron-eagle import-base`)"
     )
     parser.add_argument("--save", type=Path, required=True, help="checkpoint directory to create")
     parser.add_argument(
@@ -36,20 +41,22 @@ def main(argv: list[str] | None = None) -> int:
         help="accept a rotary embedding, norm epsilon or token embedding other than the base's, "
         "which replace them",
     )  # fmt: skip
-    args = parser.parse_args(argv)
-    try:
-        base = load_base_json(args.base)
-        stored = open_hf_draft(
-            args.hf,
-            base,
-            aux_layers=tuple(args.aux_layers) if args.aux_layers else None,
-            adapt=args.adapt,
-            base_directory=args.base,
-        )
-        write_draft_checkpoint(stored, args.save)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return parser
+
+
+def _import_draft(args: argparse.Namespace) -> int:
+    from megatron_eagle.hf.draft.checkpoint import write_draft_checkpoint
+    from megatron_eagle.hf.draft.import_hf import open_hf_draft
+
+    base = load_base_json(args.base)
+    stored = open_hf_draft(
+        args.hf,
+        base,
+        aux_layers=tuple(args.aux_layers) if args.aux_layers else None,
+        adapt=args.adapt,
+        base_directory=args.base,
+    )
+    write_draft_checkpoint(stored, args.save)
     info = stored.info
     layers = " ".join(map(str, info.aux_layers))
     print(
@@ -57,7 +64,3 @@ def main(argv: list[str] | None = None) -> int:
         f"{info.draft_vocab_size:,} of {base.vocab_size:,} token ids, is in {args.save}"
     )
     return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -1,6 +1,6 @@
-"""Chat or text JSONL -> Megatron .bin/.idx with a loss mask, for --eagle-train-data.
+"""Tokenize chat or text JSONL into Megatron .bin/.idx with a loss mask, for --eagle-train-data.
 
-    python tools/prepare_data.py --input chats.jsonl --tokenizer HF_DIR --output-prefix data/chats
+    megatron-eagle prepare-data --input chats.jsonl --tokenizer HF_DIR --output-prefix data/chats
 
 Lines hold "messages" (OpenAI), "conversations" (ShareGPT), "text", or "prompt_ids" and
 "answer_ids". A run that was stopped goes on where it was.
@@ -10,29 +10,36 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from typing import Any
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from megatron_eagle.data.chat.prepare import prepare
-from megatron_eagle.data.chat.records import RecordOptions
+from megatron_eagle.cli.boundary import at_least_one, flags_of, run
+from megatron_eagle.errors import UserError
+
+if TYPE_CHECKING:
+    from megatron_eagle.data.chat.records import RecordOptions
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Exit status: 0, or 2 after one `error:` line on stderr."""
-    args = _parser().parse_args(argv)
-    try:
-        summary = prepare(
-            args.input,
-            args.output_prefix,
-            _options(args),
-            workers=args.workers,
-            skip_bad=args.skip_bad_lines,
-            overwrite=args.overwrite,
-            progress=lambda line: print(line, flush=True),
-        )
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the command and return its exit status: 0, or 2 for a user's mistake."""
+    args = _parser(prog).parse_args(argv)
+    return run(partial(_prepare, args), flags_of(args))
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    options = _options(args)  # before the imports, which take seconds
+    from megatron_eagle.data.chat.prepare import prepare
+
+    summary = prepare(
+        args.input,
+        args.output_prefix,
+        options,
+        workers=args.workers,
+        skip_bad=args.skip_bad_lines,
+        overwrite=args.overwrite,
+        progress=lambda line: print(line, flush=True),
+    )
     print(
         f"{args.output_prefix}: {summary['documents']:,} documents of {summary['records']:,} "
         f"records, {summary['tokens']:,} tokens, {summary['supervised_tokens']:,} supervised, the "
@@ -41,8 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--input", nargs="+", required=True, metavar="FILE", help="JSONL files")
     parser.add_argument(
         "--tokenizer", required=True, metavar="PATH",
@@ -76,17 +83,16 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _options(args: argparse.Namespace) -> RecordOptions:
-    if args.workers < 1:
-        raise ValueError(f"--workers must be at least 1, not {args.workers}")
-    if args.vocab_size is not None and args.vocab_size < 1:
-        raise ValueError(f"--vocab-size must be at least 1, not {args.vocab_size}")
-    flag = f"--template-options {args.template_options}"
+    at_least_one(args, "workers", "vocab_size")
+    source = f"<template_options> {args.template_options}"
     try:
         variables: Any = json.loads(args.template_options)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{flag}: not JSON ({error})") from None
+        raise UserError(f"{source}: not JSON ({error})") from None
     if not isinstance(variables, dict):
-        raise ValueError(f"{flag}: not a JSON object")
+        raise UserError(f"{source}: not a JSON object")
+    from megatron_eagle.data.chat.records import RecordOptions
+
     if args.thinking is not None:
         variables["enable_thinking"] = args.thinking == "on"
     return RecordOptions(
@@ -96,7 +102,3 @@ def _options(args: argparse.Namespace) -> RecordOptions:
         vocab_size=args.vocab_size,
         append_eod=not args.no_append_eod,
     )
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

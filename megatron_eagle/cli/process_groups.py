@@ -1,4 +1,4 @@
-"""Process groups of a tool outside the trainer."""
+"""Make the process groups of a command that runs without the trainer."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ def start(
     context: int = 1,
     expert: int = 1,
 ) -> Any:
-    """Megatron's process groups, from torchrun's environment or for this process alone, and its
-    random generators. By default all ranks that the other sizes leave are one tensor-parallel
-    group; groups of ``tensor_parallel`` are data-parallel to each other. ``expert_tensor_parallel``
-    ranks share an expert, by default a whole such group. Call
-    :func:`megatron_eagle.platform.enable` before."""
+    """Return Megatron's process groups, and seed its random generators. A collective of all ranks.
+
+    The ranks are those of torchrun's environment, or this process alone. ``tensor_parallel`` is by
+    default the number of ranks that the other sizes leave; with a smaller one, the tensor-parallel
+    groups are data-parallel to each other. ``expert_tensor_parallel`` ranks share an expert, by
+    default as many as ``tensor_parallel``. Call ``megatron_eagle.platform.enable`` before.
+    """
     for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         os.environ.setdefault(name, value)
     if "MASTER_ADDR" not in os.environ:
@@ -34,9 +36,9 @@ def start(
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    left = torch.distributed.get_world_size() // (pipeline * context * expert)
+    remaining = torch.distributed.get_world_size() // (pipeline * context * expert)
     parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=tensor_parallel or left,
+        tensor_model_parallel_size=tensor_parallel or remaining,
         pipeline_model_parallel_size=pipeline,
         context_parallel_size=context,
         expert_model_parallel_size=expert,

@@ -1,20 +1,29 @@
 """Write a base's own answers to prompts, as training data for its draft.
 
-python tools/regenerate.py --model HF_DIR --prompts prompts.jsonl --output answers.jsonl
+    megatron-eagle regenerate --model HF_DIR --prompts prompts.jsonl --output answers.jsonl
+
+Runs the model through transformers. A run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from megatron_eagle.data.regenerate import Generation, read_prompts, regenerate
+from megatron_eagle.cli.boundary import at_least_one, flags_of, run
+from megatron_eagle.errors import UserError
 
 
-def main() -> int:
-    """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Run the command and return its exit status: 0, or 2 for a user's mistake."""
+    args = _parser(prog).parse_args(argv)
+    return run(partial(_regenerate, args), flags_of(args))
+
+
+def _parser(prog: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, help="Hugging Face directory")
     parser.add_argument("--prompts", type=Path, required=True, help="JSONL of prompts or messages")
     parser.add_argument("--output", type=Path, required=True, help="JSONL, appended to")
@@ -23,27 +32,21 @@ def main() -> int:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    args = parser.parse_args()
-    try:
-        _run(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return parser
 
 
-def _run(args: argparse.Namespace) -> None:
+def _regenerate(args: argparse.Namespace) -> int:
+    at_least_one(args, "max_new_tokens", "batch_size")
+    if args.temperature < 0:
+        raise UserError(f"<temperature> {args.temperature} must not be negative")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    for flag in ("max_new_tokens", "batch_size"):
-        if getattr(args, flag) < 1:
-            raise ValueError(f"--{flag.replace('_', '-')} must be at least 1")
-    if args.temperature < 0:
-        raise ValueError(f"--temperature {args.temperature} must not be negative")
+    from megatron_eagle.data.regenerate import Generation, read_prompts, regenerate
+
     prompts = read_prompts(args.prompts)
     if not (args.model / "config.json").is_file():
-        raise ValueError(f"--model {args.model}: not a Hugging Face model directory")
+        raise UserError(f"<model> {args.model}: not a Hugging Face model directory")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(
         args.model, dtype=getattr(torch, args.dtype), use_safetensors=True
@@ -53,7 +56,4 @@ def _run(args: argparse.Namespace) -> None:
     generation = Generation(args.max_new_tokens, args.batch_size, args.temperature, args.seed)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     regenerate(model, tokenizer, prompts, args.output, generation, lambda s: print(s, flush=True))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return 0

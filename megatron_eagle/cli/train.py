@@ -1,38 +1,67 @@
-"""The main job: flags, data, model and step handed to Megatron's own ``pretrain()``."""
+"""Train an EAGLE draft on a frozen base inside Megatron's trainer.
+
+    torchrun --nproc-per-node 2 -m megatron_eagle train --eagle-base-checkpoint BASE \\
+        --eagle-train-data answers.jsonl --tensor-model-parallel-size 2 --seq-length 256 ...
+
+Options, data, model and step are handed to Megatron's own ``pretrain()``.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-import traceback
+from collections.abc import Sequence
+from functools import partial
 
-from megatron_eagle.cli.mistakes import report_mistake
+from megatron_eagle.cli.boundary import flag, raised_by_this_package, run
+from megatron_eagle.config.eagle_config import OPTIONS
 from megatron_eagle.config.flags import parse_eagle_flags
-from megatron_eagle.platform import enable
+from megatron_eagle.config.option import flag_name
+from megatron_eagle.errors import UserError
 
 _STARTED = time.time()
+_ALIASES = {
+    "prompts": "--eagle-eval-prompts",
+    "max_new_tokens": "--eagle-eval-new-tokens",
+    "tokenizer": "--tokenizer-type HuggingFaceTokenizer --tokenizer-model",
+    "adapt": "`megatron-eagle import-draft` with --adapt",
+}
+"""Parameters of library code that training has an option of another name for."""
 
 
-def main() -> None:
-    """Train a draft as ``sys.argv`` says. A user's mistake prints one line and exits with 2."""
-    try:
-        _train()
-    except ValueError as error:
-        if not _raised_by_us(error):
-            raise
-        os._exit(report_mistake(error))  # no rank waits for another
+def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
+    """Train a draft as ``argv`` (``sys.argv[1:]`` by default) says and return 0.
+
+    A user's mistake prints one line and ends the process with status 2 from here, because other
+    ranks may be waiting for this one. ``sys.argv``, which Megatron's parser reads, is replaced.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    sys.argv = [prog or sys.argv[0], *words]
+    status = run(partial(_train, words), flag_of, _is_mistake)
+    if status:
+        os._exit(status)
+    return status
 
 
-def _raised_by_us(error: ValueError) -> bool:
-    """Whether the check that failed is this package's, which words its errors for users."""
-    innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
-    return innermost.f_globals.get("__name__", "").startswith("megatron_eagle.")
+def flag_of(parameter: str) -> str:
+    """Return the training flag of ``parameter``: ``--eagle-...`` for an option of this package,
+    and Megatron's flag for any other."""
+    if parameter in _ALIASES:
+        return _ALIASES[parameter]
+    return flag_name(parameter) if parameter in OPTIONS else flag(parameter)
 
 
-def _train() -> None:
-    asks_for_help = {"-h", "--help"} & set(sys.argv[1:])
-    options = None if asks_for_help else parse_eagle_flags(sys.argv[1:])
+def _is_mistake(error: Exception) -> bool:
+    """Return false for an error inside Megatron or torch, whose traceback is wanted."""
+    return isinstance(error, UserError) or raised_by_this_package(error)
+
+
+def _train(argv: Sequence[str]) -> int:
+    asks_for_help = not {"-h", "--help"}.isdisjoint(argv)
+    options = None if asks_for_help else parse_eagle_flags(argv)
+    from megatron_eagle.platform import enable
+
     enable()
     import torch
     from megatron.core.enums import ModelType
@@ -52,9 +81,9 @@ def _train() -> None:
 
     set_startup_timestamps(program_start=_STARTED, main_entry=time.time())
     if options is None:
-        return show_help()
-    options, stored = adopt_warm_start(options, sys.argv[1:])
-    args, base = parse_eagle_args(options)
+        show_help()
+    options, stored = adopt_warm_start(options, argv)
+    args, base = parse_eagle_args(options, argv)
     compile_regions(options.train.compile)
     configure_nvtx_profiling(options.train.nvtx)
     replace_schedule(options)
@@ -72,3 +101,4 @@ def _train() -> None:
         model_provider=ModelBuilder(options, base, vocab_ids, stored),
     )
     torch.distributed.destroy_process_group()
+    return 0

@@ -21,6 +21,7 @@ from megatron_eagle.decode.interleave import Steps, together
 from megatron_eagle.decode.prompt_shards import PromptShare
 from megatron_eagle.decode.speculative import ChainCounts, speculative_steps
 from megatron_eagle.draft.model import EagleDraft
+from megatron_eagle.errors import UserError
 from megatron_eagle.pipeline.exchange import StageExchange
 from megatron_eagle.teacher.base import FrozenBase
 
@@ -163,20 +164,15 @@ def _waves(order: Sequence[int], batch_size: int, stages: int) -> list[list[Sequ
     return [batches[first : first + stages] for first in range(0, len(batches), stages)]
 
 
-def check_lengths(
-    prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
-    positions: int,
-    flag: str = "--max-new-tokens",
-) -> None:
-    """Raise ``ValueError`` for a prompt whose answer of ``max_new_tokens``, which ``flag`` gave,
-    would leave the base's ``positions``."""
+def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, positions: int) -> None:
+    """Raise ``UserError`` for a prompt whose answer of ``max_new_tokens`` would exceed the base's
+    ``positions``."""
     for index, prompt in enumerate(prompts):
         if not prompt:
-            raise ValueError(f"prompt {index} is empty")
+            raise UserError(f"prompt {index} is empty")
         if len(prompt) + max_new_tokens > positions:
-            raise ValueError(
-                f"prompt {index}: {len(prompt)} tokens and {flag} {max_new_tokens} "
+            raise UserError(
+                f"prompt {index}: {len(prompt)} tokens and <max_new_tokens> {max_new_tokens} "
                 f"exceed the base's {positions} positions"
             )
 

@@ -46,7 +46,7 @@ def load_base(
 ) -> FrozenBase:
     """The base with its weights, or this pipeline stage's layers of it. A collective of all ranks.
 
-    Layers that the stages do not divide evenly go to the first one. Raises ``ValueError`` when
+    Layers that the stages do not divide evenly go to the first one. Raises ``UserError`` when
     the tensor-parallel ranks do not divide its heads, when it has fewer layers than there are
     stages, or naming the directory when it cannot be loaded.
     """
@@ -54,18 +54,18 @@ def load_base(
     ranks, stages, experts = groups.tp.size(), groups.pp.size(), groups.ep.size()
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         if args[name] % ranks:
-            raise ValueError(
-                f"--tensor-model-parallel-size {ranks} does not divide the base's {name} = "
+            raise UserError(
+                f"<tensor_model_parallel_size> {ranks} does not divide the base's {name} = "
                 f"{args[name]}"
             )
     if args["num_layers"] < stages:
-        raise ValueError(
-            f"--pipeline-model-parallel-size {stages} exceeds the base's {args['num_layers']} "
+        raise UserError(
+            f"<pipeline_model_parallel_size> {stages} exceeds the base's {args['num_layers']} "
             "layers"
         )
     if experts > 1 and (args.get("num_experts") or 0) % experts:
-        raise ValueError(
-            f"--expert-model-parallel-size {experts} does not divide the base's "
+        raise UserError(
+            f"<expert_model_parallel_size> {experts} does not divide the base's "
             f"{args['num_experts']} experts"
         )
     config = base_config(
@@ -81,10 +81,7 @@ def load_base(
     ends = (groups.pp.rank() == 0, groups.pp.rank() == stages - 1)
     gpt = build_base(config, base, local_backend(), groups, *ends)
     shards = VocabShards(gpt)
-    try:
-        load_base_weights(gpt, directory, shards)
-    except ValueError as error:
-        raise ValueError(str(error).replace("--eagle-base-checkpoint", "--base")) from error
+    load_base_weights(gpt, directory, shards)
     frozen = FrozenBase(gpt, captured, base.vocab_size, shards)
     return frozen.cuda(torch.cuda.current_device())
 
@@ -95,7 +92,7 @@ def _first_stage(layers: int, stages: int) -> int | None:
 
 
 def read_draft(directory: str | Path, source: str) -> DraftCheckpointInfo:
-    """What the draft in ``directory`` (or one of its iterations) says; ``ValueError``s start with
+    """What the draft in ``directory`` (or one of its iterations) says; ``UserError``s start with
     ``source``."""
     keys = ("draft.metadata", "draft.vocab_ids")
     tensors = DraftCheckpoint.open(directory).load(keys)
@@ -106,14 +103,15 @@ def read_draft(directory: str | Path, source: str) -> DraftCheckpointInfo:
 
 
 def read_draft_info(directory: str | Path, base: BaseInfo) -> DraftCheckpointInfo:
-    """Raises ``ValueError`` when the draft was trained for a base of other dimensions."""
-    source = f"--draft {directory}"
+    """Raises ``UserError`` when the draft was trained for a base of other dimensions."""
+    source = f"<draft> {directory}"
     about = read_draft(directory, source)
     for name in (*BASE_SIZES, "vocab_size"):
         trained, given = about.info.base.megatron_args[name], base.megatron_args[name]
         if trained != given:
-            raise ValueError(
-                f"{source}: trained for a base with {name} = {trained}, --base has {given}"
+            raise UserError(
+                f"{source}: trained for a base with {name} = {trained}, "
+                f"<base_checkpoint> has {given}"
             )
     return about
 
@@ -135,7 +133,7 @@ def load_draft(about: DraftCheckpointInfo, base: FrozenBase, directory: str | Pa
     """The draft that training saved, whatever layout it was trained in, whole on every pipeline
     stage. A collective of all ranks.
 
-    Raises ``ValueError`` naming the directory when it cannot be loaded.
+    Raises ``UserError`` naming the directory when it cannot be loaded.
     """
     stage = base.gpt.pg_collection.pp.rank()
     return restore(_build(about, base, initialize=False), directory, stage)
@@ -149,12 +147,12 @@ def restore(draft: EagleDraft, directory: str | Path, stage: int = 0) -> EagleDr
     try:
         state = dist_checkpointing.load(sharded, str(path))
     except (Exception, CheckpointException) as error:  # readers fail in many ways
-        raise ValueError(f"--draft {directory}: cannot be loaded: {reason_of(error)}") from error
+        raise UserError(f"<draft> {directory}: cannot be loaded: {reason_of(error)}") from error
     own = {key.removeprefix("draft."): value for key, value in state.items()}
     missing, _ = draft.load_state_dict(own, strict=False)
     lacking = [key for key in missing if not key.endswith("_extra_state")]
     if lacking:
-        raise ValueError(f"--draft {directory}: lacks {lacking[0]}")
+        raise UserError(f"<draft> {directory}: lacks {lacking[0]}")
     return draft
 
 

@@ -16,6 +16,7 @@ from megatron_eagle.attention.rope import attention_factor, set_attention_factor
 from megatron_eagle.decode.load import DraftCheckpointInfo, frozen_draft, restore
 from megatron_eagle.draft.layer_config import own_rotary
 from megatron_eagle.draft.model import EagleDraft
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.plain_draft import PlainDraft
 from megatron_eagle.objective.draft_inputs import DraftInputs, query_angles
 from megatron_eagle.objective.unroll import step_outputs
@@ -95,8 +96,8 @@ def check_export(
     dtype = getattr(torch, weights.get("torch_dtype") or "float32")
     difference = largest_difference(draft, exported, dtype)
     if not difference <= TOLERANCE:
-        raise ValueError(
-            f"--verify: the exported files give other logits than {checkpoint}: "
+        raise UserError(
+            f"<verify>: the exported files give other logits than {checkpoint}: "
             f"{difference:.1e} of the largest"
         )
     return difference

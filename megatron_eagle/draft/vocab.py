@@ -13,17 +13,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_eagle.errors import UserError
+
 
 def choose_vocab_ids(counts: Tensor, size: int, always: Iterable[int]) -> Tensor:
     """The ``size`` ids to draft: all of ``always`` (special and byte tokens), then the most
     frequent, then the lowest unused ids to fill up. ``counts`` [V] int64 -> [size], ascending."""
     vocab_size = counts.numel()
     if size > vocab_size:
-        raise ValueError(f"--eagle-draft-vocab-size {size} exceeds the vocabulary of {vocab_size}")
+        raise UserError(f"<draft_vocab_size> {size} exceeds the vocabulary of {vocab_size}")
     required = sorted({i for i in always if 0 <= i < vocab_size})
     if len(required) > size:
-        raise ValueError(
-            f"--eagle-draft-vocab-size {size} cannot hold the {len(required)} special and byte "
+        raise UserError(
+            f"<draft_vocab_size> {size} cannot hold the {len(required)} special and byte "
             "tokens that every draft keeps"
         )
     rank = counts.clone()
@@ -33,9 +35,9 @@ def choose_vocab_ids(counts: Tensor, size: int, always: Iterable[int]) -> Tensor
 
 
 def load_vocab_ids(file: str, vocab_size: int, size: int | None) -> Tensor:
-    """Read ``--eagle-vocab-map``: a safetensors file with ``vocab_ids`` or with ``d2t``."""
+    """Read a ``vocab_map``, a safetensors file with ``vocab_ids`` or with ``d2t``."""
     if not Path(file).is_file():
-        raise ValueError(f"--eagle-vocab-map {file}: no such file")
+        raise UserError(f"<vocab_map> {file}: no such file")
     try:
         with safe_open(file, framework="pt") as tensors:
             names = set(tensors.keys())
@@ -45,30 +47,26 @@ def load_vocab_ids(file: str, vocab_size: int, size: int | None) -> Tensor:
                 offsets = tensors.get_tensor("d2t").long()
                 ids = offsets + torch.arange(offsets.numel())
             else:
-                raise ValueError(
-                    f"--eagle-vocab-map {file}: holds neither 'vocab_ids' nor 'd2t' but "
+                raise UserError(
+                    f"<vocab_map> {file}: holds neither 'vocab_ids' nor 'd2t' but "
                     f"{sorted(names)[:4]}"
                 )
     except SafetensorError as error:
-        raise ValueError(
-            f"--eagle-vocab-map {file}: not a whole safetensors file: {error}"
-        ) from error
-    check_vocab_ids(ids, vocab_size, f"--eagle-vocab-map {file}")
+        raise UserError(f"<vocab_map> {file}: not a whole safetensors file: {error}") from error
+    check_vocab_ids(ids, vocab_size, f"<vocab_map> {file}")
     if size is not None and ids.numel() != size:
-        raise ValueError(
-            f"--eagle-vocab-map {file} holds {ids.numel()} ids, --eagle-draft-vocab-size is {size}"
-        )
+        raise UserError(f"<vocab_map> {file} holds {ids.numel()} ids, <draft_vocab_size> is {size}")
     return ids
 
 
 def check_vocab_ids(ids: Tensor, vocab_size: int, source: str) -> None:
     """Raise ``ValueError`` naming ``source`` unless ``ids`` is 1-D, ascending and in range."""
     if ids.dim() != 1 or ids.numel() == 0:
-        raise ValueError(f"{source}: the draft vocabulary must be a non-empty list of ids")
+        raise UserError(f"{source}: the draft vocabulary must be a non-empty list of ids")
     if bool((ids[1:] <= ids[:-1]).any()):
-        raise ValueError(f"{source}: the draft vocabulary's ids are not ascending")
+        raise UserError(f"{source}: the draft vocabulary's ids are not ascending")
     if int(ids[0]) < 0 or int(ids[-1]) >= vocab_size:
-        raise ValueError(
+        raise UserError(
             f"{source}: the draft vocabulary's ids reach from {int(ids[0])} to {int(ids[-1])}, "
             f"the base has ids 0 to {vocab_size - 1}"
         )

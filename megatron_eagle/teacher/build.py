@@ -20,6 +20,7 @@ from megatron_eagle.compat import (
     dist_checkpointing,
     quick_gelu,
 )
+from megatron_eagle.errors import UserError
 from megatron_eagle.layers.backend import LayerBackend
 from megatron_eagle.teacher.vocab_shards import VocabShards
 
@@ -101,9 +102,9 @@ def load_base(gpt: Any, directory: str | Path, shards: VocabShards | None = None
     """Load the base's weights, strictly, at whatever layout ``gpt`` has, and the vocabulary
     matrices that this stage has besides. A collective of all ranks.
 
-    Raises ``ValueError`` naming the directory when a weight is missing or of another shape.
+    Raises ``UserError`` naming the directory when a weight is missing or of another shape.
     """
-    where = f"--eagle-base-checkpoint {directory}"
+    where = f"<base_checkpoint> {directory}"
     own = {} if shards is None else shards.sharded_state_dict("vocab_shards.")
     try:
         # Megatron calls "unexpected" what the model asks for and the checkpoint does not have.
@@ -113,10 +114,10 @@ def load_base(gpt: Any, directory: str | Path, shards: VocabShards | None = None
             strict=StrictHandling.RETURN_ALL,
         )
     except (Exception, CheckpointException) as error:
-        raise ValueError(f"{where}: cannot be loaded: {reason_of(error)}") from error
+        raise UserError(f"{where}: cannot be loaded: {reason_of(error)}") from error
     weights = sorted(key for key in lacking if not key.endswith("_extra_state"))
     if weights:
-        raise ValueError(f"{where}: lacks {weights[0]}")
+        raise UserError(f"{where}: lacks {weights[0]}")
     if shards is not None:
         shards.load_state_dict({key.split(".")[-1]: state.pop(key) for key in own})
     gpt.load_state_dict(state, strict=False)

@@ -1,8 +1,8 @@
-"""The command line: Megatron's flags, ours, and what the base's own description already says.
+"""Parse the training command line: Megatron's flags, ``--eagle-*`` flags, and implied ones.
 
-``--eagle-base-checkpoint`` alone tells the base's dimensions: their flags are put in front of the
-user's, and a flag of the user's that contradicts them is an error. On a machine without CUDA the
-flags that a CPU needs are put in front too.
+The base's checkpoint says its dimensions. Their flags are put in front of the user's, and a flag of
+the user's that contradicts them is an error. On a machine without CUDA, the flags that a CPU needs
+are put in front too.
 """
 
 from __future__ import annotations
@@ -11,12 +11,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import NoReturn
 
 from megatron.training.arguments import parse_and_validate_args
 
 from megatron_eagle.checkpoint.directory import BaseInfo, load_base_json
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.config.flags import add_eagle_flags
+from megatron_eagle.errors import UserError, message_of
 from megatron_eagle.hf.base.megatron_args import ABSENT
 from megatron_eagle.platform import is_enabled
 from megatron_eagle.training.base_start import check_base_start
@@ -31,7 +33,7 @@ CPU_FLAGS = [
     "--disable-jit-fuser",  # compiling Megatron's small fusions takes longer than it saves
 ]
 LOCAL_FLAGS = ["--no-persist-layer-norm", "--no-rope-fusion"]
-"""What ``--transformer-impl local`` lacks, on any device: both need Transformer Engine or Apex."""
+"""Features that ``--transformer-impl local`` lacks: they need Transformer Engine or Apex."""
 
 ALWAYS_FLAGS = ["--calculate-per-token-loss"]
 """The loss is normalised by one global token count, so Megatron must keep sums."""
@@ -49,29 +51,31 @@ _UNSUPPORTED: dict[str, int | bool | None] = {
 }
 
 RECOMPUTABLE = ("core_attn", "mlp")
-"""--recompute-modules that the draft's layers can honour. The first layer's norm returns its
+"""``--recompute-modules`` that the draft's layers support. The first layer's norm returns its
 residual too, which Megatron's checkpointing of norms does not expect."""
 
 
-def parse_eagle_args(options: EagleConfig) -> tuple[argparse.Namespace, BaseInfo]:
-    """Parse ``sys.argv`` into Megatron's args, and read the base's description.
+def parse_eagle_args(
+    options: EagleConfig, argv: Sequence[str]
+) -> tuple[argparse.Namespace, BaseInfo]:
+    """Return Megatron's args and the base's description for the user's flags ``argv``.
 
-    Raises ``ValueError`` naming the flag for a mistake that every rank sees alike.
+    Megatron's parser reads ``sys.argv``, which is replaced by the implied flags and ``argv``.
+    Raises ``UserError`` naming the flag for a mistake that every rank sees alike.
     """
-    user = sys.argv[1:]
     base = _base_info(options.train.base_checkpoint)
-    _check_supported(user)
-    if "--multi-latent-attention" in user and "multi_latent_attention" not in base.megatron_args:
-        raise ValueError("--multi-latent-attention contradicts the base checkpoint, which has none")
-    check_layout(user, base, options)
+    _check_supported(argv)
+    if "--multi-latent-attention" in argv and "multi_latent_attention" not in base.megatron_args:
+        raise UserError("--multi-latent-attention contradicts the base checkpoint, which has none")
+    check_layout(argv, base, options)
     check_base_start(options, base)
-    sys.argv[1:] = [*_implied_flags(base, options, user), *user]
+    sys.argv[1:] = [*_implied_flags(base, options, argv), *argv]
     args = parse_and_validate_args(extra_args_provider=add_eagle_flags)
     _check_dimensions(args, base)
     _check_recompute(args, options)
     if options.train.reads_documents and args.eval_iters:
         flag = "train-data" if options.train.offline_features is None else "offline-features"
-        raise ValueError(f"--eval-iters {args.eval_iters}: --eagle-{flag} has no validation")
+        raise UserError(f"--eval-iters {args.eval_iters}: --eagle-{flag} has no validation")
     check_micro_batches(args)
     if options.train.pack:
         _check_packing(args)
@@ -79,13 +83,15 @@ def parse_eagle_args(options: EagleConfig) -> tuple[argparse.Namespace, BaseInfo
     return args, base
 
 
-def show_help() -> None:
-    """Print Megatron's flags and ours, and exit."""
-    parse_and_validate_args(extra_args_provider=_add_flags_and_mend_help)
+def show_help() -> NoReturn:
+    """Print Megatron's flags and the ``--eagle-*`` flags as ``sys.argv`` asks, and exit."""
+    parse_and_validate_args(extra_args_provider=_add_flags_with_printable_help)
+    raise AssertionError("sys.argv does not ask for help")
 
 
-def _add_flags_and_mend_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Megatron 0.19.2 has a bare % in a help text, on which argparse fails instead of helping."""
+def _add_flags_with_printable_help(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add the ``--eagle-*`` flags, and escape the bare % in a help text of Megatron 0.19.2, on
+    which argparse fails."""
     for action in parser._actions:
         try:
             _ = (action.help or "") % {**vars(action), "prog": parser.prog}
@@ -99,54 +105,52 @@ def _base_info(directory: str | None) -> BaseInfo:
     try:
         return load_base_json(directory)
     except ValueError as error:
-        raise ValueError(f"--eagle-base-checkpoint {error}") from error
+        raise UserError(f"<base_checkpoint> {message_of(error)}") from error
 
 
-def _implied_flags(base: BaseInfo, options: EagleConfig, user: Sequence[str]) -> list[str]:
+def _implied_flags(base: BaseInfo, options: EagleConfig, argv: Sequence[str]) -> list[str]:
     words = [*ALWAYS_FLAGS, *megatron_flags(base.megatron_args)]
     if is_enabled():
         words += CPU_FLAGS
-    if is_enabled() or _uses_local_layers(user):
+    if is_enabled() or _uses_local_layers(argv):
         words += LOCAL_FLAGS
-    if find_spec("fused_weight_gradient_mlp_cuda") is None:  # Apex's, which both heads' layers want
+    if find_spec("fused_weight_gradient_mlp_cuda") is None:  # of Apex
         words += ["--no-gradient-accumulation-fusion"]
-    words += layout_flags(user)
+    words += layout_flags(argv)
     if options.train.reads_documents:
-        # The file holds ids, and no validation split.
+        # The data are token ids, without a validation split.
         words += ["--tokenizer-type", "NullTokenizer", "--eval-iters", "0"]
         words += ["--eval-interval", "1000000000"]
     return words
 
 
-def _uses_local_layers(user: Sequence[str]) -> bool:
+def _uses_local_layers(argv: Sequence[str]) -> bool:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     parser.add_argument("--transformer-impl")
-    return parser.parse_known_args(user)[0].transformer_impl == "local"
+    return parser.parse_known_args(argv)[0].transformer_impl == "local"
 
 
 def _check_packing(args: argparse.Namespace) -> None:
-    """Documents are known to our core attention, and to the RoPE angles that GPTModel looks up."""
+    """Only local layers use the core attention of this package, which keeps documents apart."""
     if args.transformer_impl != "local":
-        raise ValueError(
-            f"--eagle-pack needs --transformer-impl local, not {args.transformer_impl}"
-        )
+        raise UserError(f"--eagle-pack needs --transformer-impl local, not {args.transformer_impl}")
 
 
 def _check_recompute(args: argparse.Namespace, options: EagleConfig) -> None:
-    """The base keeps no activations at all, so only the draft's layers are concerned."""
+    """Check what the draft's layers can recompute; the base keeps no activations at all."""
     if args.recompute_granularity == "full":
-        raise ValueError(
+        raise UserError(
             "--recompute-granularity full is not supported: later steps attend to the keys of "
             "earlier ones; use --recompute-granularity selective --recompute-modules mlp"
         )
     for module in args.recompute_modules or ():
         if args.recompute_granularity is not None and module not in RECOMPUTABLE:
-            raise ValueError(
+            raise UserError(
                 f"--recompute-modules {module} is not supported, only {' and '.join(RECOMPUTABLE)}"
             )
         experts = options.spec.num_experts
         if module == "mlp" and args.recompute_granularity is not None and experts:
-            raise ValueError(
+            raise UserError(
                 f"--recompute-modules mlp: a draft of --eagle-num-experts {experts} "
                 "has none, and experts are not recomputed"
             )
@@ -156,29 +160,33 @@ def _check_dimensions(args: argparse.Namespace, base: BaseInfo) -> None:
     for name, value in {**ABSENT, **base.megatron_args}.items():
         if name in ("vocab_size", "max_position_embeddings", "make_vocab_size_divisible_by"):
             continue
-        given = getattr(args, _ALIASES.get(name, name), None)
-        given = list(given) if isinstance(given, tuple) else given
-        if given != value:
-            flag = "--" + name.replace("_", "-")
-            raise ValueError(
-                f"{flag} {given} contradicts the base checkpoint, which has {name} = {value}"
+        parsed = getattr(args, _ALIASES.get(name, name), None)
+        parsed = list(parsed) if isinstance(parsed, tuple) else parsed
+        if parsed != value:
+            raise UserError(
+                f"{_flag(name)} {parsed} contradicts the base checkpoint, which has "
+                f"{name} = {value}"
             )
     longest = base.megatron_args["max_position_embeddings"]
     if args.seq_length > longest:
-        raise ValueError(f"--seq-length {args.seq_length} exceeds the base's {longest} positions")
+        raise UserError(f"--seq-length {args.seq_length} exceeds the base's {longest} positions")
 
 
-def _check_supported(user: Sequence[str]) -> None:
-    """Before Megatron's own parser too: it would build on what is refused here."""
+def _check_supported(argv: Sequence[str]) -> None:
+    """Refuse unsupported flags before Megatron's own parser acts on them."""
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for name, supported in _UNSUPPORTED.items():
-        flag = "--" + name.replace("_", "-")
+        flag = _flag(name)
         if isinstance(supported, bool):
             parser.add_argument(flag, action="store_true")
         else:
             parser.add_argument(flag, type=int, default=supported)
-    given = vars(parser.parse_known_args(user)[0])
+    values = vars(parser.parse_known_args(argv)[0])
     for name, supported in _UNSUPPORTED.items():
-        if given[name] != supported:
-            shown = "" if isinstance(supported, bool) else f" {given[name]}"
-            raise ValueError(f"--{name.replace('_', '-')}{shown} is not supported yet")
+        if values[name] != supported:
+            value = "" if isinstance(supported, bool) else f" {values[name]}"
+            raise UserError(f"{_flag(name)}{value} is not supported yet")
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")

@@ -19,6 +19,7 @@ from megatron_eagle.checkpoint.reader import DraftCheckpoint
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.config.option import flag_name
 from megatron_eagle.config.widths import layer_widths
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.base.moe_args import moe_layers
 
 QKV = "self_attention.linear_qkv.weight"
@@ -39,17 +40,17 @@ def check_base_start(options: EagleConfig, base: BaseInfo) -> None:
         return
     args, flag = base.megatron_args, "--eagle-init-from-base"
     if args.get("multi_latent_attention"):
-        raise ValueError(f"{flag}: layers of multi-latent attention are not copied")
+        raise UserError(f"{flag}: layers of multi-latent attention are not copied")
     if options.spec.num_layers > args["num_layers"]:
-        raise ValueError(
+        raise UserError(
             f"{flag}: --eagle-num-layers {options.spec.num_layers}, but the base has "
             f"{args['num_layers']} layers"
         )
     if any(moe_layers(args)[-options.spec.num_layers :]):
-        raise ValueError(f"{flag}: the base's last layer has experts, a dense draft has not")
+        raise UserError(f"{flag}: the base's last layer has experts, a dense draft has not")
     for name, width in layer_widths(options.spec, args).items():
         if width != args[name]:
-            raise ValueError(f"{flag}: {flag_name(name)} {width}, but the base has {args[name]}")
+            raise UserError(f"{flag}: {flag_name(name)} {width}, but the base has {args[name]}")
 
 
 def left_out(base: BaseInfo) -> str:

@@ -21,6 +21,7 @@ from megatron_eagle.draft.build import build_draft
 from megatron_eagle.draft.layer_config import draft_rotary
 from megatron_eagle.draft.metadata import encode_metadata, resolved_spec, run_metadata
 from megatron_eagle.draft.model import EagleDraft
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.import_hf import StoredDraft
 from megatron_eagle.layers.backend import (
     LayerBackend,
@@ -129,7 +130,7 @@ class ModelBuilder:
             return None
         plan = read_plan(Path(self.options.train.offline_features))
         if plan.aux_layers != aux_layers:
-            raise ValueError(
+            raise UserError(
                 f"--eagle-offline-features {self.options.train.offline_features}: of layers "
                 f"{' '.join(map(str, plan.aux_layers))}, this run captures "
                 f"{' '.join(map(str, aux_layers))} (--eagle-aux-layers)"

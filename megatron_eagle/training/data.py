@@ -24,6 +24,7 @@ from megatron_eagle.data.datasets import DocumentDataset
 from megatron_eagle.data.documents import FittedDocuments, training_documents
 from megatron_eagle.data.indexed import MASK_SUFFIX, dataset_exists
 from megatron_eagle.data.protected import config_token_ids, special_and_byte_ids
+from megatron_eagle.errors import UserError
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.parallel.context import ContextShard
 from megatron_eagle.teacher.outputs import BaseOutputs
@@ -81,7 +82,7 @@ def _refuse_masks_that_would_be_ignored(args: Any) -> None:
     prefixes = [] if args.mock_data else TrainingBlend.of(args).prefixes
     for prefix in prefixes:
         if dataset_exists(prefix + MASK_SUFFIX):
-            raise ValueError(
+            raise UserError(
                 f"--data-path {prefix}: supervises every token, but {prefix}{MASK_SUFFIX} says "
                 f"which; use --eagle-train-data {prefix}"
             )
@@ -117,7 +118,7 @@ def next_batch(iterator: Any, steps: int, vocab_size: int) -> EagleBatch:
     tokens = sample["tokens"].long()
     least, most = int(tokens.min()), int(tokens.max())
     if least < 0 or most >= vocab_size:
-        raise ValueError(
+        raise UserError(
             f"--data-path: token id {least if least < 0 else most} is outside the base's "
             f"0 to {vocab_size - 1}; was the data made with another tokenizer?"
         )

@@ -28,6 +28,7 @@ from megatron_eagle.config import EagleConfig
 from megatron_eagle.decode.acceptance import AcceptanceReport, check_lengths, evaluate_acceptance
 from megatron_eagle.decode.prompt_shards import PromptShare, lockstep_groups
 from megatron_eagle.decode.prompts import digest, read_prompt_ids, stop_ids
+from megatron_eagle.errors import UserError
 from megatron_eagle.model import EagleGPTModel
 from megatron_eagle.platform.profiling import nvtx_range
 from megatron_eagle.training.best_checkpoint import BestCheckpoint
@@ -51,18 +52,14 @@ class AcceptanceEvaluation:
         assert options.train.eval_prompts is not None
         if args.transformer_impl != "local":
             # Only our core attention takes a cache of keys and values.
-            raise ValueError(
+            raise UserError(
                 f"--eagle-eval-prompts needs --transformer-impl local, not {args.transformer_impl}"
             )
         self.options, self.base, self.log = options, base, log
         tokenizer = args.tokenizer_model if args.tokenizer_type == HF_TOKENIZER else None
         self.prompts = read_prompt_ids(Path(options.train.eval_prompts), tokenizer, base.vocab_size)
-        check_lengths(
-            self.prompts,
-            options.train.eval_new_tokens,
-            base.megatron_args["max_position_embeddings"],
-            "--eagle-eval-new-tokens",
-        )
+        positions = base.megatron_args["max_position_embeddings"]
+        check_lengths(self.prompts, options.train.eval_new_tokens, positions)
         self.settings: dict[str, Any] = {
             "base": base.fingerprint,
             "prompts_sha256": digest(self.prompts),

@@ -12,6 +12,7 @@ from megatron.training import get_args
 from torch import Tensor
 
 from megatron_eagle.compat import patch, require
+from megatron_eagle.errors import UserError
 
 _TRAINING_LOG = "megatron.training.training:training_log"
 
@@ -37,7 +38,7 @@ class MetricsLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.open("a").close()
         except OSError as error:
-            raise ValueError(f"--eagle-log-file {self.path}: {error.strerror}") from error
+            raise UserError(f"--eagle-log-file {self.path}: {error.strerror}") from error
         training_log = require(_TRAINING_LOG)
 
         def logged(

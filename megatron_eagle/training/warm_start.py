@@ -21,7 +21,7 @@ from megatron_eagle.config.flags import given_options
 from megatron_eagle.config.option import names
 from megatron_eagle.config.widths import layer_widths
 from megatron_eagle.draft.model import EagleDraft
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, message_of
 from megatron_eagle.hf.draft.checkpoint import open_checkpoint_draft
 from megatron_eagle.hf.draft.import_hf import StoredDraft, open_hf_draft
 from megatron_eagle.training.base_start import BaseStart, Tensors
@@ -41,8 +41,8 @@ def adopt_warm_start(
     assert options.train.base_checkpoint is not None
     stored = _open(options, load_base_json(options.train.base_checkpoint))
     if options.train.vocab_map is not None:
-        raise ValueError(
-            f"--eagle-vocab-map {options.train.vocab_map}: the draft of --eagle-warm-start "
+        raise UserError(
+            f"<vocab_map> {options.train.vocab_map}: the draft of <warm_start> "
             f"{options.train.warm_start} brings its own"
         )
     spec = stored.info.spec
@@ -117,7 +117,7 @@ def _open(options: EagleConfig, base: BaseInfo) -> StoredDraft:
         stored = open_checkpoint_draft(directory)
         _check_base(stored, base)
     except ValueError as error:
-        raise ValueError(f"--eagle-warm-start {error}") from error
+        raise UserError(f"--eagle-warm-start {message_of(error)}") from error
     return stored
 
 
@@ -126,7 +126,7 @@ def _check_base(stored: StoredDraft, base: BaseInfo) -> None:
     theirs = stored.info.base.megatron_args
     for name, value in base.megatron_args.items():
         if theirs.get(name) != value:
-            raise ValueError(
+            raise UserError(
                 f"{stored.source}: trained for a base with {name} = {theirs.get(name)}, "
                 f"--eagle-base-checkpoint has {value}"
             )

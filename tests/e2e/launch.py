@@ -16,6 +16,8 @@ from tests.e2e.forked import run_forked
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "pretrain_eagle.py"
+TRAIN_COMMAND = ("-m", "megatron_eagle", "train")
+"""What stands in place of a script to run the installed command."""
 RECIPE = [
     *("--seq-length", "32", "--micro-batch-size", "2", "--global-batch-size", "4"),
     *("--train-iters", "20", "--lr", "2e-3", "--min-lr", "1e-4", "--lr-decay-style", "cosine"),
@@ -40,10 +42,11 @@ class Run:
         return lines[0]
 
 
-def torchrun_command(script: Path, ranks: int, *words: object) -> list[str]:
+def torchrun_command(script: Path | tuple[str, ...], ranks: int, *words: object) -> list[str]:
     """What a user types to run ``script`` on ``ranks`` processes."""
+    program = script if isinstance(script, tuple) else (str(script),)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    return [*launcher, "--nproc-per-node", str(ranks), str(script), *map(str, words)]
+    return [*launcher, "--nproc-per-node", str(ranks), *program, *map(str, words)]
 
 
 def cpu_environment(ranks: int) -> dict[str, str]:
@@ -63,7 +66,9 @@ def launch(script: Path, ranks: int, *words: object, timeout: float = 200) -> Ru
     return Run(*run_forked(script, ranks, words, cpu_environment(ranks), timeout))
 
 
-def torchrun(script: Path, ranks: int, *words: object, timeout: float = 200) -> Run:
+def torchrun(
+    script: Path | tuple[str, ...], ranks: int, *words: object, timeout: float = 200
+) -> Run:
     """Run ``script`` on ``ranks`` CPU processes, as a user does."""
     result = subprocess.run(
         torchrun_command(script, ranks, *words),
@@ -81,7 +86,7 @@ def train(
     ranks: int,
     log: Path | None,
     *words: object,
-    script: Path = EXAMPLE,
+    script: Path | tuple[str, ...] = EXAMPLE,
     launcher: Callable[..., Run] = launch,
 ) -> Run:
     """Train with the small recipe; ``words`` are added to it and win over it."""

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from megatron_eagle.hf.base.import_base import import_base
 from tests.e2e.conftest import Inputs
-from tests.e2e.launch import torchrun, train
+from tests.e2e.launch import TRAIN_COMMAND, torchrun, train
 from tests.helpers.tiny_hf import make_base
 
 
@@ -41,7 +41,7 @@ def test_base_whose_weights_have_other_dimensions(tmp_path: Path, inputs: Inputs
     description["megatron_args"]["ffn_hidden_size"] = 96
     file.write_text(json.dumps(description))
     words = ["--eagle-base-checkpoint", tmp_path / "base", "--tensor-model-parallel-size", 2]
-    run = train(2, None, *inputs.flags, *words, launcher=torchrun)
+    run = train(2, None, *inputs.flags, *words, script=TRAIN_COMMAND, launcher=torchrun)
     assert run.returncode != 0
     assert str(tmp_path / "base") in run.error_line
     assert "shape" in run.error_line

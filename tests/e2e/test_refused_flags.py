@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -53,22 +52,23 @@ PROMPTS = {"TEXT": {"prompt": "Hello"}, "IDS": {"prompt_ids": [1]}}
 
 def _refusal(rank: int, world: int, words: list[str]) -> str:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
+    from megatron_eagle.cli.boundary import shown
+    from megatron_eagle.cli.train import flag_of
     from megatron_eagle.config.flags import parse_eagle_flags
     from megatron_eagle.platform import enable
     from megatron_eagle.training.arguments import parse_eagle_args
     from megatron_eagle.training.warm_start import adopt_warm_start
 
-    sys.argv[1:] = words
     enable()
     try:
         options = adopt_warm_start(parse_eagle_flags(words), words)[0]
-        args, base = parse_eagle_args(options)
+        args, base = parse_eagle_args(options, words)
         if options.eval_prompts is not None:
             from megatron_eagle.training.evaluation import AcceptanceEvaluation
 
             AcceptanceEvaluation(args, options, base, None)
     except ValueError as error:
-        return str(error)
+        return shown(error, flag_of)
     return "accepted"
 
 

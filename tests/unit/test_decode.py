@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import megatron_eagle.cli.evaluate as tool
-from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.decode import speculative
 from megatron_eagle.decode.cache import KeyValueCache
 from megatron_eagle.decode.prompt_shards import PromptShare, joined_ranks
@@ -151,39 +150,6 @@ def test_ranks_that_a_group_links_share_prompts() -> None:
     assert shares == ["adg", "beh", "cf"]
 
 
-def base_with(**args: int) -> BaseInfo:
-    return BaseInfo("llama", "tiny", "0", 61, {}, args)
-
-
-@pytest.mark.parametrize(
-    ("processes", "flags", "base", "sizes"),
-    [
-        (8, "", {}, (8, 1, 1, 1, None)),
-        (8, "--pipeline-model-parallel-size 2", {}, (4, 2, 1, 1, None)),
-        (8, "--tensor-model-parallel-size 2 --context-parallel-size 2", {}, (2, 1, 2, 1, None)),
-        (8, "--expert-model-parallel-size 4", {"num_experts": 8}, (2, 1, 1, 4, None)),
-        (2, "--expert-model-parallel-size 2 --tensor-model-parallel-size 2",
-         {"num_experts": 8, "expert_tensor_parallel_size": 1}, (2, 1, 1, 2, 1)),
-        (6, "--pipeline-model-parallel-size 4", {}, "does not divide the 6 processes"),
-        (8, "--tensor-model-parallel-size 3", {}, "-size 3 does not divide the 8 processes"),
-        (2, "--expert-model-parallel-size 2 --tensor-model-parallel-size 2", {"num_experts": 8},
-         "--expert-tensor-parallel-size 2 does not divide the 2 processes"),
-        (2, "--expert-model-parallel-size 2", {}, "the base has no experts"),
-    ],
-)  # fmt: skip
-def test_the_tool_s_layout(
-    processes: int, flags: str, base: dict[str, int], sizes: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    words = ["--base", "b", "--draft", "d", "--prompts", "p", *flags.split()]
-    args = tool._parser().parse_args(words)
-    if isinstance(sizes, str):
-        with pytest.raises(ValueError, match=sizes):
-            tool._sizes(args, base_with(**base))
-    else:
-        assert tuple(tool._sizes(args, base_with(**base)).values()) == sizes
-
-
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -216,7 +182,7 @@ def test_the_tool_refuses_in_one_line(
     flags: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(tool, "enable", lambda: True)
+    monkeypatch.setattr("megatron_eagle.platform.enable", lambda: True)
     prompts = tmp_path / "p.jsonl"
     prompts.write_text(json.dumps({"prompt_ids": [1]}) + "\n")
     words = ["--base", str(tmp_path / "absent"), "--prompts", str(prompts), *flags.split()]

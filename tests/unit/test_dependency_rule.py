@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("decode",),
     ("training",),
     ("cli",),
+    ("__main__",),
 )
 """The rooms of the package, from the ground up. A file imports from its own room and from lower
 floors; rooms of one floor do not know each other."""

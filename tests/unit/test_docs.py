@@ -1,12 +1,14 @@
 """What the documents mention exists, and the tracked files are fit to publish.
 
-Checked in fenced blocks and code spans: repository paths, `make` targets, scripts and their flags,
-`--eagle-*` flags. A word with <...>, $ or ... in it is a placeholder.
+Checked in fenced blocks and code spans: repository paths, `make` targets, scripts and subcommands
+of `megatron-eagle` and their flags, `--eagle-*` flags. A word with <...>, $ or ... in it is a
+placeholder.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import os
 import re
 import subprocess
@@ -27,6 +29,7 @@ FENCE = re.compile(r"^ *```([\w-]*)\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 EAGLE_FLAG = re.compile(r"(?<![\w-])--(?:no-)?eagle-[a-z0-9-]*[a-z0-9]")
+COMMAND = re.compile(r"(?:megatron-eagle|-m megatron_eagle) ([a-z][\w-]*)")
 OPTION = re.compile(r"--[a-z][\w-]*")
 PATH = re.compile(rf"(?<![\w./-])(?:{'|'.join(map(re.escape, PATH_ROOTS))})/[\w./*{{}},-]*")
 
@@ -69,6 +72,17 @@ def eagle_flags() -> frozenset[str]:
 
 
 @cache
+def subcommands() -> dict[str, str]:
+    """Each subcommand of ``megatron-eagle`` and the source of its module."""
+    folder = ROOT / "megatron_eagle" / "cli"
+    for node in ast.parse((folder / "main.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "COMMANDS":
+            table = ast.literal_eval(node.value)
+            return {name: (folder / f"{row[0]}.py").read_text() for name, row in table.items()}
+    raise AssertionError("cli/main.py has no COMMANDS table")
+
+
+@cache
 def make_targets() -> frozenset[str]:
     return frozenset(re.findall(r"^([a-z][\w-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
@@ -98,12 +112,24 @@ def wrong_commands(code: str) -> Iterator[str]:
         for target in make[1].split() if make else []:
             if "=" not in target and not target.startswith("-") and target not in make_targets():
                 yield f"no such make target: {target}"
+        if subcommand := COMMAND.search(command):
+            yield from wrong_subcommand(subcommand[1], command[subcommand.end() :])
+            continue
         script = re.search(r"(?:tools|examples)/[\w/]+\.py", command)
         if script is None or script[0] == "examples/pretrain_eagle.py":
             continue  # Megatron's flags are not ours to list; --eagle-* ones are checked everywhere
         for option in OPTION.findall(command[script.end() :]):
             if f'"{option}"' not in sources() and option not in eagle_flags() | {"--help"}:
                 yield f"{script[0]} has no {option}"
+
+
+def wrong_subcommand(name: str, arguments: str) -> Iterator[str]:
+    if name not in subcommands():
+        yield f"no such subcommand: {name}"
+    elif name != "train":  # as above
+        for option in OPTION.findall(arguments):
+            if f'"{option}"' not in subcommands()[name] and option != "--help":
+                yield f"{name} has no {option}"
 
 
 def problems(text: str) -> list[str]:
@@ -165,6 +191,9 @@ def test_documents_mention_only_what_exists() -> None:
         ("with --eagle-nonsense 3", "no such flag: --eagle-nonsense"),
         ("```\npython tools/import_base.py \\\n  --nonsense x\n```",
          "tools/import_base.py has no --nonsense"),
+        ("`megatron-eagle export --load x`", "no such subcommand: export"),
+        ("```\nmegatron-eagle convert --load x \\\n  --hf y\n```", "convert has no --hf"),
+        ("```\ntorchrun -m megatron_eagle eval --nonsense\n```", "eval has no --nonsense"),
     ],
 )  # fmt: skip
 def test_the_checker_catches(text: str, expected: str) -> None:
@@ -179,6 +208,8 @@ def test_the_checker_catches(text: str, expected: str) -> None:
         "`--eagle-ttt-steps 3` and `--no-eagle-compile`",
         "```sh\ntorchrun --nproc-per-node 2 examples/pretrain_eagle.py --lr 1 --eagle-nvtx\n```",
         "make sure that it works",
+        "`megatron-eagle --help`, `megatron-eagle SUBCOMMAND ...` and `megatron-eagle eval --help`",
+        "`torchrun --nproc-per-node 2 -m megatron_eagle eval --tensor-model-parallel-size 2`",
     ],
 )
 def test_the_checker_accepts(text: str) -> None:

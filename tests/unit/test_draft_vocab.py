@@ -20,7 +20,7 @@ def test_special_tokens_first_then_the_most_frequent_then_the_lowest_unused() ->
 
 def test_sizes_that_cannot_be() -> None:
     counts = torch.ones(8, dtype=torch.int64)
-    with pytest.raises(ValueError, match="--eagle-draft-vocab-size 9 exceeds"):
+    with pytest.raises(ValueError, match="draft_vocab_size 9 exceeds"):
         choose_vocab_ids(counts, 9, always=[])
     with pytest.raises(ValueError, match="cannot hold the 3 special and byte tokens"):
         choose_vocab_ids(counts, 2, always=[0, 1, 2])
@@ -40,7 +40,7 @@ def test_ids_and_offsets_read_alike(tmp_path: Path) -> None:
         ({"vocab_ids": [1, 6, 4]}, None, "are not ascending"),
         ({"d2t": [1, -1, 0]}, None, "are not ascending"),
         ({"vocab_ids": [1, 4, 8]}, None, "the base has ids 0 to 7"),
-        ({"vocab_ids": [1, 4]}, 3, "holds 2 ids, --eagle-draft-vocab-size is 3"),
+        ({"vocab_ids": [1, 4]}, 3, "holds 2 ids, draft_vocab_size is 3"),
         ({"other": [1]}, None, "neither 'vocab_ids' nor 'd2t'"),
     ],
 )
@@ -49,7 +49,7 @@ def test_bad_files(tensors: dict, size: int | None, message: str, tmp_path: Path
     save_file({name: torch.tensor(values) for name, values in tensors.items()}, file)
     with pytest.raises(ValueError, match=message) as raised:
         load_vocab_ids(str(file), 8, size)
-    assert str(raised.value).startswith(f"--eagle-vocab-map {file}")
+    assert str(raised.value).startswith(f"vocab_map {file}")
 
 
 def test_a_truncated_file_is_named(tmp_path: Path) -> None:

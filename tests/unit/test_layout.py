@@ -5,12 +5,19 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import re
+from typing import Any
 
 import pytest
 
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.config import EagleConfig
-from megatron_eagle.training.layout import check_layout, check_micro_batches, layout_flags
+from megatron_eagle.errors import UserError
+from megatron_eagle.training.layout import (
+    check_layout,
+    check_micro_batches,
+    layout_flags,
+    sizes_without_trainer,
+)
 
 BASE = BaseInfo(
     family="llama",
@@ -84,7 +91,7 @@ def test_layouts_that_experts_do_not_fit(
     monkeypatch.setenv("WORLD_SIZE", "2")
     options = EagleConfig.of(num_experts=4, moe_ffn_hidden_size=33)
     layout = ["--seq-length", "32", "--tensor-model-parallel-size", "2", *words]
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         check_layout(layout, BASE, options)
 
 
@@ -93,21 +100,21 @@ def test_key_value_heads_that_tensor_parallelism_does_not_divide(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
     layout = ["--seq-length", "32", "--tensor-model-parallel-size", "8"]
-    with pytest.raises(ValueError, match="8 does not divide the base's num_query_groups = 4"):
+    with pytest.raises(UserError, match="8 does not divide the base's num_query_groups = 4"):
         check_layout(layout, BASE, EagleConfig())
 
 
 def test_the_draft_s_own_widths_are_cut_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     layout = ["--seq-length", "32", "--tensor-model-parallel-size", "2"]
-    with pytest.raises(ValueError, match="draft's ffn_hidden_size = 33"):
+    with pytest.raises(UserError, match="draft's ffn_hidden_size = 33"):
         check_layout(layout, BASE, EagleConfig.of(ffn_hidden_size=33))
 
 
 @pytest.mark.parametrize(("words", "message"), LAYOUTS, ids=lambda value: str(value)[:60])
 def test_bad_layouts(words: list, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         check_layout(["--seq-length", "32", *map(str, words)], BASE, EagleConfig())
 
 
@@ -129,7 +136,7 @@ EXPERTS = [
 def test_bad_expert_layouts(words: list, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     base = dataclasses.replace(BASE, megatron_args={**BASE.megatron_args, "num_experts": 4})
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(UserError, match=re.escape(message)):
         check_layout([str(word) for word in words], base, EagleConfig())
 
 
@@ -146,5 +153,39 @@ def test_a_stage_without_a_micro_batch() -> None:
         pipeline_model_parallel_size=4, rampup_batch_size=None, global_batch_size=12,
         micro_batch_size=2, data_parallel_size=2,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="-size 4 needs as many micro-batches, there are 3"):
+    with pytest.raises(UserError, match="-size 4 needs as many micro-batches, there are 3"):
         check_micro_batches(args)
+
+
+@pytest.mark.parametrize(
+    ("processes", "flags", "base", "sizes"),
+    [
+        (8, "", {}, (8, 1, 1, 1, None)),
+        (8, "--pipeline-model-parallel-size 2", {}, (4, 2, 1, 1, None)),
+        (8, "--tensor-model-parallel-size 2 --context-parallel-size 2", {}, (2, 1, 2, 1, None)),
+        (8, "--expert-model-parallel-size 4", {"num_experts": 8}, (2, 1, 1, 4, None)),
+        (2, "--expert-model-parallel-size 2 --tensor-model-parallel-size 2",
+         {"num_experts": 8, "expert_tensor_parallel_size": 1}, (2, 1, 1, 2, 1)),
+        (6, "--pipeline-model-parallel-size 4", {}, "does not divide the 6 processes"),
+        (8, "--tensor-model-parallel-size 3", {}, "-size 3 does not divide the 8 processes"),
+        (2, "--expert-model-parallel-size 2 --tensor-model-parallel-size 2", {"num_experts": 8},
+         "--expert-tensor-parallel-size 2 does not divide the 2 processes"),
+        (2, "--expert-model-parallel-size 2", {}, "-model-parallel-size 2: the base has no"),
+        (2, "--expert-tensor-parallel-size 2", {}, "--expert-tensor-parallel-size 2: the base has"),
+    ],
+)  # fmt: skip
+def test_the_layout_of_a_run_without_the_trainer(
+    processes: int, flags: str, base: dict[str, int], sizes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    args = {
+        name.removeprefix("--").replace("-", "_"): int(size)
+        for name, size in zip(flags.split()[::2], flags.split()[1::2], strict=True)
+    }
+    args.setdefault("tensor_model_parallel_size", None)
+    model = dataclasses.replace(BASE, megatron_args=base)
+    if isinstance(sizes, str):
+        with pytest.raises(UserError, match=sizes):
+            sizes_without_trainer(model, **args)
+    else:
+        assert tuple(sizes_without_trainer(model, **args).values()) == sizes

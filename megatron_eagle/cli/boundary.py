@@ -1,0 +1,105 @@
+"""Where a user's mistake ends a command: one ``error:`` line with the command's flags, status 2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+
+from megatron_eagle.errors import UserError, message_of
+
+GRACE_SECONDS = 10.0
+FlagOf = Callable[[str], str]
+"""Maps the name of a parameter to the flag by which a command's user gives it."""
+
+
+def run(
+    command: Callable[[], int],
+    flag_of: FlagOf,
+    is_mistake: Callable[[Exception], bool] = lambda error: True,
+) -> int:
+    """Run ``command`` and return the exit status: its own, or 2 after one ``error:`` line.
+
+    Of ``ValueError`` and ``OSError``, those for which ``is_mistake`` is false are raised again, as
+    every other exception is. The caller should end the process with the status 2 at once: other
+    ranks may be waiting for this one.
+    """
+    try:
+        return command()
+    except (ValueError, OSError) as error:
+        if not is_mistake(error):
+            raise
+        _print_once(f"error: {shown(error, flag_of)}")
+        return 2
+
+
+def shown(error: Exception, flag_of: FlagOf) -> str:
+    """Return the message of ``error`` with a command's flags in place of parameters."""
+    return UserError(message_of(error)).named(flag_of)
+
+
+def flag(parameter: str) -> str:
+    """``max_new_tokens`` -> ``--max-new-tokens``."""
+    return "--" + parameter.replace("_", "-")
+
+
+def names_of(flags: Iterable[str]) -> tuple[str, ...]:
+    """Return the parameters that ``flags`` give: the inverse of ``flag``."""
+    return tuple(word.removeprefix("--").replace("-", "_") for word in flags)
+
+
+def flags_of(args: argparse.Namespace, **aliases: str) -> FlagOf:
+    """Return the mapping of a command that has parsed ``args``.
+
+    A parameter among ``aliases`` is shown as they say, one that the command has a flag for as that
+    flag, and any other by its plain name.
+    """
+
+    def flag_of(parameter: str) -> str:
+        if parameter in aliases:
+            return aliases[parameter]
+        return flag(parameter) if parameter in args else parameter
+
+    return flag_of
+
+
+def at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Raise ``UserError`` unless the options ``names`` are at least 1 or left out (``None``)."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"<{name}> must be at least 1, not {value}")
+
+
+def end_process_groups() -> None:
+    """Destroy the process groups of a command that has made any. Call it after ``run``: a rank that
+    found a mistake speaks before the others lose it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def raised_by_this_package(error: Exception) -> bool:
+    """Return whether the check that failed is in ``megatron_eagle``, whose errors are for users.
+
+    Needed as long as some of these checks raise a plain ``ValueError``.
+    """
+    if not isinstance(error, ValueError):
+        return False
+    innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    return innermost.f_globals.get("__name__", "").startswith("megatron_eagle.")
+
+
+def _print_once(line: str) -> None:
+    """Print ``line``, of all ranks that would print it on the first one alone.
+
+    A launcher stops all ranks as soon as one of them ends. The first rank therefore speaks first;
+    the others give it time, and speak for themselves only if the mistake was theirs alone.
+    """
+    if int(os.environ.get("RANK", "0")) != 0:
+        time.sleep(GRACE_SECONDS)
+    sys.stdout.flush()
+    print(line, file=sys.stderr, flush=True)
