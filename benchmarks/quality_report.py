@@ -37,13 +37,13 @@ def _flags(variant: dict[str, str | None]) -> str:
 def _result(folder: Path) -> dict[str, Any]:
     report = json.loads((folder / "eval.json").read_text())
     lines = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
-    logged = [line for line in lines if "accepted_length" in line]
+    logged = [line for line in lines if "simulated_accepted_length" in line]
     return {
         "accepted_length": report["accepted_length"],
         "acceptance": report["acceptance"],
         "equal_to_greedy": report["equal_to_greedy"],
         "supervised_rows": max(line["supervised_rows"] for line in lines),
-        "curve": [[line["iteration"], line["accepted_length"]] for line in logged],
+        "curve": [[line["iteration"], line["simulated_accepted_length"]] for line in logged],
     }
 
 
@@ -62,7 +62,7 @@ def _table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def _plot(found: dict[str, dict[str, Any]], file: Path) -> None:
-    """Left, accepted length on held-out prompts; right, teacher-forced, during training."""
+    """Left, accepted length on held-out prompts; right, the simulated one, in training."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -82,7 +82,7 @@ def _plot(found: dict[str, dict[str, Any]], file: Path) -> None:
             for i in range(len(values))
         ]
         curves.plot(iterations, means, label=name, linewidth=1)
-    curves.set(xlabel="iteration", ylabel="teacher-forced accepted length (all K steps)")
+    curves.set(xlabel="iteration", ylabel="simulated accepted length (all K steps)")
     curves.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=90)

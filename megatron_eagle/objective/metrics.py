@@ -51,10 +51,10 @@ def reduce_metrics(
 
     ``loss``: Σ_t decay**t (loss_t + regression_weight smooth-L1_t); of each step, per supervised
     row of that step, ``loss_t``, ``accuracy_t`` and, with a ``regression_weight``,
-    ``regression_t``; ``accepted_length``: 1 + the steps that hit before the first miss, per start
-    row; ``vocab_coverage``: the base's probability inside the draft vocabulary;
-    ``supervised_rows`` of step 0. One all-reduce over each of ``groups`` that has more than one
-    rank (data and context parallel; pipeline).
+    ``regression_t``; ``simulated_accepted_length`` (teacher-forced): 1 + the steps that hit before
+    the first miss, per start row; ``vocab_coverage``: the base's probability inside the draft
+    vocabulary; ``supervised_rows`` of step 0. One all-reduce over each of ``groups`` that has more
+    than one rank (data and context parallel; pipeline).
     """
     total = torch.stack(sums).sum(0)
     for group in groups:
@@ -69,7 +69,7 @@ def reduce_metrics(
     if regression_weight:
         metrics |= {f"regression_{t}": regression[t] for t in range(steps)}
     metrics |= {f"accuracy_{t}": accuracies[t] for t in range(steps)}
-    metrics["accepted_length"] = 1 + per_step[3].sum() / coverage[1].clamp(min=1)
+    metrics["simulated_accepted_length"] = 1 + per_step[3].sum() / coverage[1].clamp(min=1)
     metrics["vocab_coverage"] = coverage[0] / coverage[1].clamp(min=1)
     metrics["supervised_rows"] = per_step[1, 0]
     return metrics

@@ -47,7 +47,7 @@ def test_one_all_reduce_and_exact_means() -> None:
                 "regression_1": 1.0,
                 "accuracy_0": 4 / 10,
                 "accuracy_1": 2 / 7,
-                "accepted_length": 1 + (4 + 2) / 10,
+                "simulated_accepted_length": 1 + (4 + 2) / 10,
                 "vocab_coverage": 8.0 / 10,
                 "supervised_rows": 10,
             }

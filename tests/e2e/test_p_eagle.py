@@ -32,7 +32,7 @@ def trained(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     rest = train(1, folder / "rest.jsonl", *words, *load)
     assert set(rest.metrics) == {11, 12}, rest.output[-3000:]
     for iteration, line in rest.metrics.items():
-        for key in ("loss", "loss_2", "accuracy_2", "accepted_length"):
+        for key in ("loss", "loss_2", "accuracy_2", "simulated_accepted_length"):
             assert line[key] == pytest.approx(whole.metrics[iteration][key], rel=1e-5), key
     return folder / "draft"
 

@@ -72,5 +72,5 @@ def test_packing_changes_no_loss(
     assert "8 documents packed into 4 sequences, 100.0% full" in packed.output
     for iteration, line in expected.metrics.items():
         assert packed.metrics[iteration]["supervised_rows"] == line["supervised_rows"]
-        for key in ("loss", "loss_2", "accuracy_0", "accepted_length"):
+        for key in ("loss", "loss_2", "accuracy_0", "simulated_accepted_length"):
             assert packed.metrics[iteration][key] == pytest.approx(line[key], rel=1e-5), key
