@@ -138,7 +138,7 @@ def _run(args: argparse.Namespace, first: bool) -> int:
     from megatron_eagle.cli.process_groups import start
     from megatron_eagle.decode.acceptance import evaluate_acceptance
     from megatron_eagle.decode.load import fresh_draft, load_base, load_draft, read_draft_info
-    from megatron_eagle.decode.prompt_shards import PromptShare, lockstep_groups
+    from megatron_eagle.decode.prompt_shards import PromptShard, lockstep_groups
     from megatron_eagle.decode.prompts import read_prompt_ids, stop_ids
     from megatron_eagle.pipeline.links import StageLinks
 
@@ -154,13 +154,13 @@ def _run(args: argparse.Namespace, first: bool) -> int:
         draft = fresh_draft(about, frozen, links)
     elif about is not None:
         draft = load_draft(about, frozen, args.draft)
-    share = PromptShare.of(lockstep_groups(groups))
+    shard = PromptShard.of(lockstep_groups(groups))
     report = evaluate_acceptance(
         frozen,
         draft,
         prompts,
         links=links,
-        share=share,
+        shard=shard,
         max_new_tokens=args.max_new_tokens,
         draft_tokens=args.draft_tokens,
         batch_size=args.batch_size,
@@ -184,8 +184,8 @@ def _present(args: argparse.Namespace, report: Any, sizes: dict[str, Any]) -> No
             f"mean of {figures['verifications']} verifications of {args.draft_tokens} drafts"
         )
         for name in ("acceptance", "conditional_acceptance"):
-            shares = " ".join(f"{share:.3f}" for share in figures[name])
-            print(f"{name.replace('_', ' ')} per chain position: {shares}")
+            rates = " ".join(f"{rate:.3f}" for rate in figures[name])
+            print(f"{name.replace('_', ' ')} per chain position: {rates}")
         if not report.mismatches:
             print("speculative answers equal the greedy ones, token by token")
     for mismatch in report.mismatches:

@@ -1,4 +1,4 @@
-"""Prompts of an evaluation: token ids from a JSONL file, and the ids that end an answer."""
+"""Prompts of an evaluation, read from a JSONL file, and the ids that end an answer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def read_prompt_ids(
     flag: str = "--prompts",
     tokenizer_flag: str = "--tokenizer",
 ) -> list[list[int]]:
-    """Token ids per line: ``prompt_ids``, or ``prompt`` encoded by the tokenizer of
+    """Read token ids per line: ``prompt_ids``, or ``prompt`` encoded by the tokenizer of
     ``tokenizer_dir`` as plain text. Raises ``ValueError`` naming file and line, and the flags that
     gave them."""
     if not path.is_file():
@@ -39,12 +39,12 @@ def read_prompt_ids(
 
 
 def digest(prompts: Sequence[Sequence[int]]) -> str:
-    """SHA-256 of the ids: which prompts a figure is of."""
+    """Return the SHA-256 of the ids, which tells the prompts of two evaluations apart."""
     return hashlib.sha256(json.dumps(list(map(list, prompts))).encode()).hexdigest()
 
 
 def stop_ids(base: BaseInfo) -> list[int]:
-    """The ids in the base's ``eos_token_id``."""
+    """Return the ids in the base's ``eos_token_id``."""
     return token_ids(base.hf_config, "eos_token_id")
 
 

@@ -121,14 +121,14 @@ def decode(rank: int, world: int, directory: str, case: Case, prompts: list[list
     from megatron_eagle.decode.base import CachedBase
     from megatron_eagle.decode.chain import DraftChain
     from megatron_eagle.decode.greedy import greedy_steps
-    from megatron_eagle.decode.interleave import together
+    from megatron_eagle.decode.interleave import interleave
     from megatron_eagle.decode.speculative import ChainCounts, speculative_steps
 
     base = CachedBase(frozen)
-    (free,) = together([greedy_steps(base, prompts, NEW_TOKENS)])
+    (free,) = interleave([greedy_steps(base, prompts, NEW_TOKENS)])
     stops = [free[0][5], free[1][9]]
     result: dict[str, Any] = {"free": free, "stops": stops}
-    (result["greedy"],) = together([greedy_steps(base, prompts, NEW_TOKENS, stops)])
+    (result["greedy"],) = interleave([greedy_steps(base, prompts, NEW_TOKENS, stops)])
     texts = [p + a for p, a in zip(prompts, result["greedy"], strict=True)]
     hidden: list[Tensor] = []
     rng = random.Random(1)
@@ -143,7 +143,7 @@ def decode(rank: int, world: int, directory: str, case: Case, prompts: list[list
 
     counts = ChainCounts(DRAFTS)
     steps = speculative_steps(base, ragged, prompts, NEW_TOKENS, DRAFTS, counts, stops)
-    (result["answers"],) = together([steps])
+    (result["answers"],) = interleave([steps])
     result["counts"] = vars(counts)
     result["chains"] = proposers[0].chains
     result["first logits"] = torch.stack(hidden[:DRAFTS], dim=1) @ draft.lm_head().t()
@@ -156,7 +156,7 @@ def decode(rank: int, world: int, directory: str, case: Case, prompts: list[list
 
         # 21 tokens: one of the prefill and 5 whole verifications, all of them in the known text.
         steps = speculative_steps(base, known, prompts, 21, DRAFTS, counts)
-        (answers,) = together([steps])
+        (answers,) = interleave([steps])
         result[name] = (answers == [a[:21] for a in free], vars(counts))
     return result
 
