@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_eagle.testing.collectives import CollectiveCounter
 from megatron_eagle.testing.harness import megatron_parallel, run_distributed
-from tests.distributed.test_reference_parity import make_case
 from tests.helpers.draft_fixture import Case, build_model
-
-
-class CollectiveCounter(TorchDispatchMode):
-    """Counts c10d operations and the elements of all-gather inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.gathered: list[int] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        if func.namespace == "c10d":
-            name = func._schema.name.removeprefix("c10d::").strip("_")
-            self.calls[name] += 1
-            if name == "allgather_base":
-                self.gathered.append(args[1].numel())
-        return func(*args, **(kwargs or {}))
+from tests.helpers.reference_case import make_case
 
 
 def count_micro_batch(rank: int, world: int, case: Case) -> dict[str, Any]:

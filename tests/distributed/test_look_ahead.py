@@ -10,9 +10,9 @@ import torch
 
 from megatron_eagle.pipeline.plan import stage_actions
 from megatron_eagle.testing.harness import run_distributed
-from tests.distributed.test_pipeline import SleepingStages
 from tests.helpers.pipeline_case import import_bases, make_case
 from tests.helpers.pipeline_fixture import PipelineCase, build_pipeline
+from tests.helpers.sleeping_stages import SleepingStages
 
 MICRO_BATCHES = [5, 7, 4, 6, 5]
 """Of each iteration: their number may change, and need not be a multiple of the stages'."""

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_eagle.testing.collectives import CollectiveCounter
 from megatron_eagle.testing.harness import run_distributed
-from tests.distributed.test_collectives import CollectiveCounter
 
 STEPS = 2
 

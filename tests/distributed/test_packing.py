@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.testing.harness import megatron_parallel, run_distributed
-from tests.distributed.test_reference_parity import close, compare_with, make_case, run_case
 from tests.helpers.draft_fixture import Case
+from tests.helpers.reference_case import close, compare_with, make_case, run_case
 from tests.reference.eagle3 import ReferenceEagle3
 
 STARTS = [[0, 9, 13, 24], [0, 2, 3, 17, 24]]

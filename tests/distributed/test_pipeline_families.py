@@ -11,7 +11,6 @@ import pytest
 
 from megatron_eagle.hf.base.import_base import import_base
 from megatron_eagle.testing.harness import run_distributed
-from tests.distributed.test_reference_parity import TOLERANCE
 from tests.helpers.pipeline_case import (
     CAPTURED,
     CONFIG,
@@ -21,6 +20,7 @@ from tests.helpers.pipeline_case import (
     train_once,
 )
 from tests.helpers.pipeline_fixture import PipelineCase
+from tests.helpers.reference_case import TOLERANCE
 from tests.helpers.tiny_hf import make_base
 
 FULL_VOCAB = {"draft_vocab_size": CONFIG.vocab_size}

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from megatron_eagle.hf.base.import_base import import_base
-from tests.e2e.conftest import write_answers
 from tests.e2e.launch import ROOT, launch, train
+from tests.helpers.random_answers import write_answers
 from tests.helpers.tiny_hf import make_base
 
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "mscale": 0.7}

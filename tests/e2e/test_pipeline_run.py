@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.launch import train
-from tests.e2e.test_megatron_data import corpus
+from tests.helpers.corpus import corpus
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

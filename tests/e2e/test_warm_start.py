@@ -13,7 +13,7 @@ from megatron_eagle.hf.draft.formats import FORMATS
 from megatron_eagle.testing.harness import run_distributed
 from tests.e2e.conftest import Inputs
 from tests.e2e.launch import RECIPE, train
-from tests.e2e.test_refused_flags import _refusal
+from tests.helpers.refused_flags import refusal
 
 DRAFT = ["--eagle-draft-vocab-size", 32, "--eagle-num-layers", 2, "--eagle-aux-layers", 0, 2, 5]
 
@@ -72,5 +72,5 @@ def test_contradictions(
     words: list, message: str, first: tuple[Path, float], inputs: Inputs
 ) -> None:
     given = [*RECIPE, *inputs.flags, "--eagle-warm-start", first[0] / "speculators", *words]
-    (refusal,) = run_distributed(_refusal, 1, [str(word) for word in given])
-    assert message in refusal and "\n" not in refusal
+    (error,) = run_distributed(refusal, 1, [str(word) for word in given])
+    assert message in error and "\n" not in error

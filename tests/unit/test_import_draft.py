@@ -11,37 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_eagle.checkpoint.directory import BASE_JSON_NAME, TRACKER_NAME, BaseInfo, parse_base
+from megatron_eagle.checkpoint.directory import BASE_JSON_NAME, TRACKER_NAME
 from megatron_eagle.checkpoint.reader import DraftCheckpoint
 from megatron_eagle.checkpoint.writer import Chunk, write_torch_dist
 from megatron_eagle.hf.draft.checkpoint import open_checkpoint_draft, write_draft_checkpoint
 from megatron_eagle.hf.draft.export import export_draft, read_info
 from megatron_eagle.hf.draft.formats import FORMATS
-from megatron_eagle.hf.draft.import_hf import StoredDraft, open_hf_draft
+from tests.helpers.exported_draft import base_of, exported, imported, rewrite
 from tests.helpers.trained_draft import TrainedDraft
 from tests.helpers.trained_mla import DEEPSEEK_YARN, MLA_SIZES
 
 ROOT = Path(__file__).parents[2]
-Files = tuple[dict[str, Any], dict[str, Tensor]]
-
-
-def base_of(draft: TrainedDraft) -> BaseInfo:
-    return parse_base(draft.metadata["base"], "the test's base")
-
-
-def exported(folder: Path, layout: str = "hf", **changes: Any) -> tuple[TrainedDraft, Path]:
-    draft = TrainedDraft.make(**changes)
-    draft.save(folder / "ckpt")
-    export_draft(folder / "ckpt", folder / "hf", layout=FORMATS[layout])
-    return draft, folder / "hf"
-
-
-def imported(directory: Path, draft: TrainedDraft, **options: Any) -> StoredDraft:
-    given = {"aux_layers": None, "adapt": False, **options}
-    return open_hf_draft(directory, base_of(draft), **given)
 
 
 def expected_tensors(draft: TrainedDraft) -> dict[str, Tensor]:
@@ -150,16 +133,6 @@ def unsorted(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 
 
 WRITERS = [safeailab, specforge, modelopt, vllm, unsorted]
-
-
-def rewrite(directory: Path, change: Any) -> Files:
-    """`change(config, tensors)` the files in `directory`, in place."""
-    config = json.loads((directory / "config.json").read_text())
-    tensors = load_file(directory / "model.safetensors")
-    change(config, tensors)
-    (directory / "config.json").write_text(json.dumps(config))
-    save_file({k: v.contiguous() for k, v in tensors.items()}, directory / "model.safetensors")
-    return config, tensors
 
 
 @pytest.mark.parametrize("pickled", [False, True])

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_eagle.hf.draft.checkpoint import write_draft_checkpoint
-from tests.unit.test_import_draft import exported, imported, rewrite
+from tests.helpers.exported_draft import exported, imported, rewrite
 
 Change = Callable[[dict[str, Any], dict[str, Tensor]], None]
 
