@@ -36,7 +36,7 @@ def count_micro_batch(rank: int, world: int, case: Case) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5])
-def test_tensor_parallel_collectives(steps: int) -> None:
+def test_tensor_parallelism_costs_the_collectives_that_are_documented(steps: int) -> None:
     case, _ = make_case(ttt_steps=steps)
     for found in run_distributed(count_micro_batch, 2, case):
         # Embedding, then attention output and MLP output of every step.
@@ -56,7 +56,7 @@ def test_p_eagle_is_one_pass_of_the_layers() -> None:
         assert found["backward"] == {"allreduce": 1 + 2 + 1}
 
 
-def test_sequence_parallel_collectives() -> None:
+def test_sequence_parallelism_costs_the_collectives_that_are_documented() -> None:
     case, _ = make_case(sequence_parallel=True)
     for found in run_distributed(count_micro_batch, 2, case):
         # Gathers: the final hidden, qkv and fc1 input of every step, all heads, the loss.
@@ -64,7 +64,7 @@ def test_sequence_parallel_collectives() -> None:
         assert found["gathered"][-1] == found["targets"] * (4 * 3 + 5)
 
 
-def test_context_parallel_collectives() -> None:
+def test_context_parallelism_costs_the_collectives_that_are_documented() -> None:
     case, _ = make_case(cp=2, ttt_steps=5)
     for found in run_distributed(count_micro_batch, 2, case):
         # The final hidden's halo; keys and values of the trunk, once for all steps.

@@ -80,7 +80,7 @@ def train(rank: int, world: int, case: PipelineCase, ahead: bool) -> dict[str, A
     return {"found": found, "kinds": kinds, "exhausted": next(iterator, None) is None}
 
 
-def test_nothing_changes(bases: Path) -> None:
+def test_looking_ahead_changes_nothing(bases: Path) -> None:
     """Bit-equal losses and gradients; every sample is taken exactly once."""
     case = make_case(bases, "untied", sum(MICRO_BATCHES), 1, pp=3, first=3)
     plain = run_distributed(train, 3, case, False)

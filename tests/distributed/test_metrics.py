@@ -35,7 +35,7 @@ def reduce_on_rank(rank: int, world: int) -> dict[str, Any]:
     return {"calls": dict(counter.calls), **{key: float(value) for key, value in found.items()}}
 
 
-def test_one_all_reduce_and_exact_means() -> None:
+def test_metrics_are_exact_means_and_take_one_all_reduce() -> None:
     for found in run_distributed(reduce_on_rank, 2):
         assert found.pop("calls") == {"allreduce": 1}
         assert found == pytest.approx(

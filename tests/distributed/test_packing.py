@@ -72,7 +72,9 @@ def test_the_comparison_can_fail() -> None:
         (2, {"cp": 2}),
     ],
 )
-def test_base_and_draft_together(world: int, layout: dict[str, Any]) -> None:
+def test_base_and_draft_together_treat_documents_as_if_alone(
+    world: int, layout: dict[str, Any]
+) -> None:
     """A real base: packed sequences against one sequence a document, losses and gradients."""
     for packed, alone in run_distributed(packed_and_alone, world, layout):
         close(packed["sums"], alone["sums"], "sums")

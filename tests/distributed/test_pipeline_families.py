@@ -99,7 +99,9 @@ def test_equals_reference(world: int, layout: dict[str, Any], bases: Path) -> No
         pytest.param(4, 2, {"ep": 2, **SP}, id="tp2-sp-ep2", marks=pytest.mark.slow),
     ],
 )
-def test_a_base_of_experts(world: int, dp: int, layout: dict[str, Any], bases: Path) -> None:
+def test_a_base_of_experts_equals_the_reference(
+    world: int, dp: int, layout: dict[str, Any], bases: Path
+) -> None:
     config = dataclasses.replace(CONFIG, rope_theta=1e6)  # Mixtral's
     case = make_case(bases, "experts", 3, dp, config=config, captured=(0, 1, 3), **layout)
     compare(case, [found for (found,) in run_distributed(train_once, world, [case])])

@@ -210,7 +210,9 @@ def captured(setup: Setup, prefix: Tensor) -> Tensor:
     return torch.cat([states[layer + 1][0] for layer in AUX_LAYERS], dim=-1)
 
 
-def test_a_perfect_draft_and_a_hopeless_one(decoded: list[dict[str, Any]]) -> None:
+def test_a_perfect_draft_is_accepted_whole_and_a_hopeless_one_never(
+    decoded: list[dict[str, Any]],
+) -> None:
     equal, counts = decoded[0]["perfect"]
     assert equal
     assert counts == {"verifications": 100, "reached": [100] * 3, "accepted": [100] * 3}
@@ -255,7 +257,7 @@ def save(rank: int, world: int, directory: str, case: Case, target: str) -> None
     dist_checkpointing.save(draft.sharded_state_dict(prefix="draft."), target)
 
 
-def test_the_tool_on_a_draft_saved_in_another_layout(setup: Setup, tmp_path: Path) -> None:
+def test_the_tool_reads_a_draft_saved_in_another_layout(setup: Setup, tmp_path: Path) -> None:
     (tmp_path / "draft" / "iter_0000001").mkdir(parents=True)
     target = str(tmp_path / "draft" / "iter_0000001")
     run_distributed(save, 2, setup.base, setup.case, target)

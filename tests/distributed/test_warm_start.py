@@ -114,7 +114,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("world", "changes"), CASES)
-def test_every_shard(tmp_path: Path, world: int, changes: dict[str, Any]) -> None:
+def test_every_shard_is_filled_from_the_stored_draft(
+    tmp_path: Path, world: int, changes: dict[str, Any]
+) -> None:
     """From the files, from the checkpoint made of them, and by Megatron's own loader."""
     case, reference = make_case(**changes)
     write_hf(case, reference, tmp_path / "hf")

@@ -31,7 +31,7 @@ BASES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "fields", "flags"), BASES)
-def test_train_and_decode(
+def test_every_base_trains_a_draft_and_decodes_with_it(
     family: str, fields: dict[str, Any], flags: list[str], tmp_path: Path
 ) -> None:
     """The base stays as it is, the loss falls, the cache gives the answers it gives without

@@ -13,7 +13,7 @@ from tests.helpers.corpus import VOCABULARY, corpus, write_indexed
 
 
 @pytest.mark.parametrize("tokenizer", ["SentencePieceTokenizer", "HuggingFaceTokenizer"])
-def test_indexed_data_with_every_token_supervised(tokenizer: str, tmp_path: Path) -> None:
+def test_indexed_data_supervise_every_token(tokenizer: str, tmp_path: Path) -> None:
     made = corpus(tmp_path, tokenizer)
     run = train(
         1, tmp_path / "log.jsonl", "--eagle-base-checkpoint", made.base, *made.flags,
@@ -30,7 +30,9 @@ def test_indexed_data_with_every_token_supervised(tokenizer: str, tmp_path: Path
     assert set(special_and_bytes) <= kept
 
 
-def test_bf16_with_the_distributed_optimizer_on_two_data_parallel_ranks(tmp_path: Path) -> None:
+def test_bf16_with_the_distributed_optimizer_trains_and_resumes_on_two_data_parallel_ranks(
+    tmp_path: Path,
+) -> None:
     """With buckets so small that the head has one of its own, which must be waited for."""
     made = corpus(tmp_path, "SentencePieceTokenizer")
     plain = ["--eagle-base-checkpoint", made.base, *made.flags, "--eagle-draft-vocab-size", 380,

@@ -51,7 +51,9 @@ PROMPTS = {"TEXT": {"prompt": "Hello"}, "IDS": {"prompt_ids": [1]}}
 
 
 @pytest.mark.parametrize(("words", "message"), REFUSED, ids=lambda value: str(value)[:40])
-def test_refused_in_one_line(words: list, message: str, inputs: Inputs, tmp_path: Path) -> None:
+def test_flags_are_refused_in_one_line(
+    words: list, message: str, inputs: Inputs, tmp_path: Path
+) -> None:
     for name, prompt in PROMPTS.items():
         (tmp_path / name).write_text(json.dumps(prompt) + "\n")
     words = [tmp_path / word if word in PROMPTS else word for word in words]

@@ -32,7 +32,9 @@ def first(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return folder, run.metrics[12]["loss"]
 
 
-def test_training_goes_on(first: tuple[Path, float], inputs: Inputs, tmp_path: Path) -> None:
+def test_training_goes_on_from_files_and_checkpoint_alike(
+    first: tuple[Path, float], inputs: Inputs, tmp_path: Path
+) -> None:
     """From the files and from the checkpoint alike; sizes and vocabulary need no flags."""
     folder, last = first
     losses = []
@@ -68,7 +70,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("words", "message"), REFUSED, ids=lambda value: str(value)[:40])
-def test_contradictions(
+def test_flags_that_contradict_the_draft_are_refused(
     words: list, message: str, first: tuple[Path, float], inputs: Inputs
 ) -> None:
     given = [*RECIPE, *inputs.flags, "--eagle-warm-start", first[0] / "speculators", *words]

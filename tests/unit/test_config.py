@@ -24,7 +24,7 @@ def test_every_option_is_a_flag_and_comes_back() -> None:
     assert EagleConfig.from_mapping(options.to_mapping()) == options
 
 
-def test_default_captured_layers() -> None:
+def test_default_aux_layers_follow_from_the_base_s_depth() -> None:
     assert EagleConfig().captured_layers(32) == (1, 15, 28)
     assert EagleConfig().captured_layers(7) == (1, 2, 3)
     with pytest.raises(ValueError, match="--eagle-aux-layers must be given"):
@@ -75,7 +75,7 @@ def test_default_captured_layers() -> None:
         ({"eval_prompts": "p", "offline_features": "f"}, "--eagle-eval-prompts: .* no base"),
     ],
 )
-def test_impossible_options(changes: dict, message: str) -> None:
+def test_impossible_options_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EagleConfig(**changes)
 
@@ -89,7 +89,9 @@ def test_impossible_options(changes: dict, message: str) -> None:
         (EagleConfig(ttt_steps=7), "--seq-length 8 is too short: --eagle-ttt-steps 7"),
     ],
 )
-def test_options_that_the_base_cannot_honour(options: EagleConfig, message: str) -> None:
+def test_options_that_the_base_cannot_honour_are_refused(
+    options: EagleConfig, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         options.check_against_base(base_layers=8, vocab_size=100, seq_length=8)
 
@@ -106,7 +108,7 @@ def test_widths_are_the_base_s_unless_given() -> None:
         EagleConfig(num_query_groups=3).layer_widths(base)
 
 
-def test_widths_of_an_mla_draft() -> None:
+def test_widths_of_an_mla_draft_are_those_of_its_attention() -> None:
     base = {"ffn_hidden_size": 96, "num_attention_heads": 8, "num_query_groups": 8}
     mla = {"kv_lora_rank": 12, "qk_head_dim": 6, "qk_pos_emb_head_dim": 4, "v_head_dim": 5}
     args = base | mla | {"kv_channels": 6, "multi_latent_attention": True}

@@ -124,7 +124,7 @@ def test_chains_of_ended_sequences_stay_in_the_cache() -> None:
     assert sequences.finished
 
 
-def test_chain_counts() -> None:
+def test_chain_counts_stop_at_a_miss_and_at_the_end_of_a_sequence() -> None:
     """Three drafts: all right; right, wrong, right; all right but the first ends the sequence;
     and a sequence that has ended."""
     counts = ChainCounts(3)
@@ -171,7 +171,7 @@ def base_with(**args: int) -> BaseInfo:
         (2, "--expert-model-parallel-size 2", {}, "the base has no experts"),
     ],
 )  # fmt: skip
-def test_the_tool_s_layout(
+def test_the_tool_s_layout_fills_the_processes(
     processes: int, flags: str, base: dict[str, int], sizes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(processes))

@@ -137,7 +137,7 @@ WRITERS = [safeailab, specforge, modelopt, vllm, unsorted]
 
 @pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("writer", WRITERS)
-def test_other_writers(tmp_path: Path, writer: Any, pickled: bool) -> None:
+def test_files_of_other_writers_are_understood(tmp_path: Path, writer: Any, pickled: bool) -> None:
     draft, directory = exported(tmp_path)
     _, tensors = rewrite(directory, writer)
     if pickled:
@@ -152,7 +152,7 @@ def test_other_writers(tmp_path: Path, writer: Any, pickled: bool) -> None:
         assert found[key].equal(tensor), key
 
 
-def test_eagle1_of_safeailab(tmp_path: Path) -> None:
+def test_an_eagle1_draft_of_safeailab_is_understood(tmp_path: Path) -> None:
     """The base's architecture name, its head and embedding beside; a bias only if it is zero."""
     draft, directory = exported(tmp_path, "sglang", **EAGLE1)
 
@@ -173,7 +173,7 @@ def test_eagle1_of_safeailab(tmp_path: Path) -> None:
         imported(directory, draft, aux_layers=(1, 2, 3))
 
 
-def test_captured_layers_default_to_those_of_training(tmp_path: Path) -> None:
+def test_aux_layers_default_to_those_of_training(tmp_path: Path) -> None:
     draft, directory = exported(tmp_path)
     rewrite(directory, safeailab)
     assert imported(directory, draft).info.aux_layers == (1, 3, 4)
@@ -253,7 +253,7 @@ def test_an_embedding_beside_the_draft_must_be_the_bases(
     assert imported(directory, draft, adapt=refused, **where).info.base == base_of(draft)
 
 
-def test_command_line(tmp_path: Path) -> None:
+def test_the_command_imports_a_draft(tmp_path: Path) -> None:
     draft, directory = exported(tmp_path)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / BASE_JSON_NAME).write_text(json.dumps(draft.metadata["base"]))
