@@ -14,7 +14,6 @@ import json
 import os
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,36 +21,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.given_logits import give_logits
 from benchmarks.measure import measure
 from benchmarks.problem import DTYPES, Problem, add_problem_flags, problem_from
+from megatron_eagle.testing.collectives import CollectiveCounter
 
 if TYPE_CHECKING:  # only the ranks import Megatron
     from megatron_eagle.model import EagleGPTModel
     from megatron_eagle.objective.batch import EagleBatch
-
-
-class CollectiveCounter(TorchDispatchMode):
-    """Counts c10d operations, and the bytes this rank puts into them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.bytes = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        if func.namespace == "c10d":
-            self.calls[func._schema.name.removeprefix("c10d::").strip("_")] += 1
-            sent = args[1] if func._schema.name.endswith("base_") else args[0]
-            for tensor in sent if isinstance(sent, list) else [sent]:
-                self.bytes += tensor.numel() * tensor.element_size()
-        return func(*args, **(kwargs or {}))
 
 
 class DraftStep:

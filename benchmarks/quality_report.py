@@ -62,7 +62,7 @@ def _table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def _plot(found: dict[str, dict[str, Any]], file: Path) -> None:
-    """Left, accepted length on held-out prompts; right, teacher-forced, during training."""
+    """Left, accepted length on held-out prompts; right, the simulated one, in training."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -82,7 +82,7 @@ def _plot(found: dict[str, dict[str, Any]], file: Path) -> None:
             for i in range(len(values))
         ]
         curves.plot(iterations, means, label=name, linewidth=1)
-    curves.set(xlabel="iteration", ylabel="teacher-forced accepted length (all K steps)")
+    curves.set(xlabel="iteration", ylabel="simulated accepted length (all K steps)")
     curves.legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(file, dpi=90)

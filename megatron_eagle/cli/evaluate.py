@@ -96,7 +96,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from megatron_eagle.cli.process_groups import start
     from megatron_eagle.decode.acceptance import evaluate_acceptance
     from megatron_eagle.decode.load import fresh_draft, load_base, load_draft, read_draft_info
-    from megatron_eagle.decode.prompt_shards import PromptShare, lockstep_groups
+    from megatron_eagle.decode.prompt_shards import PromptShard, lockstep_groups
     from megatron_eagle.decode.prompts import read_prompt_ids, stop_ids
     from megatron_eagle.pipeline.exchange import StageExchange
     from megatron_eagle.training.layout import sizes_without_trainer
@@ -114,13 +114,13 @@ def _evaluate(args: argparse.Namespace) -> int:
         draft = fresh_draft(about, frozen, exchange)
     elif about is not None:
         draft = load_draft(about, frozen, args.draft)
-    share = PromptShare.of(lockstep_groups(groups))
+    shard = PromptShard.of(lockstep_groups(groups))
     report = evaluate_acceptance(
         frozen,
         draft,
         prompts,
         exchange=exchange,
-        share=share,
+        shard=shard,
         max_new_tokens=args.max_new_tokens,
         draft_tokens=args.draft_tokens,
         batch_size=args.batch_size,

@@ -1,1 +1,1 @@
-"""Greedy decoding in the framework: a base alone, and a base with a draft that speculates."""
+"""Greedy decoding in any layout: the base alone, and speculatively with base and draft."""

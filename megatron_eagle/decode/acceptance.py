@@ -1,6 +1,6 @@
-"""How much a draft is worth: accepted length, acceptance per chain position, measured speed.
+"""Evaluation of a draft by decoding: accepted length, acceptance rate per chain position, speed.
 
-Every figure comes with its check: the speculative output is the greedy output, token by token.
+The figures come with their check: speculative answers equal the greedy ones, token by token.
 """
 
 from __future__ import annotations
@@ -17,23 +17,27 @@ import torch
 from megatron_eagle.decode.base import CachedBase
 from megatron_eagle.decode.chain import DraftChain
 from megatron_eagle.decode.greedy import greedy_steps
-from megatron_eagle.decode.interleave import Steps, together
-from megatron_eagle.decode.prompt_shards import PromptShare
+from megatron_eagle.decode.interleave import Steps, interleave
+from megatron_eagle.decode.prompt_shards import PromptShard
 from megatron_eagle.decode.speculative import ChainCounts, speculative_steps
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.errors import UserError
 from megatron_eagle.pipeline.exchange import StageExchange
 from megatron_eagle.teacher.base import FrozenBase
 
-EVERYTHING = PromptShare()
+ALL_PROMPTS = PromptShard()
 Batch = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """Where the speculative output of prompt ``prompt`` leaves the greedy one: answer token
-    ``index``, the two ids (None: the answer has ended), and by how much the base prefers the
-    greedy one when asked alone, without a cache (about 1e-5 is a tie)."""
+    """First difference between the greedy and the speculative answer of prompt ``prompt``.
+
+    index: the answer token that differs; ``greedy`` and ``speculative``: its two ids, None where an
+    answer has ended.
+    logit_gap: the greedy token's logit minus the other's, in one forward without a cache; about
+    1e-5 is a tie.
+    """
 
     prompt: int
     index: int
@@ -44,8 +48,11 @@ class Mismatch:
 
 @dataclass
 class AcceptanceReport:
-    """Counts as :class:`~megatron_eagle.decode.speculative.ChainCounts` defines them; seconds
-    include the prefill. ``tokens`` are the answers' tokens, first ones and stop ids included."""
+    """Result of an evaluation; ``counts`` as ``ChainCounts`` defines them.
+
+    tokens: all tokens of the answers, the first ones and stop ids included.
+    seconds: wall time of each way of decoding, prefill included.
+    """
 
     counts: ChainCounts
     prompts: int = 0
@@ -55,24 +62,24 @@ class AcceptanceReport:
 
     @property
     def accepted_length(self) -> float:
-        """tau: 1 + accepted drafts per verification, the mean over all verifications of all
-        prompts (a prompt that needs more verifications weighs more)."""
+        """Return 1 + accepted drafts per verification, averaged over the verifications of all
+        prompts: a prompt that needs more verifications weighs more."""
         return 1.0 + sum(self.counts.accepted) / max(1, self.counts.verifications)
 
     @property
     def unconditional(self) -> list[float]:
-        """Per chain position: accepted drafts / all verifications."""
+        """Return the acceptance rate per chain position: accepted drafts / all verifications."""
         return [a / max(1, self.counts.verifications) for a in self.counts.accepted]
 
     @property
     def conditional(self) -> list[float]:
-        """Per chain position: accepted drafts / verifications whose earlier drafts were all
-        accepted."""
+        """Return the rate per chain position: accepted drafts / verifications whose earlier drafts
+        were all accepted."""
         pairs = zip(self.counts.accepted, self.counts.reached, strict=True)
         return [a / max(1, r) for a, r in pairs]
 
     def merge(self, other: AcceptanceReport) -> None:
-        """Add what was found of other prompts at the same time."""
+        """Add the report on other prompts, decoded at the same time on other ranks."""
         self.counts.merge(other.counts)
         self.prompts += other.prompts
         self.tokens += other.tokens
@@ -80,7 +87,7 @@ class AcceptanceReport:
         self.mismatches += other.mismatches
 
     def as_dict(self) -> dict[str, Any]:
-        """All figures, JSON-serialisable."""
+        """Return all figures, JSON-serialisable."""
         return {
             "accepted_length": self.accepted_length,
             "acceptance": self.unconditional,
@@ -104,7 +111,7 @@ def evaluate_acceptance(
     prompts: Sequence[Sequence[int]],
     *,
     exchange: StageExchange | None = None,
-    share: PromptShare = EVERYTHING,
+    shard: PromptShard = ALL_PROMPTS,
     max_new_tokens: int = 64,
     draft_tokens: int = 3,
     batch_size: int = 16,
@@ -112,18 +119,26 @@ def evaluate_acceptance(
     compare: bool = True,
     progress: Callable[[str], None] = lambda _: None,
 ) -> AcceptanceReport:
-    """Continue this rank's ``share`` of ``prompts`` greedily, alone and with ``draft`` (None:
-    alone only), and compare; without ``compare`` with the draft only.
+    """Answer ``prompts`` greedily and speculatively, and compare the answers.
 
-    ``base`` and ``draft`` are as training holds them, in any layout; ``exchange`` joins the base's
-    pipeline stages, of which each has a batch of its own under way. All ranks of the world call
-    this with the same arguments but for the share, and get the same report. Raises
-    ``ValueError`` for an answer that would leave the base's positions.
+    ``base`` and ``draft`` may have any layout. Collective over all ranks of the world: they pass
+    the same arguments except ``shard`` and get the same report.
+
+    Args:
+        draft: None decodes with the base alone.
+        prompts: token ids.
+        exchange: between the base's pipeline stages, each of which has a batch of its own in
+            flight.
+        shard: the part of ``prompts`` that this rank decodes.
+        compare: false decodes with the draft only, which must be given.
+
+    Raises:
+        UserError: an answer would exceed the base's positions.
     """
     assert compare or draft is not None
     check_lengths(prompts, max_new_tokens, base.gpt.max_sequence_length)
     stops, report = list(stop_ids), AcceptanceReport(ChainCounts(draft_tokens))
-    cached, plain = CachedBase(base, exchange), CachedBase(base, exchange, captures=False)
+    cached, plain = CachedBase(base, exchange), CachedBase(base, exchange, read_aux=False)
 
     def greedy(batch: Batch) -> Steps[list[list[int]]]:
         return greedy_steps(plain, batch, max_new_tokens, stops)
@@ -137,28 +152,29 @@ def evaluate_acceptance(
 
     ways = [("greedy", greedy)] if compare else []
     ways += [("speculative", speculative)] if draft is not None else []
-    order = share.take(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
+    order = shard.take(sorted(range(len(prompts)), key=lambda i: len(prompts[i])))
     for wave in _waves(order, batch_size, cached.exchange.stages):
         indices, answers = list(chain.from_iterable(wave)), []
         for name, steps in ways:
             started = time.perf_counter()
-            found = together(steps([prompts[i] for i in batch]) for batch in wave)
+            results = interleave(steps([prompts[i] for i in batch]) for batch in wave)
             report.seconds[name] += time.perf_counter() - started
-            answers.append(list(chain.from_iterable(found)))
+            answers.append(list(chain.from_iterable(results)))
         report.prompts += len(indices)
         report.tokens += sum(map(len, answers[0]))
         for i, expected, other in zip(indices, answers[0], answers[-1], strict=True):
             if expected != other:
                 report.mismatches.append(_mismatch(plain, i, prompts[i], expected, other))
         progress(f"{report.prompts} of {len(order)} prompts, {report.tokens} tokens")
-    whole, *others = share.gather(report)
-    for another in others:
-        whole.merge(another)
-    return whole
+    total, *others = shard.gather(report)
+    for other_shard in others:
+        total.merge(other_shard)
+    return total
 
 
 def _waves(order: Sequence[int], batch_size: int, stages: int) -> list[list[Sequence[int]]]:
-    """Batches of at most ``batch_size`` prompts, as many at a time as there are stages."""
+    """Cut ``order`` into batches of at most ``batch_size`` prompts, and the batches into waves of
+    one per pipeline stage."""
     size = max(1, min(batch_size, -(-len(order) // stages)))
     batches = [order[first : first + size] for first in range(0, len(order), size)]
     return [batches[first : first + stages] for first in range(0, len(batches), stages)]
@@ -179,17 +195,18 @@ def check_lengths(prompts: Sequence[Sequence[int]], max_new_tokens: int, positio
 
 @torch.no_grad()
 def _mismatch(
-    base: CachedBase, prompt: int, tokens: Sequence[int], greedy: list[int], found: list[int]
+    base: CachedBase, prompt: int, tokens: Sequence[int], greedy: list[int], other: list[int]
 ) -> Mismatch:
-    pairs = enumerate(zip(greedy, found, strict=False))
-    shorter = min(len(greedy), len(found))
+    """Locate the first difference and measure its logit gap. Collectives: those of a forward."""
+    pairs = enumerate(zip(greedy, other, strict=False))
+    shorter = min(len(greedy), len(other))
     index = next((i for i, (a, b) in pairs if a != b), shorter)
     if index == shorter:
-        first_id, second_id = (a[index] if index < len(a) else None for a in (greedy, found))
+        first_id, second_id = (a[index] if index < len(a) else None for a in (greedy, other))
         return Mismatch(prompt, index, first_id, second_id, logit_gap=None)
     prefix = torch.tensor([[*tokens, *greedy[:index]]], device=base.device)
     positions = torch.arange(prefix.shape[1], device=base.device).unsqueeze(0)
     _, final = base.run(prefix, positions, base.new_cache(prefix.shape[1]))
-    pair = torch.tensor([greedy[index], found[index]], device=base.device)
+    pair = torch.tensor([greedy[index], other[index]], device=base.device)
     first, second = base.logits_of(final[-1, 0], pair).tolist()
-    return Mismatch(prompt, index, greedy[index], found[index], first - second)
+    return Mismatch(prompt, index, greedy[index], other[index], first - second)

@@ -1,9 +1,12 @@
-"""Keys and values of a batch of ragged sequences, as the attention state of base and draft.
+"""Key/value cache of a batch of ragged sequences, the attention state of base and draft.
 
-The slot of a key is its position. A row sees the slots up to its own, and every forward writes its
-rows before it reads, so whatever an earlier forward left behind a row (padding of a prefill,
-rejected tokens, the keys of a finished draft chain) is overwritten before any row can see it:
-taking tokens back needs no operation on the cache.
+The slot of a key is its position. A token attends to the slots up to its own, and every forward
+writes its keys before it attends. Whatever an earlier forward left behind a token (padding of a
+prefill, rejected tokens, the keys of a finished draft chain) is therefore overwritten before any
+token can attend to it: taking tokens back needs no operation on the cache.
+
+B sequences, S tokens of each in a forward, n query heads, g key/value heads, d and dv head sizes of
+keys and values, span: slots up to the last position of the forward.
 """
 
 from __future__ import annotations
@@ -13,8 +16,10 @@ from torch import Tensor
 
 
 class KeyValueCache:
-    """An :class:`~megatron_eagle.attention.core.AttentionState` for ``capacity`` positions of each
-    of B sequences. Call :meth:`place` before every forward."""
+    """Hold the keys and values of ``capacity`` positions of each of B sequences, per layer.
+
+    An ``AttentionState`` (``attention/core.py``). Call ``place`` before every forward.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -25,14 +30,14 @@ class KeyValueCache:
         self._span = 0
 
     def place(self, positions: Tensor) -> None:
-        """The next forward's rows have these positions, [B, n]."""
+        """Set the ``positions`` [B, S] of the next forward's tokens."""
         self._positions = positions
         self._span = int(positions.max()) + 1
         self._biases.clear()
         assert self._span <= self.capacity, f"position {self._span - 1} of {self.capacity}"
 
     def keep(self, sequences: Tensor) -> None:
-        """Keep only these of the B sequences, in this order."""
+        """Keep only the sequences of these indices, in this order."""
         for store in (self._keys, self._values):
             for layer, tensor in store.items():
                 store[layer] = tensor[sequences]
@@ -47,19 +52,23 @@ class KeyValueCache:
         window: int | None = None,
         sink: Tensor | None = None,
     ) -> Tensor:
-        """query [B, n, S, d] against all slots up to each row's own (the last ``window`` of them);
-        key [B, g, S, d] and value [B, g, S, dv] are stored first. Returns [B, n, S, dv]."""
+        """Store ``key`` [B, g, S, d] and ``value`` [B, g, S, dv], then attend.
+
+        Returns [B, n, S, dv]: each token of ``query`` [B, n, S, d] attends to all slots up to its
+        own, or with ``window`` to the last ``window`` of them. ``sink`` [n]: learned logits of one
+        more slot, whose value is zero. No collective.
+        """
         keys = self._store(self._keys, layer, key)
         values = self._store(self._values, layer, value)
-        batch, groups, rows = key.shape[:3]
+        batch, groups, length = key.shape[:3]
         ratio = query.shape[1] // groups
         # The heads that share a key are rows of one product: no key is ever repeated.
-        grouped = query.reshape(batch, groups, ratio * rows, query.shape[-1])
+        grouped = query.reshape(batch, groups, ratio * length, query.shape[-1])
         mask = self._mask(grouped.dtype, ratio, window)
         if sink is not None:
-            # One more slot: its key and value are zeros, its score is the sink's.
+            # One more slot: its key and value are zeros, so its score is the sink alone.
             keys, values = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (keys, values))
-            column = sink.to(mask.dtype).view(1, groups, ratio).repeat_interleave(rows, dim=2)
+            column = sink.to(mask.dtype).view(1, groups, ratio).repeat_interleave(length, dim=2)
             column = column.expand(batch, -1, -1).unsqueeze(-1)
             mask = torch.cat([mask.expand(-1, groups, -1, -1), column], dim=-1)
         out = torch.nn.functional.scaled_dot_product_attention(
@@ -72,18 +81,18 @@ class KeyValueCache:
         if layer not in store:
             # Zeros: a masked slot has weight 0, which does not silence a NaN.
             store[layer] = new.new_zeros(batch, groups, self.capacity, size)
-        rows = torch.arange(batch, device=new.device).unsqueeze(1)
-        store[layer][rows, :, self._positions] = new.transpose(1, 2)
+        sequences = torch.arange(batch, device=new.device).unsqueeze(1)
+        store[layer][sequences, :, self._positions] = new.transpose(1, 2)
         return store[layer][:, :, : self._span]
 
     def _mask(self, dtype: torch.dtype, ratio: int, window: int | None) -> Tensor:
-        """Additive, [B, 1, ratio * S, span]; the same for all layers of a forward and a window."""
+        """Return the additive mask [B, 1, ratio * S, span], made once per forward and window."""
         if window not in self._biases:
             slots = torch.arange(self._span, device=self._positions.device)
-            rows = self._positions.unsqueeze(-1)
-            hidden = slots > rows
+            positions = self._positions.unsqueeze(-1)
+            hidden = slots > positions
             if window is not None:
-                hidden |= slots <= rows - window
+                hidden |= slots <= positions - window
             bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
             bias = bias.masked_fill_(hidden, float("-inf"))
             self._biases[window] = bias.repeat(1, ratio, 1).unsqueeze(1)

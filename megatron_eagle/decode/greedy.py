@@ -1,4 +1,7 @@
-"""Plain greedy decoding of the base, the judge of everything speculative."""
+"""Plain greedy decoding with the base: the answers that speculative ones must equal.
+
+B sequences, S tokens of each in a forward, H hidden size.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,15 @@ def greedy_steps(
     max_new_tokens: int,
     stop_ids: Iterable[int] = (),
 ) -> Steps[list[list[int]]]:
-    """The base's greedy continuation of each prompt, all prompts in one batch; for
-    :func:`~megatron_eagle.decode.interleave.together`."""
+    """Continue ``prompts`` greedily in one batch; return the answers' token ids.
+
+    A generator for ``interleave.interleave``: it yields around every forward.
+    """
     sequences = Sequences(prompts, max_new_tokens, stop_ids, base.device)
     cache = base.new_cache(sequences.capacity)
     forward = base.begin(*sequences.padded_prompts(), cache)
     yield
-    final = select_rows(base.finish(forward)[1], sequences.lengths - 1)
+    final = select_tokens(base.finish(forward)[1], sequences.lengths - 1)
     while True:
         sequences.append(base.argmax(final).unsqueeze(1), torch.ones_like(sequences.lengths))
         if sequences.finished:
@@ -39,6 +44,6 @@ def greedy_steps(
         final = base.finish(forward)[1][0]
 
 
-def select_rows(hidden: Tensor, rows: Tensor) -> Tensor:
-    """Row ``rows[b]`` of each sequence b of ``hidden`` [S, B, H]: [B, H]."""
-    return hidden[rows, torch.arange(rows.numel(), device=rows.device)]
+def select_tokens(hidden: Tensor, indices: Tensor) -> Tensor:
+    """Select token ``indices[b]`` of each sequence b of ``hidden`` [S, B, H]: [B, H]."""
+    return hidden[indices, torch.arange(indices.numel(), device=indices.device)]

@@ -1,9 +1,9 @@
-"""Several batches decoded at the same time, so that no pipeline stage waits for all the others.
+"""Interleaved decoding of several batches, so that no pipeline stage idles while another computes.
 
-A batch's forwards wait for each other: each needs the tokens that the last one gave. With one batch
-a stage per stage they follow each other through the stages: while the second stage runs the first
-batch, the first stage runs the second batch. A batch is a generator that stops before and after
-every forward of this stage, and all batches stop at the same places.
+The forwards of one batch depend on each other: each needs the tokens that the last one chose. With
+as many batches as stages, the first stage runs the second batch while the second stage runs the
+first batch. A batch is a generator that yields before and after every forward of this stage; all
+batches yield at the same points.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ type Steps[Result] = Generator[None, None, Result]
 
 
 @torch.no_grad()
-def together[Result](batches: Iterable[Steps[Result]]) -> list[Result]:
-    """Go on with all batches in turn until each has returned; what they returned, in order."""
+def interleave[Result](batches: Iterable[Steps[Result]]) -> list[Result]:
+    """Advance all batches in turn until each has returned; return their results in order."""
     running = dict(enumerate(batches))
     results: dict[int, Result] = {}
     while running:

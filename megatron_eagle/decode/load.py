@@ -1,6 +1,7 @@
-"""Base and draft from their checkpoints, in this run's layout, without the trainer.
+"""Loading of base and draft from their checkpoints, in any layout, without the trainer.
 
-fp32, modules of Megatron-Core alone, no sequence parallelism: what decoding checks is exact.
+They are fp32, without sequence parallelism, and made of Megatron-Core's own modules, so that
+speculative and greedy answers can be compared token by token.
 """
 
 from __future__ import annotations
@@ -42,13 +43,14 @@ class DraftCheckpointInfo:
 
 
 def load_base(
-    directory: str | Path, base: BaseInfo, pg_collection: Any, captured: Sequence[int] = ()
+    directory: str | Path, base: BaseInfo, pg_collection: Any, aux_layers: Sequence[int] = ()
 ) -> FrozenBase:
-    """The base with its weights, or this pipeline stage's layers of it. A collective of all ranks.
+    """Load the base, on a pipeline stage that stage's layers. Collective over all ranks.
 
-    Layers that the stages do not divide evenly go to the first one. Raises ``UserError`` when
-    the tensor-parallel ranks do not divide its heads, when it has fewer layers than there are
-    stages, or naming the directory when it cannot be loaded.
+    Layers that the stages do not divide evenly go to the first one. ``aux_layers``: ids of the
+    layers whose outputs the draft reads. Raises ``UserError`` when the tensor-parallel ranks do
+    not divide its heads, when it has fewer layers than there are stages, or naming the directory
+    when it cannot be loaded.
     """
     args, groups = base.megatron_args, pg_collection
     ranks, stages, experts = groups.tp.size(), groups.pp.size(), groups.ep.size()
@@ -82,12 +84,12 @@ def load_base(
     gpt = build_base(config, base, local_backend(), groups, *ends)
     shards = VocabShards(gpt)
     load_base_weights(gpt, directory, shards)
-    frozen = FrozenBase(gpt, captured, base.vocab_size, shards)
+    frozen = FrozenBase(gpt, aux_layers, base.vocab_size, shards)
     return frozen.cuda(torch.cuda.current_device())
 
 
 def _first_stage(layers: int, stages: int) -> int | None:
-    """Layers of the first stage; None if all have as many."""
+    """Return the number of layers on the first stage, None if all stages have as many."""
     return None if layers % stages == 0 else layers - (stages - 1) * (layers // stages)
 
 

@@ -1,4 +1,4 @@
-"""Prompts of an evaluation: token ids from a JSONL file, and the ids that end an answer."""
+"""Prompts of an evaluation, read from a JSONL file, and the ids that end an answer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read_prompt_ids(path: Path, tokenizer_dir: str | None, vocab_size: int) -> l
 
 
 def digest(prompts: Sequence[Sequence[int]]) -> str:
-    """Return the SHA-256 of the ids, which identifies the prompts of a figure."""
+    """Return the SHA-256 of the ids, which tells the prompts of two evaluations apart."""
     return hashlib.sha256(json.dumps(list(map(list, prompts))).encode()).hexdigest()
 
 

@@ -1,4 +1,7 @@
-"""A batch of token sequences of different lengths that grow until each of them stops."""
+"""Batch of token sequences of different lengths that grow until each of them stops.
+
+B sequences still in the batch, S tokens of the longest one so far, n new tokens of each.
+"""
 
 from __future__ import annotations
 
@@ -8,17 +11,19 @@ import torch
 from torch import Tensor
 
 COMPACT_BELOW = 0.75
-"""Finished sequences are dropped from the batch when at most this part of it still grows: dropping
-copies the caches."""
+"""Fraction of the batch still growing at which finished sequences are dropped; dropping them copies
+the caches."""
 
 
 class Sequences:
-    """``tokens`` [B, capacity] and ``lengths`` [B] of the sequences still in the batch.
+    """Hold ``tokens`` [B, capacity] and ``lengths`` [B] of the sequences still in the batch.
 
     Args:
         prompts: token ids, none of them empty.
-        max_new_tokens: where a sequence stops unless one of ``stop_ids`` does so before.
-        spare: positions beyond the last token that drafting may touch.
+        max_new_tokens: length of an answer, unless one of ``stop_ids`` ends it before.
+        stop_ids: ids that end an answer; kept as its last token.
+        device: device of all tensors.
+        spare: positions behind the last token that drafting may use.
     """
 
     def __init__(
@@ -44,26 +49,27 @@ class Sequences:
 
     @property
     def growing(self) -> Tensor:
-        """[B] bool."""
+        """Return which sequences still grow: [B] bool."""
         return ~self._done
 
     @property
     def finished(self) -> bool:
+        """Return whether no sequence grows any more."""
         return bool(self._done.all())
 
     def is_stop(self, tokens: Tensor) -> Tensor:
-        """Which of ``tokens`` [...] end a sequence."""
+        """Return which of ``tokens`` [...] end a sequence: [...] bool."""
         return torch.isin(tokens, self._stop_ids)
 
     def padded_prompts(self) -> tuple[Tensor, Tensor]:
-        """All tokens so far, right-padded with id 0, and their positions, both [B, S]."""
-        rows = int(self.lengths.max())
-        positions = torch.arange(rows, device=self.tokens.device).expand(len(self.lengths), rows)
-        return self.tokens[:, :rows], positions
+        """Return all tokens so far, right-padded with id 0, and their positions, both [B, S]."""
+        longest = int(self.lengths.max())
+        positions = torch.arange(longest, device=self.tokens.device)
+        return self.tokens[:, :longest], positions.expand(len(self.lengths), longest)
 
     def append(self, new: Tensor, counts: Tensor) -> None:
-        """Add the first ``counts`` [B] of ``new`` [B, n] to the sequences that still grow, cut at
-        the limit and after a stop id."""
+        """Append the first ``counts`` [B] of ``new`` [B, n] to the sequences that still grow, up to
+        their limit and through the first stop id."""
         column = torch.arange(new.shape[1], device=new.device)
         positions = self.lengths.unsqueeze(1) + column
         keep = (column < counts.unsqueeze(1)) & (positions < self._limits.unsqueeze(1))
@@ -75,8 +81,7 @@ class Sequences:
         self._done |= (stop & keep).any(1) | (self.lengths >= self._limits)
 
     def compact(self) -> Tensor | None:
-        """Drop finished sequences if it pays. Returns which of the batch were kept, or None when
-        all were."""
+        """Drop finished sequences if it pays; return the indices of those kept, None if all are."""
         kept = self.growing.nonzero().flatten()
         if self.finished or kept.numel() > COMPACT_BELOW * self._done.numel():
             return None
@@ -87,7 +92,7 @@ class Sequences:
         return kept
 
     def answers(self) -> list[list[int]]:
-        """What each prompt was continued with, stop ids included, in the prompts' order."""
+        """Return each prompt's answer, stop id included, in the prompts' order."""
         assert self.finished
         self._collect()
         return [self._answers[source] for source in range(len(self._prompt_lengths))]

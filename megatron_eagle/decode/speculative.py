@@ -1,7 +1,22 @@
 """Greedy speculative decoding: the draft proposes a chain, one base forward verifies it.
 
-The base runs the newest token and its k drafts as k + 1 rows. Drafts are accepted as long as each
-is what the base itself would have said; behind the last accepted one comes the base's own token.
+The base runs the newest token and its k drafts, k + 1 tokens. Drafts are accepted up to the first
+that differs from the base's own greedy token, which then takes its place. With k = 3::
+
+    text so far          ... the
+    drafts                   cat  sat  on
+    tokens run          the  cat  sat  on
+    base's next token   cat  sat  in   a
+    hits                yes  yes  no
+    appended            cat  sat  in          2 accepted drafts, 1 token of the base
+
+``ChainCounts`` adds 1 to ``verifications``, [1, 1, 1] to ``reached`` (a draft is reached if all
+before it are hits) and [1, 1, 0] to ``accepted``. The accepted length of this verification is
+1 + 2 = 3, the number of tokens appended. "in" is the newest token of the next verification; "a",
+which follows a rejected draft, is dropped. If "cat" were a stop id, the answer would end there, and
+``reached`` and ``accepted`` would get [1, 0, 0].
+
+B sequences, n tokens of each in a forward, k drafts, H hidden size, A aux layers.
 """
 
 from __future__ import annotations
@@ -14,25 +29,29 @@ from torch import Tensor
 
 from megatron_eagle.decode.base import CachedBase
 from megatron_eagle.decode.chain import Verified
-from megatron_eagle.decode.greedy import select_rows
+from megatron_eagle.decode.greedy import select_tokens
 from megatron_eagle.decode.interleave import Steps
 from megatron_eagle.decode.sequences import Sequences
 
 
 class Proposer(Protocol):
-    """What drafts: :class:`~megatron_eagle.decode.chain.DraftChain`."""
+    """Source of drafts: ``DraftChain``, or a stand-in with known answers."""
 
-    def propose(self, verified: Verified) -> Tensor: ...
+    def propose(self, verified: Verified) -> Tensor:
+        """Return drafts [B, k] that follow the newest tokens."""
 
-    def keep(self, sequences: Tensor) -> None: ...
+    def keep(self, sequences: Tensor) -> None:
+        """Keep only the sequences of these indices."""
 
 
 class ChainCounts:
-    """Counts per chain position: ``reached``, verifications in which all earlier drafts were
-    accepted and none of them ended the sequence; ``accepted``, of those, accepted here.
+    """Counts over all verifications, in total and per chain position.
+
+    reached: verifications in which all earlier drafts were accepted and none ended the sequence.
+    accepted: those of them that also accepted the draft at this position.
 
     Every verification of a sequence counts in full, also the last one, whose accepted drafts may
-    lie beyond the token limit. The token that a prefill gives is no verification.
+    lie beyond the token limit. The token chosen after the prefill counts as no verification.
     """
 
     def __init__(self, length: int) -> None:
@@ -41,8 +60,11 @@ class ChainCounts:
         self.accepted = [0] * length
 
     def add(self, hits: Tensor, is_stop: Tensor, growing: Tensor) -> None:
-        """hits, is_stop [B, length]: whether the base agrees with each draft, and whether what the
-        base says there ends the sequence; growing [B]: which sequences count."""
+        """Add one verification of each sequence that ``growing`` [B] marks.
+
+        ``hits`` [B, k]: whether the base agrees with each draft. ``is_stop`` [B, k]: whether the
+        base's token at that position ends the sequence.
+        """
         accepted = hits.long().cumprod(1)
         goes_on = accepted * (1 - is_stop.long().cumsum(1).clamp(max=1))
         reached = torch.cat([torch.ones_like(accepted[:, :1]), goes_on[:, :-1]], dim=1)
@@ -54,8 +76,8 @@ class ChainCounts:
     def merge(self, other: ChainCounts) -> None:
         """Add the counts of other prompts."""
         self.verifications += other.verifications
-        for mine, theirs in ((self.reached, other.reached), (self.accepted, other.accepted)):
-            mine[:] = [a + b for a, b in zip(mine, theirs, strict=True)]
+        self.reached = [a + b for a, b in zip(self.reached, other.reached, strict=True)]
+        self.accepted = [a + b for a, b in zip(self.accepted, other.accepted, strict=True)]
 
 
 def speculative_steps(
@@ -67,16 +89,17 @@ def speculative_steps(
     counts: ChainCounts,
     stop_ids: Iterable[int] = (),
 ) -> Steps[list[list[int]]]:
-    """The greedy continuation of each prompt, all prompts in one batch; adds to ``counts``. For
-    :func:`~megatron_eagle.decode.interleave.together`.
+    """Continue ``prompts`` speculatively in one batch; return the answers' token ids.
 
-    ``make_proposer(capacity)`` gives what drafts ``draft_tokens`` tokens at a time.
+    The answers are the greedy ones, whatever is drafted. ``make_proposer(capacity)`` returns the
+    source of ``draft_tokens`` drafts at a time, at positions below ``capacity``. Adds to
+    ``counts``. A generator for ``interleave.interleave``: it yields around every forward.
     """
     sequences = Sequences(prompts, max_new_tokens, stop_ids, base.device, spare=draft_tokens)
     cache = base.new_cache(sequences.capacity)
     forward = base.begin(*sequences.padded_prompts(), cache)
     yield
-    verified = _begun(base, sequences, *base.finish(forward))
+    verified = _after_prefill(base, sequences, *base.finish(forward))
     proposer = make_proposer(sequences.capacity)
     while not sequences.finished:
         kept = sequences.compact()
@@ -86,29 +109,32 @@ def speculative_steps(
             verified = verified.keep(kept)
         drafts = proposer.propose(verified)
         yield
-        forward = base.begin(*_questions(sequences, drafts), cache)
+        forward = base.begin(*_verification_inputs(sequences, drafts), cache)
         yield
-        verified = _judged(base, sequences, drafts, counts, *base.finish(forward))
+        verified = _accept(base, sequences, drafts, counts, *base.finish(forward))
     return sequences.answers()
 
 
-def _begun(base: CachedBase, sequences: Sequences, features: Tensor, final: Tensor) -> Verified:
-    """After the prompts' forward."""
+def _after_prefill(
+    base: CachedBase, sequences: Sequences, features: Tensor, final: Tensor
+) -> Verified:
+    """Append the first token of each answer, from features [n, B, A * H] and final hidden states
+    [n, B, H] of the prompts."""
     lengths = sequences.lengths.clone()
-    chosen = base.argmax(select_rows(final, lengths - 1))
+    chosen = base.argmax(select_tokens(final, lengths - 1))
     sequences.append(chosen.unsqueeze(1), torch.ones_like(lengths))
     following = sequences.tokens[:, 1 : features.shape[0] + 1]
     return Verified(features, following, torch.zeros_like(lengths), lengths - 1)
 
 
-def _questions(sequences: Sequences, drafts: Tensor) -> tuple[Tensor, Tensor]:
-    """The newest token and ``drafts`` [B, k], and their positions, [B, k + 1] each."""
+def _verification_inputs(sequences: Sequences, drafts: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the newest token and ``drafts`` [B, k], and their positions, [B, k + 1] each."""
     start = (sequences.lengths - 1).unsqueeze(1)
-    rows = torch.arange(drafts.shape[1] + 1, device=drafts.device)
-    return torch.cat([sequences.tokens.gather(1, start), drafts], dim=1), start + rows
+    offsets = torch.arange(drafts.shape[1] + 1, device=drafts.device)
+    return torch.cat([sequences.tokens.gather(1, start), drafts], dim=1), start + offsets
 
 
-def _judged(
+def _accept(
     base: CachedBase,
     sequences: Sequences,
     drafts: Tensor,
@@ -116,13 +142,16 @@ def _judged(
     features: Tensor,
     final: Tensor,
 ) -> Verified:
-    """After the forward of the k + 1 rows: append what holds of ``drafts`` [B, k]."""
+    """Append the accepted ones of ``drafts`` [B, k] and the base's token behind them.
+
+    features [k + 1, B, A * H] and final [k + 1, B, H] are of the verification's forward.
+    """
     start = sequences.lengths - 1
-    said = base.argmax(final).t()  # [B, k + 1]: the base's own token after each row
-    hits = said[:, :-1] == drafts
+    greedy = base.argmax(final).t()  # [B, k + 1]: the base's own token after each position
+    hits = greedy[:, :-1] == drafts
     accepted = hits.long().cumprod(1).sum(1)
-    counts.add(hits, sequences.is_stop(said[:, :-1]), sequences.growing)
-    sequences.append(said, accepted + 1)
-    # Of a sequence that ended, no more than was appended: its chain must stay in the cache.
+    counts.add(hits, sequences.is_stop(greedy[:, :-1]), sequences.growing)
+    sequences.append(greedy, accepted + 1)
+    # No more than was appended counts of a sequence that ended: its chain must fit into the cache.
     last = (sequences.lengths - 2 - start).clamp(min=0)
-    return Verified(features, said, start, last)
+    return Verified(features, greedy, start, last)

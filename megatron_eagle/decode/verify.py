@@ -1,7 +1,7 @@
-"""Whether an exported draft is the one that was trained: the same logits from both.
+"""Verification of an exported draft: its logits must equal those of the checkpoint's draft.
 
-The checkpoint's draft runs in Megatron's modules, the exported files in
-:class:`~megatron_eagle.hf.draft.plain_draft.PlainDraft`, on the same random inputs.
+The checkpoint's draft runs in Megatron's modules, the exported files in ``PlainDraft``
+(``hf/draft/plain_draft.py``), on the same random inputs.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ from megatron_eagle.teacher.build import base_config
 
 ROWS, STEPS = 24, 4
 TOLERANCE = 2e-4
-"""Of the largest logit: both sides compute in fp32."""
+"""Largest difference allowed, relative to the largest logit; both sides compute in fp32."""
 
 
 def checkpoint_draft(
     about: DraftCheckpointInfo, directory: str | Path, pg_collection: Any
 ) -> EagleDraft:
-    """The draft of ``directory`` on this process alone, in fp32, without its base's weights: an
-    EAGLE-1 draft has no head then."""
+    """Load the draft of ``directory`` on this process alone, in fp32, without its base's weights.
+
+    An EAGLE-1 draft, whose head is the base's, gets an empty head.
+    """
     base = about.info.base
     config = base_config(base, 1)
     if not config.multi_latent_attention:
@@ -51,8 +53,11 @@ def checkpoint_draft(
 
 @torch.no_grad()
 def largest_difference(draft: EagleDraft, exported: Path, dtype: torch.dtype) -> float:
-    """Of all logits (EAGLE-1: hidden states) of ``STEPS`` steps on random inputs, relative to the
-    largest. ``dtype`` is the export's: the draft's weights are rounded to it first."""
+    """Return the largest difference of logits (EAGLE-1: of hidden states), relative to the largest.
+
+    Both drafts run ``STEPS`` TTT steps on random inputs. ``draft``'s weights are first rounded to
+    ``dtype``, the export's, in place.
+    """
     for parameter in draft.parameters():
         parameter.copy_(parameter.to(dtype))
     generator = torch.Generator().manual_seed(0)
@@ -63,9 +68,9 @@ def largest_difference(draft: EagleDraft, exported: Path, dtype: torch.dtype) ->
     embeddings = torch.randn(ROWS + STEPS - 1, width, generator=generator)
     mask = torch.randn(width, generator=generator) if algorithm.learns_mask_hidden else None
     expected = PlainDraft(exported).run(features, embeddings, STEPS, mask)
-    found = _run(draft, features, embeddings, mask)
+    outputs = _run(draft, features, embeddings, mask)
     differences = [
-        (a - b).abs().max() / b.abs().max() for a, b in zip(found, expected, strict=True)
+        (a - b).abs().max() / b.abs().max() for a, b in zip(outputs, expected, strict=True)
     ]
     return float(torch.stack(differences).max())
 
@@ -90,7 +95,7 @@ def _run(
 def check_export(
     about: DraftCheckpointInfo, checkpoint: str | Path, exported: Path, pg_collection: Any
 ) -> float:
-    """The :func:`largest_difference`; raises ``ValueError`` if it is more than rounding."""
+    """Return ``largest_difference``; raise ``ValueError`` if it is more than rounding."""
     draft = checkpoint_draft(about, checkpoint, pg_collection)
     weights = PlainDraft(exported).layer_config
     dtype = getattr(torch, weights.get("torch_dtype") or "float32")

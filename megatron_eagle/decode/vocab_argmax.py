@@ -1,4 +1,7 @@
-"""The best token over a vocabulary that is cut over the tensor-parallel group."""
+"""Argmax over a vocabulary that is cut over the tensor-parallel group.
+
+H hidden size, Vp this rank's vocabulary shard, [...] any leading dimensions.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +14,11 @@ from megatron_eagle.parallel.vocab import EMPTY_SHARD_MAX, combine_argmax
 
 
 def vocab_argmax(hidden: Tensor, weight: Tensor, ids: Tensor, group: ProcessGroup) -> Tensor:
-    """Ids of the largest logits of ``hidden`` [..., H], the same on every rank; ties take the
-    lowest id.
+    """Return the ids [...] of the largest logits of ``hidden`` [..., H], the same on every rank;
+    ties take the lowest id.
 
-    ``weight`` [Vp, H] are this rank's real rows (possibly none) and ``ids`` [Vp] their token ids,
-    ascending. One all-gather of two numbers a row; none at TP 1.
+    ``weight`` [Vp, H] holds this rank's real rows (possibly none) and ``ids`` [Vp] their token ids,
+    ascending. One all-gather of two numbers per token; none at TP 1.
     """
     if weight.shape[0] == 0:
         best = hidden.new_full(hidden.shape[:-1], EMPTY_SHARD_MAX)

@@ -99,8 +99,8 @@ def reduce_metrics(
 
     ``loss``: Σ_t decay**t (loss_t + regression_weight smooth-L1_t); of each step, per supervised
     row of that step, ``loss_t``, ``accuracy_t`` and, with a ``regression_weight``,
-    ``regression_t``; ``simulated_accepted_length``: 1 + the steps that hit before the first miss,
-    per start row, on the training text; ``vocab_coverage``: the base's probability inside the draft
+    ``regression_t``; ``simulated_accepted_length`` (teacher-forced): 1 + the steps that hit before
+    the first miss, per start row; ``vocab_coverage``: the base's probability inside the draft
     vocabulary; ``supervised_rows`` of step 0. One all-reduce over each of ``groups`` that has more
     than one rank (data and context parallel; pipeline).
     """

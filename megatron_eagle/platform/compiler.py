@@ -53,7 +53,7 @@ def compilable[**P, R](function: Callable[P, R]) -> Callable[P, R]:
 def _warn(function: Callable[..., Any], error: Exception) -> None:
     reason = str(error).strip().splitlines()
     logger.warning(
-        "--eagle-compile: %s could not be compiled and runs eagerly (%s: %s)",
+        "torch.compile: %s could not be compiled and runs eagerly (%s: %s)",
         function.__name__,
         type(error).__name__,
         reason[0] if reason else "no message",

@@ -26,7 +26,7 @@ from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.compat import patch, require, unwrap_model
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.decode.acceptance import AcceptanceReport, check_lengths, evaluate_acceptance
-from megatron_eagle.decode.prompt_shards import PromptShare, lockstep_groups
+from megatron_eagle.decode.prompt_shards import PromptShard, lockstep_groups
 from megatron_eagle.decode.prompts import digest, read_prompt_ids, stop_ids
 from megatron_eagle.errors import UserError
 from megatron_eagle.model import EagleGPTModel
@@ -69,7 +69,7 @@ class AcceptanceEvaluation:
         self.best = None
         if args.save is not None:
             self.best = BestCheckpoint.open(Path(args.save) / "best", self.settings)
-        self._share: PromptShare | None = None
+        self._shard: PromptShard | None = None
 
     def attach(self) -> None:
         """Must run before ``pretrain()``."""
@@ -98,9 +98,9 @@ class AcceptanceEvaluation:
         timers("interval-time", log_level=0).start(barrier=True)
 
     def _measure(self, eagle: EagleGPTModel) -> AcceptanceReport:
-        if self._share is None:
+        if self._shard is None:
             groups = ProcessGroupCollection.use_mpu_process_groups()
-            self._share = PromptShare.of(lockstep_groups(groups))
+            self._shard = PromptShard.of(lockstep_groups(groups))
         training = eagle.draft.training
         eagle.draft.eval()
         try:
@@ -109,7 +109,7 @@ class AcceptanceEvaluation:
                 eagle.draft,
                 self.prompts,
                 exchange=eagle.exchange,
-                share=self._share,
+                shard=self._shard,
                 max_new_tokens=self.options.train.eval_new_tokens,
                 draft_tokens=self.settings["draft_tokens"],
                 stop_ids=stop_ids(self.base),
@@ -136,10 +136,10 @@ class AcceptanceEvaluation:
     def _tell(
         self, report: AcceptanceReport, iteration: int, seconds: float, improved: bool
     ) -> None:
-        shares = " ".join(f"{share:.3f}" for share in report.unconditional)
+        rates = " ".join(f"{rate:.3f}" for rate in report.unconditional)
         text = (
             f" accepted length at iteration {iteration}: {report.accepted_length:.3f} "
-            f"(drafts accepted per position {shares}; {report.prompts} prompts, "
+            f"(drafts accepted per position {rates}; {report.prompts} prompts, "
             f"{report.tokens} tokens, {seconds:.1f} s)"
         )
         line = {

@@ -82,7 +82,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("world", "family", "changes", "sequence_parallel"), CASES)
-def test_every_shard(
+def test_every_shard_starts_as_the_base_s_layers(
     tmp_path: Path, world: int, family: str, changes: dict[str, Any], sequence_parallel: bool
 ) -> None:
     base = make_base(tmp_path / "hf", family, num_hidden_layers=7)
@@ -145,7 +145,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("family", "changes", "message"), REFUSED)
-def test_layers_that_cannot_be_copied(
+def test_layers_that_cannot_be_copied_are_refused(
     tmp_path: Path, family: str, changes: dict[str, Any], message: str
 ) -> None:
     make_base(tmp_path / "hf", family)

@@ -76,7 +76,7 @@ def propose(
     from megatron_eagle.decode import load
     from megatron_eagle.decode.base import CachedBase
     from megatron_eagle.decode.chain import DraftChain
-    from megatron_eagle.decode.interleave import together
+    from megatron_eagle.decode.interleave import interleave
     from megatron_eagle.decode.speculative import ChainCounts, speculative_steps
     from megatron_eagle.draft.metadata import encode_metadata
     from megatron_eagle.hf.draft.info import DraftInfo
@@ -112,7 +112,7 @@ def propose(
             return Spy(draft, cached, DRAFTS, capacity)
 
         counts = ChainCounts(DRAFTS)
-        together([speculative_steps(cached, proposer, PROMPTS, 2, DRAFTS, counts)])
+        interleave([speculative_steps(cached, proposer, PROMPTS, 2, DRAFTS, counts)])
         result[name] = chains[0]
     return result
 

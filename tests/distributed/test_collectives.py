@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from megatron_eagle.testing.collectives import CollectiveCounter
 from megatron_eagle.testing.harness import megatron_parallel, run_distributed
-from tests.distributed.test_reference_parity import make_case
 from tests.helpers.draft_fixture import Case, build_model
-
-
-class CollectiveCounter(TorchDispatchMode):
-    """Counts c10d operations and the elements of all-gather inputs."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-        self.gathered: list[int] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        if func.namespace == "c10d":
-            name = func._schema.name.removeprefix("c10d::").strip("_")
-            self.calls[name] += 1
-            if name == "allgather_base":
-                self.gathered.append(args[1].numel())
-        return func(*args, **(kwargs or {}))
+from tests.helpers.reference_case import make_case
 
 
 def count_micro_batch(rank: int, world: int, case: Case) -> dict[str, Any]:
@@ -56,7 +36,7 @@ def count_micro_batch(rank: int, world: int, case: Case) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("steps", [1, 3, 5])
-def test_tensor_parallel_collectives(steps: int) -> None:
+def test_tensor_parallelism_costs_the_collectives_that_are_documented(steps: int) -> None:
     case, _ = make_case(ttt_steps=steps)
     for found in run_distributed(count_micro_batch, 2, case):
         # Embedding, then attention output and MLP output of every step.
@@ -76,7 +56,7 @@ def test_p_eagle_is_one_pass_of_the_layers() -> None:
         assert found["backward"] == {"allreduce": 1 + 2 + 1}
 
 
-def test_sequence_parallel_collectives() -> None:
+def test_sequence_parallelism_costs_the_collectives_that_are_documented() -> None:
     case, _ = make_case(sequence_parallel=True)
     for found in run_distributed(count_micro_batch, 2, case):
         # Gathers: the final hidden, qkv and fc1 input of every step, all heads, the loss.
@@ -84,7 +64,7 @@ def test_sequence_parallel_collectives() -> None:
         assert found["gathered"][-1] == found["targets"] * (4 * 3 + 5)
 
 
-def test_context_parallel_collectives() -> None:
+def test_context_parallelism_costs_the_collectives_that_are_documented() -> None:
     case, _ = make_case(cp=2, ttt_steps=5)
     for found in run_distributed(count_micro_batch, 2, case):
         # The final hidden's halo; keys and values of the trunk, once for all steps.

@@ -96,7 +96,7 @@ def evaluate(rank: int, world: int, setup: Setup, layout: dict[str, Any]) -> dic
         base, draft, exchange, groups = load(setup, layout)
     from megatron_eagle.compat import get_cuda_rng_tracker
     from megatron_eagle.decode import acceptance
-    from megatron_eagle.decode.prompt_shards import PromptShare, lockstep_groups
+    from megatron_eagle.decode.prompt_shards import PromptShard, lockstep_groups
 
     def random_states() -> list[torch.Tensor]:
         tracked = get_cuda_rng_tracker().get_states()
@@ -112,14 +112,14 @@ def evaluate(rank: int, world: int, setup: Setup, layout: dict[str, Any]) -> dic
         return found
 
     acceptance.speculative_steps = spying_decode
-    share = PromptShare.of(lockstep_groups(groups))
+    shard = PromptShard.of(lockstep_groups(groups))
     report = acceptance.evaluate_acceptance(
-        base, draft, setup.prompts, exchange=exchange, share=share, max_new_tokens=NEW_TOKENS,
+        base, draft, setup.prompts, exchange=exchange, shard=shard, max_new_tokens=NEW_TOKENS,
         draft_tokens=DRAFTS, batch_size=4, stop_ids=setup.stops,
     )  # fmt: skip
     figures = {k: v for k, v in report.as_dict().items() if "second" not in k}
     untouched = all(a.equal(b) for a, b in zip(states, random_states(), strict=True))
-    return {"figures": figures, "answers": answers, "shares": share.count, "untouched": untouched}
+    return {"figures": figures, "answers": answers, "shards": shard.count, "untouched": untouched}
 
 
 def load(setup: Setup, layout: dict[str, Any]) -> tuple[Any, Any, Any, Any]:
@@ -219,9 +219,9 @@ def test_no_stage_waits_for_all_the_others(dense: Setup) -> None:
     assert together >= len(first) // 3
 
 
-@pytest.mark.parametrize(("name", "world", "layout", "shares"), LAYOUTS)
+@pytest.mark.parametrize(("name", "world", "layout", "shards"), LAYOUTS)
 def test_the_layout_does_not_change_an_answer(
-    name: str, world: int, layout: dict[str, Any], shares: int,
+    name: str, world: int, layout: dict[str, Any], shards: int,
     dense: Setup, experts: Setup, expected: dict[str, dict[str, Any]],
 ) -> None:  # fmt: skip
     setup = {"dense": dense, "experts": experts}[name]
@@ -229,11 +229,11 @@ def test_the_layout_does_not_change_an_answer(
     answers: dict[int, list[int]] = {}
     for rank in found:
         assert rank["figures"] == expected[name]["figures"], "every rank reports all prompts"
-        assert rank["shares"] == shares
+        assert rank["shards"] == shards
         assert rank["untouched"], "no random number is drawn"
         for prompt, answer in rank["answers"].items():
             assert answer == setup.answers[prompt]
         answers |= rank["answers"]
     assert sorted(answers) == list(range(len(setup.prompts)))
     decoded = sum(len(rank["answers"]) for rank in found)
-    assert decoded == len(setup.prompts) * world // shares, "no share decodes another's"
+    assert decoded == len(setup.prompts) * world // shards, "no shard decodes another's"

@@ -15,10 +15,11 @@ import torch
 from megatron_eagle.hf.draft.export import export_draft
 from megatron_eagle.hf.draft.formats import FORMATS
 from megatron_eagle.testing.harness import megatron_parallel, run_distributed
-from tests.distributed.test_reference_parity import MLA, make_case
 from tests.helpers.draft_fixture import Case, build_model
-from tests.helpers.trained_draft import Shape, metadata_json, metadata_tensor
-from tests.reference.eagle3 import ReferenceConfig, ReferenceEagle3
+from tests.helpers.reference_case import MLA, make_case
+from tests.helpers.reference_metadata import metadata_of
+from tests.helpers.trained_draft import metadata_tensor
+from tests.reference.eagle3 import ReferenceEagle3
 
 
 def save_case(rank: int, world: int, case: Case, metadata: torch.Tensor, directory: str) -> None:
@@ -28,39 +29,6 @@ def save_case(rank: int, world: int, case: Case, metadata: torch.Tensor, directo
     model = build_model(case)
     model.draft.metadata.copy_(metadata)
     dist_checkpointing.save(model.sharded_state_dict(), directory)
-
-
-def mla_of(config: ReferenceConfig) -> dict[str, int]:
-    if not config.kv_lora_rank:
-        return {}
-    return {
-        "q_lora_rank": config.q_lora_rank,
-        "kv_lora_rank": config.kv_lora_rank,
-        "qk_head_dim": config.head_dim,
-        "qk_pos_emb_head_dim": config.qk_rope_head_dim,
-        "v_head_dim": config.v_head_dim,
-    }
-
-
-def metadata_of(config: ReferenceConfig) -> dict[str, Any]:
-    shape = Shape(
-        layers=config.num_layers,
-        hidden=config.hidden_size,
-        heads=config.num_heads,
-        groups=config.num_kv_heads,
-        head_dim=config.head_dim,
-        ffn=config.intermediate_size,
-        vocab=config.vocab_size,
-        draft_vocab=config.draft_vocab_size,
-        rope={"rope_theta": config.rope_theta},
-        mla=mla_of(config),
-        algorithm="eagle1" if config.eagle1 else "eagle3.1" if config.fc_norm else "eagle3",
-        norm_before_fc=config.norm_before_fc,
-        norm_before_residual=config.norm_before_residual,
-    )
-    content = metadata_json(shape)
-    content["base"]["megatron_args"]["rotary_base"] = int(config.rope_theta)
-    return content
 
 
 EAGLE31 = {"fc_norm": True, "norm_output": True}

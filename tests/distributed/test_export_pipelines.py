@@ -11,9 +11,9 @@ import torch
 from megatron_eagle.hf.base.import_base import import_base
 from megatron_eagle.hf.draft.export import export_draft
 from megatron_eagle.testing.harness import run_distributed
-from tests.distributed.test_export_layouts import metadata_of
 from tests.helpers.pipeline_case import LAYERS, make_case
 from tests.helpers.pipeline_fixture import PipelineCase, build_pipeline
+from tests.helpers.reference_metadata import metadata_of
 from tests.helpers.tiny_hf import make_base
 from tests.helpers.trained_draft import metadata_tensor
 from tests.reference.eagle3 import ReferenceEagle3

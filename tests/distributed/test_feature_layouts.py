@@ -12,7 +12,7 @@ import torch
 
 from megatron_eagle.hf.base.import_base import import_base
 from megatron_eagle.testing.harness import megatron_parallel, run_distributed
-from tests.e2e.conftest import write_answers
+from tests.helpers.random_answers import write_answers
 from tests.helpers.tiny_hf import make_base
 
 LENGTH = 40

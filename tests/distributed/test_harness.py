@@ -84,7 +84,9 @@ def _group_sizes(rank: int, world_size: int, layout: dict[str, int]) -> dict[str
         ({"ep": 4}, {"tp": 1, "pp": 1, "cp": 1, "ep": 4, "dp": 4}),
     ],
 )
-def test_megatron_groups(layout: dict[str, int], expected: dict[str, int]) -> None:
+def test_megatron_groups_have_the_asked_sizes(
+    layout: dict[str, int], expected: dict[str, int]
+) -> None:
     assert run_distributed(_group_sizes, 4, layout) == [expected] * 4
 
 

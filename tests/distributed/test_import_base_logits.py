@@ -77,7 +77,9 @@ def test_variants_equal_hugging_face(family: str, fields: dict[str, Any], tmp_pa
 @pytest.mark.parametrize(
     ("family", "layout"), [("deepseek_v3", {"tp": 2}), ("gpt_oss", {"ep": 2})], ids=_name
 )
-def test_bases_that_ship_quantized(family: str, layout: dict[str, int], tmp_path: Path) -> None:
+def test_bases_that_ship_quantized_equal_hugging_face(
+    family: str, layout: dict[str, int], tmp_path: Path
+) -> None:
     sizes = {"hidden_size": 64, "intermediate_size": 96} if family == "gpt_oss" else {}
     check_logits(tmp_path, family, layout, quantize=True, **sizes)
 

@@ -10,9 +10,9 @@ import torch
 
 from megatron_eagle.pipeline.plan import stage_actions
 from megatron_eagle.testing.harness import run_distributed
-from tests.distributed.test_pipeline import SleepingStages
 from tests.helpers.pipeline_case import import_bases, make_case
 from tests.helpers.pipeline_fixture import PipelineCase, build_pipeline
+from tests.helpers.sleeping_stages import SleepingStages
 
 MICRO_BATCHES = [5, 7, 4, 6, 5]
 """Of each iteration: their number may change, and need not be a multiple of the stages'."""
@@ -80,7 +80,7 @@ def train(rank: int, world: int, case: PipelineCase, ahead: bool) -> dict[str, A
     return {"results": results, "kinds": kinds, "exhausted": next(iterator, None) is None}
 
 
-def test_nothing_changes(bases: Path) -> None:
+def test_looking_ahead_changes_nothing(bases: Path) -> None:
     """Bit-equal losses and gradients; every sample is taken exactly once."""
     case = make_case(bases, "untied", sum(MICRO_BATCHES), 1, pp=3, first=3)
     plain = run_distributed(train, 3, case, False)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_eagle.testing.collectives import CollectiveCounter
 from megatron_eagle.testing.harness import run_distributed
-from tests.distributed.test_collectives import CollectiveCounter
 
 STEPS = 2
 
@@ -42,7 +42,7 @@ def reduce_on_rank(rank: int, world: int) -> dict[str, Any]:
     return {"calls": dict(counter.calls), **{key: float(value) for key, value in found.items()}}
 
 
-def test_one_all_reduce_and_exact_means() -> None:
+def test_metrics_are_exact_means_and_take_one_all_reduce() -> None:
     for found in run_distributed(reduce_on_rank, 2):
         assert found.pop("calls") == {"allreduce": 1}
         assert found == pytest.approx(

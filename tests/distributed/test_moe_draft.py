@@ -13,11 +13,11 @@ from torch import Tensor
 
 from megatron_eagle.hf.base.import_base import import_base
 from megatron_eagle.testing.harness import run_distributed
-from tests.distributed.test_reference_parity import close
 from tests.helpers.draft_fixture import Case, local_part, megatron_names
 from tests.helpers.pipeline_case import AUX_LAYERS, LENGTH, outputs_of_base
 from tests.helpers.pipeline_case import CONFIG as DENSE
 from tests.helpers.pipeline_fixture import PipelineCase, build_pipeline
+from tests.helpers.reference_case import close
 from tests.helpers.tiny_hf import make_base
 from tests.reference.eagle3 import ReferenceEagle3
 

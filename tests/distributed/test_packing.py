@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.testing.harness import megatron_parallel, run_distributed
-from tests.distributed.test_reference_parity import close, compare_with, make_case, run_case
 from tests.helpers.draft_fixture import Case
+from tests.helpers.reference_case import close, compare_with, make_case, run_case
 from tests.reference.eagle3 import ReferenceEagle3
 
 STARTS = [[0, 9, 13, 24], [0, 2, 3, 17, 24]]
@@ -72,7 +72,9 @@ def test_the_comparison_can_fail() -> None:
         (2, {"cp": 2}),
     ],
 )
-def test_base_and_draft_together(world: int, layout: dict[str, Any]) -> None:
+def test_base_and_draft_together_treat_documents_as_if_alone(
+    world: int, layout: dict[str, Any]
+) -> None:
     """A real base: packed sequences against one sequence a document, losses and gradients."""
     for packed, alone in run_distributed(packed_and_alone, world, layout):
         close(packed["sums"], alone["sums"], "sums")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from megatron_eagle.pipeline.plan import stage_actions
 from megatron_eagle.testing.harness import run_distributed
 from tests.helpers.pipeline_case import compare, import_bases, make_case, train_once
 from tests.helpers.pipeline_fixture import PipelineCase, build_pipeline
+from tests.helpers.sleeping_stages import SleepingStages
 
 
 @pytest.fixture(scope="module")
@@ -54,24 +52,6 @@ def test_equals_reference(
         owned = len(range(result["stage"], micro_batches, case.pp))
         assert result["micro_batches"] == owned
         assert result["shared"] == {result["stage"] > 0}, "the norm counts the first stage alone"
-
-
-class SleepingStages:
-    """An observer that makes every base forward and draft step last a given time, and records when
-    things happened."""
-
-    def __init__(self, base: float, draft: float) -> None:
-        self.base, self.draft = base, draft
-        self.events: list[tuple[str, int, float, float]] = []
-
-    @contextmanager
-    def __call__(self, kind: str, micro_batch: int) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        if kind != "wait":
-            lasts = self.draft if kind == "draft" else self.base
-            time.sleep(max(0.0, started + lasts - time.perf_counter()))
-        self.events.append((kind, micro_batch, started, time.perf_counter()))
 
 
 def record_events(rank: int, world: int, case: PipelineCase, base: float, draft: float) -> Any:

@@ -11,7 +11,6 @@ import pytest
 
 from megatron_eagle.hf.base.import_base import import_base
 from megatron_eagle.testing.harness import run_distributed
-from tests.distributed.test_reference_parity import TOLERANCE
 from tests.helpers.pipeline_case import (
     AUX_LAYERS,
     CONFIG,
@@ -21,6 +20,7 @@ from tests.helpers.pipeline_case import (
     train_once,
 )
 from tests.helpers.pipeline_fixture import PipelineCase
+from tests.helpers.reference_case import TOLERANCE
 from tests.helpers.tiny_hf import make_base
 
 FULL_VOCAB = {"draft_vocab_size": CONFIG.vocab_size}
@@ -99,7 +99,9 @@ def test_equals_reference(world: int, layout: dict[str, Any], bases: Path) -> No
         pytest.param(4, 2, {"ep": 2, **SP}, id="tp2-sp-ep2", marks=pytest.mark.slow),
     ],
 )
-def test_a_base_of_experts(world: int, dp: int, layout: dict[str, Any], bases: Path) -> None:
+def test_a_base_of_experts_equals_the_reference(
+    world: int, dp: int, layout: dict[str, Any], bases: Path
+) -> None:
     config = dataclasses.replace(CONFIG, rope_theta=1e6)  # Mixtral's
     case = make_case(bases, "experts", 3, dp, config=config, aux_layers=(0, 1, 3), **layout)
     compare(case, [result for (result,) in run_distributed(train_once, world, [case])])

@@ -118,14 +118,14 @@ def decode(rank: int, world: int, directory: str, case: Case, prompts: list[list
     from megatron_eagle.decode.base import CachedBase
     from megatron_eagle.decode.chain import DraftChain
     from megatron_eagle.decode.greedy import greedy_steps
-    from megatron_eagle.decode.interleave import together
+    from megatron_eagle.decode.interleave import interleave
     from megatron_eagle.decode.speculative import ChainCounts, speculative_steps
 
     base = CachedBase(frozen)
-    (free,) = together([greedy_steps(base, prompts, NEW_TOKENS)])
+    (free,) = interleave([greedy_steps(base, prompts, NEW_TOKENS)])
     stops = [free[0][5], free[1][9]]
     result: dict[str, Any] = {"free": free, "stops": stops}
-    (result["greedy"],) = together([greedy_steps(base, prompts, NEW_TOKENS, stops)])
+    (result["greedy"],) = interleave([greedy_steps(base, prompts, NEW_TOKENS, stops)])
     texts = [p + a for p, a in zip(prompts, result["greedy"], strict=True)]
     hidden: list[Tensor] = []
     rng = random.Random(1)
@@ -140,7 +140,7 @@ def decode(rank: int, world: int, directory: str, case: Case, prompts: list[list
 
     counts = ChainCounts(DRAFTS)
     steps = speculative_steps(base, ragged, prompts, NEW_TOKENS, DRAFTS, counts, stops)
-    (result["answers"],) = together([steps])
+    (result["answers"],) = interleave([steps])
     result["counts"] = vars(counts)
     result["chains"] = proposers[0].chains
     result["first logits"] = torch.stack(hidden[:DRAFTS], dim=1) @ draft.lm_head().t()
@@ -153,7 +153,7 @@ def decode(rank: int, world: int, directory: str, case: Case, prompts: list[list
 
         # 21 tokens: one of the prefill and 5 whole verifications, all of them in the known text.
         steps = speculative_steps(base, known, prompts, 21, DRAFTS, counts)
-        (answers,) = together([steps])
+        (answers,) = interleave([steps])
         result[name] = (answers == [a[:21] for a in free], vars(counts))
     return result
 
@@ -207,7 +207,9 @@ def captured(setup: Setup, prefix: Tensor) -> Tensor:
     return torch.cat([states[layer + 1][0] for layer in AUX_LAYERS], dim=-1)
 
 
-def test_a_perfect_draft_and_a_hopeless_one(decoded: list[dict[str, Any]]) -> None:
+def test_a_perfect_draft_is_accepted_whole_and_a_hopeless_one_never(
+    decoded: list[dict[str, Any]],
+) -> None:
     equal, counts = decoded[0]["perfect"]
     assert equal
     assert counts == {"verifications": 100, "reached": [100] * 3, "accepted": [100] * 3}
@@ -252,7 +254,7 @@ def save(rank: int, world: int, directory: str, case: Case, target: str) -> None
     dist_checkpointing.save(draft.sharded_state_dict(prefix="draft."), target)
 
 
-def test_the_tool_on_a_draft_saved_in_another_layout(setup: Setup, tmp_path: Path) -> None:
+def test_the_tool_reads_a_draft_saved_in_another_layout(setup: Setup, tmp_path: Path) -> None:
     (tmp_path / "draft" / "iter_0000001").mkdir(parents=True)
     target = str(tmp_path / "draft" / "iter_0000001")
     run_distributed(save, 2, setup.base, setup.case, target)

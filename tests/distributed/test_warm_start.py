@@ -14,9 +14,9 @@ from megatron_eagle.checkpoint.directory import parse_base
 from megatron_eagle.hf.draft.checkpoint import open_checkpoint_draft, write_draft_checkpoint
 from megatron_eagle.hf.draft.import_hf import StoredDraft, open_hf_draft
 from megatron_eagle.testing.harness import megatron_parallel, run_distributed
-from tests.distributed.test_export_layouts import metadata_of
-from tests.distributed.test_reference_parity import MLA, make_case
 from tests.helpers.draft_fixture import Case, build_model, local_part, megatron_names
+from tests.helpers.reference_case import MLA, make_case
+from tests.helpers.reference_metadata import metadata_of
 from tests.reference.eagle3 import ReferenceEagle3
 
 
@@ -114,7 +114,9 @@ CASES = [
 
 
 @pytest.mark.parametrize(("world", "changes"), CASES)
-def test_every_shard(tmp_path: Path, world: int, changes: dict[str, Any]) -> None:
+def test_every_shard_is_filled_from_the_stored_draft(
+    tmp_path: Path, world: int, changes: dict[str, Any]
+) -> None:
     """From the files, from the checkpoint made of them, and by Megatron's own loader."""
     case, reference = make_case(**changes)
     write_hf(case, reference, tmp_path / "hf")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from megatron_eagle.hf.base.import_base import import_base
-from tests.helpers.tiny_hf import SIZES, make_base
+from tests.helpers.random_answers import write_answers
+from tests.helpers.tiny_hf import make_base
 
 
 @dataclass(frozen=True)
@@ -33,14 +32,3 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
     import_base(folder / "hf", folder / "base")
     write_answers(folder / "answers.jsonl")
     return Inputs(folder / "hf", folder / "base", folder / "answers.jsonl")
-
-
-def write_answers(file: Path, lines: int = 40) -> None:
-    """Random prompts and answers of ragged lengths."""
-    rng = random.Random(3)
-
-    def ids(low: int, high: int) -> list[int]:
-        return [rng.randrange(SIZES["vocab_size"]) for _ in range(rng.randint(low, high))]
-
-    records = [{"prompt_ids": ids(3, 9), "answer_ids": ids(6, 25)} for _ in range(lines)]
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))

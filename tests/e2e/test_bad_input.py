@@ -15,26 +15,28 @@ from tests.e2e.launch import TRAIN_COMMAND, torchrun, train
 from tests.helpers.tiny_hf import make_base
 
 
-def test_a_bad_flag(inputs: Inputs) -> None:
+def test_a_bad_flag_is_refused(inputs: Inputs) -> None:
     run = train(1, None, *inputs.flags, "--eagle-ttt-steps", 0)
     assert run.returncode != 0
     assert run.error_line == "error: --eagle-ttt-steps must be at least 1, not 0"
 
 
-def test_tensor_parallel_that_does_not_divide_the_heads(inputs: Inputs) -> None:
+def test_tensor_parallelism_that_does_not_divide_the_heads_is_refused(inputs: Inputs) -> None:
     run = train(3, None, *inputs.flags, "--tensor-model-parallel-size", 3)
     assert run.returncode != 0
     assert "--tensor-model-parallel-size 3 does not divide the base's" in run.error_line
 
 
-def test_missing_base(tmp_path: Path, inputs: Inputs) -> None:
+def test_a_missing_base_is_refused(tmp_path: Path, inputs: Inputs) -> None:
     words = ["--eagle-base-checkpoint", tmp_path / "absent"]
     run = train(2, None, *inputs.flags, *words, "--tensor-model-parallel-size", 2)
     assert run.returncode != 0
     assert str(tmp_path / "absent") in run.error_line
 
 
-def test_base_whose_weights_have_other_dimensions(tmp_path: Path, inputs: Inputs) -> None:
+def test_a_base_whose_weights_have_other_dimensions_is_refused(
+    tmp_path: Path, inputs: Inputs
+) -> None:
     shutil.copytree(inputs.base, tmp_path / "base")
     file = tmp_path / "base" / "eagle_base.json"
     description = json.loads(file.read_text())
@@ -47,7 +49,7 @@ def test_base_whose_weights_have_other_dimensions(tmp_path: Path, inputs: Inputs
     assert "shape" in run.error_line
 
 
-def test_empty_data(tmp_path: Path, inputs: Inputs) -> None:
+def test_empty_data_are_refused(tmp_path: Path, inputs: Inputs) -> None:
     (tmp_path / "empty.jsonl").write_text("")
     words = ["--eagle-train-data", tmp_path / "empty.jsonl", "--tensor-model-parallel-size", 2]
     run = train(2, None, *inputs.flags, *words)
@@ -55,7 +57,7 @@ def test_empty_data(tmp_path: Path, inputs: Inputs) -> None:
     assert "the data set is empty" in run.error_line
 
 
-def test_resuming_another_draft(tmp_path: Path, inputs: Inputs) -> None:
+def test_resuming_another_draft_is_refused(tmp_path: Path, inputs: Inputs) -> None:
     save = ["--save", tmp_path / "draft", "--save-interval", 1, "--exit-interval", 1]
     vocabulary = ["--eagle-draft-vocab-size", 32]
     assert train(1, None, *inputs.flags, *vocabulary, *save).returncode == 0

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from megatron_eagle.hf.base.import_base import import_base
-from tests.e2e.conftest import write_answers
 from tests.e2e.launch import ROOT, launch, train
+from tests.helpers.random_answers import write_answers
 from tests.helpers.tiny_hf import make_base
 
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "mscale": 0.7}
@@ -31,7 +31,7 @@ BASES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("family", "fields", "flags"), BASES)
-def test_train_and_decode(
+def test_every_base_trains_a_draft_and_decodes_with_it(
     family: str, fields: dict[str, Any], flags: list[str], tmp_path: Path
 ) -> None:
     """The base stays as it is, the loss falls, the cache gives the answers it gives without

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from megatron_eagle.hf.base.import_base import import_base
-from tests.e2e.conftest import write_answers
 from tests.e2e.launch import train
+from tests.helpers.random_answers import write_answers
 from tests.helpers.tiny_hf import make_base
 
 

@@ -6,9 +6,8 @@ import dataclasses
 import subprocess
 import sys
 
-from megatron_eagle.config.checks import flag_name
-
 from megatron_eagle.config import EagleConfig
+from megatron_eagle.config.option import flag_name
 from tests.e2e.launch import ROOT
 
 

@@ -15,7 +15,7 @@ TP2 = ["--tensor-model-parallel-size", 2]
 
 
 @pytest.mark.parametrize(("saved", "loaded"), [(PP2, TP2), (TP2, PP2), (PP2, [])], ids=str)
-def test_resuming_in_another_layout(
+def test_resuming_in_another_layout_goes_on_alike(
     saved: list, loaded: list, tmp_path: Path, inputs: Inputs
 ) -> None:
     """Optimizer state included, with the distributed optimizer's reshardable format."""

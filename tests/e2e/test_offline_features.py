@@ -79,7 +79,7 @@ def test_bf16_training_equals_bf16_training_beside_the_base(inputs: Inputs, tmp_
 @pytest.mark.parametrize(
     "layout", [(), ("--context-parallel-size", 2)], ids=["data-parallel", "context-parallel"]
 )
-def test_training_in_other_layouts(
+def test_training_in_other_layouts_gives_the_same_losses(
     layout: tuple, inputs: Inputs, features: Path, tmp_path: Path
 ) -> None:
     """The features are of a base at TP 2, whose rounding is another."""
@@ -97,7 +97,7 @@ LAYOUTS: dict[str, tuple[int, tuple]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_extraction_in_other_layouts(
+def test_extraction_in_other_layouts_writes_the_same_features(
     name: str, inputs: Inputs, features: Path, tmp_path: Path
 ) -> None:
     """The same rows as with tensor parallelism, and training accepts them."""
@@ -125,7 +125,7 @@ REFUSED = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("words", "message"), REFUSED, ids=lambda value: str(value)[:40])
-def test_what_features_cannot_do(
+def test_flags_that_features_cannot_serve_are_refused(
     words: tuple, message: str, inputs: Inputs, features: Path
 ) -> None:
     base = ("--eagle-base-checkpoint", inputs.base, "--eagle-offline-features", features)
@@ -135,7 +135,7 @@ def test_what_features_cannot_do(
 
 
 @pytest.mark.slow
-def test_features_of_another_base_and_damaged_ones(
+def test_features_of_another_base_and_damaged_ones_are_refused(
     inputs: Inputs, features: Path, tmp_path: Path
 ) -> None:
     make_base(tmp_path / "hf", "llama", num_hidden_layers=7, seed=8)

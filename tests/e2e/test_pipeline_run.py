@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.launch import train
-from tests.e2e.test_megatron_data import corpus
+from tests.helpers.corpus import corpus
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-def test_a_run_that_is_evaluated_stopped_and_resumed(tmp_path: Path) -> None:
+def test_a_run_goes_on_alike_when_evaluated_stopped_and_resumed(tmp_path: Path) -> None:
     made = corpus(tmp_path, "SentencePieceTokenizer")
     flags = ["--eagle-base-checkpoint", made.base, *made.flags, "--eagle-draft-vocab-size", 380,
              "--bf16", "--micro-batch-size", 1, "--global-batch-size", 5]  # fmt: skip

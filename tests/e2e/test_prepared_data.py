@@ -17,7 +17,7 @@ def prepared(inputs: Inputs, folder: Path) -> Path:
     return folder / "set"
 
 
-def test_packed_training_on_two_ranks(inputs: Inputs, tmp_path: Path) -> None:
+def test_packed_training_reads_prepared_data_on_two_ranks(inputs: Inputs, tmp_path: Path) -> None:
     data = prepared(inputs, tmp_path)
     run = train(
         2, tmp_path / "log.jsonl", "--eagle-base-checkpoint", inputs.base, "--eagle-train-data",

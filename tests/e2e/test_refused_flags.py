@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ import pytest
 from megatron_eagle.testing.harness import run_distributed
 from tests.e2e.conftest import Inputs
 from tests.e2e.launch import RECIPE
+from tests.helpers.refused_flags import refusal
 
 SELECTIVE = ["--recompute-granularity", "selective", "--recompute-modules"]
 REFUSED = [
@@ -50,37 +50,17 @@ REFUSED = [
 PROMPTS = {"TEXT": {"prompt": "Hello"}, "IDS": {"prompt_ids": [1]}}
 
 
-def _refusal(rank: int, world: int, words: list[str]) -> str:
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank)}
-    from megatron_eagle.cli.boundary import shown
-    from megatron_eagle.cli.train import flag_of
-    from megatron_eagle.config.flags import parse_eagle_flags
-    from megatron_eagle.platform import enable
-    from megatron_eagle.training.arguments import parse_eagle_args
-    from megatron_eagle.training.warm_start import adopt_warm_start
-
-    enable()
-    try:
-        options = adopt_warm_start(parse_eagle_flags(words), words)[0]
-        args, base = parse_eagle_args(options, words)
-        if options.eval_prompts is not None:
-            from megatron_eagle.training.evaluation import AcceptanceEvaluation
-
-            AcceptanceEvaluation(args, options, base, None)
-    except ValueError as error:
-        return shown(error, flag_of)
-    return "accepted"
-
-
 @pytest.mark.parametrize(("words", "message"), REFUSED, ids=lambda value: str(value)[:40])
-def test_refused_in_one_line(words: list, message: str, inputs: Inputs, tmp_path: Path) -> None:
+def test_flags_are_refused_in_one_line(
+    words: list, message: str, inputs: Inputs, tmp_path: Path
+) -> None:
     for name, prompt in PROMPTS.items():
         (tmp_path / name).write_text(json.dumps(prompt) + "\n")
     words = [tmp_path / word if word in PROMPTS else word for word in words]
     line = [str(word) for word in [*RECIPE, *inputs.flags, *words]]
-    (refusal,) = run_distributed(_refusal, 1, line)
-    assert message in refusal and "\n" not in refusal
+    (error,) = run_distributed(refusal, 1, line)
+    assert message in error and "\n" not in error
 
 
 def test_the_recipe_itself_is_accepted(inputs: Inputs) -> None:
-    assert run_distributed(_refusal, 1, [str(w) for w in [*RECIPE, *inputs.flags]]) == ["accepted"]
+    assert run_distributed(refusal, 1, [str(w) for w in [*RECIPE, *inputs.flags]]) == ["accepted"]

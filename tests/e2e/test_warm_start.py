@@ -13,7 +13,7 @@ from megatron_eagle.hf.draft.formats import FORMATS
 from megatron_eagle.testing.harness import run_distributed
 from tests.e2e.conftest import Inputs
 from tests.e2e.launch import RECIPE, train
-from tests.e2e.test_refused_flags import _refusal
+from tests.helpers.refused_flags import refusal
 
 DRAFT = ["--eagle-draft-vocab-size", 32, "--eagle-num-layers", 2, "--eagle-aux-layers", 0, 2, 5]
 
@@ -32,7 +32,9 @@ def first(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     return folder, run.metrics[12]["loss"]
 
 
-def test_training_goes_on(first: tuple[Path, float], inputs: Inputs, tmp_path: Path) -> None:
+def test_training_goes_on_from_files_and_checkpoint_alike(
+    first: tuple[Path, float], inputs: Inputs, tmp_path: Path
+) -> None:
     """From the files and from the checkpoint alike; sizes and vocabulary need no flags."""
     folder, last = first
     losses = []
@@ -68,9 +70,9 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("words", "message"), REFUSED, ids=lambda value: str(value)[:40])
-def test_contradictions(
+def test_flags_that_contradict_the_draft_are_refused(
     words: list, message: str, first: tuple[Path, float], inputs: Inputs
 ) -> None:
     given = [*RECIPE, *inputs.flags, "--eagle-warm-start", first[0] / "speculators", *words]
-    (refusal,) = run_distributed(_refusal, 1, [str(word) for word in given])
-    assert message in refusal and "\n" not in refusal
+    (error,) = run_distributed(refusal, 1, [str(word) for word in given])
+    assert message in error and "\n" not in error

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from megatron_eagle.hf.base.import_base import import_base
 from megatron_eagle.testing.harness import megatron_parallel, run_distributed
-from tests.distributed.test_reference_parity import TOLERANCE, close
 from tests.helpers.draft_fixture import Case, local_part, megatron_names
 from tests.helpers.pipeline_fixture import PipelineCase, build_pipeline
+from tests.helpers.reference_case import TOLERANCE, close
 from tests.helpers.tiny_hf import SIZES, make_base
 from tests.reference.eagle3 import ReferenceConfig, ReferenceEagle3
 

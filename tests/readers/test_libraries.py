@@ -19,7 +19,7 @@ SPECFORGE = ["one-layer", "whole-vocabulary", "llama3-rope", "linear-rope"]
 
 
 @pytest.mark.parametrize("name", SPECFORGE)
-def test_specforge(tmp_path: Path, name: str) -> None:
+def test_specforge_gives_the_draft_s_own_logits(tmp_path: Path, name: str) -> None:
     given = sample(tmp_path, name, "hf")
     assert not isinstance(given, str), given
     found = library_readers.specforge_logits(given)
@@ -29,7 +29,7 @@ def test_specforge(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "name", [name for name in DRAFTS if not name.startswith(("eagle1", "mla"))]
 )
-def test_speculators(tmp_path: Path, name: str) -> None:
+def test_speculators_give_the_draft_s_own_logits(tmp_path: Path, name: str) -> None:
     given = sample(tmp_path, name, "speculators")
     assert not isinstance(given, str), given
     found = library_readers.speculators_logits(given)

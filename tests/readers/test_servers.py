@@ -51,12 +51,12 @@ def check(reader_class: Any, tmp_path: Path, name: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "layout"), VLLM)
-def test_vllm(tmp_path: Path, name: str, layout: str) -> None:
+def test_vllm_gives_the_draft_s_own_logits(tmp_path: Path, name: str, layout: str) -> None:
     check(vllm_reader.VllmReader, tmp_path, name, layout)
 
 
 @pytest.mark.parametrize(("name", "layout"), SGLANG)
-def test_sglang(tmp_path: Path, name: str, layout: str) -> None:
+def test_sglang_gives_the_draft_s_own_logits(tmp_path: Path, name: str, layout: str) -> None:
     if "eagle1" in name:
         pytest.skip("SGLang's EAGLE-1 file needs its layer boundaries")
     check(sglang_reader.SglangReader, tmp_path, name, layout)

@@ -54,7 +54,9 @@ def test_plans_describe_the_mask(spans: list, documents: list | None) -> None:
 
 @pytest.mark.parametrize("window", [2, 3, 5, 8, 23])
 @pytest.mark.parametrize(("spans", "documents"), PLANS)
-def test_sliding_windows(spans: list, documents: list | None, window: int) -> None:
+def test_sliding_windows_equal_dense_softmax(
+    spans: list, documents: list | None, window: int
+) -> None:
     torch.manual_seed(window)
     plan = span_plan(spans, documents, window=window)
     mask = expected_mask(spans, documents, window)

@@ -87,7 +87,7 @@ def test_stable_templates_keep_the_conversation_in_one_sample(
     assert all(message["content"] in text for message in [*system, *CHAT])
 
 
-def test_mistral_without_a_system_prompt(masked: Masked) -> None:
+def test_mistral_without_a_system_prompt_stays_in_one_sample(masked: Masked) -> None:
     [(_, spoken)] = masked(templates.MISTRAL, CHAT)
     assert spoken == [" Hello, how are you today?</s>", " The answer is forty two.</s>"]
 
@@ -144,7 +144,9 @@ def test_qwen3_keeps_thinking_between_tool_calls_in_one_sample(masked: Masked) -
     ]
 
 
-def test_a_prompt_that_opens_thinking_which_the_history_lacks(masked: Masked) -> None:
+def test_a_prompt_that_opens_thinking_which_the_history_lacks_stays_one_sample(
+    masked: Masked,
+) -> None:
     [(text, spoken)] = masked(templates.DEEPSEEK_R1, CHAT)
     assert spoken == ["Hello, how are you today?</s>", "The answer is forty two.</s>"]
     assert "<think>" not in text
@@ -173,7 +175,7 @@ def test_a_merge_across_the_boundary_is_cut_as_a_server_cuts_it(
     assert spoken == ["\n\nuser asks<|im_end|>"]
 
 
-def test_an_answer_with_an_end_token_in_it_and_characters_of_several_tokens(
+def test_an_answer_may_hold_an_end_token_and_characters_of_several_tokens(
     masked: Masked,
 ) -> None:
     answer = "sunny <|im_end|> \N{SNOWMAN}\N{GRINNING FACE} in Paris\n"
@@ -252,7 +254,7 @@ def test_bad_conversations_are_named(messages: list, reason: str) -> None:
         parse_conversation({"messages": messages})
 
 
-def test_sentencepiece_control_pieces_and_offsets(tmp_path: Path) -> None:
+def test_sentencepiece_control_pieces_and_offsets_give_the_mask(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(templates.make_sentencepiece(tmp_path))
     chat = ChatTemplate(templates.MISTRAL, tokenizer.names, {})
     [sample] = chat.samples(parse_conversation({"messages": CHAT}))

@@ -46,7 +46,9 @@ def load_error(path: Path, key: str = "draft.a") -> str:
 
 
 @pytest.mark.parametrize("parts", [1, 3])
-def test_whole_tensors_from_a_directory_or_an_iteration(tmp_path: Path, parts: int) -> None:
+def test_whole_tensors_are_read_from_a_directory_or_an_iteration(
+    tmp_path: Path, parts: int
+) -> None:
     directory = save_iteration(tmp_path, chunked(TENSORS, parts))
     for path in (tmp_path, directory):
         checkpoint = DraftCheckpoint.open(path)
@@ -58,7 +60,7 @@ def test_whole_tensors_from_a_directory_or_an_iteration(tmp_path: Path, parts: i
             assert found[key].dtype == tensor.dtype and found[key].equal(tensor)
 
 
-def test_chunks_cut_along_columns(tmp_path: Path) -> None:
+def test_chunks_cut_along_columns_are_put_together(tmp_path: Path) -> None:
     whole = TENSORS["draft.a"]
     place = ("draft.a", (7, 3))
     chunks = [
@@ -69,7 +71,7 @@ def test_chunks_cut_along_columns(tmp_path: Path) -> None:
     assert DraftCheckpoint.open(directory).load(["draft.a"])["draft.a"].equal(TENSORS["draft.a"])
 
 
-def test_a_checkpoint_of_torch_dcp_itself(tmp_path: Path) -> None:
+def test_a_checkpoint_of_torch_dcp_itself_is_read(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="torch.distributed is disabled"):
         dcp.save(dict(TENSORS), checkpoint_id=tmp_path, no_dist=True)
     assert "metadata.json: missing" in open_error(tmp_path)
@@ -85,7 +87,7 @@ def test_the_latest_iteration_is_taken(tmp_path: Path) -> None:
     assert found["draft.b"].tolist() == [0, 0]
 
 
-def test_no_checkpoint(tmp_path: Path) -> None:
+def test_a_directory_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
     missing = tmp_path / "nowhere"
     assert open_error(missing) == f"{missing}: no such checkpoint directory"
     assert open_error(tmp_path / "iter_0000001").endswith("no such checkpoint directory")
@@ -94,7 +96,7 @@ def test_no_checkpoint(tmp_path: Path) -> None:
     assert "'soon'" in open_error(tmp_path)
 
 
-def test_unfinished_or_foreign_save(tmp_path: Path) -> None:
+def test_an_unfinished_or_foreign_save_is_refused(tmp_path: Path) -> None:
     directory = save_iteration(tmp_path, chunked(TENSORS))
     (directory / "metadata.json").write_text('{"sharded_backend": "zarr"}')
     assert "sharded_backend 'zarr'" in open_error(tmp_path)
@@ -105,7 +107,7 @@ def test_unfinished_or_foreign_save(tmp_path: Path) -> None:
         assert ".metadata is missing" in open_error(path)
 
 
-def test_deleted_and_truncated_shards(tmp_path: Path) -> None:
+def test_deleted_and_truncated_shards_are_refused(tmp_path: Path) -> None:
     directory = save_iteration(tmp_path, chunked(TENSORS))
     (shard,) = directory.glob("*.distcp")
     size = shard.stat().st_size
@@ -120,14 +122,14 @@ def test_deleted_and_truncated_shards(tmp_path: Path) -> None:
     assert load_error(tmp_path) == f"{shard}: shard file is missing (it holds draft.a)"
 
 
-def test_overwritten_shard(tmp_path: Path) -> None:
+def test_an_overwritten_shard_is_refused(tmp_path: Path) -> None:
     directory = save_iteration(tmp_path, chunked(TENSORS))
     (shard,) = directory.glob("*.distcp")
     shard.write_bytes(os.urandom(shard.stat().st_size))
     assert load_error(tmp_path) == f"{shard}: corrupted shard: draft.a cannot be decoded"
 
 
-def test_payload_of_another_tensor(tmp_path: Path) -> None:
+def test_the_payload_of_another_tensor_is_refused(tmp_path: Path) -> None:
     directory = save_iteration(tmp_path, chunked(TENSORS))
 
     def swap(content: Any) -> None:
@@ -140,7 +142,7 @@ def test_payload_of_another_tensor(tmp_path: Path) -> None:
     assert "corrupted shard: draft.a is not a torch.float32 tensor" in load_error(tmp_path)
 
 
-def test_missing_and_overlapping_chunks(tmp_path: Path) -> None:
+def test_missing_and_overlapping_chunks_are_refused(tmp_path: Path) -> None:
     chunks = chunked(TENSORS, 3)
     first, *others = [chunk for chunk in chunks if chunk.key == "draft.a"]
     save_iteration(tmp_path / "missing", others)
@@ -162,7 +164,7 @@ def test_missing_and_overlapping_chunks(tmp_path: Path) -> None:
     assert "leaves the shape (5, 3)" in load_error(tmp_path / "overlap")
 
 
-def test_chunk_without_a_place_in_any_file(tmp_path: Path) -> None:
+def test_a_chunk_without_a_place_in_any_file_is_refused(tmp_path: Path) -> None:
     directory = save_iteration(tmp_path, chunked(TENSORS, 3))
 
     def forget(content: Any) -> None:
@@ -174,7 +176,7 @@ def test_chunk_without_a_place_in_any_file(tmp_path: Path) -> None:
     assert DraftCheckpoint.open(tmp_path).load(["draft.a"])["draft.a"].equal(TENSORS["draft.a"])
 
 
-def test_corrupted_metadata(tmp_path: Path) -> None:
+def test_corrupted_metadata_are_refused(tmp_path: Path) -> None:
     directory = save_iteration(tmp_path, chunked(TENSORS))
     path = directory / ".metadata"
     content = path.read_bytes()
@@ -246,12 +248,12 @@ def test_torch_is_not_allowed_wholesale(name: str) -> None:
         MetadataUnpickler(io.BytesIO()).find_class("torch", name)
 
 
-def test_unknown_key(tmp_path: Path) -> None:
+def test_an_unknown_key_is_refused(tmp_path: Path) -> None:
     save_iteration(tmp_path, chunked(TENSORS))
     assert "no tensor 'draft.z' in this checkpoint" in load_error(tmp_path, "draft.z")
 
 
-def test_rows_of_the_leading_axis(tmp_path: Path) -> None:
+def test_rows_of_the_leading_axis_are_read_alone(tmp_path: Path) -> None:
     """Whatever the chunks."""
     directory = save_iteration(tmp_path, chunked(TENSORS, 3))
     checkpoint = DraftCheckpoint.open(directory)

@@ -13,7 +13,7 @@ import torch
 import megatron_eagle.cli.evaluate as tool
 from megatron_eagle.decode import speculative
 from megatron_eagle.decode.cache import KeyValueCache
-from megatron_eagle.decode.prompt_shards import PromptShare, joined_ranks
+from megatron_eagle.decode.prompt_shards import PromptShard, connected_ranks
 from megatron_eagle.decode.prompts import read_prompt_ids
 from megatron_eagle.decode.sequences import Sequences
 from megatron_eagle.decode.speculative import ChainCounts
@@ -116,14 +116,14 @@ def test_chains_of_ended_sequences_stay_in_the_cache() -> None:
     said, drafts = torch.full((2, chain + 1), 7), torch.tensor([[7] * chain, [8] * chain])
     counts, features = ChainCounts(chain), torch.empty(chain + 1, 2, 1)
     for _ in range(limit):
-        verified = speculative._judged(base, sequences, drafts, counts, features, said.t())
+        verified = speculative._accept(base, sequences, drafts, counts, features, said.t())
         newest = verified.start + verified.last
         assert int(newest.max()) + chain - 1 < sequences.capacity
         assert int(newest[1]) == int(sequences.lengths[1]) - 2
     assert sequences.finished
 
 
-def test_chain_counts() -> None:
+def test_chain_counts_stop_at_a_miss_and_at_the_end_of_a_sequence() -> None:
     """Three drafts: all right; right, wrong, right; all right but the first ends the sequence;
     and a sequence that has ended."""
     counts = ChainCounts(3)
@@ -145,9 +145,9 @@ def test_counts_of_other_prompts_add_up() -> None:
 def test_ranks_that_a_group_links_share_prompts() -> None:
     """8 ranks: pairs, two of the pairs joined by another group."""
     pairs = [(0, 1), (2, 3), (4, 5), (6, 7)]
-    assert joined_ranks([*pairs, (3, 4)]) == [{0, 1}, {2, 3, 4, 5}, {6, 7}]
-    shares = [PromptShare(i, 3).take("abcdefgh") for i in range(3)]
-    assert shares == ["adg", "beh", "cf"]
+    assert connected_ranks([*pairs, (3, 4)]) == [{0, 1}, {2, 3, 4, 5}, {6, 7}]
+    shards = [PromptShard(i, 3).take("abcdefgh") for i in range(3)]
+    assert shards == ["adg", "beh", "cf"]
 
 
 @pytest.mark.parametrize(

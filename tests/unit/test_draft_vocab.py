@@ -11,14 +11,14 @@ from safetensors.torch import save_file
 from megatron_eagle.draft.vocab import choose_vocab_ids, load_vocab_ids
 
 
-def test_special_tokens_first_then_the_most_frequent_then_the_lowest_unused() -> None:
+def test_special_tokens_come_first_then_the_most_frequent_then_the_lowest_unused() -> None:
     counts = torch.tensor([0, 0, 5, 0, 9, 0, 1, 0])
     assert choose_vocab_ids(counts, 3, always=[7]).tolist() == [2, 4, 7]
     assert choose_vocab_ids(counts, 6, always=[7]).tolist() == [0, 1, 2, 4, 6, 7]
     assert choose_vocab_ids(counts, 8, always=[]).tolist() == list(range(8))
 
 
-def test_sizes_that_cannot_be() -> None:
+def test_sizes_that_cannot_be_are_refused() -> None:
     counts = torch.ones(8, dtype=torch.int64)
     with pytest.raises(ValueError, match="draft_vocab_size 9 exceeds"):
         choose_vocab_ids(counts, 9, always=[])
@@ -44,7 +44,9 @@ def test_ids_and_offsets_read_alike(tmp_path: Path) -> None:
         ({"other": [1]}, None, "neither 'vocab_ids' nor 'd2t'"),
     ],
 )
-def test_bad_files(tensors: dict, size: int | None, message: str, tmp_path: Path) -> None:
+def test_bad_files_are_refused(
+    tensors: dict, size: int | None, message: str, tmp_path: Path
+) -> None:
     file = tmp_path / "map.safetensors"
     save_file({name: torch.tensor(values) for name, values in tensors.items()}, file)
     with pytest.raises(ValueError, match=message) as raised:

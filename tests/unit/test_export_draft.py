@@ -40,7 +40,9 @@ LAYOUTS = [
 
 @pytest.mark.parametrize("changes", LAYOUTS)
 @pytest.mark.parametrize("parts", [1, 4])
-def test_every_tensor(tmp_path: Path, changes: dict[str, Any], parts: int) -> None:
+def test_every_tensor_is_exported_bit_by_bit(
+    tmp_path: Path, changes: dict[str, Any], parts: int
+) -> None:
     draft = TrainedDraft.make(**changes)
     draft.save(tmp_path / "ckpt", parts)
     export_draft(tmp_path / "ckpt", tmp_path / "hf")
@@ -63,7 +65,9 @@ def test_every_tensor(tmp_path: Path, changes: dict[str, Any], parts: int) -> No
 
 @pytest.mark.parametrize("saved", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("asked", [None, torch.float32, torch.bfloat16, torch.float16])
-def test_dtype(tmp_path: Path, saved: torch.dtype, asked: torch.dtype | None) -> None:
+def test_weights_are_rounded_to_the_asked_dtype(
+    tmp_path: Path, saved: torch.dtype, asked: torch.dtype | None
+) -> None:
     draft = TrainedDraft.make(saved)
     draft.save(tmp_path / "ckpt")
     export_draft(tmp_path / "ckpt", tmp_path / "hf", dtype=asked)
@@ -75,7 +79,7 @@ def test_dtype(tmp_path: Path, saved: torch.dtype, asked: torch.dtype | None) ->
     assert f"torch.{config['torch_dtype']}" == str(asked or saved)
 
 
-def test_config(tmp_path: Path) -> None:
+def test_the_config_describes_the_draft(tmp_path: Path) -> None:
     draft = TrainedDraft.make()
     draft.save(tmp_path / "ckpt")
     export_draft(tmp_path / "ckpt", tmp_path / "hf")
@@ -147,7 +151,7 @@ def test_transformers_reads_the_same_rope_as_of_the_base(
     assert found["rope_theta"] == 50000.0
 
 
-def test_model_card(tmp_path: Path) -> None:
+def test_the_model_card_names_base_and_layers(tmp_path: Path) -> None:
     draft = TrainedDraft.make()
     draft.save(tmp_path / "ckpt")
     export_draft(tmp_path / "ckpt", tmp_path / "hf")
@@ -182,7 +186,7 @@ def convert_to_hf(*args: str | Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_command_line(tmp_path: Path) -> None:
+def test_the_command_exports_a_draft(tmp_path: Path) -> None:
     draft = TrainedDraft.make(torch.bfloat16)
     draft.save(tmp_path / "ckpt")
     arguments = ("--load", tmp_path / "ckpt", "--output", tmp_path / "hf", "--dtype", "float32")

@@ -37,7 +37,9 @@ def exported(tmp_path: Path, layout: str, **changes: Any) -> tuple[TrainedDraft,
 
 @pytest.mark.parametrize("layers", [1, 3])
 @pytest.mark.parametrize("layout", list(FORMATS))
-def test_names(tmp_path: Path, layout: str, layers: int) -> None:
+def test_every_format_has_its_reader_s_tensor_names(
+    tmp_path: Path, layout: str, layers: int
+) -> None:
     draft, directory = exported(tmp_path, layout, layers=layers)
     unread = {
         "vllm": "hidden_norm.weight",
@@ -58,7 +60,7 @@ def test_names(tmp_path: Path, layout: str, layers: int) -> None:
     assert all(found[name].equal(tensor) for name, tensor in expected.items())
 
 
-def test_speculators_config(tmp_path: Path) -> None:
+def test_speculators_get_a_config_of_their_form(tmp_path: Path) -> None:
     _, directory = exported(tmp_path, "speculators")
     config = json.loads((directory / "config.json").read_text())
     layer = config.pop("transformer_layer_config")
@@ -93,7 +95,9 @@ YARN = {
 
 @pytest.mark.parametrize("scaling", [YARN, {"rope_type": "linear", "factor": 2.0}])
 @pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters", "type"])
-def test_scaled_rope(tmp_path: Path, spelling: str, scaling: dict[str, Any]) -> None:
+def test_scaled_rope_is_written_as_readers_expect_it(
+    tmp_path: Path, spelling: str, scaling: dict[str, Any]
+) -> None:
     """Both spellings whatever the base's; `type` is the oldest name of `rope_type`."""
     if spelling == "type":
         given = {"type": scaling["rope_type"], **scaling}
@@ -129,7 +133,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("layout", "changes", "words"), REFUSED)
-def test_drafts_a_reader_would_run_wrongly(
+def test_drafts_that_a_reader_would_run_wrongly_are_refused(
     tmp_path: Path, layout: str, changes: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ValueError, match=f"^format {layout}: .*{words}"):
@@ -158,7 +162,7 @@ def test_norm_flags_are_where_readers_look(
     assert {name: found[name] for name in names if name in found} == inner
 
 
-def test_p_eagle(tmp_path: Path) -> None:
+def test_a_p_eagle_draft_carries_its_mask_token_and_hidden(tmp_path: Path) -> None:
     draft, directory = exported(tmp_path, "vllm", algorithm="p-eagle", mask_token=4, layers=2)
     found = load_file(directory / "model.safetensors")
     assert found["mask_hidden"].shape == (1, 72) and found["mask_hidden"].equal(
@@ -173,7 +177,9 @@ def test_p_eagle(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("layers", [1, 2])
 @pytest.mark.parametrize("layout", ["vllm", "sglang"])
-def test_eagle1(tmp_path: Path, layout: str, layers: int) -> None:
+def test_an_eagle1_draft_is_written_as_its_readers_expect_it(
+    tmp_path: Path, layout: str, layers: int
+) -> None:
     draft, directory = exported(tmp_path, layout, algorithm="eagle1", draft_vocab=53, layers=layers)
     found = load_file(directory / "model.safetensors")
     bias = found.pop("fc.bias", None)
@@ -242,7 +248,7 @@ def test_the_card_says_what_training_measured(tmp_path: Path) -> None:
         ({"equal_to_greedy": False}, "were not the greedy ones"),
     ],
 )
-def test_figures_that_do_not_belong_on_a_card(
+def test_figures_that_do_not_belong_on_a_card_are_refused(
     tmp_path: Path, change: dict[str, Any], words: str
 ) -> None:
     (tmp_path / "eval.json").write_text(json.dumps({**FIGURES, **change}))

@@ -29,18 +29,18 @@ def conversion_error(tmp_path: Path, **options: Any) -> str:
 
 
 @pytest.mark.parametrize("key", sorted(TrainedDraft.make(layers=2).stored))
-def test_missing_tensor(tmp_path: Path, key: str) -> None:
+def test_a_missing_tensor_is_refused(tmp_path: Path, key: str) -> None:
     draft = TrainedDraft.make(layers=2)
     del draft.stored[key]
     assert export_error(tmp_path, draft).endswith(f"incomplete draft, {key} missing")
 
 
-def test_not_a_draft(tmp_path: Path) -> None:
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     save_iteration(tmp_path / "ckpt", chunked({"decoder.final_layernorm.weight": torch.ones(24)}))
     assert "holds no draft" in conversion_error(tmp_path)
 
 
-def test_unexpected_tensor(tmp_path: Path) -> None:
+def test_an_unexpected_tensor_is_refused(tmp_path: Path) -> None:
     draft = TrainedDraft.make()
     draft.stored["draft.fc_norm.0.weight"] = torch.ones(24)
     assert "draft.fc_norm.0.weight unexpected" in export_error(tmp_path, draft)
@@ -53,7 +53,9 @@ def test_unexpected_tensor(tmp_path: Path) -> None:
         ({"norm_before_fc": True}, "incomplete draft, draft.input_norm.weight missing"),
     ],
 )
-def test_norms_that_are_not_there(tmp_path: Path, option: dict[str, Any], words: str) -> None:
+def test_norms_that_are_not_there_are_missed(
+    tmp_path: Path, option: dict[str, Any], words: str
+) -> None:
     draft = TrainedDraft.make()
     draft.metadata["spec"] |= option
     assert words in export_error(tmp_path, draft)
@@ -69,7 +71,7 @@ def test_norms_that_are_not_there(tmp_path: Path, option: dict[str, Any], words:
         ("draft.norm.weight", (24, 1)),
     ],
 )
-def test_wrong_shape(tmp_path: Path, key: str, shape: tuple[int, ...]) -> None:
+def test_a_wrong_shape_is_refused(tmp_path: Path, key: str, shape: tuple[int, ...]) -> None:
     draft = TrainedDraft.make()
     draft.stored[key] = torch.ones(shape)
     assert f"{key} has shape {shape}, expected" in export_error(tmp_path, draft)
@@ -83,7 +85,7 @@ def test_weights_must_be_finite(tmp_path: Path, value: float) -> None:
     assert "draft.fc.weight: holds NaN or infinite" in export_error(tmp_path, draft)
 
 
-def test_overflow_of_the_asked_dtype(tmp_path: Path) -> None:
+def test_weights_that_overflow_the_asked_dtype_are_refused(tmp_path: Path) -> None:
     draft = TrainedDraft.make()
     draft.stored["draft.norm.weight"] = torch.full((24,), 1e6)
     text = export_error(tmp_path, draft, dtype=torch.float16)
@@ -106,21 +108,23 @@ def test_mixed_dtypes_need_a_choice(tmp_path: Path) -> None:
         (5, 0, "are not ascending"),
     ],
 )
-def test_vocab_ids(tmp_path: Path, position: int, value: int, words: str) -> None:
+def test_vocab_ids_that_do_not_ascend_or_fit_are_refused(
+    tmp_path: Path, position: int, value: int, words: str
+) -> None:
     draft = TrainedDraft.make()
     draft.stored["draft.vocab_ids"][position] = value
     text = export_error(tmp_path, draft)
     assert "draft.vocab_ids: " in text and words in text
 
 
-def test_vocab_ids_repeated(tmp_path: Path) -> None:
+def test_repeated_vocab_ids_are_refused(tmp_path: Path) -> None:
     draft = TrainedDraft.make()
     ids = draft.stored["draft.vocab_ids"]
     ids[3] = ids[2]
     assert "are not ascending" in export_error(tmp_path, draft)
 
 
-def test_vocab_ids_dtype_and_length(tmp_path: Path) -> None:
+def test_vocab_ids_of_another_dtype_or_length_are_refused(tmp_path: Path) -> None:
     draft = TrainedDraft.make()
     draft.stored["draft.vocab_ids"] = draft.stored["draft.vocab_ids"].int()
     assert "must be int64" in export_error(tmp_path / "dtype", draft)
@@ -149,7 +153,9 @@ def test_vocab_ids_dtype_and_length(tmp_path: Path) -> None:
         (["spec"], None, "spec is missing"),
     ],
 )
-def test_metadata(tmp_path: Path, path: list[str], value: Any, words: str) -> None:
+def test_impossible_metadata_are_refused(
+    tmp_path: Path, path: list[str], value: Any, words: str
+) -> None:
     draft = TrainedDraft.make()
     target = draft.metadata
     for key in path[:-1]:
@@ -185,7 +191,7 @@ def test_failing_write_leaves_the_earlier_export(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "hf"]
 
 
-def test_output_in_use(tmp_path: Path) -> None:
+def test_an_output_in_use_is_refused(tmp_path: Path) -> None:
     draft = TrainedDraft.make()
     draft.save(tmp_path / "ckpt")
     output = tmp_path / "hf"
@@ -200,7 +206,7 @@ def test_output_in_use(tmp_path: Path) -> None:
     assert "replaces only an exported draft" in conversion_error(tmp_path, overwrite=True)
 
 
-def test_output_is_a_file(tmp_path: Path) -> None:
+def test_an_output_that_is_a_file_is_refused(tmp_path: Path) -> None:
     TrainedDraft.make().save(tmp_path / "ckpt")
     (tmp_path / "hf").write_text("")
     assert "is not a directory" in conversion_error(tmp_path, overwrite=True)

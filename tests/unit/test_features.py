@@ -156,7 +156,7 @@ def test_a_killed_extraction_goes_on(
     verify(tmp_path / "features")
 
 
-def test_what_is_refused(
+def test_features_that_do_not_fit_are_refused(
     documents: FittedDocuments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "features"

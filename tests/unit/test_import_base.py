@@ -131,7 +131,7 @@ def test_bf16_weights_stay_bf16(hf: Path) -> None:
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_printed_flags_are_megatrons(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_printed_flags_are_megatron_s(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron.training.arguments import parse_args
 
     rope = {"rope_theta": 500000.0, "rope_scaling": LLAMA3}

@@ -11,37 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_eagle.checkpoint.directory import BASE_JSON_NAME, TRACKER_NAME, BaseInfo, parse_base
+from megatron_eagle.checkpoint.directory import BASE_JSON_NAME, TRACKER_NAME
 from megatron_eagle.checkpoint.reader import DraftCheckpoint
 from megatron_eagle.checkpoint.writer import Chunk, write_torch_dist
 from megatron_eagle.hf.draft.checkpoint import open_checkpoint_draft, write_draft_checkpoint
 from megatron_eagle.hf.draft.export import export_draft, read_info
 from megatron_eagle.hf.draft.formats import FORMATS
-from megatron_eagle.hf.draft.import_hf import StoredDraft, open_hf_draft
+from tests.helpers.exported_draft import base_of, exported, imported, rewrite
 from tests.helpers.trained_draft import TrainedDraft
 from tests.helpers.trained_mla import DEEPSEEK_YARN, MLA_SIZES
 
 ROOT = Path(__file__).parents[2]
-Files = tuple[dict[str, Any], dict[str, Tensor]]
-
-
-def base_of(draft: TrainedDraft) -> BaseInfo:
-    return parse_base(draft.metadata["base"], "the test's base")
-
-
-def exported(folder: Path, layout: str = "hf", **changes: Any) -> tuple[TrainedDraft, Path]:
-    draft = TrainedDraft.make(**changes)
-    draft.save(folder / "ckpt")
-    export_draft(folder / "ckpt", folder / "hf", fmt=FORMATS[layout])
-    return draft, folder / "hf"
-
-
-def imported(directory: Path, draft: TrainedDraft, **options: Any) -> StoredDraft:
-    given = {"aux_layers": None, "adapt": False, **options}
-    return open_hf_draft(directory, base_of(draft), **given)
 
 
 def expected_tensors(draft: TrainedDraft) -> dict[str, Tensor]:
@@ -152,19 +135,9 @@ def unsorted(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
 WRITERS = [safeailab, specforge, modelopt, vllm, unsorted]
 
 
-def rewrite(directory: Path, change: Any) -> Files:
-    """`change(config, tensors)` the files in `directory`, in place."""
-    config = json.loads((directory / "config.json").read_text())
-    tensors = load_file(directory / "model.safetensors")
-    change(config, tensors)
-    (directory / "config.json").write_text(json.dumps(config))
-    save_file({k: v.contiguous() for k, v in tensors.items()}, directory / "model.safetensors")
-    return config, tensors
-
-
 @pytest.mark.parametrize("pickled", [False, True])
 @pytest.mark.parametrize("writer", WRITERS)
-def test_other_writers(tmp_path: Path, writer: Any, pickled: bool) -> None:
+def test_files_of_other_writers_are_understood(tmp_path: Path, writer: Any, pickled: bool) -> None:
     draft, directory = exported(tmp_path)
     _, tensors = rewrite(directory, writer)
     if pickled:
@@ -179,7 +152,7 @@ def test_other_writers(tmp_path: Path, writer: Any, pickled: bool) -> None:
         assert found[key].equal(tensor), key
 
 
-def test_eagle1_of_safeailab(tmp_path: Path) -> None:
+def test_an_eagle1_draft_of_safeailab_is_understood(tmp_path: Path) -> None:
     """The base's architecture name, its head and embedding beside; a bias only if it is zero."""
     draft, directory = exported(tmp_path, "sglang", **EAGLE1)
 
@@ -200,7 +173,7 @@ def test_eagle1_of_safeailab(tmp_path: Path) -> None:
         imported(directory, draft, aux_layers=(1, 2, 3))
 
 
-def test_captured_layers_default_to_those_of_training(tmp_path: Path) -> None:
+def test_aux_layers_default_to_those_of_training(tmp_path: Path) -> None:
     draft, directory = exported(tmp_path)
     rewrite(directory, safeailab)
     assert imported(directory, draft).info.aux_layers == (1, 3, 4)
@@ -280,7 +253,7 @@ def test_an_embedding_beside_the_draft_must_be_the_bases(
     assert imported(directory, draft, adapt=refused, **where).info.base == base_of(draft)
 
 
-def test_command_line(tmp_path: Path) -> None:
+def test_the_command_imports_a_draft(tmp_path: Path) -> None:
     draft, directory = exported(tmp_path)
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / BASE_JSON_NAME).write_text(json.dumps(draft.metadata["base"]))

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_eagle.hf.draft.checkpoint import write_draft_checkpoint
-from tests.unit.test_import_draft import exported, imported, rewrite
+from tests.helpers.exported_draft import exported, imported, rewrite
 
 Change = Callable[[dict[str, Any], dict[str, Tensor]], None]
 
@@ -67,7 +67,9 @@ FIELDS = [
 
 
 @pytest.mark.parametrize(("values", "words"), FIELDS, ids=lambda value: str(value)[:50])
-def test_config(tmp_path: Path, values: dict[str, Any], words: str) -> None:
+def test_a_config_with_an_unsupported_field_is_refused(
+    tmp_path: Path, values: dict[str, Any], words: str
+) -> None:
     text = import_error(tmp_path, fields(**values))
     assert text.startswith(str(tmp_path / "hf")) and words in text
 
@@ -80,11 +82,13 @@ def test_config(tmp_path: Path, values: dict[str, Any], words: str) -> None:
         ({"transformer_layer_config": {"model_type": "qwen3"}}, "of type 'qwen3' is not"),
     ],
 )
-def test_speculators_config(tmp_path: Path, values: dict[str, Any], words: str) -> None:
+def test_a_speculators_config_with_an_unsupported_field_is_refused(
+    tmp_path: Path, values: dict[str, Any], words: str
+) -> None:
     assert words in import_error(tmp_path, fields(**values), "speculators")
 
 
-def test_speculators_without_the_flag_whose_default_differs(tmp_path: Path) -> None:
+def test_speculators_must_say_the_flag_whose_default_differs(tmp_path: Path) -> None:
     def change(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         del config["norm_before_residual"]
 
@@ -117,24 +121,26 @@ def replaced(name: str, value: Tensor | None) -> Change:
         ("t2d", torch.ones(53, dtype=torch.bool), "t2d and d2t name different token ids"),
     ],
 )
-def test_tensors(tmp_path: Path, name: str, value: Tensor | None, words: str) -> None:
+def test_tensors_that_do_not_fit_are_refused(
+    tmp_path: Path, name: str, value: Tensor | None, words: str
+) -> None:
     assert words in import_error(tmp_path, replaced(name, value), layers=2)
 
 
-def test_unknown_tensor(tmp_path: Path) -> None:
+def test_an_unknown_tensor_is_refused(tmp_path: Path) -> None:
     def change(config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         tensors["fc.bias"] = torch.zeros(24)
 
     assert "fc.bias unknown in an eagle3 draft" in import_error(tmp_path, change)
 
 
-def test_captured_layers_given_twice(tmp_path: Path) -> None:
+def test_aux_layers_that_contradict_the_files_are_refused(tmp_path: Path) -> None:
     draft, directory = exported(tmp_path)
     with pytest.raises(ValueError, match=r"reads aux layers \[1, 4, 7\], not \[0, 4, 7\]"):
         imported(directory, draft, aux_layers=(0, 4, 7))
 
 
-def test_truncated_and_missing_files(tmp_path: Path) -> None:
+def test_truncated_and_missing_files_are_refused(tmp_path: Path) -> None:
     draft, directory = exported(tmp_path)
     with pytest.raises(ValueError, match="no such directory"):
         imported(tmp_path / "absent", draft)
@@ -151,7 +157,7 @@ def test_truncated_and_missing_files(tmp_path: Path) -> None:
         imported(directory, draft)
 
 
-def test_sharded_files(tmp_path: Path) -> None:
+def test_sharded_files_are_read_and_a_missing_shard_is_refused(tmp_path: Path) -> None:
     draft, directory = exported(tmp_path)
     tensors = load_file(directory / "model.safetensors")
     (directory / "model.safetensors").unlink()
@@ -192,7 +198,7 @@ def test_pickles_run_no_code(tmp_path: Path) -> None:
         imported(directory, draft)
 
 
-def test_checkpoint_directory_in_use(tmp_path: Path) -> None:
+def test_a_checkpoint_directory_in_use_is_refused(tmp_path: Path) -> None:
     draft, directory = exported(tmp_path)
     stored = imported(directory, draft)
     (tmp_path / "file").write_text("")

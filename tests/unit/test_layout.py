@@ -85,7 +85,7 @@ MOE_LAYOUTS = [
 
 
 @pytest.mark.parametrize(("words", "message"), MOE_LAYOUTS, ids=lambda value: str(value)[:60])
-def test_layouts_that_experts_do_not_fit(
+def test_layouts_that_experts_do_not_fit_are_refused(
     words: list[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -95,7 +95,7 @@ def test_layouts_that_experts_do_not_fit(
         check_layout(layout, BASE, options)
 
 
-def test_key_value_heads_that_tensor_parallelism_does_not_divide(
+def test_key_value_heads_that_tensor_parallelism_does_not_divide_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "8")
@@ -112,7 +112,9 @@ def test_the_draft_s_own_widths_are_cut_too(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize(("words", "message"), LAYOUTS, ids=lambda value: str(value)[:60])
-def test_bad_layouts(words: list, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_layouts_are_refused(
+    words: list, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(UserError, match=re.escape(message)):
         check_layout(["--seq-length", "32", *map(str, words)], BASE, EagleConfig())
@@ -133,7 +135,9 @@ EXPERTS = [
 
 
 @pytest.mark.parametrize(("words", "message"), EXPERTS, ids=lambda value: str(value)[:60])
-def test_bad_expert_layouts(words: list, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_expert_layouts_are_refused(
+    words: list, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     base = dataclasses.replace(BASE, megatron_args={**BASE.megatron_args, "num_experts": 4})
     with pytest.raises(UserError, match=re.escape(message)):
@@ -148,7 +152,7 @@ def test_uneven_layers_are_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert layout_flags([]) == []
 
 
-def test_a_stage_without_a_micro_batch() -> None:
+def test_a_stage_without_a_micro_batch_is_refused() -> None:
     args = argparse.Namespace(
         pipeline_model_parallel_size=4, rampup_batch_size=None, global_batch_size=12,
         micro_batch_size=2, data_parallel_size=2,

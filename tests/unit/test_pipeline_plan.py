@@ -9,7 +9,7 @@ from megatron_eagle.pipeline.plan import Action, owner_of, stage_actions
 
 @pytest.mark.parametrize("slack", [0, 1, 3])
 @pytest.mark.parametrize(("stages", "micro_batches"), [(1, 4), (2, 2), (2, 5), (3, 7), (4, 16)])
-def test_every_micro_batch_once(stages: int, micro_batches: int, slack: int) -> None:
+def test_every_micro_batch_runs_once(stages: int, micro_batches: int, slack: int) -> None:
     trained = []
     for stage in range(stages):
         actions = stage_actions(stage, stages, micro_batches, slack)
@@ -24,7 +24,7 @@ def test_every_micro_batch_once(stages: int, micro_batches: int, slack: int) -> 
 
 
 @pytest.mark.parametrize(("stages", "micro_batches"), [(2, 2), (2, 5), (3, 7), (4, 4), (4, 16)])
-def test_forwards_ahead_are_those_that_the_next_iteration_leaves_out(
+def test_forwards_run_ahead_are_those_that_the_next_iteration_leaves_out(
     stages: int, micro_batches: int
 ) -> None:
     for stage in range(stages):
@@ -44,7 +44,7 @@ def test_forwards_ahead_are_those_that_the_next_iteration_leaves_out(
                     assert actions.index(("base", m)) < actions.index(("draft", m))
 
 
-def test_one_draft_step_per_round_at_the_same_point_on_every_stage() -> None:
+def test_every_stage_runs_one_draft_step_per_round_at_the_same_point() -> None:
     kinds = ["".join(a.kind[0] for a in stage_actions(stage, 4, 12)) for stage in range(4)]
     assert kinds == ["bbbbbdbbbbdbbbd"] * 4
     kinds = [

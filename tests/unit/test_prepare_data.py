@@ -71,7 +71,7 @@ def test_all_forms_become_documents_with_masks(tokenizer: str, tmp_path: Path) -
     assert len(ids) == summary["tokens"], "a small vocabulary takes two bytes a token"
 
 
-def test_templates_options_and_unstable_turns(
+def test_template_options_reach_the_template_and_unstable_turns_are_split(
     tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     thinking = chat("<think>\nHm.\n</think>\n\nSunny.")
@@ -93,7 +93,7 @@ def test_templates_options_and_unstable_turns(
     ]
 
 
-def test_a_sentencepiece_model_with_a_template_of_the_user_s(tmp_path: Path) -> None:
+def test_a_sentencepiece_model_takes_a_template_of_the_user_s(tmp_path: Path) -> None:
     model = str(templates.make_sentencepiece(tmp_path))
     file = write(tmp_path / "in.jsonl", [chat("It is sunny."), {"text": "Hello there"}])
     (tmp_path / "mistral.jinja").write_text(templates.MISTRAL)
@@ -265,7 +265,7 @@ def test_other_options_do_not_reuse_chunks(tokenizer: str, tmp_path: Path) -> No
         (["--vocab-size", "20"], "is outside the vocabulary's 0 to 19"),
     ],
 )
-def test_bad_flags(
+def test_bad_flags_are_refused(
     words: list[str], message: str, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     file = write(tmp_path / "in.jsonl", [chat("Yes.")])
@@ -283,7 +283,7 @@ def test_an_existing_data_set_is_kept(tokenizer: str, tmp_path: Path) -> None:
     prepare([file], prefix, options, overwrite=True)
 
 
-def test_a_tokenizer_without_a_template(tmp_path: Path) -> None:
+def test_a_tokenizer_without_a_template_is_refused(tmp_path: Path) -> None:
     plain = str(templates.make_tokenizer(tmp_path / "plain"))
     file = write(tmp_path / "in.jsonl", [chat("Yes.")])
     with pytest.raises(ValueError, match="has no chat template; give chat_template"):

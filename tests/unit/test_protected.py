@@ -22,7 +22,7 @@ def fast(vocabulary: list[str], special: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=special)
 
 
-def test_byte_level_tokenizer() -> None:
+def test_a_byte_level_tokenizer_keeps_every_byte() -> None:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = fast(["word", *alphabet, "other", "<end>"], "<end>")
     assert special_and_byte_ids(Wrapper(tokenizer)) == set(range(1, 257)) | {258}
@@ -33,7 +33,7 @@ def test_byte_fallback_tokenizer_does_not_keep_every_single_character() -> None:
     assert special_and_byte_ids(Wrapper(tokenizer)) == {0, 1, 4}
 
 
-def test_a_tokenizer_without_tokens_and_the_config() -> None:
+def test_a_tokenizer_may_lack_tokens_and_the_config_names_some() -> None:
     assert special_and_byte_ids(Wrapper(None)) == set()
     config = {"bos_token_id": 1, "eos_token_id": [2, 7], "pad_token_id": None}
     assert config_token_ids(config) == {1, 2, 7}

@@ -64,7 +64,7 @@ def test_fp8_is_transformers_bit_by_bit(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("shape", "block"), [((3, 2), (7, 6)), ((), (20, 10)), ((20, 1), (1, 10)), ((20,), (1, 10))]
 )
-def test_fp8_scales_of_any_grid(
+def test_fp8_scales_may_have_any_grid(
     shape: tuple[int, ...], block: tuple[int, int], dtype: torch.dtype
 ) -> None:
     weight = torch.randn(20, 10).to(torch.float8_e4m3fn)

@@ -153,7 +153,7 @@ def test_every_row_and_step_equals_the_loop_over_keys(changes: dict[str, Any]) -
             torch.testing.assert_close(logits[step, 1, row], expected, rtol=1e-9, atol=1e-9)
 
 
-def test_mask_of_the_third_step_by_hand() -> None:
+def test_the_mask_of_the_third_step_equals_one_made_by_hand() -> None:
     rows = ["100 100 100", "110 010 010", "111 001 001"]
     expected = [[c == "1" for c in row.replace(" ", "")] for row in rows]
     assert query_aligned_mask(3, 2).tolist() == expected
@@ -210,7 +210,7 @@ def test_loss_is_the_textbook_sum_over_one_normaliser() -> None:
     assert float(out["loss"]) == pytest.approx((sums[0] + sums[1] / 2 + sums[2] / 4) / 7, rel=1e-9)
 
 
-def test_row_losses_by_hand() -> None:
+def test_row_losses_equal_those_computed_by_hand() -> None:
     """Draft vocabulary {0, 2} of a base of three tokens; q = (.7, .3), the base (.5, .3, .2)."""
     q = torch.tensor([[0.7, 0.3]], dtype=torch.float64).log() + 5
     base = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log() - 2
@@ -268,7 +268,7 @@ def test_regression_is_the_smooth_l1_to_the_hidden_one_further() -> None:
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_hits_and_rows_outside_the_draft_vocabulary(masked: bool) -> None:
+def test_rows_outside_the_draft_vocabulary_are_no_hits(masked: bool) -> None:
     model = build(mask_out_of_vocab=masked, ttt_steps=1)
     base = torch.zeros(1, 5, CONFIG.vocab_size).double()
     base[0, 1, [2, 5]] = 1.0  # a tie: token 2, draft token 1

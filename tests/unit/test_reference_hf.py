@@ -47,7 +47,7 @@ def sample(directory: Path, layers: int = 1) -> tuple[dict[str, Any], ReferenceE
     return hf, ReferenceEagle3(config, torch.randn(7, 8), VOCAB_IDS)
 
 
-def test_config_fields_and_objective(tmp_path: Path) -> None:
+def test_every_field_is_read_from_config_and_objective(tmp_path: Path) -> None:
     write(tmp_path, HF, {})
     config = ReferenceConfig.from_hf(tmp_path / "config.json", ttt_steps=7)
     assert config == ReferenceConfig(

@@ -6,9 +6,9 @@ from typing import Any, cast
 
 import pytest
 import torch
-from megatron_eagle.config.checks import LOSSES
 from torch import Tensor
 
+from megatron_eagle.config.train_options import LOSSES
 from megatron_eagle.loss.inputs import Budgets, LossRows
 from megatron_eagle.loss.registry import ROW_LOSSES, row_loss
 from megatron_eagle.loss.shard_softmax import row_max, shard_softmax_

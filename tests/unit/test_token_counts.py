@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.test_megatron_data import write_indexed
+from tests.helpers.corpus import write_indexed
 
 
 def args(words: list[str], split: str | None = None) -> Namespace:

@@ -132,7 +132,9 @@ def test_the_added_group_is_zero_and_the_rest_unchanged(
     assert not padded.o_proj.weight[:, HIDDEN:].any()
 
 
-def test_tokenizer(unpacked: tuple[LlamaForCausalLM, Path]) -> None:
+def test_the_tokenizer_encodes_and_decodes_text_and_chats(
+    unpacked: tuple[LlamaForCausalLM, Path],
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(unpacked[1])
     for text in ("hello  world 1234", "naïve 日本\n\tit's", " x", ""):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

@@ -34,5 +34,5 @@ def check_embedding(files: DraftFiles, base_directory: str | Path) -> None:
                 raise UserError(
                     f"{files.path}: {name} is not the embedding of {base_directory}, which "
                     "training would use: the draft is another base's or trained its own "
-                    "(tools/import_draft.py --adapt accepts that)"
+                    "(<adapt> accepts that)"
                 )
