@@ -25,7 +25,6 @@ from typing import Any
 from megatron_eagle.checkpoint.atomic import write_json
 from megatron_eagle.cli.boundary import at_least_one, end_process_groups, flags_of, names_of, run
 from megatron_eagle.errors import UserError
-from megatron_eagle.platform import enable
 
 NO_DRAFT = "none"
 LAYOUT = {

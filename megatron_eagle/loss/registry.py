@@ -19,8 +19,8 @@ ROW_LOSSES: dict[str, Callable[[float], RowLoss]] = {
 }
 """Name to a function that makes the loss from the option ``lk_decay``.
 
-``LOSSES`` in ``config/train_options.py``, which must do without torch, repeats the names; a unit test
-compares the two.
+``LOSSES`` in ``config/train_options.py``, which must do without torch, repeats the names; a unit
+test compares the two.
 """
 
 
