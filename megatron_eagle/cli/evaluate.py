@@ -89,6 +89,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _evaluate(args: argparse.Namespace) -> int:
     _check(args)
+    from megatron_eagle.platform import enable
 
     enable()
     from megatron_eagle.checkpoint.directory import load_base_json
