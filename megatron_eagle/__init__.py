@@ -1,19 +1,17 @@
-"""megatron_eagle: train EAGLE-3 speculative-decoding drafts inside Megatron's trainer.
+"""megatron_eagle: train EAGLE speculative-decoding drafts inside Megatron's trainer.
 
-Shape letters in names and docstrings, Megatron's order [S, B, H]:
+Importing this package imports neither torch nor Megatron. Start reading at ``model.py``: its
+``forward`` is one training step. Then ``objective/unroll.py`` (its K steps),
+``loss/soft_cross_entropy.py``, ``teacher/targets.py``, ``attention/trunk_branch.py`` and
+``draft/layer.py``.
 
-    S   sequence length                     V, Vp  base vocabulary, this rank's shard
-    S'  S, or S / TP under sequence         D, Dp  draft vocabulary, this rank's shard
-        parallelism                         A      captured base layers
-    B   micro-batch size                    K      test-time-training (TTT) steps
-    H   hidden size                         M      supervised target positions of a micro-batch
-
-Importing this package imports neither torch nor Megatron. Reading order: ``objective/unroll.py``,
-``training/model.py``, ``parallel/soft_cross_entropy.py``, ``teacher/targets.py``,
-``attention/trunk_branch.py``, ``draft/layer.py``.
+Shapes are in Megatron's order [S, B, H]. A module that uses shape letters explains them in its
+docstring; most used are S sequence, S' this rank's part of it, B micro-batch, H hidden, V and Vp base
+vocabulary and this rank's shard, D and Dp draft vocabulary and this rank's shard, A aux layers, K TTT
+steps, M supervised target positions.
 """
 
-from megatron_eagle.config import EagleConfig
+from megatron_eagle.config import DraftSpec, EagleConfig, TrainOptions
 
-__all__ = ["EagleConfig"]
+__all__ = ["DraftSpec", "EagleConfig", "TrainOptions"]
 __version__ = "0.1.0"

@@ -169,7 +169,7 @@ class EagleGPTModel(MegatronModule):
         return extra + weighted, values
 
     def _mask_embedding(self) -> Tensor | None:
-        """The embedding [H] of P-EAGLE's mask token, looked up once."""
+        """Look up the embedding [H] of P-EAGLE's mask token, once."""
         mask_token = self.draft.spec.mask_token
         if mask_token is not None and self._mask is None:
             self._mask = token_embedding(
@@ -186,7 +186,7 @@ class EagleGPTModel(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """The draft alone: the base has a checkpoint of its own and never changes."""
+        """Return the draft's alone: the base has a checkpoint of its own and never changes."""
         sharded = self.draft.sharded_state_dict(f"{prefix}draft.", sharded_offsets, metadata)
         return as_replica(sharded, self.exchange.stage)
 

@@ -94,8 +94,8 @@ def _first_stage(layers: int, stages: int) -> int | None:
 
 
 def read_draft(directory: str | Path, source: str) -> DraftCheckpointInfo:
-    """What the draft in ``directory`` (or one of its iterations) says; ``UserError``s start with
-    ``source``."""
+    """Read what the checkpoint in ``directory`` (or one of its iterations) says of its draft; a
+    ``UserError`` starts with ``source``."""
     keys = ("draft.metadata", "draft.vocab_ids")
     tensors = DraftCheckpoint.open(directory).load(keys)
     metadata, vocab_ids = (tensors[key] for key in keys)
@@ -105,7 +105,8 @@ def read_draft(directory: str | Path, source: str) -> DraftCheckpointInfo:
 
 
 def read_draft_info(directory: str | Path, base: BaseInfo) -> DraftCheckpointInfo:
-    """Raises ``UserError`` when the draft was trained for a base of other dimensions."""
+    """Read the same, and raise ``UserError`` when the draft was trained for a base of other
+    dimensions."""
     source = f"<draft> {directory}"
     about = read_draft(directory, source)
     for name in (*BASE_SIZES, "vocab_size"):
@@ -121,8 +122,8 @@ def read_draft_info(directory: str | Path, base: BaseInfo) -> DraftCheckpointInf
 def fresh_draft(
     about: DraftCheckpointInfo, base: FrozenBase, exchange: StageExchange | None = None
 ) -> EagleDraft:
-    """A draft of the checkpoint's shape and vocabulary as training starts it: random weights from
-    this process's generators (on pipeline stages the first one's), captured layers scaled to one
+    """Build a draft of the checkpoint's shape and vocabulary as training starts it: random weights
+    from this process's generators (on pipeline stages the first one's), aux layers scaled to one
     size."""
     draft = _build(about, base, initialize=True)
     draft.start_evenly(lambda: base.layer_sizes(exchange or StageExchange(base)))
@@ -132,8 +133,8 @@ def fresh_draft(
 
 
 def load_draft(about: DraftCheckpointInfo, base: FrozenBase, directory: str | Path) -> EagleDraft:
-    """The draft that training saved, whatever layout it was trained in, whole on every pipeline
-    stage. A collective of all ranks.
+    """Load the draft that training saved, in whatever layout, whole on every pipeline stage. A
+    collective of all ranks.
 
     Raises ``UserError`` naming the directory when it cannot be loaded.
     """
@@ -142,8 +143,8 @@ def load_draft(about: DraftCheckpointInfo, base: FrozenBase, directory: str | Pa
 
 
 def restore(draft: EagleDraft, directory: str | Path, stage: int = 0) -> EagleDraft:
-    """``draft``, a replica on pipeline stage ``stage``, with the weights of the checkpoint in
-    ``directory``; strict, a collective."""
+    """Load the checkpoint in ``directory`` into ``draft``, a replica on pipeline stage ``stage``,
+    and return it. Strict; a collective of all ranks."""
     path = DraftCheckpoint.open(directory).directory
     sharded = as_replica(draft.sharded_state_dict(prefix="draft."), stage)
     try:

@@ -180,7 +180,7 @@ def check_same_draft(saved: dict[str, Any], now: dict[str, Any], source: str) ->
 
 
 def _comparable(content: dict[str, Any]) -> dict[str, Any]:
-    """Every field of the architecture, widths with the base's defaults filled in."""
+    """Return every field of the architecture, widths with the base's defaults filled in."""
     spec = DraftSpec.from_mapping(content["spec"])
     elsewhere = {*LAYER_WIDTHS, "draft_vocab_size"}  # ids are compared with the vocabulary
     others = {k: v for k, v in spec.to_mapping().items() if k not in elsewhere}

@@ -180,7 +180,7 @@ class EagleDraft(MegatronModule):
         self.fc.scale_blocks(sizes.reciprocal())
 
     def gather_rows(self, hidden: Tensor) -> Tensor:
-        """[S', ...] to all rows [S, ...] on every TP rank, ready for the vocab-parallel head.
+        """Gather [S', ...] to all rows [S, ...] on every TP rank, for the vocab-parallel head.
 
         Backward sums the ranks' partial gradients: a reduce-scatter under sequence parallelism
         (forward: an all-gather), else an all-reduce (forward: nothing).

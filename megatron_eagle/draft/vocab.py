@@ -17,7 +17,7 @@ from megatron_eagle.errors import UserError
 
 
 def choose_vocab_ids(counts: Tensor, size: int, always: Iterable[int]) -> Tensor:
-    """The ``size`` ids to draft: all of ``always`` (special and byte tokens), then the most
+    """Choose the ``size`` ids to draft: all of ``always`` (special and byte tokens), then the most
     frequent, then the lowest unused ids to fill up. ``counts`` [V] int64 -> [size], ascending."""
     vocab_size = counts.numel()
     if size > vocab_size:

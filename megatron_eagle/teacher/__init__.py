@@ -1,1 +1,1 @@
-"""What the frozen base gives a draft: captured layers, embeddings, and targets made once."""
+"""The frozen base: aux hidden states, embeddings, and the teacher's targets."""

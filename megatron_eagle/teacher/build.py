@@ -28,13 +28,13 @@ _FIELDS = {
     "norm_epsilon": "layernorm_epsilon",
     "num_experts": "num_moe_experts",
 }
-"""Megatron's flags that TransformerConfig calls otherwise."""
+"""Megatron's flags that TransformerConfig has under another name."""
 
 
 def base_config(info: BaseInfo, tensor_parallel: int, **parallelism: Any) -> Any:
-    """The base's fp32 TransformerConfig outside the trainer, which makes its own from flags.
+    """Return the base's fp32 TransformerConfig outside the trainer, which makes its own from flags.
 
-    ``parallelism``: further fields of it, such as ``pipeline_model_parallel_size``.
+    ``parallelism`` are further fields of it, such as ``pipeline_model_parallel_size``.
     """
     mla = info.megatron_args.get("multi_latent_attention", False)
     kind = MLATransformerConfig if mla else TransformerConfig
@@ -65,7 +65,7 @@ def build_base(
     pre_process: bool = True,
     post_process: bool = True,
 ) -> Any:
-    """The base's GPTModel, without weights; the vocabulary padded as Megatron pads it.
+    """Build the base's GPTModel, without weights; the vocabulary is padded as Megatron pads it.
 
     A pipeline stage without the embedding or the output layer says so by ``pre_process`` and
     ``post_process``. What Megatron's flags cannot say of the base is set in ``config``.

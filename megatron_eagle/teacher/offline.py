@@ -13,8 +13,8 @@ from megatron_eagle.teacher.base import FrozenBase
 
 
 def config_without_layers(config: Any) -> Any:
-    """``config`` of a base with one plain layer, which :func:`without_layers` takes out again.
-    Building the rest as Megatron does keeps its vocabulary padding and its RoPE variant."""
+    """Return ``config`` for a base with one plain layer, which :func:`without_layers` takes out
+    again. Building the rest as Megatron does keeps its vocabulary padding and its RoPE variant."""
     config = copy.copy(config)
     config.num_layers = 1
     config.num_moe_experts = None
@@ -23,7 +23,7 @@ def config_without_layers(config: Any) -> Any:
 
 
 def without_layers(gpt: Any) -> Any:
-    """A GPTModel that keeps, loads and runs nothing between embedding and output layer."""
+    """Take the layers out of a GPTModel, which then keeps its embedding and output layer alone."""
     gpt.decoder = _NoLayers()
     return gpt
 
@@ -35,15 +35,16 @@ class _NoLayers(torch.nn.Module):
 
 
 class OfflineBase(FrozenBase):
-    """What the draft needs of the base besides its hidden states; ``gpt`` is without layers.
+    """The base's embedding, output layer and RoPE, beside hidden states from disk.
 
-    ``layer_sizes``: the typical RMS of each captured layer, as measured at the extraction.
+    ``gpt`` is without layers; ``layer_sizes`` are the typical RMS of each aux layer, as measured
+    when the features were extracted.
     """
 
     def __init__(
-        self, gpt: Any, captured: Sequence[int], vocab_size: int, layer_sizes: Sequence[float]
+        self, gpt: Any, aux_layers: Sequence[int], vocab_size: int, layer_sizes: Sequence[float]
     ) -> None:
-        super().__init__(gpt, captured, vocab_size)
+        super().__init__(gpt, aux_layers, vocab_size)
         self._layer_sizes = torch.tensor(layer_sizes)
 
     def run_stage(self, *_: Any) -> Any:

@@ -1,9 +1,10 @@
 """--eagle-init-from-base: the tensors of a draft that starts as the base's last layers.
 
 Draft layer i of N is a copy of base layer n - N + i. The first one reads [embedding ; hidden]: the
-base's qkv goes to the hidden's half, zeros to the embedding's. fc passes the last captured layer
-on, so that the copies read a residual stream of the base's, and norm and head are the base's last.
-All of it is read from the base's checkpoint: its layers may be on other stages, or on none.
+base's qkv goes to the half of the hidden state, zeros to the embedding's. fc passes the last aux
+layer on, so that the copies read one of the base's residual streams; norm and head are the base's
+final ones. All of it is read from the base's checkpoint: its layers may be on other pipeline
+stages, or on none.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ _COPIED = (
     "mlp.linear_fc2.weight",
 )
 Tensors = Mapping[str, Callable[[], Tensor]]
-"""Checkpoint keys of a draft and what gives the whole, unsharded tensor."""
+"""Checkpoint keys of a draft, and functions that read the whole, unsharded tensor."""
 
 
 def check_base_start(options: EagleConfig, base: BaseInfo) -> None:
-    """Raise ``ValueError`` if the draft's layers cannot be copies of the base's last."""
+    """Raise ``UserError`` if the draft's layers cannot be copies of the base's last."""
     if not options.train.init_from_base:
         return
     args, flag = base.megatron_args, "--eagle-init-from-base"
@@ -54,7 +55,7 @@ def check_base_start(options: EagleConfig, base: BaseInfo) -> None:
 
 
 def left_out(base: BaseInfo) -> str:
-    """What the base's layers have and a draft's have not, in words; empty if nothing."""
+    """Name the parts of the base's layers that a draft does not have; empty if there are none."""
     args = base.megatron_args
     parts = {
         "biases": args.get("add_qkv_bias") or args.get("add_bias_linear"),
@@ -64,7 +65,7 @@ def left_out(base: BaseInfo) -> str:
 
 
 class BaseStart:
-    """The tensors of a fresh draft of ``vocab_ids`` beside the base in ``directory``.
+    """Reader of the start tensors of a draft of ``vocab_ids``, from the base in ``directory``.
 
     Reading one takes the memory of that tensor, of one layer; no collective.
     """
@@ -74,12 +75,14 @@ class BaseStart:
         self.checkpoint = DraftCheckpoint.open(directory)
 
     def tensors(self, aux_layers: int, scale: float, init_std: float) -> Tensors:
-        """By checkpoint key; ``scale``: what fc multiplies the last of ``aux_layers`` captured
-        layers by; ``init_std``: of queries and keys that start at random. What is not named starts
-        as a fresh draft's."""
+        """Return the readers by checkpoint key; tensors without one start as a fresh draft's.
+
+        fc multiplies the last of ``aux_layers`` aux layers by ``scale``; ``init_std`` is the spread
+        of queries and keys that start at random.
+        """
         tied = not self.args["untie_embeddings_and_output_weights"]
         head = "embedding.word_embeddings.weight" if tied else "output_layer.weight"
-        found: dict[str, Callable[[], Tensor]] = {
+        readers: dict[str, Callable[[], Tensor]] = {
             "draft.fc.weight": partial(self._fc, aux_layers, scale),
             "draft.norm.weight": partial(self._whole, "decoder.final_layernorm.weight"),
             "draft.lm_head.weight": partial(self._rows, head, self.vocab_ids.tolist()),
@@ -90,10 +93,10 @@ class BaseStart:
             prefix = f"draft.layers.{index}."
             norm = "input_layernorm.hidden_norm.weight" if index == 0 else _INPUT_NORM
             names = {name: name for name in _COPIED} | {norm: _INPUT_NORM}
-            for ours, theirs in names.items():
-                found[prefix + ours] = partial(self._of_layer, layer, theirs)
-            found[prefix + QKV] = partial(self._qkv, layer, index == 0, init_std)
-        return found
+            for draft_name, base_name in names.items():
+                readers[prefix + draft_name] = partial(self._of_layer, layer, base_name)
+            readers[prefix + QKV] = partial(self._qkv, layer, index == 0, init_std)
+        return readers
 
     def _whole(self, key: str) -> Tensor:
         return self.checkpoint.load([key])[key]

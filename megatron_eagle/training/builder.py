@@ -125,20 +125,21 @@ class ModelBuilder:
         load_base_start(draft, start, layer_sizes)
 
     def _features(self, aux_layers: tuple[int, ...]) -> FeaturePlan | None:
-        """What ``--eagle-offline-features`` holds, checked to be what this run captures."""
+        """Read the plan of ``--eagle-offline-features`` and check that its aux layers are this
+        run's; None without the flag."""
         if self.options.train.offline_features is None:
             return None
         plan = read_plan(Path(self.options.train.offline_features))
         if plan.aux_layers != aux_layers:
             raise UserError(
                 f"--eagle-offline-features {self.options.train.offline_features}: of layers "
-                f"{' '.join(map(str, plan.aux_layers))}, this run captures "
+                f"{' '.join(map(str, plan.aux_layers))}, this run reads "
                 f"{' '.join(map(str, aux_layers))} (--eagle-aux-layers)"
             )
         return plan
 
     def _teacher_size(self, args: Any, columns: int) -> str:
-        """What the targets of a micro-batch would take if every token were supervised."""
+        """Say how large a micro-batch's targets would be if every token were supervised."""
         tokens = args.micro_batch_size * args.seq_length // args.context_parallel_size
         size, limit = teacher_bytes(tokens, columns) >> 20, self.options.train.teacher_memory
         kept = "kept" if size <= limit else "made and used one chunk of rows at a time"

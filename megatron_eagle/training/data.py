@@ -89,7 +89,7 @@ def _refuse_masks_that_would_be_ignored(args: Any) -> None:
 
 
 def gpt_dataset_config(args: Any) -> GPTDatasetConfig:
-    """Megatron's flags for ``.bin/.idx`` data as its dataset builder wants them."""
+    """Return the configuration of Megatron's dataset builder for ``.bin/.idx`` data."""
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     return GPTDatasetConfig(
         random_seed=args.seed,
@@ -109,10 +109,11 @@ def gpt_dataset_config(args: Any) -> GPTDatasetConfig:
 
 
 def next_batch(iterator: Any, steps: int, vocab_size: int) -> EagleBatch:
-    """The iterator's next micro-batch, on the host.
+    """Take the iterator's next micro-batch, on the host.
 
-    Raises ``ValueError`` for ids that the base does not have: a vocabulary-parallel embedding would
-    look them up in another rank's rows without a word."""
+    Raises ``UserError`` for ids that the base does not have: a vocabulary-parallel embedding would
+    look them up in another rank's rows without a word.
+    """
     args = get_args()
     sample = next(iterator)
     tokens = sample["tokens"].long()
@@ -139,12 +140,12 @@ def next_batch(iterator: Any, steps: int, vocab_size: int) -> EagleBatch:
     if "aux_hidden" not in sample:
         return batch
     shard = ContextShard(batch.tokens.shape[1], *context)
-    outputs = [_own_rows(sample[name], shard, args) for name in ("aux_hidden", "final_hidden")]
+    outputs = [_local_rows(sample[name], shard, args) for name in ("aux_hidden", "final_hidden")]
     return replace(batch, base_outputs=BaseOutputs(*outputs))
 
 
-def _own_rows(hidden: Tensor, shard: ContextShard, args: Any) -> Tensor:
-    """This rank's rows [S', B, W] of ``hidden`` [B, S, W], in the dtype of the model."""
+def _local_rows(hidden: Tensor, shard: ContextShard, args: Any) -> Tensor:
+    """Cut this rank's rows [S', B, W] out of ``hidden`` [B, S, W], in the dtype of the model."""
     rows = shard.take(hidden[:, : shard.length].transpose(0, 1), 0)
     if args.sequence_parallel:
         ranks = args.tensor_model_parallel_size
@@ -153,8 +154,8 @@ def _own_rows(hidden: Tensor, shard: ContextShard, args: Any) -> Tensor:
 
 
 def count_supervised(args: Any, options: EagleConfig, base: BaseInfo) -> Tensor:
-    """How often training supervises each id, [V] int64: of the documents, or of a sample of the
-    tokens of ``--data-path`` (proportions)."""
+    """Count how often training supervises each id, [V] int64: in the documents, or in a sample of
+    the tokens of ``--data-path`` (proportions)."""
     vocab_size = base.vocab_size
     if options.train.reads_documents:
         return training_documents(options, base).counts(vocab_size)
@@ -164,13 +165,13 @@ def count_supervised(args: Any, options: EagleConfig, base: BaseInfo) -> Tensor:
 
 
 def protected_ids(vocab_size: int, hf_config: dict[str, Any]) -> set[int]:
-    """Ids that the draft vocabulary keeps whatever the counts say: the special and byte tokens of
-    the tokenizer in use, and the base's own bos, eos and pad."""
+    """Return the ids that the draft vocabulary keeps whatever the counts say: the special and byte
+    tokens of the tokenizer in use, and the base's own bos, eos and pad."""
     from_tokenizer = special_and_byte_ids(get_tokenizer())
     if not from_tokenizer:
         print_rank_0(
             "> no tokenizer given: of special and byte tokens, the draft vocabulary is sure to "
             "hold only the base's bos, eos and pad (see --tokenizer-type, --tokenizer-model)"
         )
-    found = from_tokenizer | config_token_ids(hf_config)
-    return {i for i in found if 0 <= i < vocab_size}
+    protected = from_tokenizer | config_token_ids(hf_config)
+    return {i for i in protected if 0 <= i < vocab_size}

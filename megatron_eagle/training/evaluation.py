@@ -167,7 +167,7 @@ class AcceptanceEvaluation:
 
 @contextmanager
 def gathered_parameters(model: list[Any], optimizer: Any) -> Iterator[None]:
-    """Inside, every rank has whole parameters: with ``--overlap-param-gather`` those of the last
+    """Give every rank whole parameters inside: with ``--overlap-param-gather`` those of the last
     step are on their way until the modules' next forward, whose hooks expect training's order."""
     if not require(f"{_TRAINER}:should_disable_forward_pre_hook")(get_args()):
         yield

@@ -32,12 +32,12 @@ class ForwardStep:
         return model(self.read(iterator).to(torch.cuda.current_device())), self.loss
 
     def read(self, iterator: Any) -> EagleBatch:
-        """The next micro-batch, on the host."""
+        """Read the next micro-batch, on the host."""
         return next_batch(iterator, self.options.train.ttt_steps, self.vocab_size)
 
     def loss(self, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """(sum of losses, rows supervised at step 0, metric sums). Megatron divides the summed
-        gradients by the rows of the whole global batch."""
+        """Return the sum of losses, the tokens supervised at step 0, and the metric sums. Megatron
+        divides the summed gradients by the tokens of the whole global batch."""
         loss, sums = output
         rows = MetricSums.unpack(sums).rows[0].to(torch.int)
         return loss, rows, {_SUMS: sums}
@@ -83,7 +83,7 @@ def replace_schedule(options: EagleConfig) -> None:
 
 
 def _another_iteration_follows() -> bool:
-    """Whether training goes on after the current iteration, as far as the flags say."""
+    """Tell whether training goes on after the current iteration, as far as the flags say."""
     args = get_args()
     done = args.curr_iteration + 1
     exits = args.exit_interval is not None and done % args.exit_interval == 0

@@ -27,7 +27,7 @@ from megatron_eagle.training.data import count_supervised, protected_ids
 def draft_vocab_ids(
     args: Any, options: EagleConfig, base: BaseInfo, warm_start: StoredDraft | None
 ) -> Tensor:
-    """The draft's base ids [D] int64, ascending; the same on every rank.
+    """Choose the draft's base ids [D] int64, ascending; the same on every rank.
 
     A checkpoint that ``--load`` will resume decides: its rows mean its ids, and rebuilding them
     from other data would scramble the head without a trace in the metrics. So does a warm start.
@@ -62,7 +62,7 @@ def draft_vocab_ids(
 
 
 def _resumed_vocab_ids(load: str | None, now: dict[str, Any], optimizer: bool) -> Tensor | None:
-    """The ids of the draft in ``load``, checked to be this run's draft, if there is one."""
+    """Read the ids of the draft in ``load``, if there is one, and check that it is this run's."""
     if load is None or not (Path(load) / TRACKER_NAME).is_file():
         return None
     source = f"<load> {load}"

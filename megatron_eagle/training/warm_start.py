@@ -30,11 +30,11 @@ from megatron_eagle.training.base_start import BaseStart, Tensors
 def adopt_warm_start(
     options: EagleConfig, argv: Sequence[str]
 ) -> tuple[EagleConfig, StoredDraft | None]:
-    """The options with what the draft of --eagle-warm-start decides filled in, and that draft;
-    None without the flag.
+    """Return the options with the architecture of the draft of --eagle-warm-start, and that draft;
+    without the flag the options as they are, and None.
 
-    Raises ValueError for files that are not a draft of this base, and for a flag in ``argv`` that
-    contradicts them.
+    Raises ``UserError`` for files that are not a draft of this base, and for a flag in ``argv``
+    that contradicts them.
     """
     if options.train.warm_start is None:
         return options, None
@@ -60,14 +60,14 @@ def adopt_warm_start(
 
 def load_warm_start(draft: EagleDraft, stored: StoredDraft) -> None:
     """Copy this rank's shards of ``stored`` into ``draft``, in any layout. No collective; memory:
-    the largest whole tensor. Raises ValueError for a tensor that cannot be read."""
+    the largest whole tensor. Raises ``UserError`` for a tensor that cannot be read."""
     missing = _fill(draft, stored.tensors)
     assert not missing, sorted(missing)
 
 
 def load_base_start(draft: EagleDraft, start: BaseStart, layer_sizes: Callable[[], Tensor]) -> None:
-    """The same for what a draft takes over from the base's last layers. ``layer_sizes()``: the
-    typical RMS of each captured layer, [A]; called only where norms in front of fc took it out."""
+    """Copy this rank's shards of the base's last layers into ``draft``. ``layer_sizes()`` returns
+    the typical RMS of each aux layer, [A]; called only where norms in front of fc took it out."""
     scale = 1.0
     if len(draft.fc_norm):
         scale = float(layer_sizes()[-1])
@@ -78,7 +78,7 @@ def load_base_start(draft: EagleDraft, start: BaseStart, layer_sizes: Callable[[
 
 @torch.no_grad()
 def _fill(draft: EagleDraft, tensors: Tensors) -> set[str]:
-    """Copy this rank's shards of ``tensors``; the keys of parameters that are not among them."""
+    """Copy this rank's shards of ``tensors``; return the keys of parameters not among them."""
     sharded = draft.sharded_state_dict(prefix="draft.")
     apply_factories(sharded)  # [gate ; up] becomes two tensors that share the parameter's memory
     shards: dict[str, list[Any]] = {}
@@ -94,7 +94,7 @@ def _fill(draft: EagleDraft, tensors: Tensors) -> set[str]:
 
 
 def _copy(whole: Tensor, shard: Any) -> None:
-    """The part of ``whole`` at the shard's offset; rows past its end are padding and set to 0."""
+    """Copy the part of ``whole`` at the shard's offset; rows past its end are padding, set to 0."""
     part = whole
     for dim, (start, size) in enumerate(zip(shard.global_offset, shard.local_shape, strict=True)):
         rows = max(0, min(start + size, whole.shape[dim]) - start)

@@ -39,12 +39,12 @@ class BaseTensors:
 
     @cached_property
     def dims(self) -> Dims:
-        """The symbols of the name tables in numbers."""
+        """Return the sizes of the name tables' symbols."""
         return dims_of(self.facts)
 
     @cached_property
     def layers(self) -> list[list[Entry]]:
-        """The name-table entries of every layer."""
+        """Return the name-table entries of every layer."""
         return [self.family.in_layer(self.facts, moe) for moe in moe_layers(self.facts)]
 
     def expected(self) -> dict[str, tuple[int, ...]]:

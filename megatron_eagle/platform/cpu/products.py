@@ -17,14 +17,14 @@ _CACHED_BYTES = 4 << 20
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [N, H] @ weight [M, H]ᵀ -> [N, M], in their dtype. Not differentiable; no collective."""
+    """Return x [N, H] @ weight [M, H]ᵀ -> [N, M], in their dtype; not differentiable."""
     if _by_onednn(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return torch.mm(x, weight.t())
 
 
 def add_outer_(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total [M, H] fp32 += left [N, M]ᵀ @ right [N, H], whatever the dtype of the two."""
+    """Add left [N, M]ᵀ @ right [N, H], of any dtype, to total [M, H] fp32 in place."""
     if _by_onednn(left, right):
         # It cannot add to its output: pieces small enough that adding finds them in the cache.
         rows = max(1, _CACHED_BYTES // (4 * right.shape[1]))
@@ -37,7 +37,7 @@ def add_outer_(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., H] @ weight [M, H]ᵀ -> [..., M], differentiable in both."""
+    """Return x [..., H] @ weight [M, H]ᵀ -> [..., M], differentiable in both."""
     if not _by_onednn(x, weight):
         return torch.nn.functional.linear(x, weight)
     return _Linear.apply(x.flatten(0, -2), weight).view(*x.shape[:-1], -1)
@@ -76,7 +76,8 @@ def default_output_bytes() -> int:
 
 @cache
 def onednn_is_faster() -> bool:
-    """Whether fp32 products should go to oneDNN: a CPU with AVX-512 that MKL does not use."""
+    """Tell whether fp32 products should go to oneDNN: on a CPU with AVX-512 that MKL does not
+    use."""
     if not torch.backends.mkldnn.is_available():
         return False
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
