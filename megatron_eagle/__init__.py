@@ -6,9 +6,9 @@ Importing this package imports neither torch nor Megatron. Start reading at ``mo
 ``draft/layer.py``.
 
 Shapes are in Megatron's order [S, B, H]. A module that uses shape letters explains them in its
-docstring; most used are S sequence, S' this rank's part of it, B micro-batch, H hidden, V and Vp base
-vocabulary and this rank's shard, D and Dp draft vocabulary and this rank's shard, A aux layers, K TTT
-steps, M supervised target positions.
+docstring; the usual ones are S sequence, S' this rank's part of it, B micro-batch, H hidden, V and
+Vp base vocabulary and this rank's shard, D and Dp draft vocabulary and this rank's shard, A aux
+layers, K TTT steps, M supervised target positions.
 """
 
 from megatron_eagle.config import DraftSpec, EagleConfig, TrainOptions
