@@ -2,7 +2,7 @@
 
 START READING HERE: :meth:`EagleGPTModel.forward` is one training step of a micro-batch, top to
 bottom. Each line of it is a room of the package: the base (teacher/base.py), the inputs
-(objective/draft_inputs.py), the K steps (objective/unroll.py), the teacher (teacher/targets.py),
+(objective/unroll.py), the K steps (objective/unroll.py), the teacher (teacher/targets.py),
 the fused loss (loss/) and the metrics (objective/metrics.py).
 
 S sequence, S' this rank's tokens, B micro-batch, H hidden, A aux layers, K TTT steps, M supervised
@@ -23,18 +23,17 @@ from megatron_eagle.draft.moe import take_balance_loss
 from megatron_eagle.loss.inputs import Budgets, LossRows
 from megatron_eagle.loss.registry import row_loss
 from megatron_eagle.loss.soft_cross_entropy import soft_cross_entropy
-from megatron_eagle.loss.sums import LossSums
+from megatron_eagle.loss.statistics import LossSums
 from megatron_eagle.objective.batch import EagleBatch
-from megatron_eagle.objective.draft_inputs import DraftInputs
 from megatron_eagle.objective.metrics import metric_sums, prefix_hits
 from megatron_eagle.objective.regression import hidden_regression
-from megatron_eagle.objective.unroll import unroll
+from megatron_eagle.objective.unroll import DraftInputs, unroll
 from megatron_eagle.pipeline.exchange import StageExchange
 from megatron_eagle.pipeline.replicas import as_replica
 from megatron_eagle.platform.profiling import nvtx_range
+from megatron_eagle.teacher.aux_hidden import BaseOutputs
 from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.embedding import token_embedding
-from megatron_eagle.teacher.outputs import BaseOutputs
 from megatron_eagle.teacher.targets import TeacherHead, TeacherTargets
 
 

@@ -18,8 +18,7 @@ from megatron_eagle.draft.layer_config import own_rotary
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.plain_draft import PlainDraft
-from megatron_eagle.objective.draft_inputs import DraftInputs, query_angles
-from megatron_eagle.objective.unroll import step_outputs
+from megatron_eagle.objective.unroll import DraftInputs, query_angles, step_outputs
 from megatron_eagle.teacher.build import base_config
 
 ROWS, STEPS = 24, 4

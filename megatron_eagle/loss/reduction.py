@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_eagle.loss.statistics import ShardStats, TeacherStats, gather_statistics
-from megatron_eagle.loss.sums import LossSums
+from megatron_eagle.loss.statistics import LossSums, ShardStats, TeacherStats, gather_statistics
 from megatron_eagle.parallel.vocab import combine_argmax, combine_log_sum_exp
 
 

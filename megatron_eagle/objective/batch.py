@@ -31,7 +31,7 @@ from torch import Tensor
 
 from megatron_eagle.attention.packing import Packing
 from megatron_eagle.parallel.context import ContextShard
-from megatron_eagle.teacher.outputs import BaseOutputs
+from megatron_eagle.teacher.aux_hidden import BaseOutputs
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_eagle.loss.sums import LossSums
+from megatron_eagle.loss.statistics import LossSums
 
 
 class MetricSums(NamedTuple):

@@ -20,8 +20,7 @@ from megatron_eagle.compat import MegatronModule, gather_from_sequence_parallel_
 from megatron_eagle.parallel.collectives import all_gather
 from megatron_eagle.parallel.context import ContextShard, append_halo
 from megatron_eagle.platform.profiling import nvtx_range
-from megatron_eagle.teacher.aux_capture import AuxCapture
-from megatron_eagle.teacher.outputs import BaseOutputs
+from megatron_eagle.teacher.aux_hidden import AuxCapture, BaseOutputs
 from megatron_eagle.teacher.vocab_shards import VocabShards
 
 

@@ -20,14 +20,13 @@ from torch import Tensor
 
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.config import EagleConfig
-from megatron_eagle.data.datasets import DocumentDataset
-from megatron_eagle.data.documents import FittedDocuments, training_documents
+from megatron_eagle.data.documents import DocumentDataset, FittedDocuments, training_documents
 from megatron_eagle.data.indexed import MASK_SUFFIX, dataset_exists
 from megatron_eagle.data.protected import config_token_ids, special_and_byte_ids
 from megatron_eagle.errors import UserError
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.parallel.context import ContextShard
-from megatron_eagle.teacher.outputs import BaseOutputs
+from megatron_eagle.teacher.aux_hidden import BaseOutputs
 from megatron_eagle.training.token_counts import TrainingBlend, count_tokens
 
 

@@ -16,7 +16,7 @@ STEPS = 2
 def sums(losses: list[float], rows: list[int], hits: list[int], coverage: float) -> torch.Tensor:
     """A micro-batch's vector; all hits of step 1 are those of start rows that hit before, and the
     smooth-L1 is half the loss. Coverage is summed over the rows of step 0."""
-    from megatron_eagle.loss.sums import LossSums
+    from megatron_eagle.loss.statistics import LossSums
     from megatron_eagle.objective.metrics import MetricSums, metric_sums
 
     loss_sums = LossSums(

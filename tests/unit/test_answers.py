@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from megatron_eagle.data.answers import AnswerDocuments, read_answers
-from megatron_eagle.data.datasets import DocumentDataset
-from megatron_eagle.data.documents import FittedDocuments
+from megatron_eagle.data.documents import DocumentDataset, FittedDocuments
 
 LINES = [
     {"prompt_ids": [1, 2, 3], "answer_ids": [10, 11]},

@@ -14,8 +14,12 @@ import torch
 from megatron_eagle.data.bin_packing import pack
 from megatron_eagle.data.chat.prepare import prepare
 from megatron_eagle.data.chat.records import RecordOptions
-from megatron_eagle.data.datasets import DocumentDataset
-from megatron_eagle.data.documents import Documents, FittedDocuments, open_documents
+from megatron_eagle.data.documents import (
+    DocumentDataset,
+    Documents,
+    FittedDocuments,
+    open_documents,
+)
 from tests.helpers import chat_templates as templates
 
 VOCABULARY = 600

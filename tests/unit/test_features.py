@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_eagle.data.datasets import DocumentDataset
-from megatron_eagle.data.documents import AnswerDocuments, FittedDocuments
+from megatron_eagle.data.documents import AnswerDocuments, DocumentDataset, FittedDocuments
 from megatron_eagle.data.features import extract as module
 from megatron_eagle.data.features.base_rows import BaseRows
 from megatron_eagle.data.features.codec import RowCodec

@@ -13,8 +13,7 @@ from megatron_eagle.loss.inputs import Budgets, LossRows
 from megatron_eagle.loss.registry import ROW_LOSSES, row_loss
 from megatron_eagle.loss.shard_softmax import row_max, shard_softmax_
 from megatron_eagle.loss.soft_cross_entropy import soft_cross_entropy
-from megatron_eagle.loss.statistics import TeacherStats
-from megatron_eagle.loss.sums import LossSums
+from megatron_eagle.loss.statistics import LossSums, TeacherStats
 from megatron_eagle.parallel.vocab import even_chunks
 
 STEPS, TARGETS, SIZE, VOCAB = 3, 11, 16, 700
