@@ -1,4 +1,4 @@
-"""An exported draft in plain PyTorch, built from its files alone: the reader behind ``--verify``.
+"""An exported draft in plain PyTorch, built from its files alone: the reader that verifies exports.
 
 There are two plain EAGLEs. This one ships with the package and checks a user's export: it computes
 what a server would, from the definition of the formats, for one sequence with dense attention. The
