@@ -66,7 +66,7 @@ def largest_difference(draft: EagleDraft, exported: Path, dtype: torch.dtype) ->
     features = torch.randn(ROWS, inputs, generator=generator)
     embeddings = torch.randn(ROWS + STEPS - 1, width, generator=generator)
     mask = torch.randn(width, generator=generator) if algorithm.learns_mask_hidden else None
-    expected = PlainDraft(exported).run(features, embeddings, STEPS, mask)
+    expected = PlainDraft(exported).run(features, embeddings, steps=STEPS, mask_embedding=mask)
     outputs = _run(draft, features, embeddings, mask)
     differences = [
         (a - b).abs().max() / b.abs().max() for a, b in zip(outputs, expected, strict=True)

@@ -22,7 +22,7 @@ from megatron_eagle.draft.layer_config import draft_rotary
 from megatron_eagle.draft.metadata import encode_metadata, resolved_spec, run_metadata
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.errors import UserError
-from megatron_eagle.hf.draft.import_hf import StoredDraft
+from megatron_eagle.hf.draft.checkpoint import StoredDraft
 from megatron_eagle.layers.backend import (
     LayerBackend,
     local_backend,

@@ -20,7 +20,7 @@ from megatron_eagle.draft.metadata import (
 )
 from megatron_eagle.draft.vocab import check_vocab_ids, choose_vocab_ids, load_vocab_ids
 from megatron_eagle.errors import UserError
-from megatron_eagle.hf.draft.import_hf import StoredDraft
+from megatron_eagle.hf.draft.checkpoint import StoredDraft
 from megatron_eagle.training.data import count_supervised, protected_ids
 
 

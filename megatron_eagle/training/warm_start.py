@@ -22,8 +22,8 @@ from megatron_eagle.config.option import names
 from megatron_eagle.config.widths import layer_widths
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.errors import UserError, message_of
-from megatron_eagle.hf.draft.checkpoint import open_checkpoint_draft
-from megatron_eagle.hf.draft.import_hf import StoredDraft, open_hf_draft
+from megatron_eagle.hf.draft.checkpoint import StoredDraft, open_checkpoint_draft
+from megatron_eagle.hf.draft.import_hf import open_hf_draft
 from megatron_eagle.training.base_start import BaseStart, Tensors
 
 

@@ -11,8 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_eagle.checkpoint.directory import parse_base
-from megatron_eagle.hf.draft.checkpoint import open_checkpoint_draft, write_draft_checkpoint
-from megatron_eagle.hf.draft.import_hf import StoredDraft, open_hf_draft
+from megatron_eagle.hf.draft.checkpoint import (
+    StoredDraft,
+    open_checkpoint_draft,
+    write_draft_checkpoint,
+)
+from megatron_eagle.hf.draft.import_hf import open_hf_draft
 from megatron_eagle.testing.harness import megatron_parallel, run_distributed
 from tests.helpers.draft_fixture import Case, build_model, local_part, megatron_names
 from tests.helpers.reference_case import MLA, make_case

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from megatron_eagle.checkpoint.directory import BaseInfo, parse_base
+from megatron_eagle.hf.draft.checkpoint import StoredDraft
 from megatron_eagle.hf.draft.export import export_draft
 from megatron_eagle.hf.draft.formats import FORMATS
-from megatron_eagle.hf.draft.import_hf import StoredDraft, open_hf_draft
+from megatron_eagle.hf.draft.import_hf import open_hf_draft
 from tests.helpers.trained_draft import TrainedDraft
 
 Files = tuple[dict[str, Any], dict[str, Tensor]]

@@ -17,8 +17,12 @@ from torch import Tensor
 from megatron_eagle.checkpoint.directory import BASE_JSON_NAME, TRACKER_NAME
 from megatron_eagle.checkpoint.reader import DraftCheckpoint
 from megatron_eagle.checkpoint.writer import Chunk, write_torch_dist
-from megatron_eagle.hf.draft.checkpoint import open_checkpoint_draft, write_draft_checkpoint
-from megatron_eagle.hf.draft.export import export_draft, read_info
+from megatron_eagle.hf.draft.checkpoint import (
+    open_checkpoint_draft,
+    read_info,
+    write_draft_checkpoint,
+)
+from megatron_eagle.hf.draft.export import export_draft
 from megatron_eagle.hf.draft.formats import FORMATS
 from tests.helpers.exported_draft import base_of, exported, imported, rewrite
 from tests.helpers.trained_draft import TrainedDraft

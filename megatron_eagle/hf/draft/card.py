@@ -1,4 +1,4 @@
-"""The model card of an exported draft: what it is, what it reached, how each server loads it."""
+"""The model card (README.md) of an exported draft: origin, figures, the servers' commands."""
 
 from __future__ import annotations
 
@@ -18,8 +18,13 @@ from megatron_eagle.hf.files.safetensors_dir import read_json
 
 @dataclass(frozen=True)
 class CardFacts:
-    """What the draft's tensors do not say. ``evaluation`` is the JSON of tools/eval_acceptance.py,
-    or what training measured; ``data`` describes the training data."""
+    """Hold what a model card says beyond the draft's description.
+
+    Attributes:
+        checkpoint: name of the directory that was converted.
+        data: description of the training data.
+        evaluation: figures of ``megatron-eagle eval`` or of an evaluation while training.
+    """
 
     checkpoint: str
     data: str | None = None
@@ -27,17 +32,17 @@ class CardFacts:
 
 
 def read_evaluation(path: Path) -> dict[str, Any]:
-    """The figures that tools/eval_acceptance.py wrote to ``path``.
+    """Read the figures that ``megatron-eagle eval`` wrote to ``path``.
 
-    Raises ValueError naming --eval when they are not, or are those of an untrained draft or of
-    answers that were not the greedy ones.
+    Raises ``UserError`` naming ``<eval>`` for a file without these figures, for figures of an
+    untrained draft, and for figures of answers other than the greedy ones.
     """
     try:
         figures = read_json(path)
     except ValueError as error:
         raise UserError(f"<eval> {error}") from None
-    if lacking := _lacking(figures):
-        raise UserError(f"<eval> {path}: {lacking} is missing; did megatron-eagle eval write it?")
+    if missing := _missing_figure(figures):
+        raise UserError(f"<eval> {path}: {missing} is missing; did megatron-eagle eval write it?")
     if figures.get("reinitialize"):
         raise UserError(f"<eval> {path}: measured with <reinitialize>, not with trained weights")
     if figures.get("equal_to_greedy") is not True:
@@ -46,24 +51,27 @@ def read_evaluation(path: Path) -> dict[str, Any]:
 
 
 def measured_in_training(iteration: Path) -> dict[str, Any] | None:
-    """The figures that --eagle-eval-prompts left beside the draft in directory ``iteration``, if
-    it did. Raises ValueError naming the file when they are damaged."""
+    """Read the figures that an evaluation while training left in directory ``iteration``.
+
+    Returns None if there was no evaluation. Raises ``UserError`` naming a damaged file.
+    """
     path = iteration / ACCEPTED_LENGTH_NAME
     if not path.is_file():
         return None
     figures = read_json(path)
-    if lacking := _lacking(figures):
-        raise UserError(f"{path}: {lacking} is missing")
+    if missing := _missing_figure(figures):
+        raise UserError(f"{path}: {missing} is missing")
     return figures
 
 
-def _lacking(figures: dict[str, Any]) -> str | None:
-    kinds = {"accepted_length": float, "prompts": int, "draft_tokens": int, "acceptance": list}
-    return next((key for key, kind in kinds.items() if type(figures.get(key)) is not kind), None)
+def _missing_figure(figures: dict[str, Any]) -> str | None:
+    """Return the first figure that is missing or of the wrong type, or None."""
+    types = {"accepted_length": float, "prompts": int, "draft_tokens": int, "acceptance": list}
+    return next((key for key, cls in types.items() if type(figures.get(key)) is not cls), None)
 
 
-def model_card(info: DraftInfo, facts: CardFacts, fmt: Format, dtype: torch.dtype) -> str:
-    """README.md."""
+def model_card(info: DraftInfo, facts: CardFacts, *, fmt: Format, dtype: torch.dtype) -> str:
+    """Return README.md of a draft written in ``fmt`` with weights of ``dtype``."""
     commands = "\n".join(_command(server, info) for server in fmt.servers)
     rows = "\n".join(f"| {name} | {value} |" for name, value in _rows(info, facts, dtype))
     return f"""---
@@ -117,8 +125,8 @@ def _attention(info: DraftInfo) -> str:
 
 
 def _data(info: DraftInfo, facts: CardFacts) -> str:
-    answers = info.training.get("train_data")
-    recorded = Path(answers).name if isinstance(answers, str) else ""
+    train_data = info.training.get("train_data")
+    recorded = Path(train_data).name if isinstance(train_data, str) else ""
     return facts.data or recorded or "not recorded"
 
 
@@ -127,24 +135,25 @@ def _figures(evaluation: dict[str, Any] | None) -> list[tuple[str, str]]:
         return [("accepted length", "not measured (megatron-eagle eval)")]
     drafts, prompts = evaluation["draft_tokens"], evaluation["prompts"]
     shares = ", ".join(f"{share:.3f}" for share in evaluation["acceptance"])
-    when = ", while training" if "iteration" in evaluation else ""
+    in_training = ", while training" if "iteration" in evaluation else ""
     return [
         (
             "accepted length",
             f"{evaluation['accepted_length']:.3f} tokens per verification, greedy, chains of "
-            f"{drafts} drafts, {prompts} prompts{when}",
+            f"{drafts} drafts, {prompts} prompts{in_training}",
         ),
         ("accepted drafts per position", shares),
     ]
 
 
 def _command(server: str, info: DraftInfo) -> str:
+    """Return the paragraph of the card that starts ``server`` with this draft."""
     steps = info.ttt_steps
     method = info.spec.method.server_method
-    more = ', "parallel_drafting": true' if info.spec.method.parallel_drafting else ""
-    text = {
+    parallel = ', "parallel_drafting": true' if info.spec.method.parallel_drafting else ""
+    command = {
         "vllm": f"""    vllm serve BASE --speculative-config \\
-      '{{"method": "{method}", "model": "DRAFT", "num_speculative_tokens": {steps}{more}}}'
+      '{{"method": "{method}", "model": "DRAFT", "num_speculative_tokens": {steps}{parallel}}}'
 """,
         "sglang": f"""    python -m sglang.launch_server --model-path BASE \\
       --speculative-algorithm {method.upper()} --speculative-draft-model-path DRAFT \\
@@ -161,4 +170,4 @@ def _command(server: str, info: DraftInfo) -> str:
     trtllm-serve BASE --extra_llm_api_options draft.yaml
 """,
     }[server]
-    return f"{SERVER_NAMES[server]}:\n\n{text}"
+    return f"{SERVER_NAMES[server]}:\n\n{command}"

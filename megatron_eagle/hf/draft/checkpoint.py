@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,18 +18,78 @@ from megatron_eagle.draft.metadata import draft_metadata, encode_metadata
 from megatron_eagle.draft.vocab import check_vocab_ids
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.base.import_base import COMMON_STATE, RELEASE
-from megatron_eagle.hf.draft.export import read_entries, read_info
-from megatron_eagle.hf.draft.import_hf import StoredDraft
-from megatron_eagle.hf.draft.info import DraftInfo
-from megatron_eagle.hf.draft.names import METADATA, VOCAB_IDS
+from megatron_eagle.hf.draft.formats import FORMATS, Format
+from megatron_eagle.hf.draft.info import DraftInfo, parse_draft_info
+from megatron_eagle.hf.draft.names import METADATA, PREFIX, VOCAB_IDS, DraftEntry, draft_entries
 
 LINEAR_LAYERS = ("self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
 
 
-def open_checkpoint_draft(directory: str | Path) -> StoredDraft:
-    """The draft in a checkpoint that training saved or `write_draft_checkpoint` wrote.
+@dataclass(frozen=True)
+class StoredDraft:
+    """A draft whose weights are still in files, as a checkpoint holds it.
 
-    Raises ValueError with the file at fault unless it is complete.
+    Attributes:
+        source: the directory that it comes from, for error messages.
+        info: its description.
+        vocab_ids: base token ids of its vocabulary, int64 [D], ascending.
+        tensors: checkpoint key (``draft.fc.weight``, ...) -> function that reads the whole,
+            unsharded, unpadded tensor.
+        shapes: the shapes of ``tensors``.
+        dtype: the dtype to write ``tensors`` in.
+    """
+
+    source: str
+    info: DraftInfo
+    vocab_ids: Tensor
+    tensors: Mapping[str, Callable[[], Tensor]]
+    shapes: dict[str, tuple[int, ...]]
+    dtype: torch.dtype
+
+
+def read_info(checkpoint: DraftCheckpoint) -> DraftInfo:
+    """Return the description of the draft in ``checkpoint``; raise ``UserError`` without one."""
+    keys = checkpoint.keys()
+    if not any(key.startswith(PREFIX) for key in keys):
+        raise UserError(f"{checkpoint.directory}: holds no draft (no {PREFIX}* tensor)")
+    tensor = checkpoint.load([METADATA])[METADATA]
+    return parse_draft_info(tensor, f"{checkpoint.directory}: {METADATA}")
+
+
+def read_entries(
+    checkpoint: DraftCheckpoint, info: DraftInfo, fmt: Format = FORMATS["hf"]
+) -> list[DraftEntry]:
+    """Return the name table of the draft in ``checkpoint``, after comparing the two.
+
+    Raises ``UserError`` naming a tensor that is missing, unexpected or of a wrong shape. Servers
+    run a draft with missing tensors without an error, so this must be strict.
+    """
+    where, dims, entries = checkpoint.directory, info.dims, draft_entries(info, fmt)
+    stored_keys = checkpoint.keys()
+    keys = {key for key in stored_keys if key.startswith(PREFIX)}
+    expected = {entry.megatron for entry in entries} | {METADATA, VOCAB_IDS}
+    if missing := sorted(expected - keys):
+        raise UserError(f"{where}: incomplete draft, {_listed(missing)} missing")
+    if unexpected := sorted(keys - expected):
+        raise UserError(
+            f"{where}: {_listed(unexpected)} unexpected in an {info.spec.algorithm} draft"
+        )
+    for entry in entries:
+        shape = checkpoint.shape(entry.megatron)
+        if not entry.accepts(shape, dims):
+            raise UserError(
+                f"{where}: {entry.megatron} has shape {shape}, expected {entry.sizes(dims)}"
+            )
+    shape = checkpoint.shape(VOCAB_IDS)
+    if shape != (info.draft_vocab_size,):
+        raise UserError(f"{where}: {VOCAB_IDS} has shape {shape}, expected {info.draft_vocab_size}")
+    return entries
+
+
+def open_checkpoint_draft(directory: str | Path) -> StoredDraft:
+    """Open the draft of a checkpoint that training or ``write_draft_checkpoint`` wrote.
+
+    Raises ``UserError`` with the file at fault unless the draft is complete.
     """
     checkpoint = DraftCheckpoint.open(directory)
     info = read_info(checkpoint)
@@ -38,25 +98,28 @@ def open_checkpoint_draft(directory: str | Path) -> StoredDraft:
             f"{checkpoint.directory}: a MoE draft is no warm start; <load> resumes its training"
         )
     entries = read_entries(checkpoint, info)
-    ids = checkpoint.load([VOCAB_IDS])[VOCAB_IDS]
-    check_vocab_ids(ids, info.base.vocab_size, f"{checkpoint.directory}: {VOCAB_IDS}")
+    vocab_ids = checkpoint.load([VOCAB_IDS])[VOCAB_IDS]
+    check_vocab_ids(vocab_ids, info.base.vocab_size, f"{checkpoint.directory}: {VOCAB_IDS}")
 
     def load(key: str, rows: int) -> Tensor:
         return checkpoint.load([key])[key][:rows]
 
-    tensors = {
-        entry.megatron: partial(load, entry.megatron, entry.sizes(info.dims)[0])
-        for entry in entries
-    }
     shapes = {entry.megatron: entry.sizes(info.dims) for entry in entries}
-    return StoredDraft(str(checkpoint.directory), info, ids, tensors, shapes, torch.float32)
+    return StoredDraft(
+        source=str(checkpoint.directory),
+        info=info,
+        vocab_ids=vocab_ids,
+        tensors={key: partial(load, key, shape[0]) for key, shape in shapes.items()},
+        shapes=shapes,
+        dtype=torch.float32,
+    )
 
 
 def write_draft_checkpoint(stored: StoredDraft, save: Path) -> None:
-    """Write checkpoint directory `save`, which appears by a rename when complete.
+    """Write checkpoint directory ``save``, which appears by a rename when it is complete.
 
-    It loads at any layout and holds no optimizer. Memory: the largest tensor. Raises ValueError
-    when `save` is in use.
+    It holds no optimizer and loads at any parallel layout. Memory: the largest tensor. Raises
+    ``UserError`` when ``save`` is in use.
     """
     check_unused(save, "save")
     with atomic_dir(save) as scratch:
@@ -67,30 +130,34 @@ def write_draft_checkpoint(stored: StoredDraft, save: Path) -> None:
 
 def _chunks(stored: StoredDraft) -> Iterator[Chunk]:
     info = stored.info
-    description = draft_metadata(
+    metadata = draft_metadata(
         info.spec, info.base, ttt_steps=info.ttt_steps, training=dict(info.training)
     )
-    small = {VOCAB_IDS: stored.vocab_ids, METADATA: encode_metadata(description)}
-    for key, tensor in small.items():
-        yield _whole(key, tuple(tensor.shape), tensor.dtype, partial(_given, tensor))
+    for key, tensor in {VOCAB_IDS: stored.vocab_ids, METADATA: encode_metadata(metadata)}.items():
+        yield _whole_tensor(key, tuple(tensor.shape), tensor.dtype, load=partial(_same, tensor))
     for key, load in stored.tensors.items():
-        yield _whole(key, stored.shapes[key], stored.dtype, partial(_as, load, stored.dtype))
+        load_cast = partial(_cast, load, stored.dtype)
+        yield _whole_tensor(key, stored.shapes[key], stored.dtype, load=load_cast)
 
 
-def _whole(key: str, shape: tuple[int, ...], dtype: torch.dtype, load: Any) -> Chunk:
-    return Chunk(key, shape, (0,) * len(shape), shape, dtype, load)
+def _whole_tensor(
+    key: str, shape: tuple[int, ...], dtype: torch.dtype, *, load: Callable[[], Tensor]
+) -> Chunk:
+    return Chunk(
+        key=key, global_shape=shape, offset=(0,) * len(shape), shape=shape, dtype=dtype, load=load
+    )
 
 
-def _given(tensor: Tensor) -> Tensor:
+def _same(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _as(load: Any, dtype: torch.dtype) -> Tensor:
+def _cast(load: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
     return load().to(dtype)
 
 
 def _extra_states(info: DraftInfo) -> list[str]:
-    """Megatron's linear layers ask for an (empty) extra state when a checkpoint is loaded."""
+    """Return the keys of the (empty) extra states that Megatron's linear layers load."""
     inputs = ["linear_qkv"]
     if info.spec.uses_mla:
         low_rank = info.layer_args["q_lora_rank"]
@@ -103,3 +170,8 @@ def _extra_states(info: DraftInfo) -> list[str]:
     ]
     head = [] if info.spec.method.shares_base_head else ["draft.lm_head._extra_state"]
     return [*head, *layers]
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

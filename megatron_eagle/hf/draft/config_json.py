@@ -1,4 +1,8 @@
-"""config.json of an exported draft."""
+"""config.json of an exported draft, in each format.
+
+The servers disagree about the ids of aux layers: some count the output of layer i, others the state
+after i layers. Each field below says which it is.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ SPECULATORS_VERSION = "0.9.0"
 
 
 def draft_config_json(info: DraftInfo, fmt: Format, dtype: torch.dtype) -> dict[str, Any]:
-    """Return config.json of a draft in ``fmt``."""
+    """Return config.json of a draft in ``fmt`` with weights of ``dtype``."""
     if architecture := info.spec.method.architectures.get(fmt.name):
         return {"architectures": [architecture], **_layer_config(info, dtype)}
     if fmt.name == "speculators":
@@ -29,7 +33,7 @@ def draft_config_json(info: DraftInfo, fmt: Format, dtype: torch.dtype) -> dict[
 
 
 def is_exported_draft(config: dict[str, Any]) -> bool:
-    """Whether config.json is one that this module writes."""
+    """Return whether config.json names an architecture that this module writes."""
     special = chain.from_iterable(a.architectures.values() for a in ALGORITHMS.values())
     return config.get("architectures") in [
         [name] for name in (ARCHITECTURE, MLA, SPECULATOR, *special)
@@ -37,12 +41,12 @@ def is_exported_draft(config: dict[str, Any]) -> bool:
 
 
 def _eagle3_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
-    """Every field that vLLM, SGLang and TensorRT-LLM read of an EAGLE-3 draft.
+    """Return every field that vLLM, SGLang and TensorRT-LLM read of an EAGLE-3 draft.
 
-    Captured layers appear in both conventions, because each server reads another field: inside
-    eagle_config id i is the output of layer i, at the top level it is the state after i layers.
-    No target_hidden_size, which is hidden_size where it is missing: beside one SafeAILab's code
-    does not read the base's embedding, and runs with a random one.
+    Aux layers appear in both conventions, because each server reads another field: inside
+    ``eagle_config`` id i is the output of layer i, at the top level it is the state after i layers.
+    ``target_hidden_size`` is left out (readers then take ``hidden_size``): where it is present,
+    SafeAILab's code does not read the base's embedding and runs with a random one.
     """
     outputs = list(info.aux_layers)
     norms = _norm_flags(info)
@@ -55,7 +59,7 @@ def _eagle3_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
         "eagle_config": {
             "eagle_aux_hidden_state_layer_ids": outputs,
             "use_aux_hidden_state": True,
-            # Where the servers look; the speculators library looks at the top level.
+            # The servers look here; the speculators library looks at the top level.
             **{name: True for name in norms if name == "norm_before_fc"},
         },
         **norms,
@@ -64,14 +68,16 @@ def _eagle3_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _parallel_drafting(info: DraftInfo) -> dict[str, int]:
-    """Where vLLM's parallel drafting finds the mask token of a P-EAGLE draft."""
+    """Return the fields in which vLLM's parallel drafting finds the mask token, if there is one."""
     token = info.spec.mask_token
     return {} if token is None else {"ptd_token_id": token, "pard_token": token}
 
 
 def _norm_flags(info: DraftInfo) -> dict[str, bool]:
-    """Flags that are set. `norm_output` must never be written as false: SpecForge would drop the
-    norm in front of the head."""
+    """Return the norm flags that are true.
+
+    A false ``norm_output`` must not be written: SpecForge would drop the norm in front of the head.
+    """
     flags = {
         "fc_norm": info.spec.method.norms_each_aux_layer,
         "norm_output": info.spec.method.feeds_back_normed,
@@ -82,7 +88,10 @@ def _norm_flags(info: DraftInfo) -> dict[str, bool]:
 
 
 def _speculators_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
-    """The form of the speculators library, which vLLM reads too: ids are states after i layers."""
+    """Return the nested form of the speculators library, which vLLM reads too.
+
+    Aux layer ids are the states after i layers.
+    """
     return {
         "architectures": [SPECULATOR],
         "speculators_model_type": "eagle3",
@@ -109,7 +118,7 @@ def _speculators_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _layer_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
-    """The draft's layers as a Llama or DeepSeek configuration."""
+    """Return the draft's layers as a Llama or DeepSeek configuration."""
     args, base = info.layer_args, info.base.hf_config
     mla = info.spec.uses_mla
     config = {
@@ -142,8 +151,11 @@ def _grouped_fields(info: DraftInfo) -> dict[str, Any]:
 
 
 def _mla_fields(info: DraftInfo) -> dict[str, Any]:
-    """vLLM takes a draft of type deepseek_v3 for that model's own next-token layers; kimi_k2, the
-    same class of configuration, is what drafts of this kind call themselves."""
+    """Return the fields of multi-latent attention.
+
+    ``model_type`` is not ``deepseek_v3``, which vLLM takes for that model's own next-token layers;
+    published MLA drafts say ``kimi_k2``, the same class of configuration.
+    """
     args = info.layer_args
     return {
         "model_type": "kimi_k2",

@@ -1,4 +1,4 @@
-"""The files of somebody's draft: config.json and its tensors, safetensors or a plain pickle."""
+"""The files of a Hugging Face draft: config.json and tensors, as safetensors or a pickle."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ OTHER_DTYPES = {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
 
 @dataclass(frozen=True)
 class DraftFiles:
-    """`shapes` and `dtypes` of every tensor; `tensor` reads one (of safetensors, only then)."""
+    """Hold config.json, and the shape and dtype of every tensor; ``tensor`` reads one.
+
+    Safetensors are read tensor by tensor; a pickle is in memory from the start.
+    """
 
     path: Path
     config: dict[str, Any]
@@ -34,34 +37,38 @@ class DraftFiles:
 
     @classmethod
     def open(cls, path: str | Path) -> DraftFiles:
-        """Raises ValueError, naming the file, for a directory that is not there or not whole, and
-        for a pickle that holds anything but tensors."""
+        """Read the headers in directory ``path``.
+
+        Raises ``UserError``, naming the file, for a directory that is missing or incomplete, and
+        for a pickle that holds anything but tensors.
+        """
         path = Path(path)
         if not path.is_dir():
             raise UserError(f"{path}: no such directory")
-        pickled = path / PICKLE_NAME
-        safe = (path / SINGLE_NAME).exists() or (path / INDEX_NAME).exists()
-        return cls._of_pickle(path, pickled) if pickled.exists() and not safe else cls._of(path)
+        has_safetensors = (path / SINGLE_NAME).exists() or (path / INDEX_NAME).exists()
+        if (path / PICKLE_NAME).exists() and not has_safetensors:
+            return cls._of_pickle(path)
+        return cls._of_safetensors(path)
 
     @classmethod
-    def _of(cls, path: Path) -> DraftFiles:
+    def _of_safetensors(cls, path: Path) -> DraftFiles:
         source = SafetensorsDir(path)
-        known = DTYPES | OTHER_DTYPES
+        dtypes = DTYPES | OTHER_DTYPES
         for name, header in source.headers.items():
-            if header.dtype not in known:
+            if header.dtype not in dtypes:
                 raise UserError(f"{header.file}: {name} has dtype {header.dtype}")
         headers = source.headers.items()
         return cls(
-            path,
-            source.config,
-            {name: header.shape for name, header in headers},
-            {name: known[header.dtype] for name, header in headers},
-            source,
+            path=path,
+            config=source.config,
+            shapes={name: header.shape for name, header in headers},
+            dtypes={name: dtypes[header.dtype] for name, header in headers},
+            _source=source,
         )
 
     @classmethod
-    def _of_pickle(cls, path: Path, file: Path) -> DraftFiles:
-        config = read_json(path / "config.json")
+    def _of_pickle(cls, path: Path) -> DraftFiles:
+        config, file = read_json(path / "config.json"), path / PICKLE_NAME
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # zip, pickle and tensor decoding each fail in their own way
@@ -73,14 +80,14 @@ class DraftFiles:
         ):
             raise UserError(f"{file}: does not hold tensors by name")
         return cls(
-            path,
-            config,
-            {name: tuple(value.shape) for name, value in content.items()},
-            {name: value.dtype for name, value in content.items()},
-            content,
+            path=path,
+            config=config,
+            shapes={name: tuple(value.shape) for name, value in content.items()},
+            dtypes={name: value.dtype for name, value in content.items()},
+            _source=content,
         )
 
     def tensor(self, name: str, rows: int | None = None) -> Tensor:
-        """The tensor on the CPU, or its first ``rows``."""
+        """Return a tensor on the CPU, or its first ``rows`` rows."""
         source = self._source
         return source[name][:rows] if isinstance(source, dict) else source.tensor(name, 0, rows)

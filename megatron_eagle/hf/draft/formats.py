@@ -1,7 +1,7 @@
-"""The directory layouts a draft is exported in, and the drafts that each server can run.
+"""The formats that a draft is exported in, and the drafts that each server can run.
 
-Servers do not fail on what they do not know: a flag that a reader ignores, or a tensor under a name
-it skips, gives wrong drafts in silence. So each reason not to write a format is a line here.
+A server that ignores a flag, or skips a tensor because of its name, drafts wrongly without an
+error. So every reason not to write a format is a line here or in an algorithm's ``refusals``.
 """
 
 from __future__ import annotations
@@ -14,9 +14,15 @@ from megatron_eagle.hf.draft.info import DraftInfo
 
 @dataclass(frozen=True)
 class Format:
-    """``servers`` get their command on the model card. Layers are named ``single_layer`` when there
-    is one, else ``layers.{i}.``; ``later_norms`` are the names given to the norm in front of the
-    attention of layers >= 1."""
+    """The names of tensors and files that one or more servers read.
+
+    Attributes:
+        servers: the readers of this format, whose commands the model card gives.
+        single_layer: prefix of the layer's tensors in a draft of one layer; in a draft of more
+            layers, and where ``fc`` joins (EAGLE-1), the prefix is ``layers.{i}.``.
+        later_norms: names of the norm in front of the attention in layers >= 1. It is written under
+            each of them, because readers differ.
+    """
 
     name: str
     servers: tuple[str, ...]
@@ -25,8 +31,8 @@ class Format:
 
     def layer_prefix(self, index: int, info: DraftInfo) -> str:
         """Return the prefix of the tensors of layer ``index``."""
-        named = info.num_layers == 1 and not info.spec.method.joins_by_fc
-        return self.single_layer if named else f"layers.{index}."
+        single = info.num_layers == 1 and not info.spec.method.joins_by_fc
+        return self.single_layer if single else f"layers.{index}."
 
 
 FORMATS = {
@@ -48,15 +54,15 @@ SERVER_NAMES = {"vllm": "vLLM", "sglang": "SGLang", "trtllm": "TensorRT-LLM"}
 
 
 def check_servers(fmt: Format, info: DraftInfo) -> None:
-    """Raise :class:`UserError` with the reason when a reader of ``fmt`` cannot run this draft."""
+    """Raise ``UserError`` with the reason if a reader of ``fmt`` cannot run this draft."""
     if reason := _refusal(fmt, info):
-        others = [item.name for item in FORMATS.values() if not _refusal(item, info)]
-        hint = f"; use <format> {' or '.join(others)}" if others else ""
+        usable = [item.name for item in FORMATS.values() if not _refusal(item, info)]
+        hint = f"; use <format> {' or '.join(usable)}" if usable else ""
         raise UserError(f"<format> {fmt.name}: {reason}{hint}")
 
 
 def _refusal(fmt: Format, info: DraftInfo) -> str | None:
-    """Why a reader of ``fmt`` would draft wrongly, or None."""
+    """Return the reason why a reader of ``fmt`` would draft wrongly, or None."""
     spec = info.spec
     if reason := spec.method.refusals.get(fmt.name):
         return reason
@@ -71,7 +77,7 @@ def _refusal(fmt: Format, info: DraftInfo) -> str | None:
 
 
 def _mla_refusal(fmt: Format, info: DraftInfo) -> str | None:
-    """Why a reader of drafts with multi-latent attention cannot run this one, or None."""
+    """Return the reason why a reader of ``fmt`` cannot run this MLA draft, or None."""
     if not info.spec.method.served_with_mla:
         return f"no server reads a {info.spec.algorithm} draft of <attention> mla"
     if fmt.name == "speculators":
@@ -87,10 +93,11 @@ def _mla_refusal(fmt: Format, info: DraftInfo) -> str | None:
 
 
 def _server_refusal(server: str, info: DraftInfo) -> str | None:
+    """Return the reason why ``server`` cannot run a draft that reads aux layers, or None."""
     if server == "vllm" or info.spec.method.reads_final_hidden:
         return None
     if info.spec.norm_before_residual:
         return "does not know <norm_before_residual>"
     if len(info.aux_layers) == 1:
-        return "skips fc when a single layer is captured"
+        return "skips fc in a draft with a single aux layer"
     return None

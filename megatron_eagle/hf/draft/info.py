@@ -1,4 +1,4 @@
-"""What a trained draft's checkpoint says of it, checked: the input of the conversion."""
+"""DraftInfo: the description of a trained draft, parsed from its checkpoint and checked."""
 
 from __future__ import annotations
 
@@ -28,8 +28,14 @@ BASE_SIZES = (
 
 @dataclass(frozen=True)
 class DraftInfo:
-    """What a checkpoint says of its draft: the resolved ``spec``, the base, the TTT steps it was
-    trained for, and the record of its ``training`` options."""
+    """Hold the description of a draft.
+
+    Attributes:
+        spec: its architecture; aux layers and widths are resolved.
+        base: the base that it drafts for.
+        ttt_steps: the number of TTT steps it was trained for.
+        training: record of the options of its training.
+    """
 
     spec: DraftSpec
     base: BaseInfo
@@ -38,33 +44,33 @@ class DraftInfo:
 
     @property
     def aux_layers(self) -> tuple[int, ...]:
-        """The aux layers, 0-based ids of outputs, ascending; none for EAGLE-1."""
+        """Return the aux layers, 0-based ids of outputs, ascending; none for EAGLE-1."""
         return self.spec.aux_layers or ()
 
     @property
     def num_layers(self) -> int:
-        """Layers of the draft."""
+        """Return the number of layers of the draft."""
         return self.spec.num_layers
 
     @property
     def draft_vocab_size(self) -> int:
-        """D, the size of the draft's vocabulary."""
+        """Return the size of the draft's vocabulary."""
         return self.spec.draft_vocab_size or self.base.vocab_size
 
     @property
     def compressed(self) -> bool:
-        """Whether the draft has fewer tokens than the base."""
+        """Return whether the draft's vocabulary is smaller than the base's."""
         return self.draft_vocab_size < self.base.vocab_size
 
     @property
     def layer_args(self) -> dict[str, Any]:
-        """The base's Megatron arguments with the widths of the draft's layers."""
+        """Return the base's Megatron arguments with the widths of the draft's layers."""
         args = self.base.megatron_args
         return {**args, **layer_widths(self.spec, args)}
 
     @property
     def dims(self) -> Dims:
-        """The sizes of the symbols in :mod:`megatron_eagle.hf.draft.names`."""
+        """Return the sizes of the shape symbols in ``names.py``."""
         dims = dims_of(self.layer_args)
         more = {
             "1": 1,
@@ -80,8 +86,8 @@ class DraftInfo:
 def parse_draft_info(tensor: Tensor, source: str) -> DraftInfo:
     """Parse DraftInfo from the checkpoint's metadata tensor.
 
-    Raises :class:`UserError` starting with ``source`` for another format, a missing or impossible
-    field, and a field this release does not know, since it might change what the weights mean.
+    Raises ``UserError`` starting with ``source`` for another format, a missing or impossible field,
+    and a field this release does not know, since it might change what the weights mean.
     """
     content = decode_metadata(tensor, source)
     base = parse_base(content.get("base"), f"{source}: base")

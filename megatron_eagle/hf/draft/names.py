@@ -1,8 +1,8 @@
 """The name table of a draft: each Megatron tensor, and the Hugging Face tensors in it.
 
-Shapes are written with: H draft hidden, H2 = 2H, AH = A captured layers x base hidden,
+Shapes are written with: H draft hidden, H2 = 2H, AH = A aux layers x base hidden,
 Q heads x head_dim, KV groups x head_dim, QKV = Q + 2 KV, F ffn hidden, F2 = 2F, D draft vocabulary;
-of multi-latent attention QR, KR, P, LQ, LKV, LV as in `entries`.
+of multi-latent attention QR, KR, P, LQ, LKV, LV as in ``hf/tables/entries.py``.
 Linear weights are [out, in] on both sides.
 """
 
@@ -21,16 +21,21 @@ PREFIX = "draft."
 VOCAB_IDS = f"{PREFIX}vocab_ids"
 METADATA = f"{PREFIX}metadata"
 
-Split = Callable[[Tensor, "DraftEntry", Dims], list[Tensor]]
+Split = Callable[[Tensor, Sequence[Source], Dims], list[Tensor]]
 Join = Callable[[Sequence[Tensor], Dims], Tensor]
 
 
 @dataclass(frozen=True)
 class DraftEntry:
-    """One Megatron tensor of `shape`; `split` takes it apart into `sources`, in their order, and
-    `join` makes it of them.
+    """One row of the table: a Megatron tensor and the Hugging Face tensors in it.
 
-    With `padded`, the stored tensor may have more rows than `shape` says; they are padding.
+    Attributes:
+        megatron: name of the tensor in the checkpoint.
+        shape: its shape in symbols.
+        sources: the Hugging Face tensors.
+        split: cuts the Megatron tensor into ``sources``, in their order (export).
+        join: makes the Megatron tensor from ``sources`` (import).
+        padded: the stored tensor may have more rows than ``shape``; the last ones are padding.
     """
 
     megatron: str
@@ -41,46 +46,54 @@ class DraftEntry:
     padded: bool = False
 
     def sizes(self, dims: Dims) -> tuple[int, ...]:
-        """The shape in numbers, without padding."""
+        """Return the shape in numbers, without padding."""
         return Source(self.megatron, self.shape).sizes(dims)
 
     def accepts(self, shape: tuple[int, ...], dims: Dims) -> bool:
-        """Whether a stored tensor may have this shape."""
+        """Return whether a stored tensor may have this shape."""
         rows, *columns = self.sizes(dims)
-        more = self.padded and len(shape) > 0 and shape[0] > rows
-        return shape == (shape[0] if more else rows, *columns)
+        has_padding = self.padded and len(shape) > 0 and shape[0] > rows
+        return shape == (shape[0] if has_padding else rows, *columns)
 
     def named(self, megatron_prefix: str, hf_prefix: str) -> DraftEntry:
-        """The same entry inside a layer."""
+        """Return the same entry with a prefix in front of the names of each side."""
         sources = tuple(replace(part, name=hf_prefix + part.name) for part in self.sources)
         return replace(self, megatron=megatron_prefix + self.megatron, sources=sources)
 
 
-def split_rows(tensor: Tensor, entry: DraftEntry, dims: Dims) -> list[Tensor]:
-    """The sources below one another; padding rows, which come last, are dropped."""
-    rows = [part.sizes(dims)[0] for part in entry.sources]
+def split_rows(tensor: Tensor, sources: Sequence[Source], dims: Dims) -> list[Tensor]:
+    """Cut a tensor whose rows are those of the sources, one after another, then padding."""
+    rows = [part.sizes(dims)[0] for part in sources]
     return list(tensor[: sum(rows)].split(rows))
 
 
-def split_query_groups(tensor: Tensor, entry: DraftEntry, dims: Dims) -> list[Tensor]:
-    """Rows per query group [q_1 .. q_r, k, v] -> q [Q, ...], k [KV, ...], v [KV, ...]."""
-    rows = [part.sizes(dims)[0] // dims["groups"] for part in entry.sources]
+def split_query_groups(tensor: Tensor, sources: Sequence[Source], dims: Dims) -> list[Tensor]:
+    """Sort rows [q_1 .. q_r, k, v] of each query group into q [Q, N], k [KV, N] and v [KV, N]."""
+    rows = [part.sizes(dims)[0] // dims["groups"] for part in sources]
     grouped = tensor.unflatten(0, (dims["groups"], -1))
     return [part.flatten(0, 1) for part in grouped.split(rows, dim=1)]
 
 
-def copies(tensor: Tensor, entry: DraftEntry, dims: Dims) -> list[Tensor]:
-    """The whole tensor under every name."""
-    return [tensor] * len(entry.sources)
+def repeat(tensor: Tensor, sources: Sequence[Source], dims: Dims) -> list[Tensor]:
+    """Return the whole tensor for every source."""
+    return [tensor] * len(sources)
 
 
 def first(parts: Sequence[Tensor], dims: Dims) -> Tensor:
-    """One of equal tensors."""
+    """Return the first of equal tensors, the inverse of ``repeat``."""
     return parts[0]
 
 
 def _one(megatron: str, name: str, *shape: str, padded: bool = False) -> DraftEntry:
-    return DraftEntry(megatron, shape, (Source(name, shape),), split_rows, join_rows, padded)
+    """Return the entry of a tensor that is the same on both sides."""
+    return DraftEntry(
+        megatron=megatron,
+        shape=shape,
+        sources=(Source(name, shape),),
+        split=split_rows,
+        join=join_rows,
+        padded=padded,
+    )
 
 
 HEAD = (
@@ -90,18 +103,18 @@ HEAD = (
 MLP = (
     _one("mlp.linear_fc1.layer_norm_weight", "post_attention_layernorm.weight", "H"),
     DraftEntry(
-        "mlp.linear_fc1.weight",
-        ("F2", "H"),
-        (
+        megatron="mlp.linear_fc1.weight",
+        shape=("F2", "H"),
+        sources=(
             Source("mlp.gate_proj.weight", ("F", "H")),
             Source("mlp.up_proj.weight", ("F", "H")),
         ),
-        split_rows,
-        join_rows,
+        split=split_rows,
+        join=join_rows,
     ),
     _one("mlp.linear_fc2.weight", "mlp.down_proj.weight", "H", "F"),
 )
-# The first layer norms embedding and hidden apart, then concatenates them: input width 2H.
+# The first layer norms embedding and hidden state each, then concatenates them: input width 2H.
 FIRST_NORMS = (
     _one("input_layernorm.embedding_norm.weight", "input_layernorm.weight", "H"),
     _one("input_layernorm.hidden_norm.weight", "hidden_norm.weight", "H"),
@@ -109,60 +122,62 @@ FIRST_NORMS = (
 
 
 def draft_entries(info: DraftInfo, fmt: Format) -> list[DraftEntry]:
-    """Return every tensor of a draft, under full names on both sides."""
-    joined = info.spec.method.joins_by_fc
+    """Return the entry of every tensor of a draft, under full names on both sides."""
+    joins_by_fc = info.spec.method.joins_by_fc
     entries = [entry.named(PREFIX, "") for entry in _outside_layers(info)]
     for i in range(info.num_layers):
         hf_prefix = fmt.layer_prefix(i, info)
-        for entry in _layer(info, i, ("input_layernorm",) if joined else fmt.later_norms):
+        for entry in _layer(info, i, ("input_layernorm",) if joins_by_fc else fmt.later_norms):
             entries.append(entry.named(f"{PREFIX}layers.{i}.", hf_prefix))
     return entries
 
 
 def _layer(info: DraftInfo, index: int, later_norms: tuple[str, ...]) -> tuple[DraftEntry, ...]:
     mla = info.spec.uses_mla
-    # A first layer behind a joining fc has no norm in front of it.
-    joined = info.spec.method.joins_by_fc
-    columns = "H" if index or joined else "H2"
+    # Where fc joins embedding and hidden state, the first layer has no norm in front of it.
+    joins_by_fc = info.spec.method.joins_by_fc
+    columns = "H" if index or joins_by_fc else "H2"
     attention = _mla_attention(info, columns) if mla else _grouped_attention(columns)
-    norms: tuple[DraftEntry, ...] = () if joined else FIRST_NORMS
+    norms: tuple[DraftEntry, ...] = () if joins_by_fc else FIRST_NORMS
     if index:
         name = "input_layernorm.weight" if mla else "self_attention.linear_qkv.layer_norm_weight"
         sources = tuple(Source(f"{norm}.weight", ("H",)) for norm in later_norms)
-        norms = (DraftEntry(name, ("H",), sources, copies, first),)
+        norms = (DraftEntry(name, ("H",), sources, split=repeat, join=first),)
     return (*norms, *attention, *MLP)
 
 
 def _grouped_attention(columns: str) -> tuple[DraftEntry, ...]:
     rows = {"q_proj": "Q", "k_proj": "KV", "v_proj": "KV"}
     qkv = DraftEntry(
-        "self_attention.linear_qkv.weight",
-        ("QKV", columns),
-        tuple(Source(f"self_attn.{name}.weight", (row, columns)) for name, row in rows.items()),
-        split_query_groups,
-        join_query_groups,
+        megatron="self_attention.linear_qkv.weight",
+        shape=("QKV", columns),
+        sources=tuple(
+            Source(f"self_attn.{name}.weight", (row, columns)) for name, row in rows.items()
+        ),
+        split=split_query_groups,
+        join=join_query_groups,
     )
     return (qkv, _one("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H", "Q"))
 
 
 def _mla_attention(info: DraftInfo, columns: str) -> tuple[DraftEntry, ...]:
-    tables = {
+    names = {
         "linear_kv_down_proj.weight": ("kv_a_proj_with_mqa.weight", "KR+P", columns),
         "linear_kv_up_proj.layer_norm_weight": ("kv_a_layernorm.weight", "KR"),
         "linear_kv_up_proj.weight": ("kv_b_proj.weight", "LKV", "KR"),
         "linear_proj.weight": ("o_proj.weight", "H", "LV"),
     }
     if info.dims["QR"]:
-        tables |= {
+        names |= {
             "linear_q_down_proj.weight": ("q_a_proj.weight", "QR", columns),
             "linear_q_up_proj.layer_norm_weight": ("q_a_layernorm.weight", "QR"),
             "linear_q_up_proj.weight": ("q_b_proj.weight", "LQ", "QR"),
         }
     else:
-        tables["linear_q_proj.weight"] = ("q_proj.weight", "LQ", columns)
+        names["linear_q_proj.weight"] = ("q_proj.weight", "LQ", columns)
     return tuple(
-        _one(f"self_attention.{name}", f"self_attn.{theirs}", *shape)
-        for name, (theirs, *shape) in tables.items()
+        _one(f"self_attention.{name}", f"self_attn.{hf_name}", *shape)
+        for name, (hf_name, *shape) in names.items()
     )
 
 

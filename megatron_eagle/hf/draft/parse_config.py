@@ -1,8 +1,8 @@
-"""What the config.json of a draft says, whoever wrote it.
+"""The config.json of a draft, in the spelling of any project -> HfDraft.
 
 Known writers: SafeAILab, SpecForge, NVIDIA ModelOpt, vLLM's own examples (a flat Llama
 configuration), speculators (a nested one) and writers of MLA drafts (a DeepSeek configuration).
-What this package cannot compute is refused here.
+Fields that change the network to one this package does not compute are refused here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.tables.config_fields import number, size, switch
 from megatron_eagle.hf.tables.rope import comparable_rope
 
@@ -32,8 +33,8 @@ MLA_FIELDS = {
 }
 EAGLE1 = ("EagleLlamaForCausalLM", "LlamaForCausalLMEagle")
 BASE_NAME = "LlamaForCausalLM"
-"""What SafeAILab's first drafts, EAGLE-1 and EAGLE-3 alike, call themselves."""
-# Fields that change the network, and the one value that is this package's.
+"""Architecture of SafeAILab's first drafts, EAGLE-1 and EAGLE-3 alike."""
+# Fields that change the network, and the one value that this package computes.
 REQUIRED_VALUES: dict[str, Any] = {
     "hidden_act": "silu",
     "attention_bias": False,
@@ -48,10 +49,15 @@ REQUIRED_VALUES: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class HfDraft:
-    """`mla`: the widths of multi-latent attention under Megatron's names, `q_lora_rank` 0 for
-    none; None for grouped queries. `aux_layers`: captured layers by their outputs, 0-based, or None
-    where the file does not say. `rope`: `rope_type`, `rope_theta` and what the type reads; None
-    values left out."""
+    """Hold the fields of config.json, each in one spelling.
+
+    Attributes:
+        eagle1: the file describes an EAGLE-1 draft.
+        mla: widths of multi-latent attention under Megatron's names, ``q_lora_rank`` 0 for none;
+            None for grouped queries.
+        rope: ``rope_type``, ``rope_theta`` and the fields of this type that are not None.
+        aux_layers: 0-based ids of layer outputs; None where the file names none.
+    """
 
     eagle1: bool
     hidden_size: int
@@ -74,25 +80,25 @@ class HfDraft:
 
 
 def parse_hf_draft(config: dict[str, Any], tensors: Iterable[str], source: str) -> HfDraft:
-    """The draft of `config` and of the tensors so named.
+    """Parse ``config``; the names in ``tensors`` decide where the architecture is ambiguous.
 
-    Raises ValueError starting with `source`, the file, for a draft that is not of a known type or
-    has a field this package does not compute.
+    Raises ``UserError`` starting with ``source``, the file, for a draft of an unknown type or with
+    a field that this package does not compute.
     """
     nested = "speculators_model_type" in config
     layer = _speculators_layer(config, source) if nested else config
     architecture = "" if nested else _architecture(config, source)
-    unnamed = architecture == BASE_NAME and not any("hidden_norm" in name for name in tensors)
+    early_eagle1 = architecture == BASE_NAME and not any("hidden_norm" in name for name in tensors)
     for key, value in REQUIRED_VALUES.items():
         if layer.get(key) not in (None, value):
-            raise ValueError(f"{source}: {key} = {layer[key]!r} is not supported, only {value!r}")
+            raise UserError(f"{source}: {key} = {layer[key]!r} is not supported, only {value!r}")
     hidden, heads = size(layer, "hidden_size", source), size(layer, "num_attention_heads", source)
     vocab = size(layer, "vocab_size", source)
     eagle = config.get("eagle_config") or {}
     if not isinstance(eagle, dict):
-        raise ValueError(f"{source}: eagle_config must be an object, found {eagle!r}")
+        raise UserError(f"{source}: eagle_config must be an object, found {eagle!r}")
     return HfDraft(
-        eagle1=architecture in EAGLE1 or unnamed,
+        eagle1=architecture in EAGLE1 or early_eagle1,
         hidden_size=hidden,
         target_hidden_size=size(config, "target_hidden_size", source, hidden),
         intermediate_size=size(layer, "intermediate_size", source),
@@ -123,7 +129,7 @@ def _any_switch(source: str, *fields: tuple[dict[str, Any], str]) -> bool:
 def _mla(config: dict[str, Any], architecture: str, source: str) -> dict[str, int] | None:
     if architecture not in MLA:
         if config.get("kv_lora_rank"):
-            raise ValueError(
+            raise UserError(
                 f"{source}: kv_lora_rank = {config['kv_lora_rank']!r} in a draft of Llama type"
             )
         return None
@@ -133,19 +139,20 @@ def _mla(config: dict[str, Any], architecture: str, source: str) -> dict[str, in
 
 
 def _speculators_layer(config: dict[str, Any], source: str) -> dict[str, Any]:
+    """Return the layer configuration inside a config.json of the speculators library."""
     kind = config["speculators_model_type"]
     if kind != "eagle3":
-        raise ValueError(f"{source}: speculators_model_type {kind!r} is not supported")
+        raise UserError(f"{source}: speculators_model_type {kind!r} is not supported")
     layer = config.get("transformer_layer_config")
     if not isinstance(layer, dict):
-        raise ValueError(f"{source}: transformer_layer_config is missing")
+        raise UserError(f"{source}: transformer_layer_config is missing")
     if layer.get("model_type", "qwen3") != "llama":
-        raise ValueError(
+        raise UserError(
             f"{source}: transformer_layer_config of type {layer.get('model_type')!r} is not "
             "supported, only 'llama' (query/key norms have no place in these drafts)"
         )
     if "norm_before_residual" not in config:  # vLLM and the library assume opposite values
-        raise ValueError(f"{source}: norm_before_residual is missing")
+        raise UserError(f"{source}: norm_before_residual is missing")
     from transformers import LlamaConfig
 
     return LlamaConfig(**layer).to_dict()  # the library leaves out what is a default
@@ -154,10 +161,10 @@ def _speculators_layer(config: dict[str, Any], source: str) -> dict[str, Any]:
 def _architecture(config: dict[str, Any], source: str) -> str:
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1:
-        raise ValueError(f"{source}: architectures must name exactly one class, found {names!r}")
+        raise UserError(f"{source}: architectures must name exactly one class, found {names!r}")
     known = (*FLAT, *MLA, *EAGLE1, BASE_NAME)
     if names[0] not in known:
-        raise ValueError(
+        raise UserError(
             f"{source}: architecture {names[0]!r} is not an EAGLE draft of Llama or MLA type; "
             f"known: {', '.join(known)}"
         )
@@ -167,26 +174,30 @@ def _architecture(config: dict[str, Any], source: str) -> str:
 def _aux_layers(
     config: dict[str, Any], eagle: dict[str, Any], source: str
 ) -> tuple[int, ...] | None:
-    """Inside eagle_config id i is the output of layer i, at the top level the state after i."""
+    """Return the aux layers as ids of layer outputs, or None where config.json names none.
+
+    Inside ``eagle_config`` id i is the output of layer i, at the top level the state after i
+    layers.
+    """
     name = "eagle_aux_hidden_state_layer_ids"
     inner, outer = _ids(eagle.get(name), source), _ids(config.get(name), source)
     if inner is not None and outer is not None and [i + 1 for i in inner] != outer:
-        raise ValueError(
+        raise UserError(
             f"{source}: {name} {outer} and that of eagle_config, {inner}, name different layers"
         )
-    found = inner if inner is not None else outer and [i - 1 for i in outer]
-    if not found:
+    aux_layers = inner if inner is not None else outer and [i - 1 for i in outer]
+    if not aux_layers:
         return None
-    if found != sorted(set(found)) or found[0] < 0:
-        raise ValueError(
-            f"{source}: captured layers must ascend and be outputs of layers, found {found}"
+    if aux_layers != sorted(set(aux_layers)) or aux_layers[0] < 0:
+        raise UserError(
+            f"{source}: aux layers must ascend and be outputs of layers, found {aux_layers}"
         )
-    return tuple(found)
+    return tuple(aux_layers)
 
 
 def _ids(value: Any, source: str) -> list[int] | None:
     if value is None or value == []:
         return None
     if not isinstance(value, list) or any(type(i) is not int for i in value):
-        raise ValueError(f"{source}: captured layers must be numbers, found {value!r}")
+        raise UserError(f"{source}: aux layers must be numbers, found {value!r}")
     return value

@@ -1,8 +1,8 @@
 """The rotary embedding in a config.json: the one place that knows its two spellings.
 
 Older files have ``rope_theta`` beside ``rope_scaling``, newer ones everything in
-``rope_parameters``; the oldest name of ``rope_type`` is ``type``. Only ``plain_draft`` and
-``plain_mla``, which verify an export independently, read the fields without this module.
+``rope_parameters``; the oldest name of ``rope_type`` is ``type``. Only ``plain_draft``, which
+verifies an export independently, reads the fields without this module.
 """
 
 from __future__ import annotations
