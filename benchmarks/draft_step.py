@@ -54,7 +54,7 @@ class DraftStep:
 
 
 def build(problem: Problem, device: str, options: dict[str, Any]) -> tuple[DraftStep, list[Tensor]]:
-    """(the forward pass, the tensors at rest) on this rank."""
+    """Build the forward pass on this rank; return it and the tensors at rest."""
     from megatron_eagle.objective.batch import EagleBatch
     from tests.helpers.draft_fixture import Case, build_model
     from tests.reference.layers import ReferenceConfig

@@ -77,7 +77,7 @@ def check_correctness(problem: Problem, device: str) -> bool:
 
 
 def check_no_synchronisation(forward: Callable[[], Tensor]) -> None:
-    """A step must not ask the device for anything; raises where it does."""
+    """Run a step that must not ask the device for anything; raise where it does."""
     forward().backward()
     torch.cuda.set_sync_debug_mode("error")
     try:

@@ -187,7 +187,7 @@ def run(
 
 
 def draft_weights(save: Path) -> dict[str, Any]:
-    """The draft's floating-point tensors by name, whole, whatever layout saved them."""
+    """Read the draft's floating-point tensors by name, whole, whatever layout saved them."""
     from megatron_eagle.checkpoint.reader import DraftCheckpoint
 
     checkpoint = DraftCheckpoint.open(save)
@@ -230,7 +230,7 @@ def table(rows: list[tuple[Outcome, dict[str, float]]]) -> str:
 
 
 def make_base(args: argparse.Namespace, folder: Path) -> Path:
-    """A random Llama, or Mixtral, of the given sizes, imported."""
+    """Make and import a random Llama, or Mixtral, of the given sizes."""
     import torch
     import transformers
 

@@ -67,7 +67,7 @@ SHAPES = [Shape("8B", 32, 4096, 14336, 1024), Shape("70B", 80, 8192, 28672, 1024
 
 
 def last_stage_plan(stage: int, stages: int, micro_batches: int) -> list[Action]:
-    """The plan compared with: the last stage trains on every micro-batch."""
+    """Return the plan compared with: the last stage trains on every micro-batch."""
     actions = []
     for m in range(micro_batches):
         actions.append(Action("base", m))
@@ -169,7 +169,7 @@ class Row:
 
 
 def measure(shape: Shape, steps: int, stages: int, micro_batches: int) -> Row:
-    """An iteration in the middle of training, and the first one, which fills the pipeline."""
+    """Simulate an iteration in the middle of training, and the first, which fills the pipeline."""
     ideal = micro_batches * (shape.base + shape.draft(steps)) / stages
     ours = [
         [

@@ -65,7 +65,7 @@ class Problem:
 
     @lru_cache(maxsize=1)  # noqa: B019
     def inputs(self) -> Inputs:
-        """What the base hands over, fp32; the first ``mask_fraction`` of a sequence is a prompt.
+        """Make the base's outputs, fp32; the first ``mask_fraction`` of a sequence is a prompt.
         Not to be written to."""
         generator = torch.Generator().manual_seed(1)
         size = self.hidden

@@ -74,7 +74,7 @@ def main() -> int:
 
 
 def flags_of(name: str) -> list[str]:
-    """The draft's flags of a variant."""
+    """Return the draft's flags of a variant."""
     chosen = {**COMMON, **VARIANTS[name]}
     given = [(flag, value) for flag, value in chosen.items() if value is not None]
     return [word for pair in given for word in pair if word]

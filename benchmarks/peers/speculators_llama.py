@@ -67,8 +67,8 @@ def build(problem: Problem, variant: str) -> tuple[Callable[[], Tensor], list[Te
 
 
 def loss_offset(problem: Problem) -> float:
-    """What our loss has and the Kullback-Leibler divergence lacks: the teacher's entropy, of each
-    step's rows, step-weighted. One sequence, fully supervised."""
+    """Return what our loss has and the Kullback-Leibler divergence lacks: the teacher's entropy, of
+    each step's rows, step-weighted. One sequence, fully supervised."""
     inputs = problem.inputs()
     logits = inputs.final_hidden[0] @ inputs.output_weight[inputs.vocab_ids].t()
     entropy = torch.distributions.Categorical(logits=logits).entropy()

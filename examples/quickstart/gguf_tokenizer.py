@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 
 def field_value(reader: gguf.GGUFReader, key: str) -> Any:
-    """The content of a metadata field; raises ValueError when the file lacks it."""
+    """Return the content of a metadata field; raises ValueError when the file lacks it."""
     field = reader.get_field(key)
     if field is None:
         raise ValueError(f"the GGUF file has no field {key}")
@@ -22,7 +22,7 @@ def field_value(reader: gguf.GGUFReader, key: str) -> Any:
 
 
 def build_tokenizer(reader: gguf.GGUFReader) -> Tokenizer:
-    """The byte-level BPE tokenizer; raises ValueError for another kind of tokenizer."""
+    """Return the byte-level BPE tokenizer; raises ValueError for another kind of tokenizer."""
     kind = (field_value(reader, "tokenizer.ggml.model"), field_value(reader, "tokenizer.ggml.pre"))
     if kind != ("gpt2", "smollm"):
         raise ValueError(f"the GGUF file's tokenizer is {kind}, expected ('gpt2', 'smollm')")

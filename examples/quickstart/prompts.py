@@ -80,7 +80,7 @@ def write(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def main() -> int:
-    """The command line; returns the exit code."""
+    """Run the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--tokenizer", type=Path, required=True, metavar="BASE_HF")

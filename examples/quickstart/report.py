@@ -36,7 +36,7 @@ class TrainingProgress:
 
 
 def read_curve(file: Path) -> list[dict[str, Any]]:
-    """The logged lines, one per iteration: of a resumed run's overlaps the latest."""
+    """Read the logged lines, one per iteration: of a resumed run's overlaps the latest."""
     if not file.exists():
         return []
     lines: dict[int, dict[str, Any]] = {}

@@ -100,7 +100,7 @@ def read_weights(reader: gguf.GGUFReader, padded_groups: int) -> dict[str, torch
 
 
 def llama_config(reader: gguf.GGUFReader, padded_groups: int) -> dict[str, Any]:
-    """The config.json of the padded model; the end token is the chat template's `<|im_end|>`."""
+    """Return the padded model's config.json; the end token is the chat template's `<|im_end|>`."""
     heads, groups = head_counts(reader)
     hidden = _number(reader, "embedding_length")
     return {

@@ -6,10 +6,9 @@ import argparse
 import os
 import sys
 import time
-import traceback
 from collections.abc import Callable, Iterable
 
-from megatron_eagle.errors import UserError, message_of
+from megatron_eagle.errors import UserError
 
 GRACE_SECONDS = 10.0
 FlagOf = Callable[[str], str]
@@ -38,11 +37,11 @@ def run(
 
 def shown(error: Exception, flag_of: FlagOf) -> str:
     """Return the message of ``error`` with a command's flags in place of parameters."""
-    return UserError(message_of(error)).named(flag_of)
+    return error.named(flag_of) if isinstance(error, UserError) else str(error)
 
 
 def flag(parameter: str) -> str:
-    """``max_new_tokens`` -> ``--max-new-tokens``."""
+    """Return the flag of a parameter: ``max_new_tokens`` -> ``--max-new-tokens``."""
     return "--" + parameter.replace("_", "-")
 
 
@@ -80,17 +79,6 @@ def end_process_groups() -> None:
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-
-
-def raised_by_this_package(error: Exception) -> bool:
-    """Return whether the check that failed is in ``megatron_eagle``, whose errors are for users.
-
-    Needed as long as some of these checks raise a plain ``ValueError``.
-    """
-    if not isinstance(error, ValueError):
-        return False
-    innermost = list(traceback.walk_tb(error.__traceback__))[-1][0]
-    return innermost.f_globals.get("__name__", "").startswith("megatron_eagle.")
 
 
 def _print_once(line: str) -> None:

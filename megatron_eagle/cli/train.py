@@ -14,7 +14,7 @@ import time
 from collections.abc import Sequence
 from functools import partial
 
-from megatron_eagle.cli.boundary import flag, raised_by_this_package, run
+from megatron_eagle.cli.boundary import flag, run
 from megatron_eagle.config.eagle_config import OPTIONS
 from megatron_eagle.config.flags import parse_eagle_flags
 from megatron_eagle.config.option import flag_name
@@ -54,7 +54,7 @@ def flag_of(parameter: str) -> str:
 
 def _is_mistake(error: Exception) -> bool:
     """Return false for an error inside Megatron or torch, whose traceback is wanted."""
-    return isinstance(error, UserError) or raised_by_this_package(error)
+    return isinstance(error, UserError)
 
 
 def _train(argv: Sequence[str]) -> int:

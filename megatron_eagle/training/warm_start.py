@@ -117,7 +117,7 @@ def _open(options: EagleConfig, base: BaseInfo) -> StoredDraft:
         stored = open_checkpoint_draft(directory)
         _check_base(stored, base)
     except ValueError as error:
-        raise UserError(f"--eagle-warm-start {message_of(error)}") from error
+        raise UserError(f"<warm_start> {message_of(error)}") from error
     return stored
 
 
@@ -128,7 +128,7 @@ def _check_base(stored: StoredDraft, base: BaseInfo) -> None:
         if theirs.get(name) != value:
             raise UserError(
                 f"{stored.source}: trained for a base with {name} = {theirs.get(name)}, "
-                f"--eagle-base-checkpoint has {value}"
+                f"<base_checkpoint> has {value}"
             )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from megatron_eagle.checkpoint.directory import ACCEPTED_LENGTH_NAME
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, message_of
 from megatron_eagle.hf.draft.formats import SERVER_NAMES, Format
 from megatron_eagle.hf.draft.info import DraftInfo
 from megatron_eagle.hf.files.safetensors_dir import read_json
@@ -40,7 +40,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     try:
         figures = read_json(path)
     except ValueError as error:
-        raise UserError(f"<eval> {error}") from None
+        raise UserError(f"<eval> {message_of(error)}") from None
     if missing := _missing_figure(figures):
         raise UserError(f"<eval> {path}: {missing} is missing; did megatron-eagle eval write it?")
     if figures.get("reinitialize"):

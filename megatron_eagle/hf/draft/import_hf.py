@@ -17,7 +17,7 @@ from megatron_eagle.algorithms import ALGORITHMS, Algorithm, Eagle1, Eagle3, Eag
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.config import DraftSpec, TrainOptions
 from megatron_eagle.config.widths import layer_widths
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, message_of
 from megatron_eagle.hf.draft.checkpoint import StoredDraft
 from megatron_eagle.hf.draft.config_json import draft_rope
 from megatron_eagle.hf.draft.embedding import check_embedding
@@ -155,7 +155,7 @@ def _info(
         )
         layer_widths(spec, base.megatron_args)
     except UserError as error:
-        raise UserError(f"{source}: {error}") from None
+        raise UserError(f"{source}: {message_of(error)}") from None
     return DraftInfo(spec, base, TrainOptions().ttt_steps)
 
 

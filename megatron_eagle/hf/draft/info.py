@@ -12,7 +12,7 @@ from megatron_eagle.checkpoint.directory import BaseInfo, parse_base
 from megatron_eagle.config import DraftSpec
 from megatron_eagle.config.widths import layer_widths
 from megatron_eagle.draft.metadata import decode_metadata
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, message_of
 from megatron_eagle.hf.base.megatron_args import dims_of
 from megatron_eagle.hf.tables.entries import Dims, with_symbols
 
@@ -115,7 +115,7 @@ def _spec(content: dict[str, Any], source: str) -> DraftSpec:
     try:
         return DraftSpec.from_mapping(spec)
     except (ValueError, TypeError) as error:
-        raise UserError(f"{source}: {error}") from error
+        raise UserError(f"{source}: {message_of(error)}") from error
 
 
 def _check_aux_layers(info: DraftInfo, source: str) -> None:
