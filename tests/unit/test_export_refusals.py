@@ -190,7 +190,7 @@ def test_output_in_use(tmp_path: Path) -> None:
     output = tmp_path / "hf"
     output.mkdir()
     export_draft(tmp_path / "ckpt", output)
-    assert "not empty; give --overwrite" in conversion_error(tmp_path)
+    assert "not empty; give overwrite" in conversion_error(tmp_path)
     (output / "left_over").write_text("")
     export_draft(tmp_path / "ckpt", output, torch.bfloat16, overwrite=True)
     assert not (output / "left_over").exists()
