@@ -197,7 +197,7 @@ def test_an_output_in_use_is_refused(tmp_path: Path) -> None:
     output = tmp_path / "hf"
     output.mkdir()
     export_draft(tmp_path / "ckpt", output)
-    assert "not empty; give --overwrite" in conversion_error(tmp_path)
+    assert "not empty; give overwrite" in conversion_error(tmp_path)
     (output / "left_over").write_text("")
     export_draft(tmp_path / "ckpt", output, dtype=torch.bfloat16, overwrite=True)
     assert not (output / "left_over").exists()
