@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -132,6 +133,52 @@ def test_the_package_obeys_the_rule() -> None:
         for problem in violations(file.relative_to(PACKAGE).as_posix(), file.read_text(), moving)
     ]
     assert not found, "\n" + "\n".join(found)
+
+
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Which modules each one imports; ``sources`` maps paths relative to the package to text."""
+    names = {path: ".".join(["megatron_eagle", *_module(path)]) for path in sources}
+    known, graph = set(names.values()), {}
+    for path, source in sources.items():
+        package = ["megatron_eagle", *Path(path).parts[:-1]]
+        imports = {name for _, name in imported(ast.parse(source), package)}
+        found = {name if name in known else name.rpartition(".")[0] for name in imports}
+        graph[names[path]] = (found & known) - {names[path]}
+    return graph
+
+
+def _module(path: str) -> list[str]:
+    parts = list(Path(path).with_suffix("").parts)
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+def circle(sources: dict[str, str]) -> list[str]:
+    """Modules that import each other in a circle; empty if there is none."""
+    try:
+        list(TopologicalSorter(import_graph(sources)).static_order())
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    sources = {f.relative_to(PACKAGE).as_posix(): f.read_text() for f in PACKAGE.rglob("*.py")}
+    assert len(sources) > 100
+    assert not circle(sources)
+
+
+def test_a_circle_is_found() -> None:
+    sources = {
+        "a/__init__.py": "",
+        "a/one.py": "from megatron_eagle.a.two import x",
+        "a/two.py": "def f():\n    from megatron_eagle.b import three",
+        "b/__init__.py": "",
+        "b/three.py": "from ..a import one",
+    }
+    assert {name.removeprefix("megatron_eagle.") for name in circle(sources)} == {
+        "a.one", "a.two", "b.three",
+    }  # fmt: skip
+    assert not circle({**sources, "b/three.py": ""})
 
 
 @pytest.mark.parametrize(
