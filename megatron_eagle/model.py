@@ -1,9 +1,9 @@
 """EagleGPTModel: the frozen base and the draft beside it, as one Megatron model.
 
 START READING HERE: :meth:`EagleGPTModel.forward` is one training step of a micro-batch, top to
-bottom. Each line of it is a room of the package: the base (teacher/base.py), the inputs
-(objective/unroll.py), the K steps (objective/unroll.py), the teacher (teacher/targets.py),
-the fused loss (loss/) and the metrics (objective/metrics.py).
+bottom. Its lines are the rooms of the package: the base (teacher/base.py), the draft's inputs and
+its K steps (objective/unroll.py), the teacher (teacher/targets.py), the fused loss
+(loss/soft_cross_entropy.py) and the metrics (objective/metrics.py).
 
 S sequence, S' this rank's tokens, B micro-batch, H hidden, A aux layers, K TTT steps, M supervised
 target positions.

@@ -79,7 +79,7 @@ def test_every_subcommand_has_a_script_of_its_own() -> None:
     assert modules <= imported
 
 
-def test_choices_that_are_listed_without_importing_them() -> None:
+def test_choices_listed_without_an_import_equal_those_of_the_code() -> None:
     from megatron_eagle.data.features import codec
     from megatron_eagle.hf.draft import export, formats
 
@@ -144,7 +144,7 @@ def test_the_first_rank_speaks_first(
         ("prompts", "--eagle-eval-prompts"),
     ],
 )
-def test_training_s_flags(parameter: str, flag: str) -> None:
+def test_training_names_its_own_flag_or_megatron_s(parameter: str, flag: str) -> None:
     assert train.flag_of(parameter) == flag
 
 

@@ -62,5 +62,5 @@ def test_library_code_has_no_flags() -> None:
         ('def f():\n    """Read --load."""\n    return "a--b", "--", "-" * 3', []),
     ],
 )
-def test_the_checker(source: str, found: list[str]) -> None:
+def test_the_checker_finds_flags_in_words(source: str, found: list[str]) -> None:
     assert [text for _, text in words_of(source)] == found

@@ -178,7 +178,7 @@ def test_a_stage_without_a_micro_batch_is_refused() -> None:
         (2, "--expert-tensor-parallel-size 2", {}, "--expert-tensor-parallel-size 2: the base has"),
     ],
 )  # fmt: skip
-def test_the_layout_of_a_run_without_the_trainer(
+def test_a_layout_without_the_trainer_fills_the_processes(
     processes: int, flags: str, base: dict[str, int], sizes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", str(processes))
