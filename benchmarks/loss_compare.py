@@ -188,9 +188,9 @@ def run(
 
 def draft_weights(save: Path) -> dict[str, Any]:
     """Read the draft's floating-point tensors by name, whole, whatever layout saved them."""
-    from megatron_eagle.checkpoint.reader import DraftCheckpoint
+    from megatron_eagle.checkpoint.reader import CheckpointReader
 
-    checkpoint = DraftCheckpoint.open(save)
+    checkpoint = CheckpointReader.open(save)
     names = checkpoint.keys()
     tensors = checkpoint.load([name for name in names if name.startswith("draft.")])
     return {key: value for key, value in tensors.items() if value.is_floating_point()}

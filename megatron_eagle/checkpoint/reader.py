@@ -45,7 +45,7 @@ def _check_backend(path: Path) -> None:
         raise UserError(f"{path}: sharded_backend {backend!r} is not supported, only 'torch_dist'")
 
 
-class DraftCheckpoint:
+class CheckpointReader:
     """One iteration of a checkpoint, of a draft or a base.
 
     Every error is a ``UserError`` naming the file at fault.
@@ -56,7 +56,7 @@ class DraftCheckpoint:
         self._tensors = tensors
 
     @classmethod
-    def open(cls, path: str | Path) -> DraftCheckpoint:
+    def open(cls, path: str | Path) -> CheckpointReader:
         """Open the latest iteration in the save directory ``path``, or an ``iter_`` directory."""
         directory = _iteration_directory(path)
         _check_backend(directory / "metadata.json")

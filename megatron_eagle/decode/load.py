@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from megatron_eagle.checkpoint.directory import BaseInfo
-from megatron_eagle.checkpoint.reader import DraftCheckpoint
+from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.compat import dist_checkpointing
 from megatron_eagle.draft.build import build_draft
 from megatron_eagle.draft.layer_config import Rotary, draft_rotary
@@ -97,7 +97,7 @@ def read_draft(directory: str | Path, source: str) -> DraftCheckpointInfo:
     """Read what the checkpoint in ``directory`` (or one of its iterations) says of its draft; a
     ``UserError`` starts with ``source``."""
     keys = ("draft.metadata", "draft.vocab_ids")
-    tensors = DraftCheckpoint.open(directory).load(keys)
+    tensors = CheckpointReader.open(directory).load(keys)
     metadata, vocab_ids = (tensors[key] for key in keys)
     info = parse_draft_info(metadata, source)
     check_vocab_ids(vocab_ids, info.base.vocab_size, source)
@@ -145,7 +145,7 @@ def load_draft(about: DraftCheckpointInfo, base: FrozenBase, directory: str | Pa
 def restore(draft: EagleDraft, directory: str | Path, stage: int = 0) -> EagleDraft:
     """Load the checkpoint in ``directory`` into ``draft``, a replica on pipeline stage ``stage``,
     and return it. Strict; a collective of all ranks."""
-    path = DraftCheckpoint.open(directory).directory
+    path = CheckpointReader.open(directory).directory
     sharded = as_replica(draft.sharded_state_dict(prefix="draft."), stage)
     try:
         state = dist_checkpointing.load(sharded, str(path))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.checkpoint.directory import BaseInfo
-from megatron_eagle.checkpoint.reader import DraftCheckpoint
+from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.config.option import flag_name
 from megatron_eagle.config.widths import layer_widths
@@ -72,7 +72,7 @@ class BaseStart:
 
     def __init__(self, num_layers: int, base: BaseInfo, directory: str, vocab_ids: Tensor) -> None:
         self.num_layers, self.args, self.vocab_ids = num_layers, base.megatron_args, vocab_ids
-        self.checkpoint = DraftCheckpoint.open(directory)
+        self.checkpoint = CheckpointReader.open(directory)
 
     def tensors(self, aux_layers: int, scale: float, init_std: float) -> Tensors:
         """Return the readers by checkpoint key; tensors without one start as a fresh draft's.

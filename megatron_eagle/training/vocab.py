@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.checkpoint.directory import TRACKER_NAME, BaseInfo
-from megatron_eagle.checkpoint.reader import DraftCheckpoint
+from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.metadata import (
     check_same_draft,
@@ -66,7 +66,7 @@ def _resumed_vocab_ids(load: str | None, now: dict[str, Any], optimizer: bool) -
     if load is None or not (Path(load) / TRACKER_NAME).is_file():
         return None
     source = f"<load> {load}"
-    saved = DraftCheckpoint.open(load).load(["draft.vocab_ids", "draft.metadata"])
+    saved = CheckpointReader.open(load).load(["draft.vocab_ids", "draft.metadata"])
     then = decode_metadata(saved["draft.metadata"], source)
     check_same_draft(then, now, source)
     if optimizer:

@@ -34,10 +34,10 @@ def _logits(
     from megatron.core import dist_checkpointing
 
     from megatron_eagle.checkpoint.directory import resolve_checkpoint
-    from megatron_eagle.checkpoint.reader import DraftCheckpoint
+    from megatron_eagle.checkpoint.reader import CheckpointReader
     from megatron_eagle.objective.unroll import unroll
 
-    ids = DraftCheckpoint.open(checkpoint).load(["draft.vocab_ids"])["draft.vocab_ids"]
+    ids = CheckpointReader.open(checkpoint).load(["draft.vocab_ids"])["draft.vocab_ids"]
     model = build_model(_blank_case(embedding, tokens, features, ids, steps))
     sharded = {"model": model.sharded_state_dict()}
     state = dist_checkpointing.load(sharded, str(resolve_checkpoint(checkpoint)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_eagle.checkpoint.reader import DraftCheckpoint
+from megatron_eagle.checkpoint.reader import CheckpointReader
 from tests.e2e.launch import train
 from tests.helpers.corpus import VOCABULARY, corpus, write_indexed
 
@@ -23,7 +23,7 @@ def test_indexed_data_supervise_every_token(tokenizer: str, tmp_path: Path) -> N
     # 4 sequences of 32 tokens: positions 1 .. 31 are targets.
     assert run.metrics[1]["supervised_rows"] == 4 * 31
     assert run.metrics[20]["loss_0"] < run.metrics[1]["loss_0"]
-    ids = DraftCheckpoint.open(tmp_path / "draft").load(["draft.vocab_ids"])["draft.vocab_ids"]
+    ids = CheckpointReader.open(tmp_path / "draft").load(["draft.vocab_ids"])["draft.vocab_ids"]
     kept = set(ids.tolist())
     assert len(kept) == 380
     special_and_bytes = range(0, 4 + 256) if tokenizer.startswith("Sent") else range(0, 2 + 256)

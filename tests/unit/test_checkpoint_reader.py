@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.distributed import checkpoint as dcp
 
-from megatron_eagle.checkpoint.reader import DraftCheckpoint
+from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.checkpoint.safe_metadata import ForbiddenClassError, MetadataUnpickler
 from megatron_eagle.checkpoint.writer import Chunk
 from tests.helpers.trained_draft import chunked, save_iteration
@@ -32,13 +32,13 @@ def edit_metadata(directory: Path, change: Any) -> None:
 
 def open_error(path: Path) -> str:
     with pytest.raises(ValueError) as error:
-        DraftCheckpoint.open(path)
+        CheckpointReader.open(path)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def load_error(path: Path, key: str = "draft.a") -> str:
-    checkpoint = DraftCheckpoint.open(path)
+    checkpoint = CheckpointReader.open(path)
     with pytest.raises(ValueError) as error:
         checkpoint.load([key])
     assert "\n" not in str(error.value)
@@ -51,7 +51,7 @@ def test_whole_tensors_are_read_from_a_directory_or_an_iteration(
 ) -> None:
     directory = save_iteration(tmp_path, chunked(TENSORS, parts))
     for path in (tmp_path, directory):
-        checkpoint = DraftCheckpoint.open(path)
+        checkpoint = CheckpointReader.open(path)
         assert checkpoint.directory == directory
         assert checkpoint.keys() == ["draft.a", "draft.b", "draft.c"]
         assert checkpoint.shape("draft.a") == (7, 3)
@@ -68,7 +68,7 @@ def test_chunks_cut_along_columns_are_put_together(tmp_path: Path) -> None:
         Chunk(*place, (0, 1), (7, 2), torch.float32, lambda: whole[:, 1:]),
     ]
     directory = save_iteration(tmp_path, chunks)
-    assert DraftCheckpoint.open(directory).load(["draft.a"])["draft.a"].equal(TENSORS["draft.a"])
+    assert CheckpointReader.open(directory).load(["draft.a"])["draft.a"].equal(TENSORS["draft.a"])
 
 
 def test_a_checkpoint_of_torch_dcp_itself_is_read(tmp_path: Path) -> None:
@@ -76,14 +76,14 @@ def test_a_checkpoint_of_torch_dcp_itself_is_read(tmp_path: Path) -> None:
         dcp.save(dict(TENSORS), checkpoint_id=tmp_path, no_dist=True)
     assert "metadata.json: missing" in open_error(tmp_path)
     (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
-    assert DraftCheckpoint.open(tmp_path).load(["draft.b"])["draft.b"].equal(TENSORS["draft.b"])
+    assert CheckpointReader.open(tmp_path).load(["draft.b"])["draft.b"].equal(TENSORS["draft.b"])
 
 
 def test_the_latest_iteration_is_taken(tmp_path: Path) -> None:
     save_iteration(tmp_path, chunked({"draft.b": torch.zeros(2)}), 10)
     save_iteration(tmp_path, chunked({"draft.b": torch.ones(2)}), 20)
-    assert DraftCheckpoint.open(tmp_path).load(["draft.b"])["draft.b"].tolist() == [1, 1]
-    found = DraftCheckpoint.open(tmp_path / "iter_0000010").load(["draft.b"])
+    assert CheckpointReader.open(tmp_path).load(["draft.b"])["draft.b"].tolist() == [1, 1]
+    found = CheckpointReader.open(tmp_path / "iter_0000010").load(["draft.b"])
     assert found["draft.b"].tolist() == [0, 0]
 
 
@@ -113,7 +113,7 @@ def test_deleted_and_truncated_shards_are_refused(tmp_path: Path) -> None:
     size = shard.stat().st_size
     for kept in (size - 1, 0):
         os.truncate(shard, kept)
-        checkpoint = DraftCheckpoint.open(tmp_path)
+        checkpoint = CheckpointReader.open(tmp_path)
         with pytest.raises(ValueError) as error:
             checkpoint.load(TENSORS)
         expected = f"{shard}: shard file is truncated: {kept} bytes, {size} expected"
@@ -173,7 +173,7 @@ def test_a_chunk_without_a_place_in_any_file_is_refused(tmp_path: Path) -> None:
 
     edit_metadata(directory, forget)
     assert "draft.b: chunks hold 3 of 5 elements" in load_error(tmp_path, "draft.b")
-    assert DraftCheckpoint.open(tmp_path).load(["draft.a"])["draft.a"].equal(TENSORS["draft.a"])
+    assert CheckpointReader.open(tmp_path).load(["draft.a"])["draft.a"].equal(TENSORS["draft.a"])
 
 
 def test_corrupted_metadata_are_refused(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_an_unknown_key_is_refused(tmp_path: Path) -> None:
 def test_rows_of_the_leading_axis_are_read_alone(tmp_path: Path) -> None:
     """Whatever the chunks."""
     directory = save_iteration(tmp_path, chunked(TENSORS, 3))
-    checkpoint = DraftCheckpoint.open(directory)
+    checkpoint = CheckpointReader.open(directory)
     for rows in ([0], [6], [1, 2, 5], list(range(7))):
         assert checkpoint.load_rows("draft.a", rows).equal(TENSORS["draft.a"][rows])
     with pytest.raises(ValueError, match=r"draft\.a has 7 rows, not 7"):

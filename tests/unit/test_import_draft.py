@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_eagle.checkpoint.directory import BASE_JSON_NAME, TRACKER_NAME
-from megatron_eagle.checkpoint.reader import DraftCheckpoint
+from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.checkpoint.writer import Chunk, write_torch_dist
 from megatron_eagle.hf.draft.checkpoint import (
     open_checkpoint_draft,
@@ -77,7 +77,7 @@ def test_import_of_an_export_is_bit_equal(
     draft, directory = exported(tmp_path, layout, **changes)
     stored = imported(directory, draft)
     write_draft_checkpoint(stored, tmp_path / "back")
-    checkpoint = DraftCheckpoint.open(tmp_path / "back")
+    checkpoint = CheckpointReader.open(tmp_path / "back")
     expected = expected_tensors(draft)
     assert set(checkpoint.keys()) == {*expected, "draft.metadata"}
     found = checkpoint.load(expected)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_eagle.checkpoint.atomic import atomic_dir, check_unused
 from megatron_eagle.checkpoint.directory import TRACKER_NAME
-from megatron_eagle.checkpoint.reader import DraftCheckpoint
+from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.checkpoint.writer import Chunk, write_torch_dist
 from megatron_eagle.draft.metadata import draft_metadata, encode_metadata
 from megatron_eagle.draft.vocab import check_vocab_ids
@@ -47,7 +47,7 @@ class StoredDraft:
     dtype: torch.dtype
 
 
-def read_info(checkpoint: DraftCheckpoint) -> DraftInfo:
+def read_info(checkpoint: CheckpointReader) -> DraftInfo:
     """Return the description of the draft in ``checkpoint``; raise ``UserError`` without one."""
     keys = checkpoint.keys()
     if not any(key.startswith(PREFIX) for key in keys):
@@ -57,7 +57,7 @@ def read_info(checkpoint: DraftCheckpoint) -> DraftInfo:
 
 
 def read_entries(
-    checkpoint: DraftCheckpoint, info: DraftInfo, fmt: Format = FORMATS["hf"]
+    checkpoint: CheckpointReader, info: DraftInfo, fmt: Format = FORMATS["hf"]
 ) -> list[DraftEntry]:
     """Return the name table of the draft in ``checkpoint``, after comparing the two.
 
@@ -91,7 +91,7 @@ def open_checkpoint_draft(directory: str | Path) -> StoredDraft:
 
     Raises ``UserError`` with the file at fault unless the draft is complete.
     """
-    checkpoint = DraftCheckpoint.open(directory)
+    checkpoint = CheckpointReader.open(directory)
     info = read_info(checkpoint)
     if info.spec.num_experts is not None:
         raise UserError(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from megatron_eagle.checkpoint.reader import DraftCheckpoint
+from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.files import DraftFiles
 
@@ -28,7 +28,7 @@ def check_embedding(files: DraftFiles, base_directory: str | Path) -> None:
     """
     for name in files.shapes:
         if name.endswith(NAME):
-            expected = DraftCheckpoint.open(base_directory).first_rows(BASE_NAME).float()
+            expected = CheckpointReader.open(base_directory).first_rows(BASE_NAME).float()
             copy = files.tensor(name, expected.shape[0]).float()
             if copy.shape != expected.shape or not torch.allclose(copy, expected, RTOL, ATOL):
                 raise UserError(

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_eagle.checkpoint.atomic import atomic_dir, checked_output
-from megatron_eagle.checkpoint.reader import DraftCheckpoint
+from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.draft.vocab import check_vocab_ids
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.card import CardFacts, measured_in_training, model_card
@@ -69,7 +69,7 @@ def export_draft(
             weights that the servers of ``fmt`` can run.
     """
     target = checked_output(Path(output), overwrite, is_exported_draft)
-    checkpoint = DraftCheckpoint.open(load)
+    checkpoint = CheckpointReader.open(load)
     info = read_info(checkpoint)
     _check_convertible(info, f"{checkpoint.directory}: {METADATA}")
     check_servers(fmt, info)
@@ -101,7 +101,7 @@ def _check_convertible(info: DraftInfo, source: str) -> None:
 
 
 def convert_tensors(
-    checkpoint: DraftCheckpoint,
+    checkpoint: CheckpointReader,
     info: DraftInfo,
     *,
     dtype: torch.dtype | None,
