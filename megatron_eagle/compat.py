@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import os
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -193,7 +194,8 @@ def patch(path: str, value: Any, why: str) -> None:
 
     The new object carries a marker (``patches_of``) with the reason ``why``. An object that already
     carries one with the same reason is left alone, so patching twice is the same as patching once.
-    Every patch that is made gives one line at level INFO of the logger ``megatron_eagle``.
+    Every patch that is made gives one line of the logger ``megatron_eagle``: at level INFO on the
+    first rank, DEBUG on the others.
 
     Raises:
         MovedSymbolError: as ``require`` does.
@@ -209,7 +211,8 @@ def patch_all(replacements: Mapping[str, Any], why: str) -> None:
     """
     patched = [path for path, value in replacements.items() if _install(path, value, why)]
     if patched:
-        logger.info("patched %s: %s", ", ".join(patched), why)
+        level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.DEBUG
+        logger.log(level, "patched %s: %s", ", ".join(patched), why)
 
 
 def _install(path: str, value: Any, why: str) -> bool:

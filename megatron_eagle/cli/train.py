@@ -8,6 +8,7 @@ Options, data, model and step are handed to Megatron's own ``pretrain()``.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -59,6 +60,8 @@ def _is_mistake(error: Exception) -> bool:
 
 def _train(argv: Sequence[str]) -> int:
     asks_for_help = not {"-h", "--help"}.isdisjoint(argv)
+    if asks_for_help:
+        logging.getLogger("megatron_eagle").setLevel(logging.WARNING)  # the help alone
     options = None if asks_for_help else parse_eagle_flags(argv)
     from megatron_eagle.platform import enable
 

@@ -66,4 +66,4 @@ def build_draft(
         base_head=base_head,
         rotary=rotary,
     )
-    return draft.to(device)
+    return draft.cuda(device) if device.type == "cuda" else draft

@@ -61,7 +61,11 @@ def _train_forward(rank: int, _: int, world: int, sequence_parallel: bool, dtype
     options = EagleConfig.of(base_checkpoint="base", aux_layers=(1, 2, 3), mask_out_of_vocab=True)
     info = BaseInfo("llama", "fake", "", VOCAB, {}, BASE_ARGS)
     flags = Namespace(
-        transformer_impl="local", micro_batch_size=2, seq_length=16, context_parallel_size=1
+        transformer_impl="local",
+        micro_batch_size=2,
+        seq_length=16,
+        context_parallel_size=1,
+        distributed_timeout_minutes=10,
     )
     batch = EagleBatch.build(torch.zeros(2, 16, dtype=torch.int64), torch.ones(2, 16), 3)
     kind = getattr(torch, dtype)

@@ -79,7 +79,7 @@ def test_a_wrong_mask_hidden_is_seen(tmp_path: Path) -> None:
     tensors["mask_hidden"] = tensors["mask_hidden"].roll(1, 1)
     save_file(tensors, files / "model.safetensors")
     (refusal,) = run_distributed(_verify, 1, checkpoint, files)
-    assert isinstance(refusal, str) and refusal.startswith("--verify: the exported files give")
+    assert isinstance(refusal, str) and refusal.startswith("verify: the exported files give")
 
 
 @pytest.mark.parametrize("tensor", ["self_attn.k_proj.weight", "hidden_norm.weight"])
@@ -89,4 +89,4 @@ def test_one_wrong_tensor_is_seen(tensor: str, tmp_path: Path) -> None:
     tensors[f"midlayer.{tensor}"] = tensors[f"midlayer.{tensor}"].roll(1, 0)
     save_file(tensors, files / "model.safetensors")
     (refusal,) = run_distributed(_verify, 1, checkpoint, files)
-    assert isinstance(refusal, str) and refusal.startswith("--verify: the exported files give")
+    assert isinstance(refusal, str) and refusal.startswith("verify: the exported files give")

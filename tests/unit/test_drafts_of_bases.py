@@ -93,7 +93,7 @@ def test_no_shape_symbol_has_two_meanings(name: str) -> None:
     """The draft's symbols leave the base's as they are, and a clash is an error."""
     base = base_of(name)
     of_base = dims_of(base.megatron_args)
-    of_draft = DraftInfo((0,), 4, 13, base).dims
+    of_draft = DraftInfo(DraftSpec(aux_layers=(0,), draft_vocab_size=13), base, 4).dims
     assert of_draft["D"] == 13 and {symbol: of_draft[symbol] for symbol in of_base} == of_base
     with pytest.raises(AssertionError, match="two meanings: HD"):
         with_symbols(of_base, {"D": 13, "HD": 13})
