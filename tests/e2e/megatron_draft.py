@@ -35,7 +35,7 @@ def _logits(
 
     from megatron_eagle.checkpoint.directory import resolve_checkpoint
     from megatron_eagle.checkpoint.reader import CheckpointReader
-    from megatron_eagle.objective.unroll import unroll
+    from megatron_eagle.objective.unroll import DraftInputs, step_outputs
 
     ids = CheckpointReader.open(checkpoint).load(["draft.vocab_ids"])["draft.vocab_ids"]
     model = build_model(_blank_case(embedding, tokens, features, ids, steps))
@@ -43,8 +43,9 @@ def _logits(
     state = dist_checkpointing.load(sharded, str(resolve_checkpoint(checkpoint)))
     model.load_state_dict(state["model"], strict=False)
     with torch.no_grad():
-        inputs = model.draft_inputs(tokens, features.transpose(0, 1).contiguous())
-        outputs = unroll(model.draft, inputs, steps)
+        rows = features.transpose(0, 1).contiguous()
+        inputs = DraftInputs.of(model.base, model.draft, tokens, rows, steps=steps)
+        outputs = step_outputs(model.draft, inputs)
         logits = [hidden @ model.draft.lm_head().t() for hidden in outputs]
     return torch.stack(logits).transpose(1, 2)
 

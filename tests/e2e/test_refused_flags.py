@@ -41,7 +41,7 @@ REFUSED = [
     ),
     (["--eagle-attention", "mla"], "--eagle-attention mla: the base has no multi-latent"),
     (["--eagle-eval-prompts", "/absent.jsonl"], "--eagle-eval-prompts /absent.jsonl: no such file"),
-    (["--eagle-eval-prompts", "TEXT"], "line 1: holds text, which needs --tokenizer-type Hugging"),
+    (["--eagle-eval-prompts", "TEXT"], ":1: holds text, which needs --tokenizer-type Hugging"),
     (
         ["--eagle-eval-prompts", "IDS", "--eagle-eval-new-tokens", 64],
         "prompt 0: 1 tokens and --eagle-eval-new-tokens 64 exceed the base's 64 positions",

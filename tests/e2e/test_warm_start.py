@@ -63,7 +63,7 @@ REFUSED = [
     (["--eagle-draft-vocab-size", 40], "--eagle-draft-vocab-size 40: the draft of"),
     (["--eagle-num-experts", 4], "--eagle-num-experts 4: the draft of"),
     (["--eagle-num-layers", 1], "--eagle-num-layers 1: the draft of"),
-    (["--eagle-aux-layers", 0, 2, 4], "captures layers [0, 2, 5], not [0, 2, 4]"),
+    (["--eagle-aux-layers", 0, 2, 4], "reads aux layers [0, 2, 5], not [0, 2, 4]"),
     (["--eagle-vocab-map", "map.safetensors"], "brings its own"),
     (["--eagle-warm-start", "absent"], "--eagle-warm-start absent: no such checkpoint directory"),
 ]
