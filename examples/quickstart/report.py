@@ -27,10 +27,10 @@ class TrainingProgress:
         self._first = self._first or (now, self._shown)
         pace = (now - self._first[0]) / max(1, self._shown - self._first[1])
         accuracy = " ".join(f"{value:.2f}" for value in _steps(last, "accuracy"))
-        left = pace * (self.iterations - self._shown)
+        minutes = pace * (self.iterations - self._shown) / 60
         print(
             f"  iteration {self._shown}/{self.iterations}  loss {last['loss']:.3f}  "
-            f"accuracy {accuracy}  {left / 60:.1f} min left",
+            f"accuracy {accuracy}" + (f"  {minutes:.1f} min left" if pace else ""),
             flush=True,
         )
 

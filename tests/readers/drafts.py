@@ -76,12 +76,12 @@ class Sample:
     logits: Tensor
 
 
-def sample(folder: Path, name: str, layout: str) -> Sample | str:
-    """The draft ``name`` exported in ``layout``, or why it is refused."""
+def sample(folder: Path, name: str, fmt: str) -> Sample | str:
+    """The draft ``name`` exported as ``fmt``, or why it is refused."""
     draft = make_draft(name)
     draft.save(folder / "ckpt")
     try:
-        export_draft(folder / "ckpt", folder / layout, fmt=FORMATS[layout])
+        export_draft(folder / "ckpt", folder / fmt, fmt=FORMATS[fmt])
     except ValueError as error:
         return str(error)
     shape = draft.shape
@@ -91,7 +91,7 @@ def sample(folder: Path, name: str, layout: str) -> Sample | str:
     tokens = torch.randint(shape.vocab, (length + STEPS + 1,))
     aux = torch.randn(length, oracle.config.num_aux * shape.hidden)
     return Sample(
-        folder / layout, embedding, base_head, oracle.vocab_ids, tokens, aux,
+        folder / fmt, embedding, base_head, oracle.vocab_ids, tokens, aux,
         oracle_logits(oracle, tokens, aux),
     )  # fmt: skip
 
@@ -115,7 +115,7 @@ def make_draft(name: str) -> TrainedDraft:
 def make_oracle(
     draft: TrainedDraft, folder: Path, embedding: Tensor, base_head: Tensor
 ) -> ReferenceEagle3:
-    """The oracle, from the export in vLLM's layout; EAGLE-1, which is not its file, by hand."""
+    """The oracle, from the export in vLLM's format; EAGLE-1, which is not its file, by hand."""
     if not (folder / "vllm").exists():
         export_draft(folder / "ckpt", folder / "vllm", fmt=FORMATS["vllm"])
     if draft.shape.algorithm != "eagle1":

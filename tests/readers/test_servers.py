@@ -18,8 +18,8 @@ if not (WHEELS / "vllm").is_dir():
     pytest.skip("run by `make test-readers`", allow_module_level=True)
 vllm_reader.install(WHEELS)
 sglang_reader.install(WHEELS)
-VLLM = [(name, layout) for name in DRAFTS for layout in ("hf", "vllm", "speculators")]
-SGLANG = [(name, layout) for name in DRAFTS for layout in ("hf", "sglang")]
+VLLM = [(name, fmt) for name in DRAFTS for fmt in ("hf", "vllm", "speculators")]
+SGLANG = [(name, fmt) for name in DRAFTS for fmt in ("hf", "sglang")]
 
 
 @torch.no_grad()
@@ -37,8 +37,8 @@ def serve(reader: Any, given: Sample) -> torch.Tensor:
     return torch.cat(rows)
 
 
-def check(reader_class: Any, tmp_path: Path, name: str, layout: str) -> None:
-    given = sample(tmp_path, name, layout)
+def check(reader_class: Any, tmp_path: Path, name: str, fmt: str) -> None:
+    given = sample(tmp_path, name, fmt)
     if isinstance(given, str):
         pytest.skip(given)
     found = serve(reader_class(given.directory, given.embedding, given.base_head), given)
@@ -50,16 +50,16 @@ def check(reader_class: Any, tmp_path: Path, name: str, layout: str) -> None:
     assert (found[:, given.vocab_ids] - given.logits).abs().max() < TOLERANCE * scale
 
 
-@pytest.mark.parametrize(("name", "layout"), VLLM)
-def test_vllm_gives_the_draft_s_own_logits(tmp_path: Path, name: str, layout: str) -> None:
-    check(vllm_reader.VllmReader, tmp_path, name, layout)
+@pytest.mark.parametrize(("name", "fmt"), VLLM)
+def test_vllm_gives_the_draft_s_own_logits(tmp_path: Path, name: str, fmt: str) -> None:
+    check(vllm_reader.VllmReader, tmp_path, name, fmt)
 
 
-@pytest.mark.parametrize(("name", "layout"), SGLANG)
-def test_sglang_gives_the_draft_s_own_logits(tmp_path: Path, name: str, layout: str) -> None:
+@pytest.mark.parametrize(("name", "fmt"), SGLANG)
+def test_sglang_gives_the_draft_s_own_logits(tmp_path: Path, name: str, fmt: str) -> None:
     if "eagle1" in name:
         pytest.skip("SGLang's EAGLE-1 file needs its layer boundaries")
-    check(sglang_reader.SglangReader, tmp_path, name, layout)
+    check(sglang_reader.SglangReader, tmp_path, name, fmt)
 
 
 @pytest.mark.parametrize("reader", ["vllm", "sglang"])

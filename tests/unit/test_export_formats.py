@@ -28,19 +28,17 @@ FIGURES = {
 }
 
 
-def exported(tmp_path: Path, layout: str, **changes: Any) -> tuple[TrainedDraft, Path]:
+def exported(tmp_path: Path, fmt: str, **changes: Any) -> tuple[TrainedDraft, Path]:
     draft = TrainedDraft.make(**changes)
     draft.save(tmp_path / "ckpt")
-    export_draft(tmp_path / "ckpt", tmp_path / layout, fmt=FORMATS[layout])
-    return draft, tmp_path / layout
+    export_draft(tmp_path / "ckpt", tmp_path / fmt, fmt=FORMATS[fmt])
+    return draft, tmp_path / fmt
 
 
 @pytest.mark.parametrize("layers", [1, 3])
-@pytest.mark.parametrize("layout", list(FORMATS))
-def test_every_format_has_its_reader_s_tensor_names(
-    tmp_path: Path, layout: str, layers: int
-) -> None:
-    draft, directory = exported(tmp_path, layout, layers=layers)
+@pytest.mark.parametrize("fmt", list(FORMATS))
+def test_every_format_has_its_reader_s_tensor_names(tmp_path: Path, fmt: str, layers: int) -> None:
+    draft, directory = exported(tmp_path, fmt, layers=layers)
     unread = {
         "vllm": "hidden_norm.weight",
         "speculators": "hidden_norm.weight",
@@ -50,9 +48,9 @@ def test_every_format_has_its_reader_s_tensor_names(
     expected = {}
     for name, tensor in draft.hf.items():
         later = name.startswith("layers.") and not name.startswith("layers.0.")
-        if later and name.endswith(unread.get(layout, "none")):
+        if later and name.endswith(unread.get(fmt, "none")):
             continue
-        if layout == "speculators":
+        if fmt == "speculators":
             name = name.replace("midlayer.", "layers.0.")
         expected[name] = tensor
     found = load_file(directory / "model.safetensors")
@@ -112,13 +110,11 @@ def test_scaled_rope_is_written_as_readers_expect_it(
     assert config["rope_parameters"] == {**scaling, "rope_theta": 50000.0}
 
 
-@pytest.mark.parametrize("layout", ["hf", "sglang", "trtllm"])
-def test_one_captured_layer_is_refused_where_fc_would_be_skipped(
-    tmp_path: Path, layout: str
-) -> None:
+@pytest.mark.parametrize("fmt", ["hf", "sglang", "trtllm"])
+def test_one_captured_layer_is_refused_where_fc_would_be_skipped(tmp_path: Path, fmt: str) -> None:
     with pytest.raises(ValueError, match=r"skips fc .*; use format vllm or speculators$"):
-        exported(tmp_path, layout, aux_layers=(7,))
-    assert not (tmp_path / layout).exists()
+        exported(tmp_path, fmt, aux_layers=(7,))
+    assert not (tmp_path / fmt).exists()
 
 
 REFUSED = [
@@ -132,13 +128,13 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("layout", "changes", "words"), REFUSED)
+@pytest.mark.parametrize(("fmt", "changes", "words"), REFUSED)
 def test_drafts_that_a_reader_would_run_wrongly_are_refused(
-    tmp_path: Path, layout: str, changes: dict[str, Any], words: str
+    tmp_path: Path, fmt: str, changes: dict[str, Any], words: str
 ) -> None:
-    with pytest.raises(ValueError, match=f"^format {layout}: .*{words}"):
-        exported(tmp_path, layout, **changes)
-    assert not (tmp_path / layout).exists()
+    with pytest.raises(ValueError, match=f"^format {fmt}: .*{words}"):
+        exported(tmp_path, fmt, **changes)
+    assert not (tmp_path / fmt).exists()
 
 
 @pytest.mark.parametrize(
@@ -176,36 +172,36 @@ def test_a_p_eagle_draft_carries_its_mask_token_and_hidden(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("layers", [1, 2])
-@pytest.mark.parametrize("layout", ["vllm", "sglang"])
+@pytest.mark.parametrize("fmt", ["vllm", "sglang"])
 def test_an_eagle1_draft_is_written_as_its_readers_expect_it(
-    tmp_path: Path, layout: str, layers: int
+    tmp_path: Path, fmt: str, layers: int
 ) -> None:
-    draft, directory = exported(tmp_path, layout, algorithm="eagle1", draft_vocab=53, layers=layers)
+    draft, directory = exported(tmp_path, fmt, algorithm="eagle1", draft_vocab=53, layers=layers)
     found = load_file(directory / "model.safetensors")
     bias = found.pop("fc.bias", None)
-    assert (bias is not None) == (layout == "sglang")
+    assert (bias is not None) == (fmt == "sglang")
     assert bias is None or (bias.shape == (24,) and not bias.any())
     assert set(found) == set(draft.hf)
     assert all(found[name].equal(tensor) for name, tensor in draft.hf.items())
     config = json.loads((directory / "config.json").read_text())
-    name = {"vllm": "EagleLlamaForCausalLM", "sglang": "LlamaForCausalLMEagle"}[layout]
+    name = {"vllm": "EagleLlamaForCausalLM", "sglang": "LlamaForCausalLMEagle"}[fmt]
     assert config["architectures"] == [name] and "eagle_config" not in config
     card = (directory / "README.md").read_text()
     assert "# EAGLE-1 draft for" in card
-    assert ('"method": "eagle",' in card) == (layout == "vllm")
-    assert ("--speculative-algorithm EAGLE " in card) == (layout == "sglang")
+    assert ('"method": "eagle",' in card) == (fmt == "vllm")
+    assert ("--speculative-algorithm EAGLE " in card) == (fmt == "sglang")
 
 
-@pytest.mark.parametrize("layout", list(FORMATS))
-def test_the_card_gives_the_commands_of_its_servers(tmp_path: Path, layout: str) -> None:
-    _, directory = exported(tmp_path, layout)
+@pytest.mark.parametrize("fmt", list(FORMATS))
+def test_the_card_gives_the_commands_of_its_servers(tmp_path: Path, fmt: str) -> None:
+    _, directory = exported(tmp_path, fmt)
     card = (directory / "README.md").read_text()
     for server, command in (
         ("vllm", "vllm serve BASE"),
         ("sglang", "sglang.launch_server --model-path BASE"),
         ("trtllm", "trtllm-serve BASE"),
     ):
-        assert (command in card) == (server in FORMATS[layout].servers)
+        assert (command in card) == (server in FORMATS[fmt].servers)
 
 
 def test_the_card_says_what_was_measured(tmp_path: Path) -> None:
