@@ -1,4 +1,4 @@
-"""Train an EAGLE-3 draft on a frozen base inside Megatron's trainer.
+"""Train an EAGLE draft on a frozen base inside Megatron's trainer.
 
 The same as ``megatron-eagle train``, as a script to copy and change:
 

@@ -1,8 +1,8 @@
 """EagleGPTModel: the frozen base and the draft beside it, as one Megatron model.
 
 START READING HERE: :meth:`EagleGPTModel.forward` is one training step of a micro-batch, top to
-bottom. Its lines are the rooms of the package: the base (teacher/base.py), the draft's inputs and
-its K steps (objective/unroll.py), the teacher (teacher/targets.py), the fused loss
+bottom. It calls the folders of the package in this order: the base (teacher/base.py), the draft's
+inputs and its K steps (objective/unroll.py), the teacher (teacher/targets.py), the fused loss
 (loss/soft_cross_entropy.py) and the metrics (objective/metrics.py).
 
 S sequence, S' this rank's tokens, B micro-batch, H hidden, A aux layers, K TTT steps, M supervised
@@ -192,7 +192,7 @@ class EagleGPTModel(MegatronModule):
     def load_state_dict(  # type: ignore[override]
         self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """Strict for the draft; the base is not part of the state."""
+        """Load the draft's tensors, strictly; a state dict never holds the base."""
         prefix = "draft."
         unexpected = [key for key in state_dict if not key.startswith(prefix)]
         assert not unexpected, f"not the draft's: {unexpected[:3]}"

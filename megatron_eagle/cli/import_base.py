@@ -2,7 +2,7 @@
 
     megatron-eagle import-base --hf DIR --save CKPT
 
-Needs no GPU and no torchrun; the result loads at any tensor- and pipeline-parallel size.
+Needs no GPU and no torchrun; the result loads at any tensor-, pipeline- and expert-parallel size.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Convert an EAGLE-3 draft of any project (Hugging Face directory) to a Megatron checkpoint.
+"""Convert an EAGLE-1, EAGLE-3 or EAGLE-3.1 draft of any project to a Megatron checkpoint.
 
     megatron-eagle import-draft --hf DIR --base BASE --save CKPT
 

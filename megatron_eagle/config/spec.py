@@ -94,11 +94,14 @@ class DraftSpec:
         None, "MLA draft: channels of a head's values (default: the base's)", type=int, least=1
     )
     num_experts: int | None = option(
-        None, "experts of each of the draft's layers (default: dense layers)", type=int, least=1
+        None,
+        "number of experts in each of the draft's layers (default: dense layers)",
+        type=int,
+        least=1,
     )
     moe_router_topk: int | None = option(
         None,
-        f"experts of a token in a MoE draft (default: {MOE_TOPK})",
+        f"experts that each token is sent to in a MoE draft (default: {MOE_TOPK})",
         type=int,
         least=1,
     )

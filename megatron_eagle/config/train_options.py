@@ -38,9 +38,9 @@ class TrainOptions:
     )
     warm_start: str | None = option(
         None,
-        "start from this draft's weights and vocabulary: a Hugging Face directory (EAGLE-3 of "
-        "SafeAILab, SpecForge, ModelOpt, speculators, vLLM layouts) or a draft checkpoint; the "
-        "optimizer starts afresh",
+        "start from this draft's weights and vocabulary: a Hugging Face directory (EAGLE-1, 3 or "
+        "3.1 in the format of SafeAILab, SpecForge, ModelOpt, speculators or vLLM) or a draft "
+        "checkpoint; the optimizer starts afresh",
         metavar="DIR",
     )
     init_from_base: bool = option(
@@ -112,7 +112,7 @@ class TrainOptions:
     teacher_memory: int = option(
         1024,
         "with tensor parallelism, the base's softmaxes of a micro-batch are kept for backward up "
-        "to this many MiB per rank; above it as with --eagle-logits-budget-mib",
+        "to this many MiB per rank; above it each chunk is reduced by a collective of its own",
         type=int,
         least=0,
         metavar="MIB",
@@ -125,7 +125,9 @@ class TrainOptions:
         least=1,
     )
     log_file: str | None = option(
-        None, "append a line of metrics, means, per --log-interval to this JSONL", metavar="FILE"
+        None,
+        "append one line of mean metrics to this JSONL every --log-interval iterations",
+        metavar="FILE",
     )
     eval_prompts: str | None = option(
         None,
@@ -144,7 +146,7 @@ class TrainOptions:
     )
     eval_draft_tokens: int | None = option(
         None,
-        "tokens drafted per verification there (default: --eagle-ttt-steps)",
+        "tokens drafted per verification in this evaluation (default: --eagle-ttt-steps)",
         type=int,
         least=1,
     )

@@ -1,8 +1,8 @@
 """Draft layer specs: any self-attention TransformerLayer spec, its first layer widened to 2H.
 
 EAGLE-3's first layer reads [embedding ; hidden]. Two facts make Megatron's own TransformerLayer do
-it, with no layer class of ours: an ``input_layernorm`` may return (output, residual), and a
-linear's builder decides its input width. EAGLE-1 joins both by fc instead; its first layer has no
+it, without a layer class of this package: an ``input_layernorm`` may return (output, residual), and
+a linear's builder decides its input width. EAGLE-1 joins both by fc instead; its first layer has no
 ``input_layernorm``. S sequence, B micro-batch, H hidden.
 """
 

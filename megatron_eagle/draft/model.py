@@ -194,7 +194,7 @@ class EagleDraft(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """One draft whatever the layout; the head's padding rows may differ between layouts."""
+        """Return the draft's sharded tensors: the same in every layout but for head padding."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         # Megatron takes a ModuleList for a plain module, all of it replicated over TP.
         layer: Any

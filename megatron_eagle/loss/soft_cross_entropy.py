@@ -96,8 +96,8 @@ class LossAtOnce(torch.autograd.Function):
     3. turns the softmax into the gradient on the logits in place, adds its products to the
        gradients of hidden and weight, and frees it before the next chunk.
 
-    Backward multiplies the two finished gradients by the incoming scalar, and sends nothing. Of one
-    rank, step 2 sends nothing either, and the soft cross-entropy's gradient comes out of step 1.
+    Backward multiplies the two finished gradients by the incoming scalar, and sends nothing. With
+    one rank step 2 sends nothing, and step 1 already gives the soft cross-entropy's gradient.
     """
 
     @staticmethod

@@ -1,10 +1,10 @@
 """The K-step unroll of test-time training (TTT).
 
-Query-aligned: row p stays row p. Step t feeds row p its own output of step t - 1 and the embedding
-of the true token x_{p+1+t}, at RoPE position p + t, and attends to the step-0 keys 0..p and to its
-own row's keys of steps 1..t. Hidden states are never shifted, so a sequence- or context-parallel
-shard needs no exchange between steps; gradients flow through all K steps, through hidden states and
-keys.
+Every position keeps its row: row p of step t belongs to position p. Step t feeds row p its own
+output of step t - 1 and the embedding of the true token x_{p+1+t}, at RoPE position p + t, and
+attends to the step-0 keys 0..p and to its own row's keys of steps 1..t. Hidden states are never
+shifted, so a sequence- or context-parallel shard needs no exchange between steps; gradients flow
+through all K steps, through hidden states and keys.
 
 S sequence, S' this rank's tokens (S cut over CP, and over TP under sequence parallelism), B
 micro-batch, H hidden, K TTT steps, M supervised target positions.
@@ -122,7 +122,7 @@ def step_outputs(
     """Run the K steps; return the head's inputs of all of this rank's rows, [S', B, H] per step.
 
     Collectives: those of K passes of the draft's layers, or of one for an algorithm that runs all
-    steps at once (:mod:`megatron_eagle.objective.unroll`).
+    steps at once (:func:`parallel_steps`).
     """
     plan = None if inputs.packing is None else inputs.packing.plan(draft.cp_group)
     state = TrunkBranchState(draft.cp_group, plan)
@@ -148,10 +148,10 @@ def _steps_in_turn(
 
 
 class StackedSteps:
-    """Attention state of K steps that lie behind one another in one pass.
+    """Attention state for one pass over K steps, stored one after another.
 
-    Passes them to ``state`` one after the other. ``parts`` ranks each bring all K steps of their
-    rows, as sequence parallelism gathers them.
+    Splits the pass into steps and hands each to ``state``. Under sequence parallelism the rows come
+    as ``parts`` pieces, one per rank, each with all K steps of its rows.
     """
 
     def __init__(self, state: AttentionState, steps: int, parts: int) -> None:

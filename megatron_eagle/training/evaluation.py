@@ -72,7 +72,7 @@ class AcceptanceEvaluation:
         self._shard: PromptShard | None = None
 
     def attach(self) -> None:
-        """Must run before ``pretrain()``."""
+        """Attach to Megatron's trainer; call this before ``pretrain()``."""
         after_step = require(_AFTER_STEP)
 
         def called(model: Any, optimizer: Any, scheduler: Any, iteration: int, *rest: Any) -> Any:

@@ -33,7 +33,10 @@ class MetricsLog:
         self._rows = 0
 
     def attach(self) -> None:
-        """Must run before ``pretrain()``; raises ``ValueError`` if the file cannot be written."""
+        """Attach to Megatron's trainer; call this before ``pretrain()``.
+
+        Raises ``UserError`` if the file cannot be written.
+        """
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.path.open("a").close()

@@ -44,7 +44,8 @@ class ForwardStep:
 
 
 def replace_schedule(options: EagleConfig) -> None:
-    """Make Megatron's schedule, or ours for pipeline stages, give one dict of finished metrics.
+    """Make the schedule (Megatron's, or PipelineSchedule with pipeline stages) return one dict of
+    finished metrics.
 
     Megatron would reduce every logged value by a collective of its own; here the micro-batches'
     sums meet the other ranks in a single all-reduce. Must run before ``pretrain()``.

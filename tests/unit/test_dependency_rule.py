@@ -33,8 +33,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("__main__",),
 )
-"""The rooms of the package, from the ground up. A file imports from its own room and from lower
-floors; rooms of one floor do not know each other."""
+"""The folders of the package, from the ground up. A file imports from its own folder and from lower
+floors; folders of one floor do not know each other."""
 
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 MAY_IMPORT: dict[str, set[str]] = {

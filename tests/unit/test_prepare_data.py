@@ -50,7 +50,7 @@ def test_all_forms_become_documents_with_masks(tokenizer: str, tmp_path: Path) -
         "",
         {"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "fine"}]},
         {"text": "Hello there"},
-        {"prompt_ids": [5, 6, 7], "answer_ids": [8, 9]},
+        {"prompt_ids": [5, 6, 7], "answer_ids": [8, 9], **chat("As regenerate writes it.")},
     ])  # fmt: skip
     prefix = str(tmp_path / "out")
     code = main(["--input", file, "--tokenizer", tokenizer, "--output-prefix", prefix])

@@ -65,10 +65,10 @@ class RecordReader:
         """
         if not isinstance(record, Mapping):
             raise ValueError("not a JSON object")
-        if "messages" in record or "conversations" in record:
-            documents = self._chat(record)
-        elif "prompt_ids" in record:
+        if "prompt_ids" in record:  # also beside messages: the ids are what the base itself wrote
             documents = [self._answer(record)]
+        elif "messages" in record or "conversations" in record:
+            documents = self._chat(record)
         elif "text" in record:
             documents = [self._text(record["text"])]
         else:

@@ -1,4 +1,4 @@
-"""A Hugging Face base -> a Megatron ``torch_dist`` checkpoint that loads at any TP and PP.
+"""A Hugging Face base -> a Megatron ``torch_dist`` checkpoint that loads at any TP, PP and EP.
 
 ``chunks`` names the global tensors. Vocabulary rows are unpadded: Megatron's vocabulary tensors
 accept a shorter one and fill in zeros. docs/design/architecture.md says why Megatron-Bridge is not
