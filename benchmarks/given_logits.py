@@ -48,5 +48,5 @@ def give_logits(model: EagleGPTModel, batch: EagleBatch) -> Tensor:
     hidden = model.base(batch.tokens, batch.packing).final_hidden.flatten(0, 1)
     logits = hidden @ model.base.output_weight.t()
     teacher = GivenLogits(logits, batch.target_rows, model.draft.vocab_ids)
-    model.targets = lambda *_: (teacher, hidden)  # type: ignore[method-assign, assignment]
+    model.teach = lambda *_: teacher  # type: ignore[method-assign, assignment, return-value]
     return logits

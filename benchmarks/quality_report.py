@@ -37,13 +37,18 @@ def _flags(variant: dict[str, str | None]) -> str:
 def _result(folder: Path) -> dict[str, Any]:
     report = json.loads((folder / "eval.json").read_text())
     lines = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
-    logged = [line for line in lines if "simulated_accepted_length" in line]
+    curve = [
+        [line["iteration"], line[key]]
+        for line in lines
+        for key in ("simulated_accepted_length", "accepted_length")  # the second: older runs
+        if key in line
+    ]
     return {
         "accepted_length": report["accepted_length"],
         "acceptance": report["acceptance"],
         "equal_to_greedy": report["equal_to_greedy"],
         "supervised_rows": max(line["supervised_rows"] for line in lines),
-        "curve": [[line["iteration"], line["simulated_accepted_length"]] for line in logged],
+        "curve": curve,
     }
 
 

@@ -26,9 +26,20 @@ class UserError(ValueError):
 
     def named(self, flag_of: Callable[[str], str]) -> str:
         """Return the message with ``flag_of(name)`` in place of every ``<name>``."""
-        return _PARAMETER.sub(lambda match: flag_of(match[1]), self.message)
+        return _PARAMETER.sub(lambda match: flag_of(match[1]), self.message).replace("<\0", "<")
+
+
+def literal(text: object) -> str:
+    """Return ``text`` of a user for a message of ``UserError``, kept from being read as ``<name>``.
+
+    A zero byte, which no printed message holds, follows each ``<``; ``named`` takes it out.
+    """
+    return str(text).replace("<", "<\0")
 
 
 def message_of(error: BaseException) -> str:
-    """Return the message of ``error`` with every ``<name>`` kept, to put it into another error."""
-    return error.message if isinstance(error, UserError) else str(error)
+    """Return the message of ``error`` with every ``<name>`` kept, to put it into another error.
+
+    What another library's error says is ``literal``.
+    """
+    return error.message if isinstance(error, UserError) else literal(error)

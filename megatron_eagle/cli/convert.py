@@ -21,7 +21,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     """Run the command and return its exit status: 0, or 2 for a user's mistake."""
     args = _parser(prog).parse_args(argv)
-    return run(partial(_convert, args), flags_of(args))
+    flag_of = flags_of(
+        args,
+        attention="--eagle-attention",
+        q_lora_rank="--eagle-q-lora-rank",
+        norm_before_fc="--eagle-norm-before-fc",
+        norm_before_residual="--eagle-norm-before-residual",
+    )
+    return run(partial(_convert, args), flag_of)
 
 
 def _convert(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from megatron_eagle.cli.boundary import at_least_one, flags_of, run
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, literal
 
 if TYPE_CHECKING:
     from megatron_eagle.data.chat.records import RecordOptions
@@ -84,7 +84,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
 
 def _options(args: argparse.Namespace) -> RecordOptions:
     at_least_one(args, "workers", "vocab_size")
-    source = f"<template_options> {args.template_options}"
+    source = f"<template_options> {literal(args.template_options)}"
     try:
         variables: Any = json.loads(args.template_options)
     except json.JSONDecodeError as error:

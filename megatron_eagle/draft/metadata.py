@@ -141,6 +141,8 @@ def _from_version_1(content: dict[str, Any], source: str) -> dict[str, Any]:
     spec = {name: value for name, value in config.items() if name in architecture}
     spec["aux_layers"] = content.pop("aux_layers", None) or None
     spec["draft_vocab_size"] = content.pop("draft_vocab_size", None)
+    if spec["draft_vocab_size"] is None:
+        raise UserError(f"{source}: draft_vocab_size is missing")
     base = content.get("base")
     if isinstance(base, dict) and spec["draft_vocab_size"] == base.get("vocab_size"):
         spec["draft_vocab_size"] = None

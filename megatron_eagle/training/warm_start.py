@@ -47,13 +47,17 @@ def adopt_warm_start(
         )
     spec = stored.info.spec
     args = stored.info.base.megatron_args
-    stored_values = {**vars(spec), **layer_widths(spec, args)}
+    stored_values = {
+        **vars(spec),
+        **layer_widths(spec, args),
+        "draft_vocab_size": stored.info.draft_vocab_size,
+    }
     for name in given_options(argv) & set(names(DraftSpec)):
         value = getattr(options.spec, name)
         if value != stored_values[name]:
             raise UserError(
-                f"<{name}> {_words(name, value)}: the draft of <warm_start> "
-                f"{options.train.warm_start} has {_words(name, stored_values[name])}"
+                f"<{name}> {_words(value)}: the draft of <warm_start> "
+                f"{options.train.warm_start} has {_words(stored_values[name])}"
             )
     return dataclasses.replace(options, spec=spec), stored
 
@@ -132,7 +136,7 @@ def _check_base(stored: StoredDraft, base: BaseInfo) -> None:
             )
 
 
-def _words(name: str, value: Any) -> str:
+def _words(value: Any) -> str:
     if value is None:
-        return "the base's whole vocabulary" if name == "draft_vocab_size" else "none"
+        return "none"
     return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

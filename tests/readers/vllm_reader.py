@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import DeepseekV3Config, LlamaConfig
 
 from tests.readers import stand_in_layers as layers
-from tests.readers import stand_in_mla as stand_in_mla
+from tests.readers import stand_in_mla
 from tests.readers.wheel_modules import WheelModules
 
 TARGET_LAYERS = 8

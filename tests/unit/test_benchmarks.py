@@ -76,7 +76,7 @@ def saved_bytes(rank: int, world: int) -> dict[tuple[int, int], int]:
     return found
 
 
-def losses_with_and_without_given_logits(rank: int, world: int) -> list[tuple[float, float]]:
+def losses_with_and_without_given_logits(rank: int, world: int) -> list[tuple[float, ...]]:
     megatron_parallel()
     from benchmarks.draft_step import build
     from benchmarks.given_logits import give_logits
@@ -85,15 +85,19 @@ def losses_with_and_without_given_logits(rank: int, world: int) -> list[tuple[fl
     for draft_vocab in (50, 90):
         forward, _ = build(dataclasses.replace(TINY, draft_vocab=draft_vocab), "cpu", {})
         plain = forward().item()
-        give_logits(forward.model, forward.batch)
-        found.append((plain, forward().item()))
+        logits = give_logits(forward.model, forward.batch)
+        given = forward().item()
+        with torch.no_grad():
+            logits.mul_(2)
+        found.append((plain, given, forward().item()))
     return found
 
 
 def test_given_logits_give_the_same_loss() -> None:
     (found,) = run_distributed(losses_with_and_without_given_logits, 1)
-    for plain, given in found:
+    for plain, given, of_other_logits in found:
         assert given == pytest.approx(plain, rel=1e-6)
+        assert of_other_logits != pytest.approx(plain, rel=1e-3)
 
 
 def test_what_a_step_keeps_is_linear_in_length_and_steps() -> None:

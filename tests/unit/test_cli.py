@@ -155,3 +155,12 @@ def test_an_error_inside_another_keeps_its_parameters() -> None:
     assert outer.named(train.flag_of) == "--eagle-warm-start a: --eagle-aux-layers differ"
     assert str(outer) == "warm_start a: aux_layers differ"
     assert message_of(ValueError("plain")) == "plain"
+
+
+def test_a_users_text_is_not_read_as_a_parameter() -> None:
+    from megatron_eagle.errors import literal, message_of
+
+    text = "token <aux_layers> is unknown"
+    for kept in (literal(text), message_of(ValueError(text))):
+        error = UserError(f"<tokenizer> a: {kept}")
+        assert error.named(train.flag_of).endswith(f" a: {text}") and str(error).endswith(text)

@@ -23,7 +23,7 @@ import numpy as np
 from megatron_eagle.checkpoint.atomic import atomic_file
 from megatron_eagle.data.chat.records import RecordOptions, RecordReader
 from megatron_eagle.data.jsonl import FilePiece, parse_lines
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, message_of
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def write_part(file: Path, reader: RecordReader, content: bytes) -> None:
             documents += reader.read(record)
             records += 1
         except ValueError as error:
-            reason = error.message if isinstance(error, UserError) else str(error)
+            reason = message_of(error)
             bad_lines.append(offset)
             bad_reasons.append(reason.replace("\n", " "))
     with atomic_file(file) as scratch, scratch.open("wb") as output:

@@ -87,7 +87,7 @@ def read_plan(directory: Path, name: str = "index.json") -> FeaturePlan:
     if not file.is_file():
         begun = (directory / "plan.json").is_file()
         why = "unfinished; run the extraction again" if begun else "no index.json in it"
-        raise UserError(f"{directory}: {why}")
+        raise UserError(f"<offline_features> {directory}: {why}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if (content.pop("format"), content.pop("version")) != (FORMAT, VERSION):
