@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.base.import_base import import_base
 from megatron_eagle.hf.draft.card import algorithm_name
 from megatron_eagle.hf.draft.export import export_draft
@@ -121,3 +122,11 @@ def test_metadata_of_every_kind_of_draft_are_read(
     assert algorithm_name(info) == algorithm
     assert (info.aux_layers, info.draft_vocab_size) == (aux_layers, vocab)
     assert (info.num_layers, info.ttt_steps) == (layers, content["ttt_steps"])
+
+
+def test_missing_fields_are_named() -> None:
+    content = json.loads((DATA / "metadata_mla.json").read_text())
+    for name in ("draft_vocab_size", "config"):
+        rest = {key: value for key, value in content.items() if key != name}
+        with pytest.raises(UserError, match=f"{name} is missing"):
+            parse_draft_info(metadata_tensor(rest), "draft")
