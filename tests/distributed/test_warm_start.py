@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from megatron_eagle.checkpoint.directory import parse_base
+from megatron_eagle.checkpoint.directory import BASE_JSON_NAME, parse_base
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.checkpoint import (
     StoredDraft,
     open_checkpoint_draft,
@@ -21,6 +22,7 @@ from megatron_eagle.testing.harness import megatron_parallel, run_distributed
 from tests.helpers.draft_fixture import Case, build_model, local_part, megatron_names
 from tests.helpers.reference_case import MLA, make_case
 from tests.helpers.reference_metadata import metadata_of
+from tests.helpers.trained_draft import TrainedDraft
 from tests.reference.eagle3 import ReferenceEagle3
 
 
@@ -144,3 +146,36 @@ def test_every_shard_is_filled_from_the_stored_draft(
                     assert not found[expected.shape[0] :].any(), "padding"
                     found = found[: expected.shape[0]]
                 assert found.equal(expected), (name, rank)
+
+
+def started_with_sizes(
+    rank: int, world: int, folder: Path, sizes: tuple[int, ...]
+) -> list[int | str | None]:
+    """Return the draft vocabulary that a warm start takes over with each size given as a flag."""
+    megatron_parallel()
+    from megatron_eagle.config.flags import parse_eagle_flags
+    from megatron_eagle.training.warm_start import adopt_warm_start
+
+    flags = ["--eagle-base-checkpoint", f"{folder}/base", "--eagle-warm-start", f"{folder}/ckpt"]
+    found: list[int | str | None] = []
+    for size in sizes:
+        given = [*flags, "--eagle-draft-vocab-size", str(size)]
+        try:
+            found.append(adopt_warm_start(parse_eagle_flags(given), given)[0].spec.draft_vocab_size)
+        except UserError as error:
+            found.append(str(error))
+    return found
+
+
+@pytest.mark.parametrize(("rows", "stored"), [(19, 19), (53, None)])
+def test_a_size_given_as_a_flag_must_be_the_drafts(
+    tmp_path: Path, rows: int, stored: int | None
+) -> None:
+    """53 ids are the base's whole vocabulary: the draft stores no size, but the flag agrees."""
+    draft = TrainedDraft.make(draft_vocab=rows, padded_vocab=56)
+    draft.save(tmp_path / "ckpt")
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / BASE_JSON_NAME).write_text(json.dumps(draft.metadata["base"]))
+    ((taken, refusal),) = run_distributed(started_with_sizes, 1, tmp_path, (rows, 7))
+    assert taken == stored
+    assert f"draft_vocab_size 7: the draft of warm_start {tmp_path}/ckpt has {rows}" in refusal
