@@ -71,14 +71,6 @@ class StageLinks:
                 elif self.stage == late:
                     torch.distributed.recv(number, self.ranks[early], group=group)
 
-    @property
-    def is_first(self) -> bool:
-        return self.stage == 0
-
-    @property
-    def is_last(self) -> bool:
-        return self.stage == self.stages - 1
-
     def send_hidden(self, hidden: Tensor) -> Message:
         """Post the send of ``hidden`` [S', B, H] to the next stage."""
         return self._send(hidden, self.stage + 1, self._hidden)
