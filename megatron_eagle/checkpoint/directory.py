@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from megatron_eagle.checkpoint.native.formats import refuse_other_formats
 from megatron_eagle.errors import UserError
 
 TRACKER_NAME = "latest_checkpointed_iteration.txt"
@@ -29,7 +30,9 @@ class BaseInfo:
     unpadded; ``hf_config`` is the Hugging Face config.json, without the ``quantization_config`` of
     weights that were unpacked; ``megatron_args`` maps the argparse names of all architecture flags
     that training needs to values; ``rope`` holds the properties of the rotary embedding that have
-    no Megatron flag (see ``attention/rope.py``).
+    no Megatron flag (see ``attention/rope.py``). Of a base that Megatron itself trained, ``family``
+    is ``megatron-gpt``, ``hf_config`` holds the fields that its arguments know, ``source`` says who
+    saved it and when, and ``tokenizer`` names the one it was trained with.
     """
 
     family: str
@@ -39,6 +42,13 @@ class BaseInfo:
     hf_config: dict[str, Any]
     megatron_args: dict[str, Any]
     rope: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_native(self) -> bool:
+        """Return whether Megatron trained it: then all conventions are Megatron's own."""
+        return self.family.startswith("megatron-")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON object of eagle_base.json, format and version included."""
@@ -72,10 +82,27 @@ def resolve_checkpoint(directory: str | Path) -> Path:
     if text != "release" and not (text.isascii() and text.isdigit()):
         raise UserError(f"{tracker}: expected 'release' or an iteration, not {text[:40]!r}")
     path = root / (text if text == "release" else f"iter_{int(text):07d}")
+    refuse_other_formats(path)
     for name in ("metadata.json", ".metadata"):
         if not (path / name).is_file():
             raise UserError(f"{path}: incomplete torch_dist checkpoint, {name} is missing")
     return path
+
+
+def iteration_directory(path: str | Path) -> Path:
+    """Return the directory with ``.metadata``: ``path`` or the iteration in its tracker file.
+
+    Raises ``UserError`` when it is missing, incomplete, or in another format than torch_dist.
+    """
+    directory = Path(path)
+    if not (directory.name.startswith("iter_") or (directory / ".metadata").is_file()):
+        return resolve_checkpoint(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such checkpoint directory")
+    if not (directory / ".metadata").is_file():
+        refuse_other_formats(directory)
+        raise UserError(f"{directory}: incomplete torch_dist checkpoint, .metadata is missing")
+    return directory
 
 
 def load_base_json(directory: str | Path) -> BaseInfo:
@@ -112,8 +139,10 @@ def parse_base(value: Any, source: str) -> BaseInfo:
         "hf_config": dict,
         "megatron_args": dict,
         "rope": dict,
+        "source": str,
+        "tokenizer": dict,
     }
-    value = {"rope": {}, **value}
+    value = {"rope": {}, "source": "", "tokenizer": {}, **value}
     for key, kind in kinds.items():
         if type(value.get(key)) is not kind:
             raise UserError(f"{source}: {key} must be of type {kind.__name__}")

@@ -23,7 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eagle.checkpoint.atomic import write_json
-from megatron_eagle.cli.boundary import at_least_one, end_process_groups, flags_of, names_of, run
+from megatron_eagle.cli.boundary import (
+    add_base_flags,
+    at_least_one,
+    end_process_groups,
+    flags_of,
+    names_of,
+    run,
+)
 from megatron_eagle.errors import UserError
 
 NO_DRAFT = "none"
@@ -48,10 +55,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def _parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--base", required=True, metavar="CKPT",
-        help="base checkpoint (`megatron-eagle import-base`)",
-    )  # fmt: skip
+    add_base_flags(parser)
     parser.add_argument(
         "--draft", required=True, metavar="CKPT",
         help=f"directory training saved to, its best/, or {NO_DRAFT!r} to time the base alone",
@@ -92,7 +96,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from megatron_eagle.platform import enable
 
     enable()
-    from megatron_eagle.checkpoint.directory import load_base_json
+    from megatron_eagle.checkpoint.base_description import read_base
     from megatron_eagle.cli.process_groups import start
     from megatron_eagle.decode.acceptance import evaluate_acceptance
     from megatron_eagle.decode.load import fresh_draft, load_base, load_draft, read_draft_info
@@ -102,7 +106,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from megatron_eagle.training.layout import sizes_without_trainer
 
     first = os.environ.get("RANK", "0") == "0"
-    base = load_base_json(args.base)
+    base = read_base(args.base, args.base_description)
     prompts = read_prompt_ids(args.prompts, args.tokenizer, base.vocab_size)[: args.limit]
     about = None if args.draft == NO_DRAFT else read_draft_info(args.draft, base)
     sizes = sizes_without_trainer(base, **{name: getattr(args, name) for name in SIZES})

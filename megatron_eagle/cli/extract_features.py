@@ -15,8 +15,16 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from megatron_eagle.checkpoint.directory import BaseInfo, load_base_json
-from megatron_eagle.cli.boundary import at_least_one, end_process_groups, flags_of, names_of, run
+from megatron_eagle.checkpoint.base_description import read_base
+from megatron_eagle.checkpoint.directory import BaseInfo
+from megatron_eagle.cli.boundary import (
+    add_base_flags,
+    at_least_one,
+    end_process_groups,
+    flags_of,
+    names_of,
+    run,
+)
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.errors import UserError
 
@@ -45,9 +53,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--base", metavar="CKPT", help="base checkpoint (`megatron-eagle import-base`)"
-    )
+    add_base_flags(parser, required=False)
     parser.add_argument(
         "--data", metavar="FILE_OR_PREFIX",
         help="answers JSONL, or a data set of `megatron-eagle prepare-data`",
@@ -103,7 +109,7 @@ def _extract(args: argparse.Namespace) -> int:
     from megatron_eagle.pipeline.exchange import StageExchange
     from megatron_eagle.training.layout import sizes_without_trainer
 
-    info = load_base_json(args.base)
+    info = read_base(args.base, args.base_description)
     sizes = sizes_without_trainer(info, **{name: getattr(args, name) for name in SIZES})
     layers = _aux_layers(args, info)
     documents = FittedDocuments(open_documents(args.data, info.vocab_size), args.seq_length)

@@ -26,13 +26,14 @@ class LayerBackend:
     """Builders of one implementation.
 
     Attributes:
-        base_spec: (config, pp_rank) -> spec of the base's block on a pipeline stage.
+        base_spec: (config, pp_rank, native) -> spec of the base's block on a pipeline stage;
+            ``native``: Megatron trained it.
         layer_spec: config -> TransformerLayer spec of the draft.
         norm: builds a norm.
         column_linear: builds a column-parallel linear without a norm in front.
     """
 
-    base_spec: Callable[[Any, int], Any]
+    base_spec: Callable[[Any, int, bool], Any]
     layer_spec: Callable[[Any], Any]
     norm: Callable[..., Any]
     column_linear: Callable[..., Any]
@@ -82,8 +83,11 @@ def transformer_engine_backend() -> LayerBackend:
         return with_eagle_attention(spec)
 
     return LayerBackend(
-        base_spec=lambda config, pp_rank: get_gpt_decoder_block_spec(
-            config, use_transformer_engine=True, pp_rank=pp_rank
+        base_spec=lambda config, pp_rank, _native: get_gpt_decoder_block_spec(
+            config,
+            use_transformer_engine=True,
+            qk_l2_norm=config.qk_l2_norm,
+            pp_rank=pp_rank,
         ),
         layer_spec=layer_spec,
         norm=provider.layer_norm(),

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_eagle.attention.core import with_eagle_attention
 from megatron_eagle.compat import get_gpt_decoder_block_spec
 from megatron_eagle.layers.group_router import GroupLimitedRouter
+from megatron_eagle.layers.zero_centered_norm import ZeroCenteredNorm, use_zero_centered_norms
 
 NORM_BEFORE_QKV = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 MLA_NORMS = {
@@ -20,17 +21,28 @@ MLA_NORMS = {
 NORM_BEFORE_FC1 = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
-def local_base_spec(config: Any, pp_rank: int) -> Any:
-    """Return the TransformerBlockSubmodules of the layers of pipeline stage ``pp_rank``."""
+def local_base_spec(config: Any, pp_rank: int, native: bool = False) -> Any:
+    """Return the TransformerBlockSubmodules of the layers of pipeline stage ``pp_rank``.
+
+    ``native``: Megatron trained the base, so experts are routed as Megatron routes them.
+    """
     block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, normalization="RMSNorm", pp_rank=pp_rank
+        config,
+        use_transformer_engine=False,
+        normalization=config.normalization,
+        qk_l2_norm=config.qk_l2_norm,
+        pp_rank=pp_rank,
     )
     # Equal layers share one spec object: change each object once.
     for spec in {id(spec): spec for spec in block.layer_specs}.values():
         with_eagle_attention(spec)
         spec.submodules.sharded_state_dict_keys_map = checkpoint_names(config, spec)
-        if config.moe_router_num_groups is not None and _is_moe(spec):
+        if config.layernorm_zero_centered_gamma:
+            use_zero_centered_norms(spec.submodules)
+        if config.moe_router_num_groups is not None and _is_moe(spec) and not native:
             spec.submodules.mlp.keywords["submodules"].router = GroupLimitedRouter
+    if config.layernorm_zero_centered_gamma:
+        block.layer_norm = ZeroCenteredNorm
     return block
 
 

@@ -13,15 +13,21 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import NoReturn
 
-from megatron.training.arguments import parse_and_validate_args
+from megatron.training.arguments import (
+    core_transformer_config_from_args,
+    parse_and_validate_args,
+)
 
-from megatron_eagle.checkpoint.directory import BaseInfo, load_base_json
+from megatron_eagle.checkpoint.base_description import read_base
+from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.config.flags import add_eagle_flags
 from megatron_eagle.errors import UserError, message_of
 from megatron_eagle.hf.base.megatron_args import ABSENT
 from megatron_eagle.platform import is_enabled
+from megatron_eagle.teacher.description import STORED_AS
 from megatron_eagle.training.base_start import check_base_start
+from megatron_eagle.training.frozen_config import frozen_config
 from megatron_eagle.training.layout import check_layout, check_micro_batches, layout_flags
 from megatron_eagle.training.megatron_flags import megatron_flags
 
@@ -37,9 +43,6 @@ LOCAL_FLAGS = ["--no-persist-layer-norm", "--no-rope-fusion"]
 
 ALWAYS_FLAGS = ["--calculate-per-token-loss"]
 """The loss is normalised by one global token count, so Megatron must keep sums."""
-
-_ALIASES = {"norm_epsilon": "layernorm_epsilon"}
-"""Flags that Megatron's parser stores under another name."""
 
 _UNSUPPORTED: dict[str, int | bool | None] = {
     "use_torch_fsdp2": False,
@@ -63,7 +66,7 @@ def parse_eagle_args(
     Megatron's parser reads ``sys.argv``, which is replaced by the implied flags and ``argv``.
     Raises ``UserError`` naming the flag for a mistake that every rank sees alike.
     """
-    base = _base_info(options.train.base_checkpoint)
+    base = _base_info(options)
     _check_supported(argv)
     if "--multi-latent-attention" in argv and "multi_latent_attention" not in base.megatron_args:
         raise UserError("--multi-latent-attention contradicts the base checkpoint, which has none")
@@ -72,6 +75,7 @@ def parse_eagle_args(
     sys.argv[1:] = [*_implied_flags(base, options, argv), *argv]
     args = parse_and_validate_args(extra_args_provider=add_eagle_flags)
     _check_dimensions(args, base)
+    frozen_config(core_transformer_config_from_args(args), base)
     _check_recompute(args, options)
     if options.train.reads_documents and args.eval_iters:
         flag = "train-data" if options.train.offline_features is None else "offline-features"
@@ -100,10 +104,10 @@ def _add_flags_with_printable_help(parser: argparse.ArgumentParser) -> argparse.
     return add_eagle_flags(parser)
 
 
-def _base_info(directory: str | None) -> BaseInfo:
-    assert directory is not None
+def _base_info(options: EagleConfig) -> BaseInfo:
+    assert options.train.base_checkpoint is not None
     try:
-        return load_base_json(directory)
+        return read_base(options.train.base_checkpoint, options.train.base_description)
     except ValueError as error:
         raise UserError(f"<base_checkpoint> {message_of(error)}") from error
 
@@ -160,7 +164,7 @@ def _check_dimensions(args: argparse.Namespace, base: BaseInfo) -> None:
     for name, value in {**ABSENT, **base.megatron_args}.items():
         if name in ("vocab_size", "max_position_embeddings", "make_vocab_size_divisible_by"):
             continue
-        parsed = getattr(args, _ALIASES.get(name, name), None)
+        parsed = getattr(args, STORED_AS.get(name, name), None)
         parsed = list(parsed) if isinstance(parsed, tuple) else parsed
         if parsed != value:
             raise UserError(

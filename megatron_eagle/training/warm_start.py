@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eagle.checkpoint.directory import BaseInfo, load_base_json
+from megatron_eagle.checkpoint.base_description import read_base
+from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.compat import ShardedTensor, apply_factories, nested_values
 from megatron_eagle.config import DraftSpec, EagleConfig
 from megatron_eagle.config.flags import given_options
@@ -39,7 +40,8 @@ def adopt_warm_start(
     if options.train.warm_start is None:
         return options, None
     assert options.train.base_checkpoint is not None
-    stored = _open(options, load_base_json(options.train.base_checkpoint))
+    base = read_base(options.train.base_checkpoint, options.train.base_description)
+    stored = _open(options, base)
     if options.train.vocab_map is not None:
         raise UserError(
             f"<vocab_map> {options.train.vocab_map}: the draft of <warm_start> "
