@@ -103,6 +103,7 @@ def attach(
             device=device,
             moe_aux_loss_coeff=config.moe_aux_loss_coeff,
         )
+        draft.to(dtype)  # torch's norms begin in fp32
         if gpt.config.fp8 is None and gpt.config.fp4 is None:
             draft.start_evenly(base.layer_sizes)
     info = DraftInfo(resolved, base_info, config.train.ttt_steps, config.train.to_mapping())

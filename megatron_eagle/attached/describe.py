@@ -34,14 +34,13 @@ _SIZES = (
     "num_query_groups",
     "kv_channels",
 )
+_EXPERT_LAYOUT = ("expert_model_parallel_size", "expert_tensor_parallel_size")
 _INHERITED = (
     *_SIZES,
     "layernorm_epsilon",
     "init_method_std",
     "tensor_model_parallel_size",
     "context_parallel_size",
-    "expert_model_parallel_size",
-    "expert_tensor_parallel_size",
     "sequence_parallel",
     "use_cpu_initialization",
     "gradient_accumulation_fusion",
@@ -103,7 +102,7 @@ def draft_base_config(config: Any, dtype: torch.dtype) -> Any:
     It takes sizes and layout of ``config`` and nothing else: the model's experts, norms,
     recomputation, dropout and callbacks are its own. Losses are sums over tokens.
     """
-    return TransformerConfig(
+    draft = TransformerConfig(
         **{name: getattr(config, name) for name in _INHERITED},
         normalization="RMSNorm",
         gated_linear_unit=True,
@@ -118,6 +117,9 @@ def draft_base_config(config: Any, dtype: torch.dtype) -> Any:
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
     )
+    for name in _EXPERT_LAYOUT:  # the constructor wants experts with them
+        setattr(draft, name, getattr(config, name))
+    return draft
 
 
 def _theta(gpt: Any) -> float:

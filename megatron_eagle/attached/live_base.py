@@ -26,6 +26,7 @@ from megatron_eagle.attached.capture import (
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.metadata import check_same_draft, decode_metadata
 from megatron_eagle.draft.model import EagleDraft
+from megatron_eagle.errors import UserError
 from megatron_eagle.model import EagleGPTModel
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.objective.unroll import DraftInputs
@@ -150,4 +151,6 @@ class DraftBeside(EagleGPTModel):
             source = "the state dict"
             now = decode_metadata(self.draft.metadata, "the draft")
             check_same_draft(decode_metadata(saved, source), now, source)
+            if not torch.equal(state_dict["draft.vocab_ids"], self.draft.vocab_ids):
+                raise UserError(f"<vocab_ids>: the draft in {source} has other token ids")
         return super().load_state_dict(state_dict, strict, assign)

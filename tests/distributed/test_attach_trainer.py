@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-import megatron_eagle
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.export import export_draft
 from megatron_eagle.objective.metrics import MetricSums
 from megatron_eagle.testing.harness import run_distributed
@@ -65,12 +65,16 @@ def reload(iteration: Path) -> dict[str, Any]:
     before = dict(attached.export_weights())
     state = dist_checkpointing.load(attached.module.sharded_state_dict(), str(iteration))
     attached.module.load_state_dict(state)
-    other = AttachedCase(base="gpt2", spec={"norm_before_residual": True})
-    other_draft = attach_case(other, make_gpt("gpt2", groups))
-    state = dist_checkpointing.load(other_draft.module.sharded_state_dict(), str(iteration))
-    with pytest.raises(megatron_eagle.errors.UserError) as error:
-        other_draft.module.load_state_dict(state)
-    return {"before": before, "after": dict(attached.export_weights()), "error": str(error.value)}
+    result = {"before": before, "after": dict(attached.export_weights()), "errors": []}
+    others = {"spec": {"norm_before_residual": True}}, {"vocab": torch.arange(23)}
+    for other in others:
+        case = AttachedCase(base="gpt2", **other)
+        draft = attach_case(case, make_gpt("gpt2", groups)).module
+        state = dist_checkpointing.load(draft.sharded_state_dict(), str(iteration))
+        with pytest.raises(UserError) as error:
+            draft.load_state_dict(state)
+        result["errors"].append(str(error.value))
+    return result
 
 
 def moving_base() -> dict[str, Any]:
@@ -161,7 +165,9 @@ def test_a_checkpoint_loads_in_another_layout(results: list[dict[str, Any]]) -> 
         before, after = result["reloaded"]["before"], result["reloaded"]["after"]
         assert not before["fc.weight"].equal(after["fc.weight"])
         assert all(after[name].equal(tensor) for name, tensor in result["weights"].items())
-        assert result["reloaded"]["error"].startswith("norm_before_residual: this run has True")
+        spec, vocabulary = result["reloaded"]["errors"]
+        assert spec.startswith("norm_before_residual: this run has True")
+        assert vocabulary == "vocab_ids: the draft in the state dict has other token ids"
 
 
 def test_the_teacher_follows_a_base_that_trains(results: list[dict[str, Any]]) -> None:

@@ -30,12 +30,13 @@ class AttachedCase:
     spec: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     draft_vocab: int | None = 23
+    vocab: Tensor | None = None
     documents: bool = False
     fmt: str = "hf"
 
     def vocab_ids(self) -> Tensor | None:
-        if self.draft_vocab is None:
-            return None
+        if self.draft_vocab is None or self.vocab is not None:
+            return self.vocab
         generator = torch.Generator().manual_seed(7)
         return torch.randperm(VOCAB, generator=generator)[: self.draft_vocab].sort().values
 
@@ -175,10 +176,12 @@ def oracle_inputs(gpt: Any, data: Data) -> dict[str, Tensor]:
         logits = gpt(data.tokens, data.position_ids, None)
     for handle in handles:
         handle.remove()
+    tied = gpt.share_embeddings_and_output_weights
+    output = gpt.embedding.word_embeddings.weight if tied else gpt.output_layer.weight
     return {
         "aux": torch.cat([kept[i] for i in AUX], dim=-1).transpose(0, 1),
         "final": final[0].transpose(0, 1),
         "logits": logits[..., :VOCAB],
         "embedding": gpt.embedding.word_embeddings.weight.detach()[:VOCAB],
-        "output": gpt.shared_embedding_or_output_weight().detach()[:VOCAB],
+        "output": output.detach()[:VOCAB],
     }

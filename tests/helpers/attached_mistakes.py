@@ -55,12 +55,13 @@ SAID = {
     "format": "format gguf: not one of hf, vllm, sglang, trtllm, speculators",
     "server": "format hf: ",
     "experts": "the draft: a MoE draft cannot be converted",
+    "the model's own config": "nothing",
 }
-"""Mistake -> how the error begins."""
+"""Mistake -> how the error begins; the last is none."""
 
 
 def mistakes() -> dict[str, str]:
-    """Return what each mistake says, and under the name of one what is not refused."""
+    """Return what each mistake says."""
     groups = begin()
     gpt = make_gpt("llama", groups)
     calls = {**_of_the_model(gpt), **_of_the_draft(gpt), **_of_the_trainer(gpt)}
@@ -122,6 +123,7 @@ def _of_the_draft(gpt: Any) -> dict[str, Callable[[], Any]]:
         "shared head": lambda: _attach(gpt, **eagle1, **whole, dtype=torch.bfloat16),
         "other model's config": lambda: _attach(gpt, hf_config={**hf, "hidden_size": 64}),
         "other rope": lambda: _attach(gpt, hf_config={**hf, "rope_theta": 500000.0}),
+        "the model's own config": lambda: _attach(gpt, hf_config={**hf, "hidden_size": 32}),
         "other scaling": lambda: _attach(gpt, hf_config={**hf, "rope_scaling": llama3}),
     }
 
