@@ -25,9 +25,10 @@ from megatron_eagle.loss.registry import row_loss
 from megatron_eagle.loss.soft_cross_entropy import soft_cross_entropy
 from megatron_eagle.loss.statistics import LossSums
 from megatron_eagle.objective.batch import EagleBatch
+from megatron_eagle.objective.inputs import DraftInputs
 from megatron_eagle.objective.metrics import metric_sums, prefix_hits
 from megatron_eagle.objective.regression import hidden_regression
-from megatron_eagle.objective.unroll import DraftInputs, unroll
+from megatron_eagle.objective.unroll import unroll
 from megatron_eagle.pipeline.exchange import StageExchange
 from megatron_eagle.pipeline.replicas import as_replica
 from megatron_eagle.platform.profiling import nvtx_range
@@ -104,7 +105,7 @@ class EagleGPTModel(MegatronModule):
                 self.row_loss,
             )
             extra, regression = self.extra_losses(batch, hidden, target_hidden, sums)
-        prefixes = prefix_hits(hits, batch.step_rows, batch.tokens.numel())
+        prefixes = prefix_hits(hits, batch.step_rows, batch.live.index.numel())
         return loss + extra, metric_sums(sums, prefixes, regression)
 
     def draft_inputs(self, batch: EagleBatch, features: Tensor) -> DraftInputs:
@@ -112,10 +113,9 @@ class EagleGPTModel(MegatronModule):
         return DraftInputs.of(
             self.base,
             self.draft,
-            batch.tokens,
+            batch,
             features,
             steps=self.options.train.ttt_steps,
-            packing=batch.packing,
             mask_embedding=self._mask_embedding(),
         )
 
