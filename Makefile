@@ -45,8 +45,9 @@ check: $(READY)  ## lint, formatting and types
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy $(SOURCES)
 
-docs: $(READY)  ## write docs/guide/flags.md, the reference of all --eagle-* flags
+docs: $(READY)  ## write the reference of all --eagle-* flags and the table of bases and servers
 	$(PY) tools/flag_reference.py
+	$(PY) tools/serving_table.py
 
 # glibc gives freed memory back at once by default; faulting it in again for every activation
 # makes large fp32 products several times slower.

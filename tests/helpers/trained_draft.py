@@ -57,7 +57,7 @@ class Shape:
     draft_vocab: int = 19
     padded_vocab: int = 32
     aux_layers: tuple[int, ...] = (1, 4, 7)
-    base_layers: int = 8
+    base_layers: int = 11
     rope: dict[str, Any] = field(default_factory=lambda: dict(ROPE))
     algorithm: str = "eagle3"
     mask_token: int | None = None

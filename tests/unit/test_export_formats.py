@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from megatron_eagle.checkpoint.directory import ACCEPTED_LENGTH_NAME
-from megatron_eagle.hf.draft.card import read_evaluation
 from megatron_eagle.hf.draft.export import export_draft
+from megatron_eagle.hf.draft.figures import ExportedCard, read_evaluation
 from megatron_eagle.hf.draft.formats import FORMATS
 from tests.helpers.trained_draft import TrainedDraft
 from tests.reference.eagle3 import ReferenceEagle3
@@ -252,3 +252,20 @@ def test_figures_that_do_not_belong_on_a_card_are_refused(
         read_evaluation(tmp_path / "eval.json")
     with pytest.raises(ValueError, match=r"eval .*absent.json: no such file"):
         read_evaluation(tmp_path / "absent.json")
+
+
+def test_a_card_takes_the_figures_of_its_own_draft(tmp_path: Path) -> None:
+    draft = TrainedDraft.make()
+    draft.save(tmp_path / "ckpt")
+    export_draft(tmp_path / "ckpt", tmp_path / "hf", dtype=torch.bfloat16)
+    ExportedCard.of(tmp_path / "hf", tmp_path / "ckpt").write(FIGURES)
+    ExportedCard.of(tmp_path / "hf", tmp_path / "ckpt").write({**FIGURES, "prompts": 41})
+    export_draft(tmp_path / "ckpt", tmp_path / "own", evaluation={**FIGURES, "prompts": 41})
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("hf", "own")]
+    assert cards[0] == cards[1].replace("float32", "bfloat16") and "not measured" not in cards[0]
+    draft.stored["draft.fc.weight"] = draft.hf["fc.weight"] + 1
+    draft.save(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"card .*hf: was not converted from the draft in"):
+        ExportedCard.of(tmp_path / "hf", tmp_path / "other")
+    with pytest.raises(ValueError, match="holds no draft that"):
+        ExportedCard.of(tmp_path / "ckpt", tmp_path / "ckpt")

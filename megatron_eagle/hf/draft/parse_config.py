@@ -56,7 +56,8 @@ class HfDraft:
         mla: widths of multi-latent attention under Megatron's names, ``q_lora_rank`` 0 for none;
             None for grouped queries.
         rope: ``rope_type``, ``rope_theta`` and the fields of this type that are not None.
-        aux_layers: 0-based ids of layer outputs; None where the file names none.
+        inner_ids: ids of aux layers inside ``eagle_config``, None where it names none.
+        outer_ids: the same at the top level: the state after i layers.
     """
 
     eagle1: bool
@@ -72,7 +73,8 @@ class HfDraft:
     num_layers: int
     norm_epsilon: float
     rope: dict[str, Any]
-    aux_layers: tuple[int, ...] | None
+    inner_ids: tuple[int, ...] | None
+    outer_ids: tuple[int, ...] | None
     fc_norm: bool
     norm_output: bool
     norm_before_fc: bool
@@ -111,7 +113,8 @@ def parse_hf_draft(config: dict[str, Any], tensors: Iterable[str], source: str) 
         num_layers=size(layer, "num_hidden_layers", source, 1),
         norm_epsilon=number(layer, "rms_norm_eps", source, 1e-6),
         rope=comparable_rope(layer, source),
-        aux_layers=_aux_layers(config, eagle, source),
+        inner_ids=_aux_ids(eagle, source),
+        outer_ids=_aux_ids(config, source),
         fc_norm=_any_switch(source, (config, "fc_norm"), (config, "use_aux_norm")),
         norm_output=_any_switch(
             source, (config, "norm_output"), (eagle, "return_hidden_post_norm")
@@ -171,33 +174,13 @@ def _architecture(config: dict[str, Any], source: str) -> str:
     return names[0]
 
 
-def _aux_layers(
-    config: dict[str, Any], eagle: dict[str, Any], source: str
-) -> tuple[int, ...] | None:
-    """Return the aux layers as ids of layer outputs, or None where config.json names none.
-
-    Inside ``eagle_config`` id i is the output of layer i, at the top level the state after i
-    layers.
-    """
-    name = "eagle_aux_hidden_state_layer_ids"
-    inner, outer = _ids(eagle.get(name), source), _ids(config.get(name), source)
-    if inner is not None and outer is not None and [i + 1 for i in inner] != outer:
-        raise UserError(
-            f"{source}: {name} {outer} and that of eagle_config, {inner}, name different layers"
-        )
-    aux_layers = inner if inner is not None else outer and [i - 1 for i in outer]
-    if not aux_layers:
-        return None
-    if aux_layers != sorted(set(aux_layers)) or aux_layers[0] < 0:
-        raise UserError(
-            f"{source}: aux layers must ascend and be outputs of layers, found {aux_layers}"
-        )
-    return tuple(aux_layers)
-
-
-def _ids(value: Any, source: str) -> list[int] | None:
+def _aux_ids(fields: dict[str, Any], source: str) -> tuple[int, ...] | None:
+    """Return the ids of aux layers that ``fields`` name, in ascending order, or None."""
+    value = fields.get("eagle_aux_hidden_state_layer_ids")
     if value is None or value == []:
         return None
     if not isinstance(value, list) or any(type(i) is not int for i in value):
         raise UserError(f"{source}: aux layers must be numbers, found {value!r}")
-    return value
+    if value != sorted(set(value)) or value[0] < 0:
+        raise UserError(f"{source}: aux layers must ascend and be outputs of layers, found {value}")
+    return tuple(value)
