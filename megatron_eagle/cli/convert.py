@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         args,
         attention="--eagle-attention",
         q_lora_rank="--eagle-q-lora-rank",
+        qk_layernorm="--eagle-qk-layernorm",
         norm_before_fc="--eagle-norm-before-fc",
         norm_before_residual="--eagle-norm-before-residual",
     )

@@ -154,6 +154,11 @@ def _present(args: argparse.Namespace, report: Any, sizes: dict[str, Any]) -> No
             f"accepted length {report.accepted_length:.3f}: 1 + accepted drafts per verification, "
             f"mean of {figures['verifications']} verifications of {args.draft_tokens} drafts"
         )
+        if report.server_accepted_length != report.accepted_length:
+            print(
+                f"as servers count, drafts behind the end of an answer included: "
+                f"{report.server_accepted_length:.3f}"
+            )
         for name in ("acceptance", "conditional_acceptance"):
             rates = " ".join(f"{rate:.3f}" for rate in figures[name])
             print(f"{name.replace('_', ' ')} per chain position: {rates}")

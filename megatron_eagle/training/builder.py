@@ -127,10 +127,10 @@ class ModelBuilder:
         assert self.options.train.base_checkpoint is not None
         layers = self.options.spec.num_layers
         print_rank_0(f"> starting from the base's last layer{'s' * (layers > 1)}")
-        if lost := left_out(self.base):
-            print_rank_0(f"> ... without their {lost}, which a draft has not")
+        if lost := left_out(self.base, self.options.spec):
+            print_rank_0(f"> ... without their {lost}, which this draft has not")
         start = BaseStart(
-            layers, self.base, self.options.train.base_checkpoint, self.vocab_ids.cpu()
+            self.options.spec, self.base, self.options.train.base_checkpoint, self.vocab_ids.cpu()
         )
         load_base_start(draft, start, layer_sizes)
 

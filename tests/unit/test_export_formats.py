@@ -125,6 +125,7 @@ REFUSED = [
     ("speculators", {"algorithm": "p-eagle", "mask_token": 4}, "form is not known here"),
     ("hf", {"norm_before_residual": True}, "SGLang does not know .*use format vllm or specul"),
     ("trtllm", {"norm_before_residual": True}, "TensorRT-LLM does not know"),
+    ("hf", {"qk_layernorm": True}, "SGLang has no norms of a draft's .*use format vllm or specul"),
 ]
 
 
@@ -169,6 +170,21 @@ def test_a_p_eagle_draft_carries_its_mask_token_and_hidden(tmp_path: Path) -> No
     assert '"parallel_drafting": true' in (directory / "README.md").read_text()
     model = ReferenceEagle3.from_hf(directory, torch.randn(53, 24))
     assert model.config.mask_token == 4 and model.mask_hidden.equal(draft.hf["mask_hidden"])
+
+
+def test_a_draft_with_normed_queries_is_of_qwen3_type(tmp_path: Path) -> None:
+    draft, directory = exported(tmp_path, "vllm", qk_layernorm=True, layers=2)
+    config = json.loads((directory / "config.json").read_text())
+    assert config["architectures"] == ["Eagle3Qwen3ForCausalLM"] and config["model_type"] == "qwen3"
+    assert config["head_dim"] == 10 and config["attention_bias"] is False
+    found = load_file(directory / "model.safetensors")
+    for layer in range(2):
+        for x in "qk":
+            name = f"layers.{layer}.self_attn.{x}_norm.weight"
+            assert found[name].equal(draft.hf[name]) and found[name].shape == (10,)
+    _, nested = exported(tmp_path / "nested", "speculators", qk_layernorm=True)
+    config = json.loads((nested / "config.json").read_text())
+    assert config["transformer_layer_config"]["model_type"] == "qwen3"
 
 
 @pytest.mark.parametrize("layers", [1, 2])

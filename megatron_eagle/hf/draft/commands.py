@@ -83,5 +83,6 @@ def _is_plain(fmt: Format, info: DraftInfo) -> bool:
         and fmt.layer_prefix(0, info) == "midlayer."
         and method.name == "eagle3"
         and not info.spec.uses_mla
+        and not info.spec.qk_layernorm
         and len(info.aux_layers) == 3
     )

@@ -25,6 +25,7 @@ from megatron_eagle.hf.tables.rope import (
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 MLA = "Eagle3DeepseekV2ForCausalLM"
+QWEN3 = "Eagle3Qwen3ForCausalLM"
 SPECULATOR = "Eagle3DraftModel"
 SPECULATORS_VERSION = "0.9.0"
 
@@ -42,7 +43,7 @@ def is_exported_draft(config: dict[str, Any]) -> bool:
     """Return whether config.json names an architecture that this module writes."""
     special = chain.from_iterable(a.architectures.values() for a in ALGORITHMS.values())
     return config.get("architectures") in [
-        [name] for name in (ARCHITECTURE, MLA, SPECULATOR, *special)
+        [name] for name in (ARCHITECTURE, MLA, QWEN3, SPECULATOR, *special)
     ]
 
 
@@ -59,7 +60,7 @@ def _eagle3_config(info: DraftInfo, fmt: Format, dtype: torch.dtype) -> dict[str
     inner = sglang_ids(info.base, outputs) if fmt.servers == ("sglang",) else outputs
     norms = _norm_flags(info)
     return {
-        "architectures": [MLA if info.spec.uses_mla else ARCHITECTURE],
+        "architectures": [_architecture(info)],
         **_layer_config(info, dtype),
         "draft_vocab_size": info.draft_vocab_size,
         "num_aux_hidden_states": len(outputs),
@@ -73,6 +74,12 @@ def _eagle3_config(info: DraftInfo, fmt: Format, dtype: torch.dtype) -> dict[str
         **norms,
         **_parallel_drafting(info),
     }
+
+
+def _architecture(info: DraftInfo) -> str:
+    if info.spec.uses_mla:
+        return MLA
+    return QWEN3 if info.spec.qk_layernorm else ARCHITECTURE
 
 
 def _parallel_drafting(info: DraftInfo) -> dict[str, int]:
@@ -164,7 +171,7 @@ def _positions(of_base: int, rope: dict[str, Any]) -> int:
 def _grouped_fields(info: DraftInfo) -> dict[str, Any]:
     args = info.layer_args
     return {
-        "model_type": "llama",
+        "model_type": "qwen3" if info.spec.qk_layernorm else "llama",
         "num_key_value_heads": args["num_query_groups"],
         "head_dim": args["kv_channels"],
         "mlp_bias": False,

@@ -126,6 +126,8 @@ def _server_refusal(server: str, info: DraftInfo) -> str | None:
     """Return the reason why ``server`` cannot run a draft that reads aux layers, or None."""
     if server == "vllm" or info.spec.method.reads_final_hidden:
         return None
+    if info.spec.qk_layernorm:
+        return "has no norms of a draft's queries and keys (<qk_layernorm>)"
     if info.spec.norm_before_residual:
         return "does not know <norm_before_residual>"
     if len(info.aux_layers) == 1:

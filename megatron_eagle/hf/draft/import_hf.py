@@ -173,6 +173,7 @@ def _info(
             draft_vocab_size=draft.draft_vocab_size if compressed else None,
             norm_before_fc=draft.norm_before_fc,
             norm_before_residual=draft.norm_before_residual,
+            qk_layernorm=draft.qk_layernorm,
             **_widths(draft, base),
         )
         layer_widths(spec, base.megatron_args)
