@@ -11,6 +11,7 @@ target positions.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -55,7 +56,10 @@ class EagleGPTModel(MegatronModule):
         options: EagleConfig,
         exchange: StageExchange | None = None,
     ) -> None:
-        super().__init__(config=base.config)
+        # Megatron sums gradients by the names of such norms over TP: the draft's, not the base's.
+        config = copy.copy(base.config)
+        config.qk_layernorm = draft.spec.qk_layernorm
+        super().__init__(config=config)
         self.base, self.draft, self.options = base, draft, options
         self.exchange = exchange or StageExchange(base)
         self.pg_collection = base.gpt.pg_collection
