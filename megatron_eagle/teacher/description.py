@@ -30,6 +30,7 @@ _PLAIN_KERNELS: dict[str, Any] = {
     "apply_rope_fusion": False,
     "masked_softmax_fusion": False,
     "bias_swiglu_fusion": False,
+    "bias_gelu_fusion": False,
     "bias_dropout_fusion": False,
     "gradient_accumulation_fusion": False,
     "no_persist_layer_norm": True,
