@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_eagle.checkpoint.atomic import write_json
+from megatron_eagle.checkpoint.atomic import owned_output, write_json
 from megatron_eagle.cli.boundary import at_least_one, end_process_groups, flags_of, names_of, run
 from megatron_eagle.errors import UserError
 
@@ -170,8 +170,8 @@ def _speed(name: str, figures: dict[str, Any]) -> str:
 
 
 def _write(path: Path, figures: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, figures)
+    with owned_output(path, "output"):
+        write_json(path, figures)
 
 
 if __name__ == "__main__":

@@ -40,17 +40,15 @@ def _regenerate(args: argparse.Namespace) -> int:
     if args.temperature < 0:
         raise UserError(f"<temperature> {args.temperature} must not be negative")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from megatron_eagle.data.regenerate import Generation, read_prompts, regenerate
+    from megatron_eagle.hf.files.pretrained import load_hf_model, load_hf_tokenizer
 
     prompts = read_prompts(args.prompts)
     if not (args.model / "config.json").is_file():
         raise UserError(f"<model> {args.model}: not a Hugging Face model directory")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=getattr(torch, args.dtype), use_safetensors=True
-    ).eval()
+    tokenizer = load_hf_tokenizer(args.model, "model")
+    model = load_hf_model(args.model, "model", getattr(torch, args.dtype))
     if torch.cuda.is_available():
         model = model.cuda()
     generation = Generation(args.max_new_tokens, args.batch_size, args.temperature, args.seed)

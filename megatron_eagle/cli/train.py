@@ -78,6 +78,9 @@ def _train(argv: Sequence[str]) -> int:
     from megatron_eagle.training.data import DatasetProvider
     from megatron_eagle.training.evaluation import AcceptanceEvaluation
     from megatron_eagle.training.metrics_log import MetricsLog
+    from megatron_eagle.training.nan_stop import stop_at_nan
+    from megatron_eagle.training.resume import name_checkpoints_in_errors
+    from megatron_eagle.training.save_place import own_save
     from megatron_eagle.training.step import ForwardStep, replace_schedule
     from megatron_eagle.training.vocab import draft_vocab_ids
     from megatron_eagle.training.warm_start import adopt_warm_start
@@ -90,18 +93,21 @@ def _train(argv: Sequence[str]) -> int:
     compile_regions(options.train.compile)
     configure_nvtx_profiling(options.train.nvtx)
     replace_schedule(options)
-    log = None if options.train.log_file is None else MetricsLog(options.train.log_file)
-    if log is not None:
-        log.attach()
-    if options.train.eval_prompts is not None:
-        AcceptanceEvaluation(args, options, base, log).attach()
-    vocab_ids = draft_vocab_ids(args, options, base, stored)
-    pretrain(
-        pretrain_cfg_container_from_args(args),
-        DatasetProvider(options, base),
-        ModelType.encoder_or_decoder,
-        ForwardStep(options, base.vocab_size),
-        model_provider=ModelBuilder(options, base, vocab_ids, stored),
-    )
+    name_checkpoints_in_errors()
+    stop_at_nan()
+    with own_save(args):
+        log = None if options.train.log_file is None else MetricsLog(options.train.log_file)
+        if log is not None:
+            log.attach()
+        if options.train.eval_prompts is not None:
+            AcceptanceEvaluation(args, options, base, log).attach()
+        vocab_ids = draft_vocab_ids(args, options, base, stored)
+        pretrain(
+            pretrain_cfg_container_from_args(args),
+            DatasetProvider(options, base),
+            ModelType.encoder_or_decoder,
+            ForwardStep(options, base.vocab_size),
+            model_provider=ModelBuilder(options, base, vocab_ids, stored),
+        )
     torch.distributed.destroy_process_group()
     return 0

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, literal
+from megatron_eagle.user_files import reading
 
 
 def parse_lines(content: bytes, first_line: int = 1) -> Iterator[tuple[int, Any]]:
@@ -21,8 +22,10 @@ def parse_lines(content: bytes, first_line: int = 1) -> Iterator[tuple[int, Any]
             continue
         try:
             yield number, json.loads(line.decode("utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            yield number, UserError(f"not JSON ({error})")
+        except RecursionError:
+            yield number, UserError("not JSON (nested too deep)")
+        except Exception as error:  # such as an integer of 5,000 digits
+            yield number, UserError(f"not JSON ({literal(first_line(error))})")
 
 
 def read_records(file: str | Path, parameter: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -32,8 +35,13 @@ def read_records(file: str | Path, parameter: str) -> Iterator[tuple[str, dict[s
     when a line is not a JSON object.
     """
     path = Path(file)
-    if not path.is_file():
-        raise UserError(f"<{parameter}> {file}: no such file")
+    with reading(parameter, file):
+        if not path.is_file():
+            raise UserError(f"<{parameter}> {literal(file)}: no such file")
+        yield from _records(path, str(file))
+
+
+def _records(path: Path, file: str) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             for _, value in parse_lines(line):
@@ -87,8 +95,9 @@ def cut(file: str, size: int) -> Iterator[FilePiece]:
 
     Raises ``UserError`` naming ``<input>`` when there is no such file.
     """
-    if not Path(file).is_file():
-        raise UserError(f"<input> {file}: no such file")
+    with reading("input", file):
+        if not Path(file).is_file():
+            raise UserError(f"<input> {literal(file)}: no such file")
     start, line = 0, 1
     with open(file, "rb") as data:
         while block := data.read(size):

@@ -11,6 +11,7 @@ from typing import Any
 from megatron_eagle.checkpoint.directory import BaseInfo, token_ids
 from megatron_eagle.data.jsonl import ids, read_records
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf.files.pretrained import load_hf_tokenizer
 
 
 def read_prompt_ids(path: Path, tokenizer_dir: str | None, vocab_size: int) -> list[list[int]]:
@@ -19,7 +20,7 @@ def read_prompt_ids(path: Path, tokenizer_dir: str | None, vocab_size: int) -> l
     The tokenizer of ``tokenizer_dir`` encodes. Raises ``UserError`` naming file and line.
     """
     tokenizer = None if tokenizer_dir is None else _tokenizer(tokenizer_dir)
-    prompts = []
+    prompts: list[list[int]] = []
     for where, record in read_records(path, "prompts"):
         if "prompt_ids" not in record:
             record = {"prompt_ids": _encoded(record, tokenizer, where)}
@@ -42,9 +43,7 @@ def stop_ids(base: BaseInfo) -> list[int]:
 def _tokenizer(directory: str) -> Any:
     if not Path(directory).is_dir():
         raise UserError(f"<tokenizer> {directory}: no such directory")
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(directory)
+    return load_hf_tokenizer(directory, "tokenizer")
 
 
 def _encoded(record: dict[str, Any], tokenizer: Any, where: str) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch.distributed import checkpoint as dcp
 
 from megatron_eagle.checkpoint.reader import CheckpointReader
-from megatron_eagle.checkpoint.safe_metadata import ForbiddenClassError, MetadataUnpickler
+from megatron_eagle.checkpoint.safe_unpickler import ForbiddenClassError, MetadataUnpickler
 from megatron_eagle.checkpoint.writer import Chunk
 from tests.helpers.trained_draft import chunked, save_iteration
 

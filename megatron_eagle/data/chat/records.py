@@ -18,7 +18,8 @@ from megatron_eagle.data.chat.masked_tokens import Document, mask_tokens
 from megatron_eagle.data.chat.template import ChatTemplate
 from megatron_eagle.data.chat.tokenizer import load_tokenizer
 from megatron_eagle.data.jsonl import ids, outside
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, literal
+from megatron_eagle.user_files import reading
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ def _read_template(file: str | None) -> str | None:
     if file is None:
         return None
     path = Path(file)
-    if not path.is_file():
-        raise UserError(f"<chat_template> {file}: no such file")
-    return path.read_text(encoding="utf-8")
+    with reading("chat_template", file):
+        if not path.is_file():
+            raise UserError(f"<chat_template> {literal(file)}: no such file")
+        return path.read_text(encoding="utf-8")

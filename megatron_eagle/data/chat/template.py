@@ -19,9 +19,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_eagle.data.chat.conversations import Conversation, Message
+from megatron_eagle.data.chat.time_limit import time_limit
+from megatron_eagle.user_files import first_line
 
 Span = tuple[int, int]
 
+RENDER_SECONDS = 60.0
+"""Time for one rendering, after which a template is taken for one that never ends."""
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -123,20 +127,21 @@ class ChatTemplate:
     def _render(
         self, messages: list[Message], tools: list[Any] | None, generation_prompt: bool, mark: bool
     ) -> tuple[str, list[Span]]:
-        from jinja2.exceptions import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            rendered: Any = render_jinja_template(
-                [messages],
-                tools=tools,
-                chat_template=self.source,
-                return_assistant_tokens_mask=mark,
-                add_generation_prompt=generation_prompt,
-                **self.variables,
-            )
-        except (TemplateError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise ValueError(f"the chat template fails: {error}") from error
+            with time_limit(RENDER_SECONDS):
+                rendered: Any = render_jinja_template(
+                    [messages],
+                    tools=tools,
+                    chat_template=self.source,
+                    return_assistant_tokens_mask=mark,
+                    add_generation_prompt=generation_prompt,
+                    **self.variables,
+                )
+        except Exception as error:  # a template is a program, and fails like one
+            reason = first_line(error) or type(error).__name__
+            raise ValueError(f"the chat template fails: {reason}") from error
         texts, spans = rendered
         return texts[0], [(start, end) for start, end in spans[0]] if mark else []
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf.files.pretrained import load_hf_tokenizer
 
 Offsets = list[tuple[int, int]]
 
@@ -55,13 +56,7 @@ class HuggingFaceTokenizer:
     """Fast tokenizer of a Hugging Face directory."""
 
     def __init__(self, directory: Path) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            self.inner: Any = AutoTokenizer.from_pretrained(directory)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"<tokenizer> {directory}: cannot be read: {reason}") from error
+        self.inner: Any = load_hf_tokenizer(directory, "tokenizer")
         if not self.inner.is_fast:
             raise UserError(
                 f"<tokenizer> {directory}: masks need token offsets, which only a fast tokenizer "

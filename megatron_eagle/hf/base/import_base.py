@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from megatron_eagle.checkpoint.atomic import atomic_dir, check_unused
+from megatron_eagle.checkpoint.atomic import atomic_dir, check_unused, owned_output
+from megatron_eagle.checkpoint.base_fields import check_token_ids
 from megatron_eagle.checkpoint.directory import BASE_JSON_NAME, TRACKER_NAME, BaseInfo
 from megatron_eagle.checkpoint.writer import Chunk, write_torch_dist
 from megatron_eagle.hf.base.chunks import BaseTensors, Progress
@@ -23,6 +24,7 @@ from megatron_eagle.hf.base.families import family_of
 from megatron_eagle.hf.base.megatron_args import facts_of, megatron_args
 from megatron_eagle.hf.base.rope_args import rope_beyond_args
 from megatron_eagle.hf.files.weights_dir import WeightsDir
+from megatron_eagle.user_files import reading
 
 RELEASE = "release"
 COMMON_STATE = {"checkpoint_version": 3.0, "iteration": 0}
@@ -35,14 +37,22 @@ def import_base(hf_dir: Path, save: Path, progress: Progress = lambda line: None
     Everything is checked from headers before the first byte is written; ``save`` appears by rename
     when complete. Raises UserError for an unsupported or corrupt ``hf_dir``, or a ``save`` in use.
     """
-    check_unused(save, "save")
-    weights = WeightsDir(hf_dir)
-    config_path = str(hf_dir / "config.json")
-    family = family_of(weights.config, config_path)
-    args = megatron_args(weights.config, family, config_path)
-    rope = rope_beyond_args({**family.defaults, **weights.config}, config_path)
-    tensors = BaseTensors(family, facts_of(weights.config, family, config_path))
-    weights.check(tensors.expected(), tensors.ignored(weights.headers))
+    with owned_output(save, "save"):
+        check_unused(save, "save")
+        return _import(hf_dir, save, progress)
+
+
+def _import(hf_dir: Path, save: Path, progress: Progress) -> BaseInfo:
+    with reading("hf", hf_dir):
+        weights = WeightsDir(hf_dir)
+        config_path = str(hf_dir / "config.json")
+        family = family_of(weights.config, config_path)
+        args = megatron_args(weights.config, family, config_path)
+        check_token_ids(weights.config, args["vocab_size"], config_path)
+        rope = rope_beyond_args({**family.defaults, **weights.config}, config_path)
+        tensors = BaseTensors(family, facts_of(weights.config, family, config_path))
+        weights.check(tensors.expected(), tensors.ignored(weights.headers))
+        tensors.check_tied(weights)
     if weights.quant_method is not None:
         progress(f"weights are {weights.quant_method}: unpacked as they are read")
     digest = hashlib.sha256()

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from megatron_eagle.checkpoint.directory import ACCEPTED_LENGTH_NAME
-from megatron_eagle.errors import UserError, message_of
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.formats import SERVER_NAMES, Format
 from megatron_eagle.hf.draft.info import DraftInfo
-from megatron_eagle.hf.files.safetensors_dir import read_json
+from megatron_eagle.user_files import read_json_object, reading
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,8 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     Raises ``UserError`` naming ``<eval>`` for a file without these figures, for figures of an
     untrained draft, and for figures of answers other than the greedy ones.
     """
-    try:
-        figures = read_json(path)
-    except ValueError as error:
-        raise UserError(f"<eval> {message_of(error)}") from None
+    with reading("eval", path):
+        figures = read_json_object(path)
     if missing := _missing_figure(figures):
         raise UserError(f"<eval> {path}: {missing} is missing; did megatron-eagle eval write it?")
     if figures.get("reinitialize"):
@@ -58,7 +56,7 @@ def measured_in_training(iteration: Path) -> dict[str, Any] | None:
     path = iteration / ACCEPTED_LENGTH_NAME
     if not path.is_file():
         return None
-    figures = read_json(path)
+    figures = read_json_object(path)
     if missing := _missing_figure(figures):
         raise UserError(f"{path}: {missing} is missing")
     return figures
