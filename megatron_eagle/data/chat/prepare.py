@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron_eagle.checkpoint.atomic import write_json
+from megatron_eagle.data.chat.notes import notes
 from megatron_eagle.data.chat.parts import Part, make_parts
 from megatron_eagle.data.chat.records import RecordOptions, RecordReader
 from megatron_eagle.data.indexed import DatasetWriter, dataset_exists
@@ -96,19 +98,15 @@ def _join(parts: list[Part], prefix: str, vocab_size: int) -> dict[str, Any]:
         "tokens": writer.tokens,
         "supervised_tokens": writer.supervised,
         "longest_document": writer.longest,
-        "unstable_turns": sum(part.unstable_turns for part in parts),
+        "counts": dict(sum((Counter(part.counts) for part in parts), Counter[str]())),
         "vocab_size": vocab_size,
     }
 
 
 def _report(summary: dict[str, Any], bad: list[str], prefix: str, progress: Progress) -> None:
-    """Report turns that became documents of their own, and list the bad lines in a file."""
-    if summary["unstable_turns"]:
-        progress(
-            f"note: the chat template is not prefix-stable: {summary['unstable_turns']:,} earlier "
-            "turns are rendered differently once the conversation continues (thinking or a system "
-            "prompt moves); each became a document of its own, as the model saw it"
-        )
+    """Report what was rendered otherwise than the records say, and list bad lines in a file."""
+    for note in notes(summary["counts"]):
+        progress(f"note: {note}")
     if bad:
         listing = Path(f"{prefix}.bad.txt")
         listing.write_text("\n".join(bad) + "\n", encoding="utf-8")

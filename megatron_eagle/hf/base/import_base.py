@@ -22,6 +22,7 @@ from megatron_eagle.hf.base.chunks import BaseTensors, Progress
 from megatron_eagle.hf.base.families import family_of
 from megatron_eagle.hf.base.megatron_args import facts_of, megatron_args
 from megatron_eagle.hf.base.rope_args import rope_beyond_args
+from megatron_eagle.hf.files.generation_config import with_all_ends
 from megatron_eagle.hf.files.weights_dir import WeightsDir
 
 RELEASE = "release"
@@ -40,6 +41,7 @@ def import_base(hf_dir: Path, save: Path, progress: Progress = lambda line: None
     config_path = str(hf_dir / "config.json")
     family = family_of(weights.config, config_path)
     args = megatron_args(weights.config, family, config_path)
+    config = with_all_ends(weights.config, hf_dir, args["vocab_size"])
     rope = rope_beyond_args({**family.defaults, **weights.config}, config_path)
     tensors = BaseTensors(family, facts_of(weights.config, family, config_path))
     weights.check(tensors.expected(), tensors.ignored(weights.headers))
@@ -56,7 +58,7 @@ def import_base(hf_dir: Path, save: Path, progress: Progress = lambda line: None
             name=hf_dir.resolve().name,
             fingerprint=digest.hexdigest(),
             vocab_size=args["vocab_size"],
-            hf_config=weights.config,
+            hf_config=config,
             megatron_args=args,
             rope=rope,
         )

@@ -1,0 +1,60 @@
+"""Load tokenizers and models with transformers, never their own code, never from the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from megatron_eagle.errors import UserError, literal
+
+LONGEST_REASON = 300
+"""Characters of another library's words that a message shows."""
+_SAFELY: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+_MARKS = ("trust_remote_code", "custom code")
+"""Words of transformers' refusal to run the Python files of a directory."""
+
+
+def load_hf_tokenizer(directory: str | Path, parameter: str) -> Any:
+    """Return the transformers tokenizer in ``directory``.
+
+    Raises ``UserError`` naming ``parameter``, whatever is wrong with its files. Python files in it
+    are never run.
+    """
+    from transformers import AutoTokenizer
+
+    with _without_code(parameter, directory):
+        return AutoTokenizer.from_pretrained(directory, **_SAFELY)
+
+
+def load_hf_model(directory: str | Path, parameter: str, dtype: Any) -> Any:
+    """Return the transformers causal model in ``directory``, in evaluation mode.
+
+    Raises ``UserError`` naming ``parameter``, whatever is wrong with its files. Python files in it
+    are never run, pickles never read.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _without_code(parameter, directory):
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, use_safetensors=True, **_SAFELY
+        )
+        return model.eval()
+
+
+@contextmanager
+def _without_code(parameter: str, directory: str | Path) -> Iterator[None]:
+    """Turn every exception inside into a ``UserError``, and say how to do without own code."""
+    source = f"<{parameter}> {literal(directory)}"
+    try:
+        yield
+    except Exception as error:
+        if any(mark in str(error) for mark in _MARKS):
+            raise UserError(
+                f"{source}: needs the Python code beside it, which is never run; make token ids "
+                "(prompt_ids and answer_ids) with a program that you trust to run it"
+            ) from error
+        lines = [*str(error).strip().splitlines(), ""]
+        words = literal(f"{type(error).__name__}: {lines[0]}"[:LONGEST_REASON])
+        raise UserError(f"{source}: cannot be read ({words})") from error
