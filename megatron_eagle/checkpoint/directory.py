@@ -34,9 +34,9 @@ class BaseInfo:
 
     ``fingerprint`` identifies the weights among bases of the same dimensions; ``vocab_size`` is
     unpadded; ``hf_config`` is the Hugging Face config.json, without the ``quantization_config`` of
-    weights that were unpacked; ``megatron_args`` maps the argparse names of all architecture flags
-    that training needs to values; ``rope`` holds the properties of the rotary embedding that have
-    no Megatron flag (see ``attention/rope.py``).
+    weights that were unpacked and with the end tokens of generation_config.json; ``megatron_args``
+    maps the argparse names of all architecture flags that training needs to values; ``rope`` holds
+    the properties of the rotary embedding that have no Megatron flag (see ``attention/rope.py``).
     """
 
     family: str

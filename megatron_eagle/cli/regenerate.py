@@ -8,12 +8,16 @@ Runs the model through transformers. A run that was stopped goes on where it was
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 from megatron_eagle.cli.boundary import at_least_one, flags_of, run
 from megatron_eagle.errors import UserError
+
+LOWEST_TEMPERATURE = 1e-4
+"""Temperature below which the quotients leave half precision."""
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -37,8 +41,10 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
 
 def _regenerate(args: argparse.Namespace) -> int:
     at_least_one(args, "max_new_tokens", "batch_size")
-    if args.temperature < 0:
-        raise UserError(f"<temperature> {args.temperature} must not be negative")
+    if not 0 <= args.temperature < math.inf:
+        raise UserError(f"<temperature> {args.temperature} must be a number of 0 or more")
+    if 0 < args.temperature < LOWEST_TEMPERATURE:
+        raise UserError(f"<temperature> {args.temperature} is too low to divide by; 0 is greedy")
     import torch
 
     from megatron_eagle.data.regenerate import Generation, read_prompts, regenerate

@@ -11,21 +11,38 @@ from typing import Any
 from megatron_eagle.errors import UserError, literal
 from megatron_eagle.user_files import reading
 
+ONE_A_LINE = "one record a line is wanted (jq -c '.[]' makes lines of a JSON array)"
+
 
 def parse_lines(content: bytes, first_line: int = 1) -> Iterator[tuple[int, Any]]:
     """Yield (line number, value) of every line that is not blank.
 
-    For a line that is not JSON the value is a ``UserError`` saying why; the caller may go on.
+    For a line that is not JSON, or text that UTF-8 cannot write, the value is a ``UserError``
+    saying why; the caller may go on.
     """
     for number, line in enumerate(content.split(b"\n"), start=first_line):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line.decode("utf-8"))
-        except RecursionError:
-            yield number, UserError("not JSON (nested too deep)")
-        except Exception as error:  # such as an integer of 5,000 digits
-            yield number, UserError(f"not JSON ({literal(first_line(error))})")
+        if line.strip():
+            yield number, _parsed(line)
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        value = json.loads(line.decode("utf-8"))
+        if b"\\ud" in line or b"\\uD" in line:  # half of a character, unless both halves are there
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return UserError(f"not text: {error.reason}, {literal(ascii(error.object[error.start]))}")
+    except Exception as error:  # also a deep nesting and an integer of thousands of digits
+        if line.lstrip()[:1] == b"[":
+            return UserError(f"not JSON on one line ({literal(error)}); {ONE_A_LINE}")
+        return UserError(f"not JSON ({literal(error)})")
+    return value
+
+
+def not_an_object(value: Any) -> str:
+    """Return the words for a line whose JSON ``value`` is no record."""
+    array = f" but an array; {ONE_A_LINE}" if isinstance(value, list) else ""
+    return f"not a JSON object{array}"
 
 
 def read_records(file: str | Path, parameter: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -47,9 +64,9 @@ def _records(path: Path, file: str) -> Iterator[tuple[str, dict[str, Any]]]:
             for _, value in parse_lines(line):
                 where = f"{file}:{number}"
                 if isinstance(value, UserError):
-                    raise UserError(f"{where}: {value}")
+                    raise UserError(f"{where}: {value.message}")
                 if not isinstance(value, dict):
-                    raise UserError(f"{where}: not a JSON object")
+                    raise UserError(f"{where}: {not_an_object(value)}")
                 yield where, value
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from functools import partial
@@ -19,6 +20,7 @@ import numpy as np
 
 from megatron_eagle.checkpoint.atomic import owned_output, write_json, write_text
 from megatron_eagle.checkpoint.atomic import part as part_of
+from megatron_eagle.data.chat.notes import notes
 from megatron_eagle.data.chat.parts import Part, make_parts
 from megatron_eagle.data.chat.records import RecordOptions, RecordReader
 from megatron_eagle.data.features.store import checksum
@@ -147,7 +149,7 @@ def _join(parts: list[Part], writer: DatasetWriter, vocab_size: int) -> dict[str
         "tokens": writer.tokens,
         "supervised_tokens": writer.supervised,
         "longest_document": writer.longest,
-        "unstable_turns": sum(part.unstable_turns for part in parts),
+        "counts": dict(sum((Counter(part.counts) for part in parts), Counter[str]())),
         "vocab_size": vocab_size,
     }
 
@@ -170,13 +172,9 @@ def _write_beside(
 
 
 def _report(summary: dict[str, Any], bad: list[str], prefix: str, progress: Progress) -> None:
-    """Report turns that became documents of their own, and the first bad lines."""
-    if summary["unstable_turns"]:
-        progress(
-            f"note: the chat template is not prefix-stable: {summary['unstable_turns']:,} earlier "
-            "turns are rendered differently once the conversation continues (thinking or a system "
-            "prompt moves); each became a document of its own, as the model saw it"
-        )
+    """Report what was rendered otherwise than the records say, and list bad lines in a file."""
+    for note in notes(summary["counts"]):
+        progress(f"note: {note}")
     if bad:
         progress(f"{len(bad):,} bad lines left out, all named in {_listing(prefix)}:")
         for line in bad[:NAMED_LINES]:

@@ -23,6 +23,7 @@ from megatron_eagle.hf.base.chunks import BaseTensors, Progress
 from megatron_eagle.hf.base.families import family_of
 from megatron_eagle.hf.base.megatron_args import facts_of, megatron_args
 from megatron_eagle.hf.base.rope_args import rope_beyond_args
+from megatron_eagle.hf.files.generation_config import with_all_ends
 from megatron_eagle.hf.files.weights_dir import WeightsDir
 from megatron_eagle.user_files import reading
 
@@ -48,7 +49,8 @@ def _import(hf_dir: Path, save: Path, progress: Progress) -> BaseInfo:
         config_path = str(hf_dir / "config.json")
         family = family_of(weights.config, config_path)
         args = megatron_args(weights.config, family, config_path)
-        check_token_ids(weights.config, args["vocab_size"], config_path)
+        config = with_all_ends(weights.config, hf_dir, args["vocab_size"])
+        check_token_ids(config, args["vocab_size"], config_path)
         rope = rope_beyond_args({**family.defaults, **weights.config}, config_path)
         tensors = BaseTensors(family, facts_of(weights.config, family, config_path))
         weights.check(tensors.expected(), tensors.ignored(weights.headers))
@@ -66,7 +68,7 @@ def _import(hf_dir: Path, save: Path, progress: Progress) -> BaseInfo:
             name=hf_dir.resolve().name,
             fingerprint=digest.hexdigest(),
             vocab_size=args["vocab_size"],
-            hf_config=weights.config,
+            hf_config=config,
             megatron_args=args,
             rope=rope,
         )
