@@ -85,9 +85,9 @@ def parse_json(content: str | bytes, source: str) -> Any:
         text = content if isinstance(content, str) else content.decode("utf-8")
         return json.loads(text)
     except RecursionError:
-        raise UserError(f"{source}: not JSON (nested too deep)") from None
+        raise UserError(f"{source}: not valid JSON (nested too deep)") from None
     except Exception as error:
-        raise UserError(f"{source}: not JSON ({literal(first_line(error))})") from None
+        raise UserError(f"{source}: not valid JSON ({literal(first_line(error))})") from None
 
 
 def read_json(path: Path) -> Any:

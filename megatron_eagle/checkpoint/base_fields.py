@@ -7,7 +7,6 @@ say where training saves or which checkpoint it loads.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +14,7 @@ from megatron_eagle.errors import UserError, literal
 
 LARGEST_SIZE = 2**24
 MOST_LAYERS = 10_000
+LARGEST_NUMBER = 1e12
 LONGEST_SHOWN = 60
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 Check = Callable[[Any], str | None]
@@ -30,12 +30,16 @@ def _size(most: int = LARGEST_SIZE, least: int = 1) -> Check:
 
 
 def _number(value: Any) -> str | None:
-    fits = type(value) in (int, float) and math.isfinite(value) and value >= 0
-    return None if fits else "a finite number, not negative"
+    fits = type(value) in (int, float) and 0 <= value <= LARGEST_NUMBER
+    return None if fits else f"a number from 0 to {LARGEST_NUMBER:g}"
 
 
 def _positive(value: Any) -> str | None:
-    return None if _number(value) is None and value > 0 else "a finite positive number"
+    return (
+        None
+        if _number(value) is None and value > 0
+        else f"a positive number up to {LARGEST_NUMBER:g}"
+    )
 
 
 def _switch(value: Any) -> str | None:
@@ -138,13 +142,20 @@ ROPE: dict[str, Check] = {
 
 
 def check_megatron_args(args: Mapping[str, Any], source: str) -> None:
-    """Raise ``UserError``, starting with ``source``, for an unknown, missing or impossible name."""
+    """Raise ``UserError``, starting with ``source``, for an unknown or impossible argument."""
     checks = REQUIRED | OPTIONAL
     _refuse_unknown(args, checks, f"{source}: megatron_args")
+    _check_values(args, checks, source)
+
+
+def check_complete(args: Mapping[str, Any], source: str) -> None:
+    """Raise ``UserError`` unless ``args`` say enough to build the base.
+
+    A draft's record of its base may say less.
+    """
     for name in REQUIRED:
         if name not in args:
             raise UserError(f"{source}: megatron_args: {name} is missing")
-    _check_values(args, checks, source)
 
 
 def check_rope(rope: Mapping[str, Any], source: str) -> None:

@@ -148,10 +148,8 @@ def parse_base(value: Any, source: str) -> BaseInfo:
     base = BaseInfo(**{key: value[key] for key in kinds})
     check_megatron_args(base.megatron_args, source)
     check_rope(base.rope, source)
-    if base.vocab_size != base.megatron_args["vocab_size"]:
-        raise UserError(
-            f"{source}: vocab_size {base.vocab_size}, but megatron_args have "
-            f"{base.megatron_args['vocab_size']}"
-        )
+    size = base.megatron_args.get("vocab_size", base.vocab_size)
+    if base.vocab_size != size:
+        raise UserError(f"{source}: vocab_size {base.vocab_size}, but megatron_args have {size}")
     check_token_ids(base.hf_config, base.vocab_size, source)
     return base

@@ -20,7 +20,7 @@ from megatron_eagle.checkpoint.entry_checksums import entry_fault
 from megatron_eagle.checkpoint.safe_metadata import StoredChunk, StoredTensor, read_metadata
 from megatron_eagle.checkpoint.safe_reading import load_object
 from megatron_eagle.errors import UserError, literal
-from megatron_eagle.user_files import read_json_object, reading_file
+from megatron_eagle.user_files import read_json, reading_file
 
 
 def _iteration_directory(path: str | Path) -> Path:
@@ -39,7 +39,8 @@ def _check_backend(path: Path) -> None:
     """Raise ``UserError`` unless metadata.json ``path`` says that the format is ``torch_dist``."""
     if not path.is_file():
         raise UserError(f"{literal(path)}: missing, so this is not a whole Megatron checkpoint")
-    backend = read_json_object(path).get("sharded_backend")
+    content = read_json(path)
+    backend = content.get("sharded_backend") if isinstance(content, dict) else None
     if backend is None:
         raise UserError(f"{literal(path)}: not Megatron's description of a checkpoint")
     if backend != "torch_dist":

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_eagle.checkpoint.base_fields import check_complete
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.checkpoint.loading import load_sharded
 from megatron_eagle.checkpoint.reader import CheckpointReader
@@ -53,6 +54,7 @@ def load_base(
     when it cannot be loaded.
     """
     args, groups = base.megatron_args, pg_collection
+    check_complete(args, f"<base_checkpoint> {literal(directory)}")
     ranks, stages, experts = groups.tp.size(), groups.pp.size(), groups.ep.size()
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         if args[name] % ranks:

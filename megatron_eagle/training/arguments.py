@@ -15,10 +15,11 @@ from typing import NoReturn
 
 from megatron.training.arguments import parse_and_validate_args
 
+from megatron_eagle.checkpoint.base_fields import check_complete
 from megatron_eagle.checkpoint.directory import BaseInfo, load_base_json
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.config.flags import add_eagle_flags
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, literal
 from megatron_eagle.hf.base.megatron_args import ABSENT
 from megatron_eagle.platform import is_enabled
 from megatron_eagle.training.base_start import check_base_start
@@ -105,7 +106,9 @@ def _add_flags_with_printable_help(parser: argparse.ArgumentParser) -> argparse.
 
 def _base_info(directory: str | None) -> BaseInfo:
     assert directory is not None
-    return load_base_json(directory)
+    base = load_base_json(directory)
+    check_complete(base.megatron_args, f"<base_checkpoint> {literal(directory)}")
+    return base
 
 
 def _implied_flags(base: BaseInfo, options: EagleConfig, argv: Sequence[str]) -> list[str]:

@@ -82,9 +82,13 @@ def _finished(inputs: list[str], prefix: str, options: RecordOptions) -> dict[st
     the parts were deleted; else None."""
     if not (_scratch(prefix).is_dir() and dataset_exists(prefix)):
         return None
+    file = Path(f"{prefix}.json")
     try:
-        summary = read_json_object(Path(f"{prefix}.json"))
-    except UserError:
+        summary = read_json_object(file)
+        made = file.stat().st_mtime
+        if any(Path(name).stat().st_mtime > made for name in inputs):
+            return None
+    except (UserError, OSError):
         return None
     made_by = {"inputs": inputs, "options": json.loads(json.dumps(asdict(options)))}
     return summary if made_by.items() <= summary.items() else None

@@ -15,7 +15,7 @@ LONGEST_SHOWN = 60
 """Characters of a refused value that an error message shows."""
 LARGEST = {"num_hidden_layers": 10_000, "max_position_embeddings": 2**31}
 LARGEST_SIZE = 2**24
-LARGEST_NUMBER = 1e30
+LARGEST_NUMBER = 1e12
 """Bounds far above any model's, so that a damaged number is not taken for a request of memory."""
 
 
