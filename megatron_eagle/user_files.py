@@ -22,12 +22,17 @@ LONGEST_REASON = 300
 def reading(parameter: str, path: object) -> Iterator[None]:
     """Turn every exception inside into a ``UserError`` that names ``<parameter>`` and ``path``.
 
-    A ``UserError`` says more than this function could: it is passed on, with ``<parameter>`` in
-    front if it names none.
+    A ``UserError`` says more than this function could, and is passed on.
     """
+    with _naming(f"<{parameter}> {literal(path)}"):
+        yield
+
+
+@contextmanager
+def naming(parameter: str) -> Iterator[None]:
+    """Put ``<parameter>`` in front of a ``UserError`` inside that names no parameter."""
     try:
-        with _naming(f"<{parameter}> {literal(path)}"):
-            yield
+        yield
     except UserError as error:
         if names_parameter(error):
             raise

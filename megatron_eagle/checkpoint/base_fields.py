@@ -21,10 +21,10 @@ Check = Callable[[Any], str | None]
 """Returns None for a value that is allowed, else the words for what is allowed."""
 
 
-def _size(most: int = LARGEST_SIZE, least: int = 1) -> Check:
+def _size(most: int = LARGEST_SIZE) -> Check:
     def check(value: Any) -> str | None:
-        fits = type(value) is int and least <= value <= most
-        return None if fits else f"an integer from {least} to {most}"
+        fits = type(value) is int and 1 <= value <= most
+        return None if fits else f"a positive integer up to {most}"
 
     return check
 
@@ -40,6 +40,10 @@ def _positive(value: Any) -> str | None:
         if _number(value) is None and value > 0
         else f"a positive number up to {LARGEST_NUMBER:g}"
     )
+
+
+def _whole(value: Any) -> str | None:
+    return None if _size(2**53)(value) is None else "a positive number without a fraction"
 
 
 def _switch(value: Any) -> str | None:
@@ -83,7 +87,7 @@ REQUIRED: dict[str, Check] = {
     "normalization": _among("RMSNorm"),
     "norm_epsilon": _positive,
     "position_embedding_type": _among("rope"),
-    "rotary_base": _size(2**53),
+    "rotary_base": _whole,
     "rotary_percent": _positive,
     "add_bias_linear": _switch,
     "add_qkv_bias": _switch,

@@ -107,7 +107,7 @@ def _tracked(root: Path) -> str:
 def load_base_json(directory: str | Path) -> BaseInfo:
     """Read the description of the base checkpoint ``directory``, which holds eagle_base.json.
 
-    Raises ``UserError`` naming ``<base_checkpoint>`` when it is missing, malformed, or of another
+    Raises ``UserError`` when it is missing, malformed, or of another
     format or version, and for a field that is unknown or holds what it cannot.
     """
     root = Path(directory)

@@ -27,6 +27,7 @@ from megatron_eagle.training.layout import check_layout, check_micro_batches, la
 from megatron_eagle.training.megatron_flags import megatron_flags
 from megatron_eagle.training.megatron_refusals import check_megatron_flags, in_one_line, saved_to
 from megatron_eagle.training.nan_stop import nan_flags
+from megatron_eagle.user_files import naming
 
 CPU_FLAGS = [
     *("--distributed-backend", "gloo", "--transformer-impl", "local"),
@@ -106,7 +107,8 @@ def _add_flags_with_printable_help(parser: argparse.ArgumentParser) -> argparse.
 
 def _base_info(directory: str | None) -> BaseInfo:
     assert directory is not None
-    base = load_base_json(directory)
+    with naming("base_checkpoint"):
+        base = load_base_json(directory)
     check_complete(base.megatron_args, f"<base_checkpoint> {literal(directory)}")
     return base
 

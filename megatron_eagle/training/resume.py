@@ -19,7 +19,7 @@ from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.checkpoint.writer import COMMON_STATE
 from megatron_eagle.compat import patch, require
 from megatron_eagle.errors import UserError, literal
-from megatron_eagle.user_files import reading
+from megatron_eagle.user_files import naming, reading
 
 _LOAD = "megatron.training.training:load_checkpoint"
 _SAVE = "megatron.training.training:save_checkpoint_and_time"
@@ -35,7 +35,7 @@ def resumed_checkpoint(args: Any) -> CheckpointReader | None:
     """
     if args.load is None:
         return None
-    with reading("load", args.load):
+    with naming("load"), reading("load", args.load):
         step = getattr(args, "ckpt_step", None)
         if step is None and not (Path(args.load) / TRACKER_NAME).is_file():
             if args.save is not None and Path(args.load).resolve() == Path(args.save).resolve():

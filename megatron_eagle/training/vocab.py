@@ -21,7 +21,7 @@ from megatron_eagle.errors import UserError, literal
 from megatron_eagle.hf.draft.checkpoint import StoredDraft
 from megatron_eagle.training.data import count_supervised, protected_ids
 from megatron_eagle.training.resume import check_resume, resumed_checkpoint
-from megatron_eagle.user_files import reading
+from megatron_eagle.user_files import naming, reading
 
 
 def draft_vocab_ids(
@@ -68,7 +68,7 @@ def _resumed_vocab_ids(args: Any, now: dict[str, Any]) -> Tensor | None:
     if checkpoint is None:
         return None
     source = f"<load> {literal(args.load)}"
-    with reading("load", args.load):
+    with naming("load"), reading("load", args.load):
         saved = checkpoint.load(["draft.vocab_ids", "draft.metadata"])
         then = decode_metadata(saved["draft.metadata"], source)
         check_same_draft(then, now, source)

@@ -25,7 +25,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.checkpoint import StoredDraft, open_checkpoint_draft
 from megatron_eagle.hf.draft.import_hf import open_hf_draft
 from megatron_eagle.training.base_start import BaseStart, Tensors
-from megatron_eagle.user_files import reading
+from megatron_eagle.user_files import naming, reading
 
 
 def adopt_warm_start(
@@ -40,7 +40,7 @@ def adopt_warm_start(
     if options.train.warm_start is None:
         return options, None
     assert options.train.base_checkpoint is not None
-    stored = _open(options, load_base_json(options.train.base_checkpoint))
+    stored = _open(options, _base_info(options.train.base_checkpoint))
     if options.train.vocab_map is not None:
         raise UserError(
             f"<vocab_map> {options.train.vocab_map}: the draft of <warm_start> "
@@ -108,10 +108,15 @@ def _copy(whole: Tensor, shard: Any) -> None:
     shard.data[: part.shape[0]].copy_(part)
 
 
+def _base_info(directory: str) -> BaseInfo:
+    with naming("base_checkpoint"):
+        return load_base_json(directory)
+
+
 def _open(options: EagleConfig, base: BaseInfo) -> StoredDraft:
     assert options.train.warm_start is not None
     directory = Path(options.train.warm_start)
-    with reading("warm_start", directory):
+    with naming("warm_start"), reading("warm_start", directory):
         if (directory / "config.json").is_file():
             return open_hf_draft(
                 directory,

@@ -88,5 +88,5 @@ def test_a_damaged_file_is_one_line(content: bytes, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load_base_json(tmp_path)
     shown = caught.value.named(lambda name: f"--{name}")
-    assert shown.startswith(f"--base_checkpoint {tmp_path / 'eagle_base.json'}: ")
+    assert shown.startswith(f"{tmp_path / 'eagle_base.json'}: ")
     assert "\n" not in shown

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.user_files import parse_json, read_json_object, reading, reading_file
+from megatron_eagle.user_files import naming, parse_json, read_json_object, reading, reading_file
 
 DEEP = b"[" * 100_000
 LONG = b'{"a": ' + b"9" * 5000 + b"}"
@@ -33,9 +33,11 @@ def test_any_exception_names_parameter_and_file(error: Exception) -> None:
 
 
 def test_our_own_words_are_kept_and_get_the_parameter() -> None:
-    with pytest.raises(UserError, match=r"^hf a.json: bad$"), reading("hf", "a"):
+    with pytest.raises(UserError, match=r"^a.json: bad$"), reading("hf", "a"):
         raise UserError("a.json: bad")
-    with pytest.raises(UserError, match=r"^save b: bad$"), reading("hf", "a"):
+    with pytest.raises(UserError, match=r"^hf a.json: bad$"), naming("hf"), reading("hf", "a"):
+        raise UserError("a.json: bad")
+    with pytest.raises(UserError, match=r"^save b: bad$"), naming("hf"):
         raise UserError("<save> b: bad")
     with pytest.raises(UserError, match=r"^f: cannot be read \(TypeError\)$"), reading_file("f"):
         raise TypeError

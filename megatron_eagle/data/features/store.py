@@ -17,11 +17,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import typing
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from megatron_eagle.data.features.codec import STORED_DTYPES, RowCodec
 from megatron_eagle.errors import UserError, literal
-from megatron_eagle.user_files import read_json_object, reading_file
+from megatron_eagle.user_files import read_json_object, reading, reading_file
 
 FORMAT, VERSION = "megatron_eagle.features", 1
 ROW_FILES = ("captured", "final")
@@ -85,11 +86,11 @@ def needed_positions(mask: np.ndarray) -> tuple[int, np.ndarray]:
 def read_plan(directory: Path, name: str = "index.json") -> FeaturePlan:
     """Read a plan; raise ``UserError`` naming it if it is absent, unfinished or damaged."""
     file = directory / name
-    if not file.is_file():
-        begun = (directory / "plan.json").is_file()
-        why = "unfinished; run the extraction again" if begun else "no index.json in it"
-        raise UserError(f"<offline_features> {directory}: {why}")
-    with reading_file(file):
+    with reading("offline_features", directory):
+        if not file.is_file():
+            begun = (directory / "plan.json").is_file()
+            why = "unfinished; run the extraction again" if begun else "no index.json in it"
+            raise UserError(f"<offline_features> {literal(directory)}: {why}")
         content = read_json_object(file)
         if (content.pop("format", None), content.pop("version", None)) != (FORMAT, VERSION):
             raise UserError(f"{literal(file)}: cannot be read: another format or version")
@@ -99,12 +100,12 @@ def read_plan(directory: Path, name: str = "index.json") -> FeaturePlan:
 def _checked_plan(content: dict[str, Any], source: str) -> FeaturePlan:
     """Return the plan with the fields ``content``; raise ``UserError``, starting with ``source``,
     for a field that is missing, unknown or of another type."""
-    expected = get_type_hints(FeaturePlan)
+    expected = typing.get_type_hints(FeaturePlan)
     for name in expected.keys() ^ content.keys():
         what = "unknown field" if name in content else "missing field"
         raise UserError(f"{source}: cannot be read: {what} {literal(repr(name))}")
     for name, kind in expected.items():
-        items = get_args(kind)
+        items = typing.get_args(kind)
         value = content[name]
         if items:
             fits = isinstance(value, list) and all(type(item) is items[0] for item in value)
