@@ -78,7 +78,7 @@ def _train(argv: Sequence[str]) -> int:
     from megatron_eagle.training.data import DatasetProvider
     from megatron_eagle.training.evaluation import AcceptanceEvaluation
     from megatron_eagle.training.metrics_log import MetricsLog
-    from megatron_eagle.training.nan_stop import stop_at_nan
+    from megatron_eagle.training.nan_stop import noted_iterations, stop_at_nan
     from megatron_eagle.training.resume import name_checkpoints_in_errors
     from megatron_eagle.training.save_place import own_save
     from megatron_eagle.training.step import ForwardStep, replace_schedule
@@ -94,7 +94,7 @@ def _train(argv: Sequence[str]) -> int:
     configure_nvtx_profiling(options.train.nvtx)
     replace_schedule(options)
     name_checkpoints_in_errors()
-    stop_at_nan()
+    stop_at_nan(noted_iterations(args.save))
     with own_save(args):
         log = None if options.train.log_file is None else MetricsLog(options.train.log_file)
         if log is not None:

@@ -26,7 +26,7 @@ from megatron_eagle.training.base_start import check_base_start
 from megatron_eagle.training.layout import check_layout, check_micro_batches, layout_flags
 from megatron_eagle.training.megatron_flags import megatron_flags
 from megatron_eagle.training.megatron_refusals import check_megatron_flags, in_one_line, saved_to
-from megatron_eagle.training.nan_stop import nan_flags
+from megatron_eagle.training.nan_stop import nan_flags, noted_iterations
 from megatron_eagle.user_files import naming
 
 CPU_FLAGS = [
@@ -123,7 +123,7 @@ def _implied_flags(base: BaseInfo, options: EagleConfig, argv: Sequence[str]) ->
         words += ["--no-gradient-accumulation-fusion"]
     words += layout_flags(argv)
     save, stages = saved_to(argv)
-    words += nan_flags(argv, save, stages)
+    words += nan_flags(argv, noted_iterations(save), stages)
     if save is not None:
         words.append("--exit-signal-handler")  # SIGTERM, as schedulers send: save, then exit
     if options.train.reads_documents:

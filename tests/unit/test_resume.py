@@ -14,7 +14,7 @@ from megatron_eagle.cli.train import flag_of
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.data_record import document_record
 from megatron_eagle.training.megatron_refusals import check_megatron_flags, in_one_line
-from megatron_eagle.training.nan_stop import nan_flags
+from megatron_eagle.training.nan_stop import nan_flags, noted_iterations
 from megatron_eagle.training.resume import check_resume, resumed_checkpoint
 from tests.helpers.trained_draft import TrainedDraft, chunked
 
@@ -149,11 +149,21 @@ def test_megatron_s_assertions_are_one_line() -> None:
         in_one_line(parse, error=RuntimeError("no <lr> here\nand more"))
 
 
-def test_a_nan_is_noted_where_there_is_a_place_for_it() -> None:
-    noted = ["--result-rejected-tracker-filename", "draft/rejected_iterations.txt"]
-    assert nan_flags([], "draft", 1) == ["--rerun-mode", "disabled", *noted]
-    assert nan_flags([], "draft", 2) == nan_flags([], None, 1) == ["--rerun-mode", "disabled"]
-    assert nan_flags(["--rerun-mode", "validate_results"], "draft", 1) == []
+def test_an_iteration_that_gave_nan_twice_is_left_out(tmp_path: Path) -> None:
+    stop = ["--rerun-mode", "disabled"]
+    assert nan_flags([], {}, 1) == nan_flags([], {7: 1}, 1) == nan_flags([], {7: 2}, 2) == stop
+    assert nan_flags([], {9: 2, 7: 2, 8: 1}, 1) == [*stop, "--iterations-to-skip", "7", "9"]
+    assert nan_flags(["--rerun-mode", "validate_results"], {}, 1) == []
+    assert nan_flags(["--iterations-to-skip", "3"], {7: 2}, 1) == stop
+    with pytest.raises(UserError, match="it is the weights"):
+        nan_flags([], dict.fromkeys(range(4), 2), 1)
+    assert noted_iterations(None) == noted_iterations(str(tmp_path)) == {}
+    file = tmp_path / "rejected_iterations.json"
+    file.write_text('{"7": 2}')
+    assert noted_iterations(str(tmp_path)) == {7: 2}
+    file.write_text('{"x": 2}')
+    with pytest.raises(UserError, match=r"^save "):
+        noted_iterations(str(tmp_path))
 
 
 def test_other_documents_have_another_record(tmp_path: Path) -> None:
