@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from megatron_eagle.errors import UserError
 
 GRACE_SECONDS = 10.0
+LARGEST_COUNT = 2**31 - 1
 INTERRUPTED = 130
 """Exit status after Ctrl-C, as a shell gives it."""
 TRACEBACK = "MEGATRON_EAGLE_TRACEBACK"
@@ -82,11 +83,14 @@ def flags_of(args: argparse.Namespace, **aliases: str) -> FlagOf:
 
 
 def at_least_one(args: argparse.Namespace, *names: str) -> None:
-    """Raise ``UserError`` unless the options ``names`` are at least 1 or left out (``None``)."""
+    """Raise ``UserError`` unless the options ``names`` are counts from 1 on, or left out
+    (``None``)."""
     for name in names:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"<{name}> must be at least 1, not {value}")
+        if value is not None and value > LARGEST_COUNT:
+            raise UserError(f"<{name}> must be at most {LARGEST_COUNT}, not {value}")
 
 
 def end_process_groups() -> None:

@@ -23,7 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eagle.checkpoint.atomic import owned_output, write_json
-from megatron_eagle.cli.boundary import at_least_one, end_process_groups, flags_of, names_of, run
+from megatron_eagle.cli.boundary import (
+    LARGEST_COUNT,
+    at_least_one,
+    end_process_groups,
+    flags_of,
+    names_of,
+    run,
+)
 from megatron_eagle.errors import UserError
 
 NO_DRAFT = "none"
@@ -83,6 +90,8 @@ def _parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> None:
     at_least_one(args, "max_new_tokens", "draft_tokens", "limit", "batch_size", *SIZES)
+    if not 0 <= args.seed <= LARGEST_COUNT:
+        raise UserError(f"<seed> {args.seed} must be from 0 to {LARGEST_COUNT}")
     if args.reinitialize and args.draft == NO_DRAFT:
         raise UserError(f"<reinitialize> needs <draft> CKPT, not {NO_DRAFT!r}")
 

@@ -14,10 +14,9 @@ from functools import partial
 from pathlib import Path
 
 from megatron_eagle.checkpoint.atomic import owned_output
-from megatron_eagle.cli.boundary import at_least_one, flags_of, run
+from megatron_eagle.cli.boundary import LARGEST_COUNT, at_least_one, flags_of, run
 from megatron_eagle.errors import UserError
 
-LARGEST_SEED = 2**62
 LOWEST_TEMPERATURE = 1e-4
 """Temperature below which the quotients leave half precision."""
 
@@ -45,8 +44,8 @@ def _regenerate(args: argparse.Namespace) -> int:
     at_least_one(args, "max_new_tokens", "batch_size")
     if not 0 <= args.temperature < math.inf:
         raise UserError(f"<temperature> {args.temperature} must be a number of 0 or more")
-    if not 0 <= args.seed < LARGEST_SEED:
-        raise UserError(f"<seed> {args.seed} must be from 0 to {LARGEST_SEED - 1}")
+    if not 0 <= args.seed <= LARGEST_COUNT:
+        raise UserError(f"<seed> {args.seed} must be from 0 to {LARGEST_COUNT}")
     if 0 < args.temperature < LOWEST_TEMPERATURE:
         raise UserError(f"<temperature> {args.temperature} is too low to divide by; 0 is greedy")
     import torch

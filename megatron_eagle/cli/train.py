@@ -77,6 +77,7 @@ def _train(argv: Sequence[str]) -> int:
     from megatron_eagle.training.builder import ModelBuilder
     from megatron_eagle.training.data import DatasetProvider
     from megatron_eagle.training.evaluation import AcceptanceEvaluation
+    from megatron_eagle.training.megatron_refusals import name_tokenizer_in_errors
     from megatron_eagle.training.metrics_log import MetricsLog
     from megatron_eagle.training.nan_stop import noted_iterations, stop_at_nan
     from megatron_eagle.training.resume import name_checkpoints_in_errors
@@ -94,6 +95,7 @@ def _train(argv: Sequence[str]) -> int:
     configure_nvtx_profiling(options.train.nvtx)
     replace_schedule(options)
     name_checkpoints_in_errors()
+    name_tokenizer_in_errors()
     stop_at_nan(noted_iterations(args.save))
     with own_save(args):
         log = None if options.train.log_file is None else MetricsLog(options.train.log_file)

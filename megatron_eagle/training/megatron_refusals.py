@@ -6,14 +6,17 @@ Megatron's ``validate_args`` is a list of assertions, many without words.
 from __future__ import annotations
 
 import argparse
+import functools
 import linecache
 import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from megatron_eagle.compat import patch, require
 from megatron_eagle.errors import UserError, literal
-from megatron_eagle.user_files import first_line
+from megatron_eagle.user_files import first_line, reading
 
+_TOKENIZER = "megatron.training.global_vars:build_tokenizer"
 CHECKPOINT_FORMAT = "torch_dist"
 
 
@@ -69,6 +72,19 @@ def in_one_line(parse: Callable[..., Any], **options: Any) -> Any:
     except Exception as error:
         words = first_line(error) or _source_line(error)
         raise UserError(f"Megatron refuses these flags: {literal(words)}") from error
+
+
+def name_tokenizer_in_errors() -> None:
+    """Make what fails in the files of Megatron's tokenizer one line. Must run before
+    ``pretrain()``."""
+    build = require(_TOKENIZER)
+
+    @functools.wraps(build)
+    def build_tokenizer(args: Any, *rest: Any, **options: Any) -> Any:
+        with reading("tokenizer_model", args.tokenizer_model):
+            return build(args, *rest, **options)
+
+    patch(_TOKENIZER, build_tokenizer, "name the tokenizer that cannot be read")
 
 
 def _source_line(error: Exception) -> str:

@@ -16,7 +16,12 @@ from typing import Any
 import torch
 
 from megatron_eagle.checkpoint.atomic import atomic_dir, check_unused, owned_output
-from megatron_eagle.checkpoint.base_fields import check_token_ids
+from megatron_eagle.checkpoint.base_fields import (
+    check_complete,
+    check_megatron_args,
+    check_rope,
+    check_token_ids,
+)
 from megatron_eagle.checkpoint.directory import BASE_JSON_NAME, TRACKER_NAME, BaseInfo
 from megatron_eagle.checkpoint.writer import Chunk, write_torch_dist
 from megatron_eagle.hf.base.chunks import BaseTensors, Progress
@@ -52,6 +57,9 @@ def _import(hf_dir: Path, save: Path, progress: Progress) -> BaseInfo:
         config = with_all_ends(weights.config, hf_dir, args["vocab_size"])
         check_token_ids(config, args["vocab_size"], config_path)
         rope = rope_beyond_args({**family.defaults, **weights.config}, config_path)
+        check_megatron_args(args, config_path)
+        check_complete(args, config_path)
+        check_rope(rope, config_path)
         tensors = BaseTensors(family, facts_of(weights.config, family, config_path))
         weights.check(tensors.expected(), tensors.ignored(weights.headers))
         tensors.check_tied(weights)
