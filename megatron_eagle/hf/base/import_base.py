@@ -33,22 +33,38 @@ from megatron_eagle.hf.files.weights_dir import WeightsDir
 from megatron_eagle.user_files import reading
 
 RELEASE = "release"
+_HUB = "models--"
 COMMON_STATE = {"checkpoint_version": 3.0, "iteration": 0}
 """Without a version Megatron takes the checkpoint for one of 2019 and permutes linear_qkv."""
 
 
-def import_base(hf_dir: Path, save: Path, progress: Progress = lambda line: None) -> BaseInfo:
+def import_base(
+    hf_dir: Path, save: Path, progress: Progress = lambda line: None, name: str | None = None
+) -> BaseInfo:
     """Write checkpoint directory ``save`` from the model in ``hf_dir``; return its description.
+
+    ``name`` is what the base is called in the description and in exported drafts, by which servers
+    find it; by default ``model_name(hf_dir)``.
 
     Everything is checked from headers before the first byte is written; ``save`` appears by rename
     when complete. Raises UserError for an unsupported or corrupt ``hf_dir``, or a ``save`` in use.
     """
     with owned_output(save, "save"):
         check_unused(save, "save")
-        return _import(hf_dir, save, progress)
+        return _import(hf_dir, save, progress, name or model_name(hf_dir))
 
 
-def _import(hf_dir: Path, save: Path, progress: Progress) -> BaseInfo:
+def model_name(directory: Path) -> str:
+    """Return a name by which servers find the model in ``directory``: its id on the hub if it lies
+    in the hub's cache (``models--ORG--NAME/snapshots/COMMIT``), else its absolute path."""
+    resolved = directory.resolve()
+    folder, above = resolved.parent.name, resolved.parent.parent.name
+    if folder == "snapshots" and above.startswith(_HUB):
+        return above.removeprefix(_HUB).replace("--", "/", 1)
+    return str(resolved)
+
+
+def _import(hf_dir: Path, save: Path, progress: Progress, name: str) -> BaseInfo:
     with reading("hf", hf_dir):
         weights = WeightsDir(hf_dir)
         config_path = str(hf_dir / "config.json")
@@ -73,7 +89,7 @@ def _import(hf_dir: Path, save: Path, progress: Progress) -> BaseInfo:
         (scratch / TRACKER_NAME).write_text(RELEASE, encoding="utf-8")
         base = BaseInfo(
             family=family.name,
-            name=hf_dir.resolve().name,
+            name=name,
             fingerprint=digest.hexdigest(),
             vocab_size=args["vocab_size"],
             hf_config=config,

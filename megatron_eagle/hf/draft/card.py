@@ -77,7 +77,7 @@ tags:
 - {info.spec.algorithm}
 - speculative-decoding
 ---
-# {algorithm_name(info)} draft for {info.base.name}
+# {algorithm_name(info)} draft for {_base_name(info)}
 
 | | |
 |---|---|
@@ -101,7 +101,7 @@ def _rows(info: DraftInfo, facts: CardFacts, dtype: torch.dtype) -> list[tuple[s
         else f"the base's {info.base.vocab_size:,} token ids"
     )
     rows = [
-        ("base", f"{info.base.name} ({info.base.family})"),
+        ("base", f"{_base_name(info)} ({info.base.family})"),
         ("captured layers (outputs, 0-based)", ", ".join(map(str, info.aux_layers)) or "none"),
         ("draft layers", f"{info.num_layers}, {_attention(info)}"),
         ("trained for", f"{info.ttt_steps} draft steps"),
@@ -116,6 +116,12 @@ def _rows(info: DraftInfo, facts: CardFacts, dtype: torch.dtype) -> list[tuple[s
 def algorithm_name(info: DraftInfo) -> str:
     """Return the algorithm as people write it: EAGLE-1, EAGLE-3, EAGLE-3.1, P-EAGLE."""
     return info.spec.method.title
+
+
+def _base_name(info: DraftInfo) -> str:
+    """Return the base's name for a reader elsewhere: of a path its last part."""
+    path = Path(info.base.name)
+    return path.name if path.is_absolute() else info.base.name
 
 
 def _attention(info: DraftInfo) -> str:
