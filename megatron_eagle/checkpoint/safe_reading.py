@@ -26,12 +26,14 @@ from megatron_eagle.user_files import first_line
 
 _READER = "torch.distributed.checkpoint.filesystem:FileSystemReader"
 _PLANNER = "torch.distributed.checkpoint.default_planner:DefaultLoadPlanner"
+_PLACE = "_megatron_eagle_shard"
+"""Attribute of a reader with the name of the file that it read last."""
 _FORCED = "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"
-_CLASS = re.compile(r"(?:GLOBAL|class|function) ([\w.]+\.[\w.]+)")
+_CLASS = re.compile(r"\b(?:GLOBAL|class|function) ([\w.]+)")
 
 
 def read_checkpoints_safely() -> None:
-    """Replace the three functions of PyTorch's reader that trust a file; twice is the same as once.
+    """Replace the functions of PyTorch's reader that trust a file; twice is the same as once.
 
     Also drop the environment variable that makes ``torch.load`` unpickle anything: Megatron relies
     on PyTorch's default for files of its older formats.
@@ -41,6 +43,8 @@ def read_checkpoints_safely() -> None:
     patch(f"{_PLANNER}.load_bytes", _load_bytes, "unpickle objects with weights_only")
     slice_file = require(f"{_READER}._slice_file")
     patch(f"{_READER}._slice_file", _checked_slice(slice_file), "compare checksums of shards")
+    read_data = require(f"{_READER}.read_data")
+    patch(f"{_READER}.read_data", _named_errors(read_data), "name the shard that is damaged")
 
 
 def _read_metadata(self: Any, *args: Any, **kwargs: Any) -> metadata.Metadata:
@@ -80,6 +84,7 @@ def load_object(stream: IO[bytes], name: str) -> Any:
 def _checked_slice(slice_file: Callable[..., IO[bytes]]) -> Callable[..., IO[bytes]]:
     def checked(self: Any, file: IO[bytes], info: Any) -> IO[bytes]:
         path = literal(getattr(file, "name", "a shard file"))
+        setattr(self, _PLACE, path)
         size, needed = file.seek(0, io.SEEK_END), info.offset + info.length
         if size < needed:
             raise UserError(f"{path}: shard file is truncated: {size} bytes, {needed} expected")
@@ -89,3 +94,20 @@ def _checked_slice(slice_file: Callable[..., IO[bytes]]) -> Callable[..., IO[byt
         return io.BytesIO(content)
 
     return checked
+
+
+def _named_errors(read_data: Callable[..., Any]) -> Callable[..., Any]:
+    def named(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return read_data(self, *args, **kwargs)
+        except (OSError, UserError) as error:
+            if isinstance(error, OSError) or getattr(self, _PLACE, "") in error.message:
+                raise
+            raise UserError(f"{getattr(self, _PLACE)}: {error.message}") from error
+        except Exception as error:  # zip, pickle and tensor decoding each fail in their own way
+            place = getattr(self, _PLACE, literal(self.path))
+            raise UserError(
+                f"{place}: corrupted shard: cannot be decoded ({literal(first_line(error))})"
+            ) from error
+
+    return named

@@ -42,6 +42,7 @@ def run(
         return 2
     except KeyboardInterrupt:
         _print_traceback()
+        sys.stdout.flush()
         if _rank() == 0:
             print("interrupted", file=sys.stderr, flush=True)
         return INTERRUPTED

@@ -102,14 +102,14 @@ def _check_schedule(args: Any, saved: Any, scheduler: Any) -> None:
         "lr",
         "min_lr",
         "lr_decay_style",
-        "lr_decay_iters",
-        "lr_decay_samples",
         "lr_warmup_iters",
         "lr_warmup_samples",
         "lr_warmup_fraction",
         "start_weight_decay",
         "end_weight_decay",
         "weight_decay_incr_style",
+        "lr_decay_iters",  # Megatron fills it in: it comes last
+        "lr_decay_samples",
     )
     if not isinstance(scheduler, dict) or _schedule(args) == _schedule(saved):
         return

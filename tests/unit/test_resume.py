@@ -135,14 +135,12 @@ def test_flags_that_lose_a_run_are_refused(words: list[str], expected: str) -> N
 
 
 def test_megatron_s_assertions_are_one_line() -> None:
-    interval = None
-
     def parse(error: Exception | None) -> None:
         if error is not None:
             raise error
-        assert interval is not None
+        raise AssertionError
 
-    expected = "Megatron refuses these flags: assert interval is not None"
+    expected = "Megatron refuses these flags: raise AssertionError"
     with pytest.raises(UserError, match=expected):
         in_one_line(parse, error=None)
     with pytest.raises(UserError, match=r"^Megatron refuses these flags: no <lr> here$"):
