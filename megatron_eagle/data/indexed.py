@@ -124,6 +124,10 @@ class IndexedDocuments:
             counts += np.bincount(ids[mask > 0], minlength=vocab_size)
         return torch.from_numpy(counts)
 
+    def supervised(self) -> int:
+        """Count the supervised tokens."""
+        return sum(int((mask > 0).sum()) for mask in self._blocks(self._mask))
+
     def _check_ids(self, vocab_size: int, where: str) -> None:
         for ids in self._blocks(self._ids):
             low, high = int(ids.min()), int(ids.max())

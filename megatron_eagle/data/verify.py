@@ -22,23 +22,23 @@ def verify_data_set(prefix: str) -> int:
     file = Path(f"{prefix}.json")
     summary = read_json_object(file) if file.is_file() else {}
     vocab_size = summary.get("vocab_size", LARGEST_VOCABULARY)
+    sums = summary.get("sha256", {})
+    for name in sums if isinstance(sums, dict) else ():
+        if checksum(Path(prefix).with_name(Path(name).name)) != sums[name]:
+            raise UserError(
+                f"{literal(Path(prefix).with_name(name))}: damaged, its checksum differs"
+            )
     with reading_file(prefix):
         documents = IndexedDocuments(prefix, vocab_size)
     found: dict[str, Any] = {
         "documents": len(documents),
         "tokens": int(documents.lengths.sum()),
-        "supervised_tokens": int(documents.counts(vocab_size).sum()) if summary else None,
+        "supervised_tokens": documents.supervised(),
     }
     for name, count in found.items():
         if name in summary and summary[name] != count:
             raise UserError(
                 f"{literal(prefix)}: {count} {name}, its summary {literal(file)} says "
                 f"{literal(summary[name])}"
-            )
-    sums = summary.get("sha256", {})
-    for name in sums if isinstance(sums, dict) else ():
-        if checksum(Path(prefix).with_name(Path(name).name)) != sums[name]:
-            raise UserError(
-                f"{literal(Path(prefix).with_name(name))}: damaged, its checksum differs"
             )
     return len(documents)

@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import typing
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
@@ -34,6 +33,8 @@ from megatron_eagle.user_files import read_json_object, reading, reading_file
 
 FORMAT, VERSION = "megatron_eagle.features", 1
 ROW_FILES = ("captured", "final")
+_LISTS: dict[str, type] = {"aux_layers": int, "layer_sizes": float, "shards": int}
+"""Fields of a plan that are lists, and the type of their items."""
 
 
 @dataclass(frozen=True)
@@ -100,15 +101,14 @@ def read_plan(directory: Path, name: str = "index.json") -> FeaturePlan:
 def _checked_plan(content: dict[str, Any], source: str) -> FeaturePlan:
     """Return the plan with the fields ``content``; raise ``UserError``, starting with ``source``,
     for a field that is missing, unknown or of another type."""
-    expected = typing.get_type_hints(FeaturePlan)
+    expected = get_type_hints(FeaturePlan)
     for name in expected.keys() ^ content.keys():
         what = "unknown field" if name in content else "missing field"
         raise UserError(f"{source}: cannot be read: {what} {literal(repr(name))}")
     for name, kind in expected.items():
-        items = typing.get_args(kind)
         value = content[name]
-        if items:
-            fits = isinstance(value, list) and all(type(item) is items[0] for item in value)
+        if name in _LISTS:
+            fits = isinstance(value, list) and all(type(item) is _LISTS[name] for item in value)
         else:
             fits = type(value) is kind and (kind is not int or value > 0)
         if not fits:
