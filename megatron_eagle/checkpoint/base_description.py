@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from megatron_eagle.checkpoint.directory import (
     BASE_JSON_NAME,
     BaseInfo,
-    iteration_directory,
+    checkpoint_directory,
     load_base_json,
     parse_base,
 )
 from megatron_eagle.checkpoint.native.describe import describe_checkpoint
-from megatron_eagle.errors import UserError, literal, message_of
+from megatron_eagle.errors import UserError, literal
+from megatron_eagle.user_files import naming, read_json
 
 
 def read_base(directory: str | Path, description: str | Path | None = None) -> BaseInfo:
@@ -32,21 +32,14 @@ def read_base(directory: str | Path, description: str | Path | None = None) -> B
         raise UserError(f"{literal(root)}: no such base checkpoint directory")
     if (root / BASE_JSON_NAME).exists():
         return load_base_json(root)
-    if iteration_directory(root) == root and (root.parent / BASE_JSON_NAME).exists():
+    if checkpoint_directory(root) == root and (root.parent / BASE_JSON_NAME).exists():
         return load_base_json(root.parent)
     return describe_checkpoint(root)
 
 
 def _read_file(path: Path) -> BaseInfo:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-        return parse_base(value, literal(path))
-    except UserError as error:
-        raise UserError(f"<base_description> {message_of(error)}") from error
-    except OSError as error:
-        raise UserError(f"<base_description> {literal(path)}: {literal(error.strerror)}") from error
-    except ValueError as error:
-        raise UserError(f"<base_description> {literal(path)}: not valid JSON") from error
+    with naming("base_description"):
+        return parse_base(read_json(path), literal(path))
 
 
 def with_vocab_size(info: BaseInfo, vocab_size: int | None = None) -> BaseInfo:

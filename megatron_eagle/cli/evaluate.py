@@ -22,8 +22,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from megatron_eagle.checkpoint.atomic import write_json
+from megatron_eagle.checkpoint.atomic import owned_output, write_json
 from megatron_eagle.cli.boundary import (
+    LARGEST_COUNT,
     add_base_flags,
     at_least_one,
     end_process_groups,
@@ -91,6 +92,8 @@ def _parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> None:
     at_least_one(args, "max_new_tokens", "draft_tokens", "limit", "batch_size", *SIZES)
+    if not 0 <= args.seed <= LARGEST_COUNT:
+        raise UserError(f"<seed> {args.seed} must be from 0 to {LARGEST_COUNT}")
     if args.reinitialize and args.draft == NO_DRAFT:
         raise UserError(f"<reinitialize> needs <draft> CKPT, not {NO_DRAFT!r}")
     if args.card is not None and (args.reinitialize or args.draft == NO_DRAFT):
@@ -190,8 +193,8 @@ def _speed(name: str, figures: dict[str, Any]) -> str:
 
 
 def _write(path: Path, figures: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, figures)
+    with owned_output(path, "output"):
+        write_json(path, figures)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint import CheckpointException
-
 from megatron_eagle.attention.mla import patch_mla_layers
 from megatron_eagle.attention.rope import attention_factor, set_attention_factor, set_frequencies
 from megatron_eagle.checkpoint.directory import BaseInfo
+from megatron_eagle.checkpoint.loading import load_sharded
 from megatron_eagle.checkpoint.reader import CheckpointReader
-from megatron_eagle.compat import GPTModelBuilder, StrictHandling, dist_checkpointing
+from megatron_eagle.compat import GPTModelBuilder, StrictHandling
 from megatron_eagle.errors import UserError
 from megatron_eagle.layers.backend import LayerBackend
 from megatron_eagle.teacher.description import base_arguments, model_config, transformer_config
@@ -79,25 +78,13 @@ def load_base(gpt: Any, directory: str | Path, shards: VocabShards | None = None
     if unread := unread_weights(gpt, sharded, stored.keys()):
         raise UserError(f"{where}: holds {unread[0]}, which the description of the base has not")
     own = {} if shards is None else shards.sharded_state_dict("vocab_shards.")
-    try:
-        # Megatron calls "unexpected" what the model asks for and the checkpoint does not have.
-        state, _, lacking = dist_checkpointing.load(
-            sharded | own, str(stored.directory), strict=StrictHandling.RETURN_ALL
-        )
-    except (Exception, CheckpointException) as error:
-        raise UserError(f"{where}: cannot be loaded: {reason_of(error)}") from error
+    # Megatron calls "unexpected" what the model asks for and the checkpoint does not have.
+    state, _, lacking = load_sharded(
+        sharded | own, stored.directory, where, strict=StrictHandling.RETURN_ALL
+    )
     weights = sorted(key for key in lacking if not key.endswith("_extra_state"))
     if weights:
         raise UserError(f"{where}: lacks {weights[0]}")
     if shards is not None:
         shards.load_state_dict({key.split(".")[-1]: state.pop(key) for key in own})
     gpt.load_state_dict(state, strict=False)
-
-
-def reason_of(error: BaseException) -> str:
-    """One line on why a load failed: the first rank's own words, since torch's CheckpointException
-    (no Exception) only lists the ranks."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -39,6 +39,7 @@ from megatron_eagle.teacher.offline import OfflineBase, config_without_layers, w
 from megatron_eagle.teacher.vocab_shards import VocabShards
 from megatron_eagle.training.base_start import BaseStart, left_out
 from megatron_eagle.training.frozen_config import frozen_config
+from megatron_eagle.training.save_place import warn_if_disk_is_small
 from megatron_eagle.training.warm_start import load_base_start, load_warm_start
 
 
@@ -113,6 +114,8 @@ class ModelBuilder:
         )
         for note in serving_notes(self._info(aux_layers)):
             print_rank_0(f"> to be served: {note}")
+        whole = sum(p.numel() for p in draft.parameters()) * draft.tp_group.size()
+        warn_if_disk_is_small(args.save, whole)
         if draft.tp_group.size() > 1:
             print_rank_0(self._teacher_size(args, draft.shard.padded_rows))
         return EagleGPTModel(base, draft, self.options, exchange)

@@ -27,6 +27,11 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.parallel.context import ContextShard
 from megatron_eagle.teacher.aux_hidden import BaseOutputs
+from megatron_eagle.training.data_record import (
+    document_record,
+    indexed_record,
+    note_training_data,
+)
 from megatron_eagle.training.token_counts import TrainingBlend, count_tokens
 
 
@@ -54,6 +59,7 @@ class DatasetProvider:
             documents = training_documents(self.options, self.base)
             fitted = FittedDocuments(documents, args.seq_length)
             _tell_what_is_cut(fitted, len(documents.lengths))
+            note_training_data(args, document_record(fitted))
             train = DocumentDataset(fitted, num_samples[0], args.seed, self.options.train.pack)
             if self.options.train.pack:
                 filled = fitted.lengths.sum() / (train.samples_per_epoch * args.seq_length)
@@ -63,6 +69,8 @@ class DatasetProvider:
                 )
             return train, None, None
         _refuse_masks_that_would_be_ignored(args)
+        if not args.mock_data:
+            note_training_data(args, indexed_record(TrainingBlend.of(args).prefixes))
         kind = MockGPTDataset if args.mock_data else GPTDataset
         config = gpt_dataset_config(args)
         return tuple(BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config).build())

@@ -16,8 +16,6 @@ from megatron_eagle.errors import UserError, literal
 Args = Mapping[str, Any]
 
 DEFAULTS: dict[str, Any] = {
-    "add_qkv_bias": False,
-    "qk_layernorm": False,
     "qk_l2_norm": False,
     "apply_layernorm_1p": False,
     "apply_residual_connection_post_layernorm": False,
@@ -27,7 +25,6 @@ DEFAULTS: dict[str, Any] = {
     "glu_linear_offset": 0.0,
     "activation_func_clamp_value": None,
     "softmax_type": "vanilla",
-    "window_size": None,
     "window_attn_skip_freq": None,
 }
 """Optional arguments of every network: value of Megatron's parser, with which one is left out."""
@@ -98,6 +95,8 @@ def architecture_args(args: Args, source: str) -> dict[str, Any]:
         "norm_epsilon": number(args, "norm_epsilon", source),
         **_activation(args, source),
         **position_args(args, source),
+        "add_qkv_bias": bool(args.get("add_qkv_bias")),
+        "qk_layernorm": bool(args.get("qk_layernorm")),
         "add_bias_linear": bool(required(args, "add_bias_linear", source, (True, False))),
         "untie_embeddings_and_output_weights": bool(
             required(args, "untie_embeddings_and_output_weights", source, (True, False))
@@ -105,6 +104,7 @@ def architecture_args(args: Args, source: str) -> dict[str, Any]:
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         **_given(args, DEFAULTS),
+        **_window(args),
         **(_mla(args, source) if mla else {}),
         **_experts(args, source),
     }
@@ -197,6 +197,14 @@ def _given(args: Args, defaults: Args) -> dict[str, Any]:
     return {
         name: list(value) if isinstance(value, tuple) else value for name, value in given.items()
     }
+
+
+def _window(args: Args) -> dict[str, Any]:
+    """Return the sliding window; causal attention sees nothing to the right of it."""
+    window = args.get("window_size")
+    if window is None or window[0] < 0:
+        return {}
+    return {"window_size": [window[0], 0]}
 
 
 def _mla(args: Args, source: str) -> dict[str, Any]:

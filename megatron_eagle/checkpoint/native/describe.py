@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_eagle.checkpoint.directory import BaseInfo
+from megatron_eagle.checkpoint.directory import BaseInfo, parse_base
 from megatron_eagle.checkpoint.native.architecture import (
     architecture_args,
     current_names,
@@ -45,7 +45,7 @@ def describe_checkpoint(directory: str | Path) -> BaseInfo:
     }
     _check_tensors(architecture, checkpoint, saved.source)
     rope = rope_description(args, saved.source)
-    return BaseInfo(
+    base = BaseInfo(
         family=FAMILY,
         name=_name(Path(directory), checkpoint.directory),
         fingerprint=fingerprint(checkpoint),
@@ -56,6 +56,7 @@ def describe_checkpoint(directory: str | Path) -> BaseInfo:
         source=_origin(saved, checkpoint.directory),
         tokenizer=_tokenizer(args),
     )
+    return parse_base(base.as_dict(), saved.source)
 
 
 def _name(given: Path, iteration: Path) -> str:

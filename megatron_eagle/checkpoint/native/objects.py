@@ -15,14 +15,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import IO, Any
 
-from torch.distributed.checkpoint import metadata
-
-from megatron_eagle.checkpoint.safe_metadata import (
-    FLOATS,
-    INTEGERS,
-    ForbiddenClassError,
-    MetadataUnpickler,
-)
+from megatron_eagle.checkpoint.safe_metadata import read_metadata
+from megatron_eagle.checkpoint.safe_unpickler import FLOATS, INTEGERS, ForbiddenClassError
 from megatron_eagle.errors import UserError, literal
 
 COMMON_KEY = "common_state/shard_0_1"
@@ -103,41 +97,20 @@ def read_common_state(directory: Path) -> dict[str, Any] | None:
     path = directory / COMMON_FILE
     if path.is_file():
         return _mapping(_load(path.read_bytes(), path), path)
-    place = _object_place(directory / ".metadata", COMMON_KEY)
+    place = read_metadata(directory / ".metadata")[1].get(COMMON_KEY)
     if place is None:
         return None
-    path = directory / place.relative_path
-    if Path(place.relative_path).name != place.relative_path or not path.is_file():
+    path = directory / place.file
+    if not path.is_file():
         raise UserError(f"{literal(path)}: shard file is missing (it holds the common state)")
-    if not 0 <= place.length <= LARGEST or place.offset < 0:
+    if place.length > LARGEST:
         raise UserError(f"{literal(path)}: a common state of {place.length} bytes is not read")
     with path.open("rb") as stream:
-        stream.seek(place.offset)
+        stream.seek(place.start)
         content = stream.read(place.length)
     value = _load(content, path)
     # Megatron writes an object as the list of one object per shard.
     return _mapping(value[0] if isinstance(value, list) and value else value, path)
-
-
-def _object_place(path: Path, key: str) -> Any:
-    """Return torch's ``_StorageInfo`` of the object ``key``, or None."""
-    try:
-        with path.open("rb") as stream:
-            content = MetadataUnpickler(stream).load()
-        if not isinstance(content.state_dict_metadata.get(key), metadata.BytesStorageMetadata):
-            return None
-        return next(info for index, info in content.storage_data.items() if index.fqn == key)
-    except ForbiddenClassError as error:
-        raise UserError(
-            f"{literal(path)}: refusing to unpickle {literal(str(error))}: not a class of "
-            "checkpoint metadata"
-        ) from error
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle can fail anywhere, with any type
-        raise UserError(
-            f"{literal(path)}: corrupted checkpoint metadata ({type(error).__name__})"
-        ) from error
 
 
 def _load(content: bytes, path: Path) -> Any:
