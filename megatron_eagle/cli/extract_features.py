@@ -16,7 +16,6 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from megatron_eagle.checkpoint.base_description import read_base
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.cli.boundary import (
     add_base_flags,
@@ -102,6 +101,7 @@ def _extract(args: argparse.Namespace) -> int:
     enable()
     import torch
 
+    from megatron_eagle.checkpoint.base_description import read_base
     from megatron_eagle.checkpoint.atomic import owned_output
     from megatron_eagle.cli.process_groups import start
     from megatron_eagle.data.documents import FittedDocuments, open_documents

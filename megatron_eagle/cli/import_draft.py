@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from megatron_eagle.checkpoint.base_description import read_base
 from megatron_eagle.cli.boundary import add_base_flags, flags_of, run
 
 
@@ -43,6 +42,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
 
 
 def _import_draft(args: argparse.Namespace) -> int:
+    from megatron_eagle.checkpoint.base_description import read_base
     from megatron_eagle.hf.draft.checkpoint import write_draft_checkpoint
     from megatron_eagle.hf.draft.import_hf import open_hf_draft
 
