@@ -101,8 +101,8 @@ def _extract(args: argparse.Namespace) -> int:
     enable()
     import torch
 
-    from megatron_eagle.checkpoint.base_description import read_base
     from megatron_eagle.checkpoint.atomic import owned_output
+    from megatron_eagle.checkpoint.base_description import read_base
     from megatron_eagle.cli.process_groups import start
     from megatron_eagle.data.documents import FittedDocuments, open_documents
     from megatron_eagle.data.features.base_rows import BaseRows
