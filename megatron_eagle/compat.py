@@ -53,6 +53,7 @@ if TYPE_CHECKING:
         MultiLatentAttention,
     )
     from megatron.core.transformer.spec_utils import build_module
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.core.transformer.utils import (
         ensure_metadata_has_dp_cp_group,
         is_layer_window_attention,
@@ -92,6 +93,7 @@ _PATHS = {
     "TopKRouter": "megatron.core.transformer.moe.router:TopKRouter",
     "MLATransformerConfig": "megatron.core.transformer:MLATransformerConfig",
     "TransformerConfig": "megatron.core.transformer:TransformerConfig",
+    "WrappedTorchNorm": "megatron.core.transformer.torch_norm:WrappedTorchNorm",
     "apply_factories": "megatron.core.dist_checkpointing.mapping:apply_factories",
     "backward_step": "megatron.core.pipeline_parallel.schedules:backward_step",
     "build_module": "megatron.core.transformer.spec_utils:build_module",

@@ -152,8 +152,7 @@ def restore(draft: EagleDraft, directory: str | Path, stage: int = 0) -> EagleDr
     except (Exception, CheckpointException) as error:  # readers fail in many ways
         raise UserError(f"<draft> {directory}: cannot be loaded: {reason_of(error)}") from error
     own = {key.removeprefix("draft."): value for key, value in state.items()}
-    missing, _ = draft.load_state_dict(own, strict=False)
-    lacking = [key for key in missing if not key.endswith("_extra_state")]
+    lacking, _ = draft.load_state_dict(own, strict=False)
     if lacking:
         raise UserError(f"<draft> {directory}: lacks {lacking[0]}")
     return draft

@@ -37,6 +37,7 @@ from megatron_eagle.teacher.build import build_base, load_base
 from megatron_eagle.teacher.offline import OfflineBase, config_without_layers, without_layers
 from megatron_eagle.teacher.vocab_shards import VocabShards
 from megatron_eagle.training.base_start import BaseStart, left_out
+from megatron_eagle.training.implied_flags import LOCAL
 from megatron_eagle.training.warm_start import load_base_start, load_warm_start
 
 
@@ -70,9 +71,9 @@ class ModelBuilder:
         base_config.recompute_granularity = None  # it keeps nothing for a backward
         # Its weights are loaded; and so the draft's start does not depend on the base's size.
         base_config.perform_initialization = False
+        base_config.gradient_accumulation_fusion = False  # Megatron's own head asks for Apex
         aux_layers = self.options.spec.aux_layers_of(config.num_layers)
-        use_te = args.transformer_impl == "transformer_engine"
-        backend = transformer_engine_backend() if use_te else local_backend()
+        backend = self._backend(args)
         if pg_collection.pp.size() > 1:
             base_config.finalize_model_grads_func = FinalizeReplicas(pg_collection.pp)
         plan = self._features(aux_layers)
@@ -112,6 +113,13 @@ class ModelBuilder:
         if draft.tp_group.size() > 1:
             print_rank_0(self._teacher_size(args, draft.shard.padded_rows))
         return EagleGPTModel(base, draft, self.options, exchange)
+
+    def _backend(self, args: Any) -> LayerBackend:
+        """Return the builders that ``--transformer-impl`` names."""
+        if args.transformer_impl == LOCAL:
+            return local_backend()
+        train = self.options.train
+        return transformer_engine_backend(keeps_states=train.pack or train.eval_prompts is not None)
 
     def _start_as_base(self, draft: EagleDraft, layer_sizes: Callable[[], Tensor]) -> None:
         assert self.options.train.base_checkpoint is not None
