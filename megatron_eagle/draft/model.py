@@ -207,6 +207,9 @@ class EagleDraft(MegatronModule):
             sharded |= layer.sharded_state_dict(own, sharded_offsets, metadata)
         if not self.algorithm.shares_base_head:
             sharded[f"{prefix}lm_head.weight"].allow_shape_mismatch = True
+        for name in ("vocab_ids", "metadata"):  # a load in place would change what this draft is
+            entry = sharded[f"{prefix}{name}"]
+            entry.data = entry.data.clone()
         return without_extra_states(sharded)
 
     def load_state_dict(  # type: ignore[override]

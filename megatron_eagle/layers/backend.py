@@ -63,7 +63,7 @@ def local_backend() -> LayerBackend:
     )
 
 
-def transformer_engine_backend(*, keeps_states: bool) -> LayerBackend:
+def transformer_engine_backend(*, keeps_states: bool = True) -> LayerBackend:
     """Return the builders of Transformer Engine's modules.
 
     Args:

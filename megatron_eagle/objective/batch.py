@@ -99,7 +99,8 @@ class EagleBatch:
         """Copy to ``device`` without blocking the host."""
 
         def move(x: Tensor) -> Tensor:
-            return x.pin_memory().to(device, non_blocking=True) if _on_gpu(device) else x
+            from_host = x.device.type == "cpu" and _on_gpu(device)
+            return x.pin_memory().to(device, non_blocking=True) if from_host else x
 
         packing, outputs = self.packing, self.base_outputs
         return EagleBatch(

@@ -11,7 +11,7 @@ Shapes: D draft vocabulary, V base vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from megatron_eagle.hf.draft.checkpoint import read_entries, read_info
 from megatron_eagle.hf.draft.config_json import draft_config_json, is_exported_draft
 from megatron_eagle.hf.draft.formats import FORMATS, Format, check_servers
 from megatron_eagle.hf.draft.info import DraftInfo
-from megatron_eagle.hf.draft.names import METADATA, VOCAB_IDS
+from megatron_eagle.hf.draft.names import METADATA, VOCAB_IDS, DraftEntry
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Progress = Callable[[str], None]
@@ -71,7 +71,7 @@ def export_draft(
     target = checked_output(Path(output), overwrite, is_exported_draft)
     checkpoint = CheckpointReader.open(load)
     info = read_info(checkpoint)
-    _check_convertible(info, f"{checkpoint.directory}: {METADATA}")
+    check_convertible(info, f"{checkpoint.directory}: {METADATA}")
     check_servers(fmt, info)
     evaluation = evaluation or measured_in_training(checkpoint.directory)
     progress(f"reading {checkpoint.directory}")
@@ -93,7 +93,8 @@ def export_draft(
     return info
 
 
-def _check_convertible(info: DraftInfo, source: str) -> None:
+def check_convertible(info: DraftInfo, source: str) -> None:
+    """Raise ``UserError``, starting with ``source``, for a draft that no format has."""
     if info.spec.num_experts is not None:
         raise UserError(
             f"{source}: a MoE draft cannot be converted: no server's EAGLE reader has experts"
@@ -112,19 +113,29 @@ def convert_tensors(
     Raises ``UserError`` unless the checkpoint holds exactly the draft's tensors, of the expected
     shapes, of one floating dtype (or ``dtype`` is given), finite also in the dtype written.
     """
-    where, dims, entries = checkpoint.directory, info.dims, read_entries(checkpoint, info, fmt)
+    where, entries = checkpoint.directory, read_entries(checkpoint, info, fmt)
     stored = checkpoint.load([*(entry.megatron for entry in entries), VOCAB_IDS])
     vocab_ids = stored.pop(VOCAB_IDS)
     dtype = dtype or _common_dtype(stored, where)
     tensors: dict[str, Tensor] = {}
     for entry in entries:
-        parts = entry.split(stored.pop(entry.megatron), entry.sources, dims)
-        for source, part in zip(entry.sources, parts, strict=True):
-            _check_finite(part, dtype, f"{where}: {entry.megatron}")
-            tensors[source.name] = part.to(dtype).clone(memory_format=torch.contiguous_format)
+        whole = stored.pop(entry.megatron)
+        tensors |= hf_tensors(entry, whole, info, dtype, f"{where}: {entry.megatron}")
     if fmt.name in info.spec.method.zero_fc_bias:
         tensors["fc.bias"] = torch.zeros_like(tensors["fc.weight"][:, 0])
     return tensors | vocabulary_maps(vocab_ids, info, f"{where}: {VOCAB_IDS}")
+
+
+def hf_tensors(
+    entry: DraftEntry, whole: Tensor, info: DraftInfo, dtype: torch.dtype, source: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield by name the Hugging Face tensors in the ``whole`` Megatron tensor of ``entry``, copies
+    in ``dtype``. Raises ``UserError``, starting with ``source``, for one that is not finite in it.
+    """
+    parts = entry.split(whole, entry.sources, info.dims)
+    for part, tensor in zip(entry.sources, parts, strict=True):
+        _check_finite(tensor, dtype, source)
+        yield part.name, tensor.to(dtype).clone(memory_format=torch.contiguous_format)
 
 
 def vocabulary_maps(vocab_ids: Tensor, info: DraftInfo, source: str) -> dict[str, Tensor]:
