@@ -79,6 +79,7 @@ def _train(argv: Sequence[str]) -> int:
     from megatron_eagle.training.evaluation import AcceptanceEvaluation
     from megatron_eagle.training.metrics_log import MetricsLog
     from megatron_eagle.training.step import ForwardStep, replace_schedule
+    from megatron_eagle.training.throughput import Throughput
     from megatron_eagle.training.vocab import draft_vocab_ids
     from megatron_eagle.training.warm_start import adopt_warm_start
 
@@ -89,19 +90,27 @@ def _train(argv: Sequence[str]) -> int:
     args, base = parse_eagle_args(options, argv)
     compile_regions(options.train.compile)
     configure_nvtx_profiling(options.train.nvtx)
-    replace_schedule(options)
-    log = None if options.train.log_file is None else MetricsLog(options.train.log_file)
-    if log is not None:
+    schedule = replace_schedule(options)
+    throughput, log = Throughput(), None
+    if options.train.log_file is not None:
+        log = MetricsLog(options.train.log_file, throughput)
         log.attach()
+    throughput.attach()
     if options.train.eval_prompts is not None:
         AcceptanceEvaluation(args, options, base, log).attach()
     vocab_ids = draft_vocab_ids(args, options, base, stored)
-    pretrain(
-        pretrain_cfg_container_from_args(args),
-        DatasetProvider(options, base),
-        ModelType.encoder_or_decoder,
-        ForwardStep(options, base.vocab_size),
-        model_provider=ModelBuilder(options, base, vocab_ids, stored),
-    )
+    spikes = args.check_for_spiky_loss
+    step = ForwardStep(options, base.vocab_size, throughput, rejects_spikes=spikes)
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args),
+            DatasetProvider(options, base),
+            ModelType.encoder_or_decoder,
+            step,
+            model_provider=ModelBuilder(options, base, vocab_ids, stored, throughput),
+        )
+    except SystemExit:  # at an interval, after a time or by a signal, on all ranks together
+        schedule.finish()
+        raise
     torch.distributed.destroy_process_group()
     return 0

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_eagle.checkpoint.directory import BaseInfo, token_ids
+from megatron_eagle.checkpoint.directory import BaseInfo, end_ids
 from megatron_eagle.data.jsonl import ids, read_records
 from megatron_eagle.errors import UserError
 
@@ -35,8 +35,8 @@ def digest(prompts: Sequence[Sequence[int]]) -> str:
 
 
 def stop_ids(base: BaseInfo) -> list[int]:
-    """Return the ids in the base's ``eos_token_id``."""
-    return token_ids(base.hf_config, "eos_token_id")
+    """Return the ids at which a server ends an answer of ``base``."""
+    return end_ids(base.hf_config)
 
 
 def _tokenizer(directory: str) -> Any:

@@ -24,9 +24,9 @@ def draft_config(base_config: Any, spec: DraftSpec, moe_aux_loss_coeff: float = 
     """Return the base's TransformerConfig with the draft's depth, widths and experts.
 
     The hidden size is the base's; the MLP is SwiGLU, and there is nothing that EAGLE-3 readers do
-    not know: no query and key norms of grouped queries, biases, windows or sinks. "core_attn" of
-    ``recompute_modules`` is dropped: the kernels keep no scores for backward, and Megatron's own
-    checkpointing cannot carry an attention state.
+    not know: no biases, windows or sinks, and query and key norms only as the spec says.
+    "core_attn" of ``recompute_modules`` is dropped: the kernels keep no scores for backward, and
+    Megatron's own checkpointing cannot carry an attention state.
     """
     config = copy.copy(base_config)
     if config.recompute_granularity == "selective":
@@ -36,7 +36,7 @@ def draft_config(base_config: Any, spec: DraftSpec, moe_aux_loss_coeff: float = 
     # Transformer Engine would let the first pass of a micro-batch overwrite a gradient that is
     # accumulated elsewhere; a draft runs K passes, and the first one's backward comes last.
     config.disable_parameter_transpose_cache = True
-    config.qk_layernorm = False
+    config.qk_layernorm = spec.qk_layernorm
     config.add_qkv_bias = False
     config.add_bias_linear = False
     config.activation_func = torch.nn.functional.silu

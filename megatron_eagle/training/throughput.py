@@ -3,8 +3,7 @@
 Megatron's own count of operations is that of a model trained as a whole. Here the base only runs
 forward, the draft runs K passes, and heads see supervised positions alone.
 
-Shapes: S sequence, B micro-batch, H hidden, K TTT steps, M target positions; V and D this rank's
-rows of the base's and the draft's head.
+K: TTT steps.
 """
 
 from __future__ import annotations
@@ -34,37 +33,36 @@ class Cost:
     """Operations of one rank for each unit of a micro-batch's size.
 
     Attributes:
-        token: per token of the base's forward and the draft's K passes.
-        pair: per pair of a token and an earlier one, in all attention layers.
+        token: per token, of the base's forward, fc and the draft's first pass.
+        pair: per pair of a token and an earlier one, in the attention of the same.
+        live: per row that a later pass of the draft runs on, all of these passes.
         target: per target position, the teacher's product.
-        row: per supervised position and step, the draft's head.
+        judged: per supervised position and step, the draft's head.
     """
 
     token: float
     pair: float
+    live: float
     target: float
-    row: float
+    judged: float
 
     @classmethod
     def of(cls, model: EagleGPTModel) -> Cost:
         """Count the weights on this rank; the draft's passes are shared out over the stages."""
         steps, stages = model.options.train.ttt_steps, model.exchange.stages
         base, draft = model.base, model.draft
-        passes = _TRAINED * steps / stages
-        token = _FORWARD * _weights(base.gpt.decoder, base.config)
-        token += passes * _weights(draft.layers, draft.config)
-        token += (passes if draft.algorithm.joins_by_fc else _TRAINED / stages) * sum(
-            parameter.numel() for parameter in draft.fc.parameters()
-        )
-        pair = _FORWARD * _attention(base.gpt.decoder.layers, base.config)
-        pair += passes * _attention(draft.layers, draft.config)
-        head = draft.lm_head().numel()
-        trained = any(parameter.requires_grad for parameter in draft.lm_head.parameters())
+        trained = _TRAINED / stages
+        layers, decoder = _weights(draft.layers, draft.config), base.gpt.decoder
+        fc = sum(parameter.numel() for parameter in draft.fc.parameters())
+        repeated = layers + (fc if draft.algorithm.joins_by_fc else 0)
+        pair = _FORWARD * _attention(getattr(decoder, "layers", ()), base.config)
+        head = draft.lm_head()
         return cls(
-            token=token,
-            pair=pair,
+            token=_FORWARD * _weights(decoder, base.config) + trained * (fc + layers),
+            pair=pair + trained * _attention(draft.layers, draft.config),
+            live=trained * (steps - 1) * repeated,
             target=_FORWARD * base.output_weight.numel() / stages,
-            row=(_TRAINED if trained else 2 * _FORWARD) * head / stages,
+            judged=(trained if head.requires_grad else 2 * _FORWARD / stages) * head.numel(),
         )
 
 
@@ -90,13 +88,18 @@ def _attention(layers: Any, config: Any) -> float:
 
 
 class Throughput:
-    """Counts the work of an interval on the host, and adds two figures to Megatron's logging."""
+    """Counts the work of an interval on the host, and adds two figures to Megatron's logging.
+
+    ``rate`` is the latest number of supervised tokens per second and GPU. The keys of the trunk
+    that later passes attend to are not counted: they are few operations.
+    """
 
     def __init__(self) -> None:
         self.cost: Cost | None = None
         self._work = self._iterations = 0.0
         self._rows: list[Tensor] = []
         self._flops = 0.0
+        self.rate = 0.0
 
     def saw(self, model: EagleGPTModel) -> None:
         """Take the costs from the ``model`` that this rank has built."""
@@ -116,8 +119,9 @@ class Throughput:
         self._work += (
             self.cost.token * batch.tokens.numel() / ranks
             + self.cost.pair * pairs / ranks
+            + self.cost.live * batch.live.index.numel()
             + self.cost.target * batch.target_rows.numel()
-            + self.cost.row * int(batch.step_mask.sum())
+            + self.cost.judged * int(batch.step_mask.sum())
         )
 
     def attach(self) -> None:

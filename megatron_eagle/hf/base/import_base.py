@@ -22,6 +22,7 @@ from megatron_eagle.hf.base.chunks import BaseTensors, Progress
 from megatron_eagle.hf.base.families import family_of
 from megatron_eagle.hf.base.megatron_args import facts_of, megatron_args
 from megatron_eagle.hf.base.rope_args import rope_beyond_args
+from megatron_eagle.hf.files.safetensors_dir import read_json
 from megatron_eagle.hf.files.weights_dir import WeightsDir
 
 RELEASE = "release"
@@ -29,11 +30,22 @@ COMMON_STATE = {"checkpoint_version": 3.0, "iteration": 0}
 """Without a version Megatron takes the checkpoint for one of 2019 and permutes linear_qkv."""
 
 
-def import_base(hf_dir: Path, save: Path, progress: Progress = lambda line: None) -> BaseInfo:
+GENERATION_FIELDS = ("eos_token_id", "do_sample", "temperature", "top_k", "top_p")
+"""What is kept of generation_config.json: where servers end an answer, and how they sample."""
+
+
+def import_base(
+    hf_dir: Path,
+    save: Path,
+    progress: Progress = lambda line: None,
+    *,
+    name: str | None = None,
+) -> BaseInfo:
     """Write checkpoint directory ``save`` from the model in ``hf_dir``; return its description.
 
-    Everything is checked from headers before the first byte is written; ``save`` appears by rename
-    when complete. Raises UserError for an unsupported or corrupt ``hf_dir``, or a ``save`` in use.
+    ``name`` is what users of the base type for it (default: see ``name_of``). Everything is checked
+    from headers before the first byte is written; ``save`` appears by rename when complete. Raises
+    UserError for an unsupported or corrupt ``hf_dir``, or a ``save`` in use.
     """
     check_unused(save, "save")
     weights = WeightsDir(hf_dir)
@@ -53,16 +65,36 @@ def import_base(hf_dir: Path, save: Path, progress: Progress = lambda line: None
         (scratch / TRACKER_NAME).write_text(RELEASE, encoding="utf-8")
         base = BaseInfo(
             family=family.name,
-            name=hf_dir.resolve().name,
+            name=name or name_of(hf_dir),
             fingerprint=digest.hexdigest(),
             vocab_size=args["vocab_size"],
-            hf_config=weights.config,
+            hf_config={**weights.config, **_generation_settings(hf_dir)},
             megatron_args=args,
             rope=rope,
         )
         text = json.dumps(base.as_dict(), indent=1)
         (scratch / BASE_JSON_NAME).write_text(text + "\n", encoding="utf-8")
     return base
+
+
+def name_of(hf_dir: Path) -> str:
+    """Return the name of the model in ``hf_dir``: ORG/NAME for a snapshot in a hub cache
+    (``models--ORG--NAME/snapshots/HASH``), otherwise the directory's name."""
+    path = hf_dir.resolve()
+    repository = path.parent.parent.name
+    if path.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.removeprefix("models--").replace("--", "/", 1)
+    return path.name
+
+
+def _generation_settings(hf_dir: Path) -> dict[str, Any]:
+    """Return the field ``generation_config`` of the description, if the model has such a file."""
+    path = hf_dir / "generation_config.json"
+    if not path.is_file():
+        return {}
+    settings = read_json(path)
+    kept = {key: settings[key] for key in GENERATION_FIELDS if settings.get(key) is not None}
+    return {"generation_config": kept}
 
 
 def _digested(chunk: Chunk, digest: Any) -> Chunk:
