@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from megatron_eagle.cli.boundary import flag, run
+from megatron_eagle.cli.slurm import adopt_slurm
 from megatron_eagle.config.eagle_config import OPTIONS
 from megatron_eagle.config.flags import parse_eagle_flags
 from megatron_eagle.config.option import flag_name
@@ -59,6 +60,7 @@ def _is_mistake(error: Exception) -> bool:
 
 
 def _train(argv: Sequence[str]) -> int:
+    adopt_slurm()
     asks_for_help = not {"-h", "--help"}.isdisjoint(argv)
     if asks_for_help:
         logging.getLogger("megatron_eagle").setLevel(logging.WARNING)  # the help alone
@@ -104,7 +106,7 @@ def _train(argv: Sequence[str]) -> int:
     try:
         pretrain(
             pretrain_cfg_container_from_args(args),
-            DatasetProvider(options, base),
+            DatasetProvider(options, base, vocab_ids),
             ModelType.encoder_or_decoder,
             step,
             model_provider=ModelBuilder(options, base, vocab_ids, stored, throughput),

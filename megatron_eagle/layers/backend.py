@@ -41,6 +41,19 @@ class LayerBackend:
     column_linear: Callable[..., Any]
 
 
+LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"
+"""The implementations, as ``TransformerConfig.transformer_impl`` names them."""
+
+
+def backend_of(implementation: str, *, keeps_states: bool = True) -> LayerBackend:
+    """Return the builders of ``implementation``; ``keeps_states`` and errors as those of
+    ``transformer_engine_backend``."""
+    if implementation == LOCAL:
+        return local_backend()
+    assert implementation == TRANSFORMER_ENGINE, implementation
+    return transformer_engine_backend(keeps_states=keeps_states)
+
+
 def local_backend() -> LayerBackend:
     """Return the builders of Megatron-Core's own modules (``transformer_impl`` local), RMSNorm."""
     provider = LocalSpecProvider()

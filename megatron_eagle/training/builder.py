@@ -25,11 +25,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.checkpoint import StoredDraft
 from megatron_eagle.hf.draft.info import DraftInfo
 from megatron_eagle.hf.draft.servers import serving_notes
-from megatron_eagle.layers.backend import (
-    LayerBackend,
-    local_backend,
-    transformer_engine_backend,
-)
+from megatron_eagle.layers.backend import LayerBackend, backend_of
 from megatron_eagle.loss.inputs import teacher_bytes
 from megatron_eagle.model import EagleGPTModel
 from megatron_eagle.pipeline.exchange import StageExchange
@@ -39,7 +35,6 @@ from megatron_eagle.teacher.build import build_base, load_base
 from megatron_eagle.teacher.offline import OfflineBase, config_without_layers, without_layers
 from megatron_eagle.teacher.vocab_shards import VocabShards
 from megatron_eagle.training.base_start import BaseStart, left_out
-from megatron_eagle.training.implied_flags import LOCAL
 from megatron_eagle.training.throughput import Throughput
 from megatron_eagle.training.warm_start import load_base_start, load_warm_start
 
@@ -77,7 +72,8 @@ class ModelBuilder:
         base_config.perform_initialization = False
         base_config.gradient_accumulation_fusion = False  # Megatron's own head asks for Apex
         aux_layers = self.options.spec.aux_layers_of(config.num_layers)
-        backend = self._backend(args)
+        states = self.options.train.pack or self.options.train.eval_prompts is not None
+        backend = backend_of(args.transformer_impl, keeps_states=states)
         if pg_collection.pp.size() > 1:
             base_config.finalize_model_grads_func = FinalizeReplicas(pg_collection.pp)
         plan = self._features(aux_layers)
@@ -122,13 +118,6 @@ class ModelBuilder:
         if self.throughput is not None:
             self.throughput.saw(model)
         return model
-
-    def _backend(self, args: Any) -> LayerBackend:
-        """Return the builders that ``--transformer-impl`` names."""
-        if args.transformer_impl == LOCAL:
-            return local_backend()
-        train = self.options.train
-        return transformer_engine_backend(keeps_states=train.pack or train.eval_prompts is not None)
 
     def _info(self, aux_layers: tuple[int, ...]) -> DraftInfo:
         """Return the description of the draft that this run trains."""

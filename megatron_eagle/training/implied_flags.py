@@ -15,11 +15,10 @@ from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.compat import require
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.errors import UserError
+from megatron_eagle.layers.backend import LOCAL, TRANSFORMER_ENGINE
 from megatron_eagle.platform import is_enabled
 from megatron_eagle.training.layout import layout_flags
 from megatron_eagle.training.megatron_flags import megatron_flags
-
-LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"
 
 CPU_FLAGS = [
     *("--distributed-backend", "gloo"),
