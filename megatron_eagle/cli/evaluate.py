@@ -23,8 +23,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from megatron_eagle.checkpoint.atomic import write_json
-from megatron_eagle.cli.boundary import at_least_one, end_process_groups, flags_of, names_of, run
+from megatron_eagle.checkpoint.atomic import owned_output, write_json
+from megatron_eagle.cli.boundary import (
+    LARGEST_COUNT,
+    at_least_one,
+    end_process_groups,
+    flags_of,
+    names_of,
+    run,
+)
 from megatron_eagle.cli.layers import IMPLEMENTATIONS, check_device
 from megatron_eagle.cli.slurm import adopt_slurm
 from megatron_eagle.errors import UserError
@@ -103,6 +110,8 @@ def _parser(prog: str | None = None) -> argparse.ArgumentParser:
 
 def _check(args: argparse.Namespace) -> None:
     at_least_one(args, "max_new_tokens", "draft_tokens", "limit", "batch_size", *SIZES)
+    if not 0 <= args.seed <= LARGEST_COUNT:
+        raise UserError(f"<seed> {args.seed} must be from 0 to {LARGEST_COUNT}")
     if args.reinitialize and args.draft == NO_DRAFT:
         raise UserError(f"<reinitialize> needs <draft> CKPT, not {NO_DRAFT!r}")
     if args.card is not None and (args.reinitialize or args.draft == NO_DRAFT):
@@ -222,8 +231,8 @@ def _speed(name: str, figures: dict[str, Any]) -> str:
 
 
 def _write(path: Path, figures: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, figures)
+    with owned_output(path, "output"):
+        write_json(path, figures)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class DraftSpec:
         type=int,
         least=1,
     )
-    num_layers: int = option(1, "transformer layers of the draft", type=int, least=1)
+    num_layers: int = option(1, "transformer layers of the draft", type=int, least=1, most=1000)
     norm_before_fc: bool = option(
         False, "EAGLE-3: one RMSNorm over the concatenated aux layers, in front of fc"
     )

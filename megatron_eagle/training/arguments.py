@@ -13,10 +13,11 @@ from typing import NoReturn
 
 from megatron.training.arguments import parse_and_validate_args
 
+from megatron_eagle.checkpoint.base_fields import check_complete
 from megatron_eagle.checkpoint.directory import BaseInfo, load_base_json
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.config.flags import add_eagle_flags
-from megatron_eagle.errors import UserError, message_of
+from megatron_eagle.errors import UserError, literal
 from megatron_eagle.hf.base.megatron_args import ABSENT
 from megatron_eagle.training.base_start import check_base_start
 from megatron_eagle.training.flag_table.check import CommandLine, check_flags
@@ -29,6 +30,8 @@ from megatron_eagle.training.implied_flags import (
 )
 from megatron_eagle.training.layout import check_layout, check_micro_batches
 from megatron_eagle.training.megatron_flags import megatron_flags
+from megatron_eagle.training.megatron_refusals import check_megatron_flags, in_one_line
+from megatron_eagle.user_files import naming
 
 _ALIASES = {"norm_epsilon": "layernorm_epsilon"}
 """Flags that Megatron's parser stores under another name."""
@@ -47,6 +50,7 @@ def parse_eagle_args(
     Raises ``UserError`` naming the flag for a mistake that every rank sees alike.
     """
     base = _base_info(options.train.base_checkpoint)
+    check_megatron_flags(argv)
     line = CommandLine.parse(argv)
     without_effect = check_flags(line, megatron_flags(base.megatron_args))
     check_layout(argv, base, options)
@@ -56,7 +60,7 @@ def parse_eagle_args(
     for text in without_effect:
         tell(text)
     sys.argv[1:] = [*implied_flags(base, options, argv, layers), *argv, *overriding_flags(options)]
-    args = parse_and_validate_args(extra_args_provider=add_eagle_flags)
+    args = in_one_line(parse_and_validate_args, extra_args_provider=add_eagle_flags)
     _check_dimensions(args, base)
     _check_recompute(args, options)
     check_micro_batches(args)
@@ -83,10 +87,10 @@ def _add_flags_with_printable_help(parser: argparse.ArgumentParser) -> argparse.
 
 def _base_info(directory: str | None) -> BaseInfo:
     assert directory is not None
-    try:
-        return load_base_json(directory)
-    except ValueError as error:
-        raise UserError(f"<base_checkpoint> {message_of(error)}") from error
+    with naming("base_checkpoint"):
+        base = load_base_json(directory)
+    check_complete(base.megatron_args, f"<base_checkpoint> {literal(directory)}")
+    return base
 
 
 def _check_recompute(args: argparse.Namespace, options: EagleConfig) -> None:

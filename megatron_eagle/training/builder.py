@@ -35,6 +35,7 @@ from megatron_eagle.teacher.build import build_base, load_base
 from megatron_eagle.teacher.offline import OfflineBase, config_without_layers, without_layers
 from megatron_eagle.teacher.vocab_shards import VocabShards
 from megatron_eagle.training.base_start import BaseStart, left_out
+from megatron_eagle.training.save_place import warn_if_disk_is_small
 from megatron_eagle.training.throughput import Throughput
 from megatron_eagle.training.warm_start import load_base_start, load_warm_start
 
@@ -112,6 +113,8 @@ class ModelBuilder:
         )
         for note in serving_notes(self._info(aux_layers)):
             print_rank_0(f"> to be served: {note}")
+        whole = sum(p.numel() for p in draft.parameters()) * draft.tp_group.size()
+        warn_if_disk_is_small(args.save, whole)
         if draft.tp_group.size() > 1:
             print_rank_0(self._teacher_size(args, draft.shard.padded_rows))
         model = EagleGPTModel(base, draft, self.options, exchange)

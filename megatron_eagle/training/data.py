@@ -33,6 +33,11 @@ from megatron_eagle.training.agreement import (
     digest_documents,
     digest_tensor,
 )
+from megatron_eagle.training.data_record import (
+    document_record,
+    indexed_record,
+    note_training_data,
+)
 from megatron_eagle.training.token_counts import TrainingBlend, count_tokens
 
 
@@ -62,6 +67,7 @@ class DatasetProvider:
             source = "train_data" if self.options.train.train_data else "offline_features"
             self._check_agreement(f"<{source}>", digest_documents(fitted))
             _tell_what_is_cut(fitted, len(documents.lengths))
+            note_training_data(args, document_record(fitted))
             train = DocumentDataset(fitted, num_samples[0], args.seed, self.options.train.pack)
             if self.options.train.pack:
                 filled = fitted.lengths.sum() / (train.samples_per_epoch * args.seq_length)
@@ -73,6 +79,8 @@ class DatasetProvider:
         _refuse_masks_that_would_be_ignored(args)
         prefixes = [] if args.mock_data else TrainingBlend.of(args).prefixes
         self._check_agreement("--data-path", digest_data_sets(prefixes))
+        if not args.mock_data:
+            note_training_data(args, indexed_record(prefixes))
         kind = MockGPTDataset if args.mock_data else GPTDataset
         config = gpt_dataset_config(args)
         return tuple(BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config).build())

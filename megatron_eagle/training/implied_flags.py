@@ -19,6 +19,8 @@ from megatron_eagle.layers.backend import LOCAL, TRANSFORMER_ENGINE
 from megatron_eagle.platform import is_enabled
 from megatron_eagle.training.layout import layout_flags
 from megatron_eagle.training.megatron_flags import megatron_flags
+from megatron_eagle.training.megatron_refusals import saved_to
+from megatron_eagle.training.nan_stop import nan_flags, noted_iterations
 
 CPU_FLAGS = [
     *("--distributed-backend", "gloo"),
@@ -43,6 +45,10 @@ def implied_flags(
     words += CPU_FLAGS if is_enabled() else []
     words += _layer_flags(options, layers)
     words += layout_flags(argv)
+    save, stages = saved_to(argv)
+    words += nan_flags(argv, noted_iterations(save), stages)
+    if save is not None:
+        words.append("--exit-signal-handler")  # SIGTERM, as schedulers send: save, then exit
     if options.train.reads_documents:
         # The data are token ids.
         words += ["--tokenizer-type", "NullTokenizer"]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import megatron_eagle.cli.evaluate as tool
 from megatron_eagle.decode import speculative
@@ -17,6 +18,7 @@ from megatron_eagle.decode.prompt_shards import PromptShard, connected_ranks
 from megatron_eagle.decode.prompts import read_prompt_ids
 from megatron_eagle.decode.sequences import Sequences
 from megatron_eagle.decode.speculative import ChainCounts
+from tests.helpers import chat_templates
 
 CPU = torch.device("cpu")
 
@@ -158,6 +160,7 @@ def test_ranks_that_a_group_links_share_prompts() -> None:
         ("{", r"p\.jsonl:1: not JSON"),
         ("[1]", "not a JSON object"),
         ("{}", "neither prompt_ids nor prompt"),
+        ('{"prompt_ids": null, "messages": [{"role": "user", "content": "x"}]}', "needs tokenizer"),
         ('{"prompt": "x"}', "needs tokenizer"),
         ('{"prompt_ids": []}', "non-empty"),
         ('{"prompt_ids": [7]}', "token id 7 is outside the vocabulary's 0 to 6"),
@@ -169,6 +172,30 @@ def test_bad_prompts_are_named(tmp_path: Path, line: str, message: str) -> None:
     path.write_text(line + "\n")
     with pytest.raises(ValueError, match=message):
         read_prompt_ids(path, None, vocab_size=7)
+
+
+def test_prompts_of_every_form_are_read_as_training_reads_them(tmp_path: Path) -> None:
+    folder = chat_templates.make_tokenizer(tmp_path / "tok", chat_templates.QWEN25)
+    plain = chat_templates.make_tokenizer(tmp_path / "plain")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    turn = {"role": "user", "content": "Hello there"}
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in [
+        {"prompt": "Hello there"},
+        {"messages": [turn, {"role": "assistant", "content": "Hi"}], "prompt_ids": None},
+        {"text": "Hello there"},
+    ]))  # fmt: skip
+    asked, chat, text = read_prompt_ids(path, str(folder), 600)
+    assert asked == chat
+    assert tokenizer.decode(asked).endswith(
+        "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert text == tokenizer("Hello there")["input_ids"]
+    path.write_text(json.dumps({"prompt": "Hello there"}) + "\n")
+    assert read_prompt_ids(path, str(plain), 600) == [text]
+    path.write_text(json.dumps({"messages": [{**turn, "role": "narrator"}]}) + "\n")
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: message 1: unknown role 'narrator'"):
+        read_prompt_ids(path, str(folder), 600)
 
 
 @pytest.mark.parametrize(

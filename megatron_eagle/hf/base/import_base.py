@@ -15,46 +15,70 @@ from typing import Any
 
 import torch
 
-from megatron_eagle.checkpoint.atomic import atomic_dir, check_unused
+from megatron_eagle.checkpoint.atomic import atomic_dir, check_unused, owned_output
+from megatron_eagle.checkpoint.base_fields import (
+    check_complete,
+    check_megatron_args,
+    check_rope,
+    check_token_ids,
+)
 from megatron_eagle.checkpoint.directory import BASE_JSON_NAME, TRACKER_NAME, BaseInfo
 from megatron_eagle.checkpoint.writer import Chunk, write_torch_dist
 from megatron_eagle.hf.base.chunks import BaseTensors, Progress
 from megatron_eagle.hf.base.families import family_of
 from megatron_eagle.hf.base.megatron_args import facts_of, megatron_args
 from megatron_eagle.hf.base.rope_args import rope_beyond_args
-from megatron_eagle.hf.files.safetensors_dir import read_json
+from megatron_eagle.hf.files.generation_config import with_all_ends
 from megatron_eagle.hf.files.weights_dir import WeightsDir
+from megatron_eagle.user_files import reading
 
 RELEASE = "release"
+_HUB = "models--"
 COMMON_STATE = {"checkpoint_version": 3.0, "iteration": 0}
 """Without a version Megatron takes the checkpoint for one of 2019 and permutes linear_qkv."""
 
 
-GENERATION_FIELDS = ("eos_token_id", "do_sample", "temperature", "top_k", "top_p")
-"""What is kept of generation_config.json: where servers end an answer, and how they sample."""
-
-
 def import_base(
-    hf_dir: Path,
-    save: Path,
-    progress: Progress = lambda line: None,
-    *,
-    name: str | None = None,
+    hf_dir: Path, save: Path, progress: Progress = lambda line: None, name: str | None = None
 ) -> BaseInfo:
     """Write checkpoint directory ``save`` from the model in ``hf_dir``; return its description.
 
-    ``name`` is what users of the base type for it (default: see ``name_of``). Everything is checked
-    from headers before the first byte is written; ``save`` appears by rename when complete. Raises
-    UserError for an unsupported or corrupt ``hf_dir``, or a ``save`` in use.
+    ``name`` is what the base is called in the description and in exported drafts, by which servers
+    find it; by default ``model_name(hf_dir)``.
+
+    Everything is checked from headers before the first byte is written; ``save`` appears by rename
+    when complete. Raises UserError for an unsupported or corrupt ``hf_dir``, or a ``save`` in use.
     """
-    check_unused(save, "save")
-    weights = WeightsDir(hf_dir)
-    config_path = str(hf_dir / "config.json")
-    family = family_of(weights.config, config_path)
-    args = megatron_args(weights.config, family, config_path)
-    rope = rope_beyond_args({**family.defaults, **weights.config}, config_path)
-    tensors = BaseTensors(family, facts_of(weights.config, family, config_path))
-    weights.check(tensors.expected(), tensors.ignored(weights.headers))
+    with owned_output(save, "save"):
+        check_unused(save, "save")
+        return _import(hf_dir, save, progress, name or model_name(hf_dir))
+
+
+def model_name(directory: Path) -> str:
+    """Return a name by which servers find the model in ``directory``: its id on the hub if it lies
+    in the hub's cache (``models--ORG--NAME/snapshots/COMMIT``), else its absolute path."""
+    resolved = directory.resolve()
+    folder, above = resolved.parent.name, resolved.parent.parent.name
+    if folder == "snapshots" and above.startswith(_HUB):
+        return above.removeprefix(_HUB).replace("--", "/", 1)
+    return str(resolved)
+
+
+def _import(hf_dir: Path, save: Path, progress: Progress, name: str) -> BaseInfo:
+    with reading("hf", hf_dir):
+        weights = WeightsDir(hf_dir)
+        config_path = str(hf_dir / "config.json")
+        family = family_of(weights.config, config_path)
+        args = megatron_args(weights.config, family, config_path)
+        config = with_all_ends(weights.config, hf_dir, args["vocab_size"])
+        check_token_ids(config, args["vocab_size"], config_path)
+        rope = rope_beyond_args({**family.defaults, **weights.config}, config_path)
+        check_megatron_args(args, config_path)
+        check_complete(args, config_path)
+        check_rope(rope, config_path)
+        tensors = BaseTensors(family, facts_of(weights.config, family, config_path))
+        weights.check(tensors.expected(), tensors.ignored(weights.headers))
+        tensors.check_tied(weights)
     if weights.quant_method is not None:
         progress(f"weights are {weights.quant_method}: unpacked as they are read")
     digest = hashlib.sha256()
@@ -65,36 +89,16 @@ def import_base(
         (scratch / TRACKER_NAME).write_text(RELEASE, encoding="utf-8")
         base = BaseInfo(
             family=family.name,
-            name=name or name_of(hf_dir),
+            name=name,
             fingerprint=digest.hexdigest(),
             vocab_size=args["vocab_size"],
-            hf_config={**weights.config, **_generation_settings(hf_dir)},
+            hf_config=config,
             megatron_args=args,
             rope=rope,
         )
         text = json.dumps(base.as_dict(), indent=1)
         (scratch / BASE_JSON_NAME).write_text(text + "\n", encoding="utf-8")
     return base
-
-
-def name_of(hf_dir: Path) -> str:
-    """Return the name of the model in ``hf_dir``: ORG/NAME for a snapshot in a hub cache
-    (``models--ORG--NAME/snapshots/HASH``), otherwise the directory's name."""
-    path = hf_dir.resolve()
-    repository = path.parent.parent.name
-    if path.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/", 1)
-    return path.name
-
-
-def _generation_settings(hf_dir: Path) -> dict[str, Any]:
-    """Return the field ``generation_config`` of the description, if the model has such a file."""
-    path = hf_dir / "generation_config.json"
-    if not path.is_file():
-        return {}
-    settings = read_json(path)
-    kept = {key: settings[key] for key in GENERATION_FIELDS if settings.get(key) is not None}
-    return {"generation_config": kept}
 
 
 def _digested(chunk: Chunk, digest: Any) -> Chunk:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_eagle.checkpoint.atomic import atomic_dir, check_unused
+from megatron_eagle.checkpoint.atomic import atomic_dir, check_unused, owned_output
 from megatron_eagle.checkpoint.directory import TRACKER_NAME
 from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.checkpoint.writer import Chunk, write_torch_dist
@@ -119,10 +119,11 @@ def write_draft_checkpoint(stored: StoredDraft, save: Path) -> None:
     It holds no optimizer and loads at any parallel layout. Memory: the largest tensor. Raises
     ``UserError`` when ``save`` is in use.
     """
-    check_unused(save, "save")
-    with atomic_dir(save) as scratch:
-        write_torch_dist(scratch / RELEASE, list(_chunks(stored)), COMMON_STATE, {})
-        (scratch / TRACKER_NAME).write_text(RELEASE, encoding="utf-8")
+    with owned_output(save, "save"):
+        check_unused(save, "save")
+        with atomic_dir(save) as scratch:
+            write_torch_dist(scratch / RELEASE, list(_chunks(stored)), COMMON_STATE, {})
+            (scratch / TRACKER_NAME).write_text(RELEASE, encoding="utf-8")
 
 
 def _chunks(stored: StoredDraft) -> Iterator[Chunk]:

@@ -12,8 +12,8 @@ from safetensors import safe_open
 from megatron_eagle.checkpoint.atomic import write_text
 from megatron_eagle.checkpoint.directory import ACCEPTED_LENGTH_NAME
 from megatron_eagle.checkpoint.reader import CheckpointReader
-from megatron_eagle.errors import UserError, literal, message_of
-from megatron_eagle.hf.files.safetensors_dir import read_json
+from megatron_eagle.errors import UserError, literal
+from megatron_eagle.user_files import read_json_object, reading
 
 CARD_NAME = "README.md"
 ACCEPTED_LENGTH = "accepted length"
@@ -27,10 +27,8 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     Raises ``UserError`` naming ``<eval>`` for a file without these figures, for figures of an
     untrained draft, and for figures of answers other than the greedy ones.
     """
-    try:
-        figures = read_json(path)
-    except ValueError as error:
-        raise UserError(f"<eval> {message_of(error)}") from None
+    with reading("eval", path):
+        figures = read_json_object(path)
     if missing := _missing_figure(figures):
         raise UserError(f"<eval> {path}: {missing} is missing; did megatron-eagle eval write it?")
     if figures.get("reinitialize"):
@@ -48,7 +46,7 @@ def measured_in_training(iteration: Path) -> dict[str, Any] | None:
     path = iteration / ACCEPTED_LENGTH_NAME
     if not path.is_file():
         return None
-    figures = read_json(path)
+    figures = read_json_object(path)
     if missing := _missing_figure(figures):
         raise UserError(f"{path}: {missing} is missing")
     return figures

@@ -33,6 +33,7 @@ from megatron_eagle.hf.draft.names import draft_entries
 from megatron_eagle.hf.draft.parse_config import HfDraft, parse_hf_draft
 from megatron_eagle.hf.draft.servers import outputs_of_inner_ids
 from megatron_eagle.hf.tables.rope import comparable_rope
+from megatron_eagle.user_files import reading
 
 
 def open_hf_draft(
@@ -42,6 +43,7 @@ def open_hf_draft(
     aux_layers: tuple[int, ...] | None = None,
     adapt: bool = False,
     base_directory: str | Path | None = None,
+    parameter: str = "hf",
 ) -> StoredDraft:
     """Check the draft in ``directory`` against ``base``, from headers; read nothing large yet.
 
@@ -52,16 +54,34 @@ def open_hf_draft(
         adapt: accept a draft whose rotary embedding, norm epsilon or token embedding is not the
             base's.
         base_directory: the base's checkpoint, to compare the embedding with; None skips that.
+        parameter: that ``directory`` is the value of, for errors.
 
     Raises:
         UserError: with the file at fault.
     """
-    files = DraftFiles.open(directory)
+    with reading(parameter, directory):
+        return _open(
+            DraftFiles.open(directory),
+            base,
+            chosen=aux_layers,
+            adapt=adapt,
+            base_directory=base_directory,
+        )
+
+
+def _open(
+    files: DraftFiles,
+    base: BaseInfo,
+    *,
+    chosen: tuple[int, ...] | None,
+    adapt: bool,
+    base_directory: str | Path | None,
+) -> StoredDraft:
     source = str(files.path / "config.json")
     draft = parse_hf_draft(files.config, files.shapes, source)
     _check_base(draft, base, source=source, adapt=adapt)
     algorithm = _algorithm(draft, source)
-    aux_layers = _aux_layers(draft, base, algorithm=algorithm, chosen=aux_layers, source=source)
+    aux_layers = _aux_layers(draft, base, algorithm=algorithm, chosen=chosen, source=source)
     info = _info(draft, base, algorithm=algorithm, aux_layers=aux_layers, source=source)
     order, vocab_ids = read_vocabulary(files, draft)
     entries = draft_entries(info, fmt_of(files))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.hf.tables.config_fields import number, size, switch
+from megatron_eagle.hf.tables.config_fields import number, require, size, switch
 from megatron_eagle.hf.tables.rope import comparable_rope
 
 FLAT = (
@@ -49,6 +49,13 @@ REQUIRED_VALUES: dict[str, Any] = {
     "parallel_drafting": False,
     "rope_interleave": True,
     "use_sliding_window": False,
+}
+# The same of eagle_config's switches, in drafts that read auxiliary hidden states.
+EAGLE_SWITCHES = {
+    "use_aux_hidden_state": True,
+    "use_input_layernorm_in_first_layer": True,
+    "use_last_layernorm": True,
+    "use_mtp_layernorm": False,
 }
 
 
@@ -107,8 +114,15 @@ def parse_hf_draft(config: dict[str, Any], tensors: Iterable[str], source: str) 
     eagle = config.get("eagle_config") or {}
     if not isinstance(eagle, dict):
         raise UserError(f"{source}: eagle_config must be an object, found {eagle!r}")
+    eagle1 = architecture in EAGLE1 or early_eagle1
+    if not eagle1:
+        require(
+            {key: value for key, value in eagle.items() if value is not None},
+            EAGLE_SWITCHES,
+            f"{source}: eagle_config",
+        )
     return HfDraft(
-        eagle1=architecture in EAGLE1 or early_eagle1,
+        eagle1=eagle1,
         hidden_size=hidden,
         target_hidden_size=size(config, "target_hidden_size", source, hidden),
         intermediate_size=size(layer, "intermediate_size", source),

@@ -99,9 +99,10 @@ JUDGEMENTS = (
         --tokenizer-metadata --tokenizer-special-tokens --tiktoken-pattern
         --tiktoken-num-special-tokens --tokenizer-sentencepiece-legacy
         --no-tokenizer-sentencepiece-ignore-extra-whitespaces --tokenizer-hf-no-use-fast
-        --tokenizer-hf-no-include-special-tokens --trust-remote-code --null-tokenizer-eod-id
+        --tokenizer-hf-no-include-special-tokens --null-tokenizer-eod-id
         --null-tokenizer-pad-id""",
     ),
+    refused("would run Python code beside a tokenizer", "--trust-remote-code"),
     no_effect("templates are rendered by megatron-eagle prepare-data", "--chat-template"),
     honoured(
         "validation of --data-path; documents have none, and the run says so",

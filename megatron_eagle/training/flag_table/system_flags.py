@@ -95,7 +95,8 @@ JUDGEMENTS = (
         --ckpt-fully-parallel-save-process-group --ckpt-fully-parallel-load-process-group
         --ckpt-assume-constant-structure --no-ckpt-load-validate-sharding-integrity
         --dist-ckpt-strictness --dist-ckpt-workers --dist-ckpt-optim-fully-reshardable
-        --distrib-optim-fully-reshardable-mem-efficient --verify-integrity""",
+        --distrib-optim-fully-reshardable-mem-efficient --verify-integrity
+        --non-persistent-save-interval --non-persistent-global-ckpt-dir""",
     ),
     refused(
         "is not supported: only torch_dist checkpoints hold a draft without its base",
@@ -122,10 +123,14 @@ JUDGEMENTS = (
         --no-use-tokenizer-model-from-checkpoint-args""",
     ),
     refused(
-        "is not supported: a draft's vocabulary is read from the checkpoint of --load",
-        """--non-persistent-save-interval --non-persistent-ckpt-type
-        --non-persistent-global-ckpt-dir --non-persistent-local-ckpt-dir
-        --non-persistent-local-ckpt-algo --replication --replication-jump --replication-factor""",
+        "is not supported, only global: checkpoints are read from a shared file system",
+        "--non-persistent-ckpt-type",
+        unless=("global",),
+    ),
+    refused(
+        "belongs to local checkpoints, which are not supported",
+        """--non-persistent-local-ckpt-dir --non-persistent-local-ckpt-algo --replication
+        --replication-jump --replication-factor""",
     ),
     refused(
         _DUMPS,
