@@ -72,7 +72,15 @@ class AttachedDraft:
         """
         captured = self._base.forwards.take()
         steps = self.info.ttt_steps
-        batch = read_micro_batch(captured, loss_mask, steps, self._base.cp_group)
+        config = self.module.draft.config
+        batch = read_micro_batch(
+            captured,
+            loss_mask,
+            steps,
+            self._base.cp_group,
+            parts=self._base.tp_group.size() if config.sequence_parallel else 1,
+            every_row=config.num_moe_experts is not None,
+        )
         loss, sums = self.module.step(captured, batch)
         return loss, sums.detach()
 

@@ -29,7 +29,7 @@ from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.errors import UserError
 from megatron_eagle.model import EagleGPTModel
 from megatron_eagle.objective.batch import EagleBatch
-from megatron_eagle.objective.unroll import DraftInputs
+from megatron_eagle.objective.inputs import DraftInputs
 from megatron_eagle.parallel.context import ContextShard
 from megatron_eagle.teacher.aux_hidden import BaseOutputs
 from megatron_eagle.teacher.base import gather_final

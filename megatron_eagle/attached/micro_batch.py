@@ -19,14 +19,21 @@ _SUPERVISED, _START, _WEIGHTED = 1, 2, 4
 
 
 def read_micro_batch(
-    captured: CapturedForward, loss_mask: Tensor, steps: int, cp_group: ProcessGroup
+    captured: CapturedForward,
+    loss_mask: Tensor,
+    steps: int,
+    cp_group: ProcessGroup,
+    *,
+    parts: int = 1,
+    every_row: bool = False,
 ) -> EagleBatch:
     """Return the batch of a captured forward on the device of its tokens.
 
     ``loss_mask`` [B, S / CP] on any device is that of the model's own loss: entry i says by 0 or 1
     whether the token after position i is supervised. Documents come from ``packed_seq_params``, or
-    from ``position_ids`` that begin anew inside a sequence. Under context parallelism one
-    all-gather over ``cp_group``. The device is asked once per micro-batch.
+    from ``position_ids`` that begin anew inside a sequence. ``parts`` and ``every_row`` go to
+    ``EagleBatch.build``. Under context parallelism one all-gather over ``cp_group``. The device is
+    asked once per micro-batch.
 
     Raises ``UserError`` for a mask of another shape or with other numbers, for packed sequences
     under context parallelism, and for sequences too short for ``steps``.
@@ -46,6 +53,8 @@ def read_micro_batch(
         tokens.contiguous(),
         (marks & _SUPERVISED).float(),
         steps,
+        parts=parts,
+        every_row=every_row,
         context=(cp_group.rank(), cp_group.size()),
         positions=_positions(marks & _START > 0),
     ).to(tokens.device)

@@ -17,8 +17,9 @@ OUTSIDE = {"examples", "tools", "tests", "benchmarks"}
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("compat", "errors", "algorithms"),
-    ("config",),
-    ("platform", "checkpoint"),
+    ("config", "user_files"),
+    ("checkpoint",),
+    ("platform",),
     ("parallel",),
     ("attention", "loss"),
     ("layers",),
