@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eagle.errors import UserError, literal
+from megatron_eagle.user_files import reading
 
 ONE_A_LINE = "one record a line is wanted (jq -c '.[]' makes lines of a JSON array)"
 
@@ -31,10 +32,10 @@ def _parsed(line: bytes) -> Any:
             json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
         return UserError(f"not text: {error.reason}, {literal(ascii(error.object[error.start]))}")
-    except (ValueError, RecursionError) as error:  # also an integer of thousands of digits
+    except Exception as error:  # also a deep nesting and an integer of thousands of digits
         if line.lstrip()[:1] == b"[":
-            return UserError(f"not JSON on one line ({error}); {ONE_A_LINE}")
-        return UserError(f"not JSON ({error})")
+            return UserError(f"not JSON on one line ({literal(error)}); {ONE_A_LINE}")
+        return UserError(f"not JSON ({literal(error)})")
     return value
 
 
@@ -51,8 +52,13 @@ def read_records(file: str | Path, parameter: str) -> Iterator[tuple[str, dict[s
     when a line is not a JSON object.
     """
     path = Path(file)
-    if not path.is_file():
-        raise UserError(f"<{parameter}> {file}: no such file")
+    with reading(parameter, file):
+        if not path.is_file():
+            raise UserError(f"<{parameter}> {literal(file)}: no such file")
+        yield from _records(path, str(file))
+
+
+def _records(path: Path, file: str) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             for _, value in parse_lines(line):
@@ -106,8 +112,9 @@ def cut(file: str, size: int) -> Iterator[FilePiece]:
 
     Raises ``UserError`` naming ``<input>`` when there is no such file.
     """
-    if not Path(file).is_file():
-        raise UserError(f"<input> {file}: no such file")
+    with reading("input", file):
+        if not Path(file).is_file():
+            raise UserError(f"<input> {literal(file)}: no such file")
     start, line = 0, 1
     with open(file, "rb") as data:
         while block := data.read(size):

@@ -7,6 +7,7 @@ id, so a run that was stopped continues.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
+from megatron_eagle.data.answer_file import finished_answers, go_on
 from megatron_eagle.data.chat.conversations import Conversation
 from megatron_eagle.data.chat.messages import as_record
 from megatron_eagle.data.chat.prompts import PromptTemplate, read_prompt
@@ -24,6 +26,8 @@ from megatron_eagle.data.jsonl import read_records
 from megatron_eagle.errors import UserError, literal
 
 Progress = Callable[[str], None]
+Item = tuple[str, Conversation, list[int]]
+"""A prompt: its id, its conversation and its token ids."""
 _SAMPLING = (
     "do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty",
     "no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
@@ -40,6 +44,7 @@ class Generation:
     batch_size: int = 64
     temperature: float = 0.0
     seed: int = 0
+    dtype: str = "float32"
 
 
 def read_prompts(file: Path) -> dict[str, Conversation]:
@@ -60,27 +65,6 @@ def read_prompts(file: Path) -> dict[str, Conversation]:
     return prompts
 
 
-def finished_ids(file: Path, progress: Progress) -> set[str]:
-    """Return the prompt ids that ``file`` has answers to, after cutting off a torn last line.
-
-    Raises ``UserError`` naming the line that is not an answer.
-    """
-    if not file.exists():
-        return set()
-    lines, newline, torn = file.read_bytes().rpartition(b"\n")
-    if torn:
-        progress(f"dropping a torn last line of {file}")
-        with file.open("r+b") as output:
-            output.truncate(len(lines + newline))
-    done = set()
-    for number, line in enumerate(lines.splitlines(), start=1):
-        try:
-            done.add(json.loads(line)["id"])
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise UserError(f"<output> {file}:{number}: not a line of answers") from None
-    return done
-
-
 def regenerate(
     model: Any,
     tokenizer: Any,
@@ -88,43 +72,70 @@ def regenerate(
     output: Path,
     generation: Generation,
     progress: Progress = print,
+    identity: str | None = None,
 ) -> int:
     """Answer every prompt that ``output`` has no answer to; return the number of tokens written.
 
     A line is {"id", "messages" with the answer, "prompt_ids" (of the chat template, with the
-    generation prompt), "answer_ids" (with the end token, unless cut at ``max_new_tokens``)}. Raises
-    ``UserError`` for a model without a chat template and for a prompt that is too long.
+    generation prompt), "answer_ids" (with the end token, unless cut at ``max_new_tokens``)}. The
+    lines are those of a run that was never stopped: batches are the same, and so is what a batch
+    draws. ``identity`` tells the model from others. Raises ``UserError`` for a model without a chat
+    template, for a prompt that is too long, and for an ``output`` of another model, of other
+    settings or prompts.
     """
     template = PromptTemplate(tokenizer)
     if not template.is_there:
         raise UserError("<model>: its tokenizer has no chat template")
-    done = finished_ids(output, progress)
-    todo = [
+    items = [
         (name, prompt, template.ids(prompt, f"prompt {literal(repr(name))}"))
         for name, prompt in prompts.items()
-        if name not in done
     ]
+    items.sort(key=lambda item: len(item[2]))
     _drop_generation_defaults(model, progress)
-    _check_lengths(model, todo, generation)
-    todo.sort(key=lambda item: len(item[2]))
-    progress(f"{len(todo)} prompts to answer, {len(done)} answered before")
+    _check_lengths(model, items, generation)
+    done = finished_answers(output, progress)
+    go_on(output, done, prompts, _settings(generation, items, identity))
+    left = len(items) - len(done)
+    progress(f"{left} prompts to answer, {len(done)} answered before")
     written, answered, start = 0, 0, time.monotonic()
     with output.open("a", encoding="utf-8") as file:
-        for batch in _batches(todo, generation.batch_size):
-            torch.manual_seed(generation.seed + len(done) + answered)
+        for first, batch in _batches(items, generation.batch_size):
+            if all(name in done for name, _, _ in batch):
+                continue
+            torch.manual_seed(generation.seed + first)
             answers = _answer(model, tokenizer, [ids for _, _, ids in batch], generation)
             for (name, prompt, ids), answer in zip(batch, answers, strict=True):
-                file.write(_line(tokenizer, name, prompt, ids, answer) + "\n")
-                written += len(answer)
+                if name not in done:
+                    file.write(_line(tokenizer, name, prompt, ids, answer) + "\n")
+                    written, answered = written + len(answer), answered + 1
             file.flush()
-            answered += len(batch)
             pace = (time.monotonic() - start) / answered
             progress(
-                f"{answered}/{len(todo)} prompts, {written} tokens, "
+                f"{answered}/{left} prompts, {written} tokens, "
                 f"{written / (time.monotonic() - start):.0f} tokens/s, "
-                f"{pace * (len(todo) - answered) / 60:.1f} min left"
+                f"{pace * (left - answered) / 60:.1f} min left"
             )
     return written
+
+
+def _settings(generation: Generation, items: list[Item], identity: str | None) -> dict[str, Any]:
+    """Return what the answers depend on, by the names of the parameters."""
+    settings = {
+        "model": identity,
+        "max_new_tokens": generation.max_new_tokens,
+        "temperature": generation.temperature,
+        "dtype": generation.dtype,
+    }
+    if generation.temperature == 0:
+        return settings
+    # What a batch draws depends on who is in it.
+    prompts = hashlib.sha256(json.dumps([(name, ids) for name, _, ids in items]).encode())
+    return {
+        **settings,
+        "seed": generation.seed,
+        "batch_size": generation.batch_size,
+        "prompts": prompts.hexdigest(),
+    }
 
 
 def _drop_generation_defaults(model: Any, progress: Progress) -> None:
@@ -142,9 +153,7 @@ def _drop_generation_defaults(model: Any, progress: Progress) -> None:
     model.generation_config = GenerationConfig(eos_token_id=sorted(united - {None}) or None)
 
 
-def _check_lengths(
-    model: Any, todo: list[tuple[str, Any, list[int]]], generation: Generation
-) -> None:
+def _check_lengths(model: Any, todo: list[Item], generation: Generation) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     for name, _, ids in todo:
         if limit is not None and len(ids) + generation.max_new_tokens > limit:
@@ -154,9 +163,10 @@ def _check_lengths(
             )
 
 
-def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
+def _batches(items: list[Item], size: int) -> Iterator[tuple[int, list[Item]]]:
+    """Yield the number of the first item and the items of every batch."""
     for start in range(0, len(items), size):
-        yield items[start : start + size]
+        yield start, items[start : start + size]
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from megatron_eagle.data.chat.prompts import PromptTemplate, read_prompt
 from megatron_eagle.data.jsonl import ids, read_records
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.files.pretrained import load_hf_tokenizer
+from megatron_eagle.user_files import reading_file
 
 _TEXTS = ("prompt", "text", *CHAT_NAMES)
 
@@ -33,7 +34,8 @@ def read_prompt_ids(path: Path, tokenizer_dir: str | None, vocab_size: int) -> l
                 raise UserError(f"{where}: has neither prompt_ids nor prompt, messages or text")
             if reader is None:
                 raise UserError(f"{where}: holds text, which needs <tokenizer>")
-            record = {"prompt_ids": reader.ids(record, where)}
+            with reading_file(where):
+                record = {"prompt_ids": reader.ids(record, where)}
         prompts.append(ids(record, "prompt_ids", vocab_size, where))
     if not prompts:
         raise UserError(f"<prompts> {path}: holds no prompt")

@@ -27,6 +27,11 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.parallel.context import ContextShard
 from megatron_eagle.teacher.aux_hidden import BaseOutputs
+from megatron_eagle.training.data_record import (
+    document_record,
+    indexed_record,
+    note_training_data,
+)
 from megatron_eagle.training.token_counts import TrainingBlend, count_tokens
 
 
@@ -54,6 +59,7 @@ class DatasetProvider:
             documents = training_documents(self.options, self.base)
             fitted = FittedDocuments(documents, args.seq_length)
             _tell_what_is_cut(fitted, len(documents.lengths))
+            note_training_data(args, document_record(fitted))
             train = DocumentDataset(fitted, num_samples[0], args.seed, self.options.train.pack)
             if self.options.train.pack:
                 filled = fitted.lengths.sum() / (train.samples_per_epoch * args.seq_length)
@@ -63,6 +69,8 @@ class DatasetProvider:
                 )
             return train, None, None
         _refuse_masks_that_would_be_ignored(args)
+        if not args.mock_data:
+            note_training_data(args, indexed_record(TrainingBlend.of(args).prefixes))
         kind = MockGPTDataset if args.mock_data else GPTDataset
         config = gpt_dataset_config(args)
         return tuple(BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config).build())
@@ -107,8 +115,8 @@ def gpt_dataset_config(args: Any) -> GPTDatasetConfig:
     )
 
 
-def next_batch(iterator: Any, steps: int, vocab_size: int) -> EagleBatch:
-    """Take the iterator's next micro-batch, on the host.
+def next_batch(iterator: Any, steps: int, vocab_size: int, every_row: bool = False) -> EagleBatch:
+    """Take the iterator's next micro-batch, on the host; ``every_row`` as in ``EagleBatch.build``.
 
     Raises ``UserError`` for ids that the base does not have: a vocabulary-parallel embedding would
     look them up in another rank's rows without a word.
@@ -122,7 +130,7 @@ def next_batch(iterator: Any, steps: int, vocab_size: int) -> EagleBatch:
             f"--data-path: token id {least if least < 0 else most} is outside the base's "
             f"0 to {vocab_size - 1}; was the data made with another tokenizer?"
         )
-    multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    parts = multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
     context = (mpu.get_context_parallel_rank(), args.context_parallel_size)
     if args.context_parallel_size > 1:
         multiple *= 2 * args.context_parallel_size
@@ -132,6 +140,8 @@ def next_batch(iterator: Any, steps: int, vocab_size: int) -> EagleBatch:
         sample["loss_mask"],
         steps,
         multiple=multiple,
+        parts=parts,
+        every_row=every_row,
         trim=True,
         context=context,
         positions=positions,

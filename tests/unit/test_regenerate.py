@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from megatron_eagle.cli.regenerate import main
 from megatron_eagle.data import regenerate
+from megatron_eagle.data.answer_file import finished_answers
 from megatron_eagle.data.chat.conversations import parse_prompt
-from megatron_eagle.data.regenerate import Generation, finished_ids, read_prompts
+from megatron_eagle.data.regenerate import Generation, read_prompts
 from tests.helpers.tiny_hf import make_base
 
 TEMPLATE = (
@@ -197,7 +198,7 @@ def test_a_killed_run_goes_on(
 def test_a_line_torn_inside_a_character_is_dropped(tmp_path: Path) -> None:
     output = tmp_path / "answers.jsonl"
     output.write_bytes(b'{"id":"p0"}\n{"id":"p1","x":"\xc3')
-    assert finished_ids(output, lambda _: None) == {"p0"}
+    assert finished_answers(output, lambda _: None) == {"p0": {"id": "p0"}}
     assert output.read_bytes() == b'{"id":"p0"}\n'
 
 
@@ -287,4 +288,4 @@ def test_other_mistakes_are_one_line(
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: ") and expected in error
     with pytest.raises(ValueError, match=r"broken.jsonl:2"):
-        finished_ids(broken, lambda _: None)
+        finished_answers(broken, lambda _: None)

@@ -23,7 +23,8 @@ import numpy as np
 from megatron_eagle.checkpoint.atomic import atomic_file
 from megatron_eagle.data.chat.records import RecordOptions, RecordReader
 from megatron_eagle.data.jsonl import FilePiece, parse_lines
-from megatron_eagle.errors import UserError, message_of
+from megatron_eagle.errors import UserError, literal, message_of
+from megatron_eagle.user_files import first_line
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,11 @@ def _stamp(options: RecordOptions) -> list[tuple[str, int, int]]:
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
+def bad_record(error: Exception) -> str:
+    """Return why a record is bad that failed by an exception of a library."""
+    return literal(f"{type(error).__name__}: {first_line(error)}")
+
+
 def write_part(file: Path, reader: RecordReader, content: bytes) -> None:
     """Tokenize the lines of ``content``; write documents, counts and bad lines to ``file``."""
     documents, records = [], 0
@@ -138,8 +144,8 @@ def write_part(file: Path, reader: RecordReader, content: bytes) -> None:
                 raise record
             documents += reader.read(record)
             records += 1
-        except ValueError as error:
-            reason = message_of(error)
+        except Exception as error:  # a record can fail in any way, in templates and tokenizers too
+            reason = message_of(error) if isinstance(error, ValueError) else bad_record(error)
             bad_lines.append(offset)
             bad_reasons.append(reason.replace("\n", " "))
     with atomic_file(file) as scratch, scratch.open("wb") as output:

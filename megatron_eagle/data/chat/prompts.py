@@ -9,6 +9,7 @@ from megatron_eagle.data.chat.conversations import Conversation, parse_prompt
 from megatron_eagle.data.chat.template import ChatTemplate
 from megatron_eagle.data.chat.tokenizer import special_names
 from megatron_eagle.errors import UserError, message_of
+from megatron_eagle.user_files import reading_file
 
 
 def read_prompt(record: Mapping[str, Any], where: str) -> Conversation:
@@ -16,10 +17,11 @@ def read_prompt(record: Mapping[str, Any], where: str) -> Conversation:
 
     Raises ``UserError``, starting with ``where``, for a record that holds none.
     """
-    try:
-        return parse_prompt(record)
-    except ValueError as error:
-        raise UserError(f"{where}: {message_of(error)}") from error
+    with reading_file(where):
+        try:
+            return parse_prompt(record)
+        except ValueError as error:
+            raise UserError(f"{where}: {message_of(error)}") from error
 
 
 class PromptTemplate:
@@ -40,11 +42,12 @@ class PromptTemplate:
         Raises ``UserError``, starting with ``where``, when the template refuses it or leaves
         something of it out.
         """
-        source = self._tokenizer.get_chat_template(None, prompt.tools)
-        if source not in self._templates:
-            self._templates[source] = ChatTemplate(source, special_names(self._tokenizer), {})
-        try:
-            text = self._templates[source].prompt(prompt)
-        except ValueError as error:
-            raise UserError(f"{where}: {message_of(error)}") from error
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+        with reading_file(where):
+            source = self._tokenizer.get_chat_template(None, prompt.tools)
+            if source not in self._templates:
+                self._templates[source] = ChatTemplate(source, special_names(self._tokenizer), {})
+            try:
+                text = self._templates[source].prompt(prompt)
+            except ValueError as error:
+                raise UserError(f"{where}: {message_of(error)}") from error
+            return self._tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -21,6 +21,7 @@ from megatron_eagle.data.chat.template import ChatTemplate
 from megatron_eagle.data.chat.tokenizer import load_tokenizer
 from megatron_eagle.data.jsonl import ids, not_an_object, outside
 from megatron_eagle.errors import UserError, literal
+from megatron_eagle.user_files import reading
 
 FORMS = ("prompt_ids", *CHAT_NAMES, "text")
 """Fields that tell a record's form, the first one first."""
@@ -143,9 +144,7 @@ def _read_template(file: str | None) -> str | None:
     if file is None:
         return None
     path = Path(file)
-    if not path.is_file():
-        raise UserError(f"<chat_template> {file}: no such file")
-    try:
+    with reading("chat_template", file):
+        if not path.is_file():
+            raise UserError(f"<chat_template> {literal(file)}: no such file")
         return path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise UserError(f"<chat_template> {file}: cannot be read: {literal(error)}") from None

@@ -11,7 +11,7 @@ from typing import Any
 
 from megatron_eagle.checkpoint.directory import token_ids
 from megatron_eagle.errors import UserError
-from megatron_eagle.hf.files.safetensors_dir import read_json
+from megatron_eagle.user_files import read_json_object
 
 _FILE = "generation_config.json"
 _KEY = "eos_token_id"
@@ -23,7 +23,7 @@ def end_ids(directory: Path) -> list[int]:
     Raises ``UserError`` naming file and field for ids that are none.
     """
     config = directory / "config.json"
-    return united_ends(read_json(config) if config.is_file() else {}, directory)
+    return united_ends(read_json_object(config) if config.is_file() else {}, directory)
 
 
 def united_ends(config: dict[str, Any], directory: Path) -> list[int]:
@@ -33,7 +33,7 @@ def united_ends(config: dict[str, Any], directory: Path) -> list[int]:
     """
     ends = _ids(config, directory / "config.json")
     generation = directory / _FILE
-    added = _ids(read_json(generation), generation) if generation.is_file() else []
+    added = _ids(read_json_object(generation), generation) if generation.is_file() else []
     return list(dict.fromkeys([*ends, *added]))
 
 

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eagle.errors import UserError, literal
+from megatron_eagle.user_files import reading
 
-LONGEST_REASON = 300
-"""Characters of another library's words that a message shows."""
 _SAFELY: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
 _MARKS = ("trust_remote_code", "custom code")
 """Words of transformers' refusal to run the Python files of a directory."""
@@ -45,16 +44,15 @@ def load_hf_model(directory: str | Path, parameter: str, dtype: Any) -> Any:
 
 @contextmanager
 def _without_code(parameter: str, directory: str | Path) -> Iterator[None]:
-    """Turn every exception inside into a ``UserError``, and say how to do without own code."""
-    source = f"<{parameter}> {literal(directory)}"
-    try:
-        yield
-    except Exception as error:
-        if any(mark in str(error) for mark in _MARKS):
-            raise UserError(
-                f"{source}: needs the Python code beside it, which is never run; make token ids "
-                "(prompt_ids and answer_ids) with a program that you trust to run it"
-            ) from error
-        lines = [*str(error).strip().splitlines(), ""]
-        words = literal(f"{type(error).__name__}: {lines[0]}"[:LONGEST_REASON])
-        raise UserError(f"{source}: cannot be read ({words})") from error
+    """Read inside ``reading``; what needs code of its own is told how to do without."""
+    with reading(parameter, directory):
+        try:
+            yield
+        except Exception as error:
+            if any(mark in str(error) for mark in _MARKS):
+                raise UserError(
+                    f"<{parameter}> {literal(directory)}: needs the Python code beside it, which "
+                    "is never run; make token ids (prompt_ids and answer_ids) with a program that "
+                    "you trust to run it"
+                ) from error
+            raise
