@@ -63,7 +63,10 @@ class DFlash(Algorithm):
     shares_base_head = True
 
     server_method = "dflash"
-    architectures: ClassVar = {name: "DFlashDraftModel" for name in ("hf", "vllm", "sglang")}
+    architectures: ClassVar = {
+        **{name: "DFlashDraftModel" for name in ("hf", "vllm", "sglang")},
+        "speculators": "DFlashSpeculator",
+    }
     refusals: ClassVar = {"trtllm": "TensorRT-LLM does not load block drafts"}
     served_with_mla = False
 

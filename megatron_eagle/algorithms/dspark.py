@@ -24,4 +24,7 @@ class DSpark(DFlash):
     slot_zero_predicts = True
 
     server_method = "dspark"
-    architectures: ClassVar = {name: "Qwen3DSparkModel" for name in ("hf", "vllm", "sglang")}
+    architectures: ClassVar = {
+        **{name: "Qwen3DSparkModel" for name in ("hf", "vllm", "sglang")},
+        "speculators": "DSparkSpeculator",
+    }

@@ -27,6 +27,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.parallel.context import ContextShard
 from megatron_eagle.teacher.aux_hidden import BaseOutputs
+from megatron_eagle.training.numbered import NumberedSamples
 from megatron_eagle.training.token_counts import TrainingBlend, count_tokens
 
 
@@ -46,6 +47,8 @@ class DatasetProvider:
                 f"--train-iters {args.train_iters}"
             )
             train = None
+        if self.options.spec.method.drafts_blocks:
+            train, valid, test = map(NumberedSamples.of, (train, valid, test))
         return train, valid, test
 
     def _datasets(self, num_samples: Sequence[int]) -> tuple:
@@ -108,7 +111,25 @@ def gpt_dataset_config(args: Any) -> GPTDatasetConfig:
 
 
 def next_batch(iterator: Any, steps: int, vocab_size: int) -> EagleBatch:
-    """Take the iterator's next micro-batch, on the host.
+    """Take the iterator's next micro-batch, on the host; raise as :func:`next_sample`."""
+    sample, tokens, multiple, context = next_sample(iterator, vocab_size)
+    batch = EagleBatch.build(
+        tokens,
+        sample["loss_mask"],
+        steps,
+        multiple=multiple,
+        trim=True,
+        context=context,
+        positions=sample["positions"] if get_args().eagle_pack else None,
+    )
+    if "aux_hidden" not in sample:
+        return batch
+    return replace(batch, base_outputs=stored_outputs(sample, batch.tokens.shape[1]))
+
+
+def next_sample(iterator: Any, vocab_size: int) -> tuple[Any, Tensor, int, tuple[int, int]]:
+    """Take the iterator's next micro-batch as its data set gives it: all of it, its tokens [B, S],
+    what a length must be a multiple of, and rank and size of the context-parallel group.
 
     Raises ``UserError`` for ids that the base does not have: a vocabulary-parallel embedding would
     look them up in another rank's rows without a word.
@@ -126,21 +147,15 @@ def next_batch(iterator: Any, steps: int, vocab_size: int) -> EagleBatch:
     context = (mpu.get_context_parallel_rank(), args.context_parallel_size)
     if args.context_parallel_size > 1:
         multiple *= 2 * args.context_parallel_size
-    positions = sample["positions"] if args.eagle_pack else None
-    batch = EagleBatch.build(
-        tokens,
-        sample["loss_mask"],
-        steps,
-        multiple=multiple,
-        trim=True,
-        context=context,
-        positions=positions,
-    )
-    if "aux_hidden" not in sample:
-        return batch
-    shard = ContextShard(batch.tokens.shape[1], *context)
+    return sample, tokens, multiple, context
+
+
+def stored_outputs(sample: Any, length: int) -> BaseOutputs:
+    """Return this rank's part of a micro-batch's stored hidden states, cut at ``length``."""
+    args = get_args()
+    shard = ContextShard(length, mpu.get_context_parallel_rank(), args.context_parallel_size)
     outputs = [_local_rows(sample[name], shard, args) for name in ("aux_hidden", "final_hidden")]
-    return replace(batch, base_outputs=BaseOutputs(*outputs))
+    return BaseOutputs(*outputs)
 
 
 def _local_rows(hidden: Tensor, shard: ContextShard, args: Any) -> Tensor:

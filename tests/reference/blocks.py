@@ -168,6 +168,20 @@ class ReferenceBlocks(nn.Module):
             logits = logits + self.markov_head(previous, outputs)
         return logits
 
+    @torch.no_grad()
+    def draft(self, features: Tensor, prefix: Tensor) -> list[int]:
+        """Greedy drafts behind ``prefix`` [a + 1], whose last token is the anchor, from the
+        captured hidden states [a, A * H] of all others: base ids, chosen from left to right."""
+        c, anchor = self.config, len(prefix) - 1
+        outputs = self.block(features, anchor, prefix[anchor])
+        previous = torch.full((c.block_size,), int(prefix[anchor]))
+        drafts = []
+        for slot in range(c.block_size):
+            token = int(self.vocab_ids[self.logits(outputs, previous)[slot].argmax()])
+            previous[slot + 1 :] = token
+            drafts.append(token)
+        return drafts if c.next_token else drafts[1:]
+
     def judge(
         self, features: Tensor, final: Tensor, tokens: Tensor, anchor: int, count: int
     ) -> dict[str, Any]:

@@ -72,7 +72,7 @@ def _missing_figure(figures: dict[str, Any]) -> str | None:
 
 def model_card(info: DraftInfo, facts: CardFacts, *, fmt: Format, dtype: torch.dtype) -> str:
     """Return README.md of a draft written in ``fmt`` with weights of ``dtype``."""
-    commands = "\n".join(_command(server, info) for server in fmt.servers)
+    commands = "\n".join(_command(server, info) for server in fmt.readers(info))
     rows = "\n".join(f"| {name} | {value} |" for name, value in _rows(info, facts, dtype))
     return f"""---
 tags:
@@ -106,7 +106,7 @@ def _rows(info: DraftInfo, facts: CardFacts, dtype: torch.dtype) -> list[tuple[s
         ("base", f"{info.base.name} ({info.base.family})"),
         ("captured layers (outputs, 0-based)", ", ".join(map(str, info.aux_layers)) or "none"),
         ("draft layers", f"{info.num_layers}, {_attention(info)}"),
-        ("trained for", f"{info.ttt_steps} draft steps"),
+        ("trained for", _trained_for(info)),
         ("training data", _data(info, facts)),
         ("draft vocabulary", vocabulary),
         ("dtype", str(dtype).removeprefix("torch.")),
@@ -122,6 +122,12 @@ def algorithm_name(info: DraftInfo) -> str:
 
 def _attention(info: DraftInfo) -> str:
     return "multi-latent attention" if info.spec.uses_mla else "grouped queries"
+
+
+def _trained_for(info: DraftInfo) -> str:
+    if info.spec.method.drafts_blocks:
+        return f"blocks of {info.spec.slots} slots, {info.ttt_steps} drafts"
+    return f"{info.ttt_steps} draft steps"
 
 
 def _data(info: DraftInfo, facts: CardFacts) -> str:
@@ -151,6 +157,14 @@ def _command(server: str, info: DraftInfo) -> str:
     steps = info.ttt_steps
     method = info.spec.method.server_method
     parallel = ', "parallel_drafting": true' if info.spec.method.parallel_drafting else ""
+    if info.spec.method.drafts_blocks and server == "sglang":
+        # SGLang counts the verified tokens: the newest one and the drafts.
+        return f"""{SERVER_NAMES[server]}:
+
+    python -m sglang.launch_server --model-path BASE \\
+      --speculative-algorithm {method.upper()} --speculative-draft-model-path DRAFT \\
+      --speculative-num-draft-tokens {steps + 1}
+"""
     command = {
         "vllm": f"""    vllm serve BASE --speculative-config \\
       '{{"method": "{method}", "model": "DRAFT", "num_speculative_tokens": {steps}{parallel}}}'

@@ -29,9 +29,17 @@ class Format:
     single_layer: str = "midlayer."
     later_norms: tuple[str, ...] = ("input_layernorm", "hidden_norm")
 
+    def readers(self, info: DraftInfo) -> tuple[str, ...]:
+        """Return the servers that are to read this draft: of a format that several read, those that
+        know its algorithm at all."""
+        if len(self.servers) == 1 or not info.spec.method.drafts_blocks:
+            return self.servers
+        return tuple(name for name in self.servers if name not in info.spec.method.refusals)
+
     def layer_prefix(self, index: int, info: DraftInfo) -> str:
         """Return the prefix of the tensors of layer ``index``."""
-        single = info.num_layers == 1 and not info.spec.method.joins_by_fc
+        method = info.spec.method
+        single = info.num_layers == 1 and not (method.joins_by_fc or method.drafts_blocks)
         return self.single_layer if single else f"layers.{index}."
 
 
@@ -50,6 +58,11 @@ FORMATS = {
         ),
     )
 }
+WITHOUT_BLOCKS = {
+    "vllm": ("mixtral", "glm4_moe"),
+    "sglang": ("qwen2", "qwen2_moe", "mixtral", "glm4_moe"),
+}
+"""Server -> types of bases (model_type) that it captures no hidden states of for block drafts."""
 SERVER_NAMES = {"vllm": "vLLM", "sglang": "SGLang", "trtllm": "TensorRT-LLM"}
 
 
@@ -68,7 +81,7 @@ def _refusal(fmt: Format, info: DraftInfo) -> str | None:
         return reason
     if spec.uses_mla and (reason := _mla_refusal(fmt, info)):
         return reason
-    for server in fmt.servers:
+    for server in fmt.readers(info):
         if reason := spec.method.refusals.get(server):
             return reason
         if reason := _server_refusal(server, info):
@@ -92,8 +105,25 @@ def _mla_refusal(fmt: Format, info: DraftInfo) -> str | None:
     return None
 
 
+def _block_refusal(server: str, info: DraftInfo) -> str | None:
+    """Return the reason why ``server`` cannot run a block draft, or None."""
+    spec, base = info.spec, info.base
+    if base.family in WITHOUT_BLOCKS.get(server, ()):
+        return f"does not run block drafts with a base of type {base.family}"
+    if server == "vllm" and spec.markov is not None and spec.markov[0] != "vanilla":
+        return f"knows no <markov_head> {spec.markov[0]}, only vanilla"
+    if server == "sglang" and info.compressed:
+        return "has no vocabulary map for block drafts: it would draft other tokens"
+    last = base.megatron_args["num_layers"] - 1
+    if server == "sglang" and last in info.aux_layers:
+        return f"does not capture the base's last layer, {last} (<aux_layers>)"
+    return None
+
+
 def _server_refusal(server: str, info: DraftInfo) -> str | None:
     """Return the reason why ``server`` cannot run a draft that reads aux layers, or None."""
+    if info.spec.method.drafts_blocks:
+        return _block_refusal(server, info)
     if server == "vllm" or info.spec.method.reads_final_hidden:
         return None
     if info.spec.norm_before_residual:
