@@ -34,7 +34,7 @@ class DraftBlocks(Protocol):
 
 
 UNROLLED: frozenset[str] = frozenset(
-    {"ttt_steps", "step_decay", "loss", "lk_decay", "attention", "num_experts"}
+    {"ttt_steps", "step_decay", "loss", "attention", "num_experts"}
 )
 """Options of every draft that is unrolled step by step, which block drafts do not have."""
 

@@ -45,7 +45,6 @@ class DFlash(Algorithm):
         "step_decay": f"{_NOT_UNROLLED}; <position_decay> weighs its slots",
         "detach_steps": _NOT_UNROLLED,
         "loss": _OWN_LOSS,
-        "lk_decay": _OWN_LOSS,
         "attention": "has grouped queries: no server reads a block draft of another attention",
         "num_experts": "has dense layers: no server reads a block draft with experts",
         "norm_before_fc": "has a norm behind fc",

@@ -151,14 +151,23 @@ def shape_of(config: BlockConfig) -> BlockShape:
     return BlockShape(config.block_size, 0 if config.next_token else 1)
 
 
+def micro_batch(
+    case: BlockCase, tokens: Tensor, mask: Tensor, positions: Tensor | None, **layout: Any
+) -> BlockBatch:
+    """A micro-batch drafted as the case says."""
+    return BlockBatch.build(
+        tokens, mask, range(len(tokens)), shape_of(case.config), anchors=case.anchors, seed=11,
+        positions=positions, window=case.window, **layout,
+    )  # fmt: skip
+
+
 def build_batch(case: BlockCase, groups: Any = None) -> BlockBatch:
     """The case's micro-batch on this rank; without ``groups`` on a single one."""
     tp, cp, rank = (1, 1, 0) if groups is None else (groups.tp.size(), case.cp, groups.cp.rank())
     parts = tp if case.sequence_parallel else 1
-    return BlockBatch.build(
-        case.tokens, case.loss_mask, range(len(case.tokens)), shape_of(case.config),
-        anchors=case.anchors, seed=11, multiple=parts * (2 * cp if cp > 1 else 1),
-        anchor_multiple=parts, context=(rank, cp), positions=case.positions, window=case.window,
+    return micro_batch(
+        case, case.tokens, case.loss_mask, case.positions,
+        multiple=parts * (2 * cp if cp > 1 else 1), anchor_multiple=parts, context=(rank, cp),
     )  # fmt: skip
 
 
@@ -325,14 +334,33 @@ def drawn_anchors(case: BlockCase, sequence: int, supervised: list[bool]) -> lis
     return draw_anchors(torch.tensor(runs), case.anchors, 11, sequence).tolist()
 
 
-def expectation(case: BlockCase) -> tuple[dict[str, Any], ReferenceBlocks]:
-    """The oracle's sums over all blocks, its loss not yet divided, and the oracle."""
-    reference, steps = reference_of(case), case.config.drafts
-    sums: dict[str, Any] = {
+def no_sums(steps: int) -> dict[str, Any]:
+    """The oracle's sums of no block."""
+    return {
         "loss_sum": torch.zeros(()).double(), "weight": 0.0, "blocks": 0, "expected": 0.0,
         "confidence": 0.0,
         **{name: torch.zeros(steps).double() for name in ("loss", "rows", "hits", "prefix_hits")},
     }  # fmt: skip
+
+
+def add_block(sums: dict[str, Any], judged: dict[str, Any]) -> None:
+    """Add what the oracle says of one block."""
+    weights, hits, count = judged["weights"], judged["hits"].double(), len(judged["hits"])
+    sums["loss_sum"] = sums["loss_sum"] + (weights * judged["total"]).sum()
+    sums["weight"] += float(weights.sum())
+    sums["blocks"] += 1
+    sums["expected"] += float(judged["alpha"].cumprod(0).sum())
+    sums["confidence"] += float((weights * judged["bce"]).sum())
+    sums["loss"][:count] += judged["loss"].detach()
+    sums["rows"][:count] += 1
+    sums["hits"][:count] += hits
+    sums["prefix_hits"][:count] += hits.cumprod(0)
+
+
+def expectation(case: BlockCase) -> tuple[dict[str, Any], ReferenceBlocks]:
+    """The oracle's sums over all blocks, its loss not yet divided, and the oracle."""
+    reference, steps = reference_of(case), case.config.drafts
+    sums = no_sums(steps)
     for row, start, stop in case.documents:
         mask = case.loss_mask[row] > 0
         supervised = [i > start and bool(mask[i - 1]) for i in range(start, stop)]
@@ -348,30 +376,33 @@ def expectation(case: BlockCase) -> tuple[dict[str, Any], ReferenceBlocks]:
                 case.aux[row, start:stop].double(), case.final_hidden[row, start:stop].double(),
                 case.tokens[row, start:stop], anchor - start, count,
             )  # fmt: skip
-            weights, hits = judged["weights"], judged["hits"].double()
-            sums["loss_sum"] = sums["loss_sum"] + (weights * judged["total"]).sum()
-            sums["weight"] += float(weights.sum())
-            sums["blocks"] += 1
-            sums["expected"] += float(judged["alpha"].cumprod(0).sum())
-            sums["confidence"] += float((weights * judged["bce"]).sum())
-            sums["loss"][:count] += judged["loss"].detach()
-            sums["rows"][:count] += 1
-            sums["hits"][:count] += hits
-            sums["prefix_hits"][:count] += hits.cumprod(0)
+            add_block(sums, judged)
     assert sums["blocks"] > 3
     return sums, reference
+
+
+def divisor_of(case: BlockCase, sums: dict[str, Any]) -> float:
+    """What the oracle's loss is divided by."""
+    return sums["blocks"] if case.config.decay is None else sums["weight"]
 
 
 def compare(case: BlockCase, results: list[dict[str, Any]], tolerance: float = TOLERANCE) -> None:
     """Compare loss, sums and every gradient on every rank with the oracle's."""
     sums, reference = expectation(case)
-    by = sums["blocks"] if case.config.decay is None else sums["weight"]
-    loss = sums["loss_sum"] / by
+    loss = sums["loss_sum"] / divisor_of(case, sums)
     loss.backward()
-    grads = {name: p.grad for name, p in reference.named_parameters()}
-    for rank, result in enumerate(results):
+    for result in results:
         close(torch.tensor(result["loss"]), loss.detach(), "loss", tolerance)
         compare_sums(result["sums"], sums, case, tolerance)
+    compare_gradients(case, reference, results, tolerance)
+
+
+def compare_gradients(
+    case: BlockCase, reference: ReferenceBlocks, results: list[dict[str, Any]], tolerance: float
+) -> None:
+    """Compare every gradient on every rank with the oracle's, which has gone backward."""
+    grads: Any = {name: p.grad for name, p in reference.named_parameters()}
+    for rank, result in enumerate(results):
         for name, (sources, kind) in parameter_names(case).items():
             parts = [grads[source] for source in sources]
             whole, rows = own_part(parts, kind, case, result["tp"], result["vocab"])
