@@ -48,6 +48,7 @@ class DFlash(Algorithm):
         "attention": "has grouped queries: no server reads a block draft of another attention",
         "num_experts": "has dense layers: no server reads a block draft with experts",
         "norm_before_fc": "has a norm behind fc",
+        "qk_layernorm": "norms its queries and keys always",
         "norm_before_residual": "does not read the embedding beside the hidden state",
         "mask_out_of_vocab": "is judged by the data's tokens too",
         "init_from_base": "has layers that read projected hidden states, not the base's own",

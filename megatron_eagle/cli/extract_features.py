@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def _extract(args: argparse.Namespace) -> int:
     enable()
     import torch
 
+    from megatron_eagle.checkpoint.atomic import owned_output
     from megatron_eagle.cli.process_groups import start
     from megatron_eagle.data.documents import FittedDocuments, open_documents
     from megatron_eagle.data.features.base_rows import BaseRows
@@ -116,15 +118,16 @@ def _extract(args: argparse.Namespace) -> int:
     )
     first = torch.distributed.get_rank() == 0
     progress = (lambda line: print(line, flush=True)) if first else lambda _: None
-    if first:
-        begin(plan, args.output, total, progress)
-    torch.distributed.barrier()  # a mistake of the first rank's stops the launcher, and all ranks
-    replica = Replica(groups.dp.rank(), groups.dp.size(), groups.ep.size() > 1)
-    extract(BaseRows(exchange), documents, plan, args.output, replica, progress)
-    torch.distributed.barrier()
-    if first:
-        finish(args.output)
-        progress(f"{args.output}: train with --eagle-offline-features {args.output}")
+    with owned_output(args.output, "output") if first else nullcontext():
+        if first:
+            begin(plan, args.output, total, progress)
+        torch.distributed.barrier()  # a mistake of the first rank's stops the launcher, all ranks
+        replica = Replica(groups.dp.rank(), groups.dp.size(), groups.ep.size() > 1)
+        extract(BaseRows(exchange), documents, plan, args.output, replica, progress)
+        torch.distributed.barrier()
+        if first:
+            finish(args.output)
+            progress(f"{args.output}: train with --eagle-offline-features {args.output}")
     return 0
 
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "regenerate": ("regenerate", "Let a model answer prompts, as training data for its draft"),
     "extract-features": ("extract_features", "Store a base's hidden states for offline training"),
     "convert": ("convert", "Export a trained draft in a format that inference servers read"),
+    "verify": ("verify", "Check a base, a draft, features or a data set for damage"),
     "eval": ("evaluate", "Decode speculatively and measure accepted length and speed"),
 }
 """Subcommand: its module in this package, and one line for the help."""

@@ -56,12 +56,18 @@ class DraftSpec:
         "transformer layers of the draft (published dflash and dspark drafts have 5)",
         type=int,
         least=1,
+        most=1000,
     )
     norm_before_fc: bool = option(
         False, "EAGLE-3: one RMSNorm over the concatenated aux layers, in front of fc"
     )
     norm_before_residual: bool = option(
         False, "EAGLE-3: the first layer's residual is the normed hidden state, not the plain one"
+    )
+    qk_layernorm: bool = option(
+        False,
+        "EAGLE-3: an RMSNorm over each head's queries and keys, as Qwen3 has; of the servers, vLLM "
+        "alone reads such drafts",
     )
     mask_token: int | None = option(
         None,
@@ -182,6 +188,11 @@ class DraftSpec:
         return layers
 
     @property
+    def norms_heads(self) -> bool:
+        """Whether the draft norms each head's queries and keys: by option, block drafts always."""
+        return self.qk_layernorm or self.method.drafts_blocks
+
+    @property
     def slots(self) -> int:
         """B, the slots of a block draft's block."""
         return self.block_size or BLOCK_SIZE
@@ -241,6 +252,8 @@ def _check_attention(spec: DraftSpec) -> None:
                 f"{shown(name, getattr(spec, name))}: a draft of <attention> {spec.attention} has "
                 "no such width"
             )
+    if spec.uses_mla and spec.qk_layernorm:
+        raise UserError("<qk_layernorm>: a draft of <attention> mla has norms of its own")
     for name in ("kv_channels", "qk_pos_emb_head_dim"):
         if (getattr(spec, name) or 0) % 2:
             raise UserError(f"{shown(name, getattr(spec, name))} is odd: RoPE turns pairs")

@@ -31,7 +31,7 @@ class TrainOptions:
         metavar="DIR",
     )
     ttt_steps: int = option(
-        3, "K: test-time-training steps the draft is unrolled for", type=int, least=1
+        3, "K: test-time-training steps the draft is unrolled for", type=int, least=1, most=1000
     )
     vocab_map: str | None = option(
         None,

@@ -13,26 +13,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import CheckpointException
 
+from megatron_eagle.checkpoint.base_fields import check_complete
 from megatron_eagle.checkpoint.directory import BaseInfo
+from megatron_eagle.checkpoint.loading import load_sharded
 from megatron_eagle.checkpoint.reader import CheckpointReader
-from megatron_eagle.compat import dist_checkpointing
 from megatron_eagle.draft.block import BlockDraft
 from megatron_eagle.draft.build import build_draft
 from megatron_eagle.draft.layer_config import Rotary, draft_rotary
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.draft.vocab import check_vocab_ids
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, literal
 from megatron_eagle.hf.draft.info import BASE_SIZES, DraftInfo, parse_draft_info
 from megatron_eagle.layers.backend import local_backend
 from megatron_eagle.pipeline.exchange import StageExchange
 from megatron_eagle.pipeline.replicas import as_replica, equal_start
 from megatron_eagle.teacher.base import FrozenBase
-from megatron_eagle.teacher.build import base_config, build_base, reason_of
+from megatron_eagle.teacher.build import base_config, build_base
 from megatron_eagle.teacher.build import load_base as load_base_weights
 from megatron_eagle.teacher.targets import TeacherHead
 from megatron_eagle.teacher.vocab_shards import VocabShards
+from megatron_eagle.user_files import reading
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ def load_base(
     when it cannot be loaded.
     """
     args, groups = base.megatron_args, pg_collection
+    check_complete(args, f"<base_checkpoint> {literal(directory)}")
     ranks, stages, experts = groups.tp.size(), groups.pp.size(), groups.ep.size()
     for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
         if args[name] % ranks:
@@ -110,7 +112,8 @@ def read_draft_info(directory: str | Path, base: BaseInfo) -> DraftCheckpointInf
     """Read the same, and raise ``UserError`` when the draft was trained for a base of other
     dimensions."""
     source = f"<draft> {directory}"
-    about = read_draft(directory, source)
+    with reading("draft", directory):
+        about = read_draft(directory, source)
     for name in (*BASE_SIZES, "vocab_size"):
         trained, given = about.info.base.megatron_args[name], base.megatron_args[name]
         if trained != given:
@@ -155,10 +158,7 @@ def restore(draft: EagleDraft, directory: str | Path, stage: int = 0) -> EagleDr
     and return it. Strict; a collective of all ranks."""
     path = CheckpointReader.open(directory).directory
     sharded = as_replica(draft.sharded_state_dict(prefix="draft."), stage)
-    try:
-        state = dist_checkpointing.load(sharded, str(path))
-    except (Exception, CheckpointException) as error:  # readers fail in many ways
-        raise UserError(f"<draft> {directory}: cannot be loaded: {reason_of(error)}") from error
+    state = load_sharded(sharded, path, f"<draft> {literal(directory)}")
     own = {key.removeprefix("draft."): value for key, value in state.items()}
     missing, _ = draft.load_state_dict(own, strict=False)
     lacking = [key for key in missing if not key.endswith("_extra_state")]

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from megatron_eagle.attention.core import AttentionState
 from megatron_eagle.compat import apply_rotary_pos_emb
-from megatron_eagle.draft.block_layer import block_layer_specs
 from megatron_eagle.draft.features import FeatureProjection
 from megatron_eagle.draft.head import SharedHead, VocabParallelHead
 from megatron_eagle.draft.markov import MarkovHead, Projection
@@ -48,7 +47,7 @@ class BlockDraft(EagleDraft):
         self.hidden_norm = backend.norm(config=config, hidden_size=size, eps=eps)
 
     def _layer_specs(self, backend: LayerBackend) -> list[Any]:
-        return block_layer_specs(backend, self.config)
+        return [backend.layer_spec(self.config) for _ in range(self.config.num_layers)]
 
     def _build_head(self, backend: LayerBackend, base_head: Callable[[], Tensor]) -> None:
         config, shard = self.config, self.shard

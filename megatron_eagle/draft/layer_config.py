@@ -24,7 +24,7 @@ def draft_config(base_config: Any, spec: DraftSpec, moe_aux_loss_coeff: float = 
     """Return the base's TransformerConfig with the draft's depth, widths and experts.
 
     The hidden size is the base's; the MLP is SwiGLU, and there is nothing that EAGLE-3 readers do
-    not know: no biases, windows or sinks, and query and key norms in block drafts alone.
+    not know: no biases, windows or sinks, and query and key norms only as the spec says.
     "core_attn" of ``recompute_modules`` is dropped: the kernels keep no scores for backward, and
     Megatron's own checkpointing cannot carry an attention state.
     """
@@ -33,7 +33,7 @@ def draft_config(base_config: Any, spec: DraftSpec, moe_aux_loss_coeff: float = 
         config.recompute_modules = [m for m in config.recompute_modules if m != "core_attn"]
     config.num_layers = spec.num_layers
     config.pipeline_model_parallel_size = 1  # every stage has all of it
-    config.qk_layernorm = spec.method.drafts_blocks
+    config.qk_layernorm = spec.norms_heads
     if spec.method.drafts_blocks:
         # linear_qkv's weight is used twice, and a fused gradient would hide the second use's.
         config.gradient_accumulation_fusion = False

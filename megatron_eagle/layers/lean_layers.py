@@ -30,11 +30,7 @@ class RMSNorm(torch.nn.RMSNorm):
         """Normalise x; differentiable in x and the weight, no collective."""
         if x.is_cuda:  # PyTorch has a fused kernel
             return super().forward(x)
-        return self.apply_to(x, self.weight)
-
-    def apply_to(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Normalise x by ``weight`` on a CPU."""
-        return _RMSNorm.apply(x, weight, self.eps)
+        return _RMSNorm.apply(x, self.weight, self.eps)
 
 
 class GatedMLP(MLP):

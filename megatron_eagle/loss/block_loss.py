@@ -195,7 +195,7 @@ def _packed(values: Sequence[BlockValues]) -> tuple[Tensor, ...]:
 
 
 class _AtOnce(torch.autograd.Function):
-    """The gradient is made in forward, chunk by chunk; nothing as wide as the vocabulary is kept."""
+    """The gradient is made in forward, chunk by chunk; no softmax outlives its chunk."""
 
     @staticmethod
     def forward(

@@ -100,9 +100,8 @@ class BlockBatch:
         """
         count, length = tokens.shape
         runs = _supervised_runs(loss_mask, positions)
-        drawn = [
-            draw_anchors(row, anchors, seed, sample) for row, sample in zip(runs, samples, strict=True)
-        ]
+        numbered = zip(runs, samples, strict=True)
+        drawn = [draw_anchors(row, anchors, seed, sample) for row, sample in numbered]
         sequence = torch.repeat_interleave(torch.arange(count), torch.tensor(list(map(len, drawn))))
         anchor = torch.cat(drawn)
         judged = (runs[sequence, anchor] - 1).clamp(max=shape.judged)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from megatron_eagle.checkpoint.safe_reading import read_checkpoints_safely
 from megatron_eagle.compat import patch, patch_all, require
 from megatron_eagle.platform.adam import FusedAdam
 
@@ -26,6 +27,7 @@ def apply() -> None:
     allow_sequence_parallel_torch_norm()
     use_checkpointable_adam()
     load_optimizer_state_without_grad()
+    read_checkpoints_safely()
 
 
 def skip_helper_build_without_makefile() -> None:

@@ -6,18 +6,17 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint import CheckpointException
 from torch.nn.functional import silu
 
 from megatron_eagle.attention.mla import patch_mla_layers
 from megatron_eagle.attention.rope import attention_factor, set_attention_factor, set_frequencies
 from megatron_eagle.checkpoint.directory import BaseInfo, resolve_checkpoint
+from megatron_eagle.checkpoint.loading import load_sharded
 from megatron_eagle.compat import (
     GPTModel,
     MLATransformerConfig,
     StrictHandling,
     TransformerConfig,
-    dist_checkpointing,
     quick_gelu,
 )
 from megatron_eagle.errors import UserError
@@ -106,27 +105,16 @@ def load_base(gpt: Any, directory: str | Path, shards: VocabShards | None = None
     """
     where = f"<base_checkpoint> {directory}"
     own = {} if shards is None else shards.sharded_state_dict("vocab_shards.")
-    try:
-        # Megatron calls "unexpected" what the model asks for and the checkpoint does not have.
-        state, _, lacking = dist_checkpointing.load(
-            gpt.sharded_state_dict() | own,
-            str(resolve_checkpoint(directory)),
-            strict=StrictHandling.RETURN_ALL,
-        )
-    except (Exception, CheckpointException) as error:
-        raise UserError(f"{where}: cannot be loaded: {reason_of(error)}") from error
+    # Megatron calls "unexpected" what the model asks for and the checkpoint does not have.
+    state, _, lacking = load_sharded(
+        gpt.sharded_state_dict() | own,
+        resolve_checkpoint(directory),
+        where,
+        strict=StrictHandling.RETURN_ALL,
+    )
     weights = sorted(key for key in lacking if not key.endswith("_extra_state"))
     if weights:
         raise UserError(f"{where}: lacks {weights[0]}")
     if shards is not None:
         shards.load_state_dict({key.split(".")[-1]: state.pop(key) for key in own})
     gpt.load_state_dict(state, strict=False)
-
-
-def reason_of(error: BaseException) -> str:
-    """One line on why a load failed: the first rank's own words, since torch's CheckpointException
-    (no Exception) only lists the ranks."""
-    if isinstance(error, CheckpointException):
-        error = next(iter(error.failures.values()))[0]
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

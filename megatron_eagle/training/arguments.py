@@ -15,15 +15,19 @@ from typing import NoReturn
 
 from megatron.training.arguments import parse_and_validate_args
 
+from megatron_eagle.checkpoint.base_fields import check_complete
 from megatron_eagle.checkpoint.directory import BaseInfo, load_base_json
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.config.flags import add_eagle_flags
-from megatron_eagle.errors import UserError, message_of
+from megatron_eagle.errors import UserError, literal
 from megatron_eagle.hf.base.megatron_args import ABSENT
 from megatron_eagle.platform import is_enabled
 from megatron_eagle.training.base_start import check_base_start
 from megatron_eagle.training.layout import check_layout, check_micro_batches, layout_flags
 from megatron_eagle.training.megatron_flags import megatron_flags
+from megatron_eagle.training.megatron_refusals import check_megatron_flags, in_one_line, saved_to
+from megatron_eagle.training.nan_stop import nan_flags, noted_iterations
+from megatron_eagle.user_files import naming
 
 CPU_FLAGS = [
     *("--distributed-backend", "gloo", "--transformer-impl", "local"),
@@ -65,12 +69,13 @@ def parse_eagle_args(
     """
     base = _base_info(options.train.base_checkpoint)
     _check_supported(argv)
+    check_megatron_flags(argv)
     if "--multi-latent-attention" in argv and "multi_latent_attention" not in base.megatron_args:
         raise UserError("--multi-latent-attention contradicts the base checkpoint, which has none")
     check_layout(argv, base, options)
     check_base_start(options, base)
     sys.argv[1:] = [*_implied_flags(base, options, argv), *argv]
-    args = parse_and_validate_args(extra_args_provider=add_eagle_flags)
+    args = in_one_line(parse_and_validate_args, extra_args_provider=add_eagle_flags)
     _check_dimensions(args, base)
     _check_recompute(args, options)
     if options.train.reads_documents and args.eval_iters:
@@ -102,10 +107,10 @@ def _add_flags_with_printable_help(parser: argparse.ArgumentParser) -> argparse.
 
 def _base_info(directory: str | None) -> BaseInfo:
     assert directory is not None
-    try:
-        return load_base_json(directory)
-    except ValueError as error:
-        raise UserError(f"<base_checkpoint> {message_of(error)}") from error
+    with naming("base_checkpoint"):
+        base = load_base_json(directory)
+    check_complete(base.megatron_args, f"<base_checkpoint> {literal(directory)}")
+    return base
 
 
 def _implied_flags(base: BaseInfo, options: EagleConfig, argv: Sequence[str]) -> list[str]:
@@ -117,6 +122,10 @@ def _implied_flags(base: BaseInfo, options: EagleConfig, argv: Sequence[str]) ->
     if find_spec("fused_weight_gradient_mlp_cuda") is None:  # of Apex
         words += ["--no-gradient-accumulation-fusion"]
     words += layout_flags(argv)
+    save, stages = saved_to(argv)
+    words += nan_flags(argv, noted_iterations(save), stages)
+    if save is not None:
+        words.append("--exit-signal-handler")  # SIGTERM, as schedulers send: save, then exit
     if options.train.reads_documents:
         # The data are token ids, without a validation split.
         words += ["--tokenizer-type", "NullTokenizer", "--eval-iters", "0"]

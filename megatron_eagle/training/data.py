@@ -27,6 +27,11 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.parallel.context import ContextShard
 from megatron_eagle.teacher.aux_hidden import BaseOutputs
+from megatron_eagle.training.data_record import (
+    document_record,
+    indexed_record,
+    note_training_data,
+)
 from megatron_eagle.training.numbered import NumberedSamples
 from megatron_eagle.training.token_counts import TrainingBlend, count_tokens
 
@@ -57,6 +62,7 @@ class DatasetProvider:
             documents = training_documents(self.options, self.base)
             fitted = FittedDocuments(documents, args.seq_length)
             _tell_what_is_cut(fitted, len(documents.lengths))
+            note_training_data(args, document_record(fitted))
             train = DocumentDataset(fitted, num_samples[0], args.seed, self.options.train.pack)
             if self.options.train.pack:
                 filled = fitted.lengths.sum() / (train.samples_per_epoch * args.seq_length)
@@ -66,6 +72,8 @@ class DatasetProvider:
                 )
             return train, None, None
         _refuse_masks_that_would_be_ignored(args)
+        if not args.mock_data:
+            note_training_data(args, indexed_record(TrainingBlend.of(args).prefixes))
         kind = MockGPTDataset if args.mock_data else GPTDataset
         config = gpt_dataset_config(args)
         return tuple(BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config).build())
@@ -110,17 +118,21 @@ def gpt_dataset_config(args: Any) -> GPTDatasetConfig:
     )
 
 
-def next_batch(iterator: Any, steps: int, vocab_size: int) -> EagleBatch:
-    """Take the iterator's next micro-batch, on the host; raise as :func:`next_sample`."""
+def next_batch(iterator: Any, steps: int, vocab_size: int, every_row: bool = False) -> EagleBatch:
+    """Take the iterator's next micro-batch, on the host; raise as :func:`next_sample`.
+    ``every_row`` as in ``EagleBatch.build``."""
     sample, tokens, multiple, context = next_sample(iterator, vocab_size)
+    args = get_args()
     batch = EagleBatch.build(
         tokens,
         sample["loss_mask"],
         steps,
         multiple=multiple,
+        parts=args.tensor_model_parallel_size if args.sequence_parallel else 1,
+        every_row=every_row,
         trim=True,
         context=context,
-        positions=sample["positions"] if get_args().eagle_pack else None,
+        positions=sample["positions"] if args.eagle_pack else None,
     )
     if "aux_hidden" not in sample:
         return batch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 from megatron_eagle.compat import patch, require
 from megatron_eagle.errors import UserError
 
+logger = logging.getLogger("megatron_eagle")
 _TRAINING_LOG = "megatron.training.training:training_log"
 
 
@@ -31,6 +33,7 @@ class MetricsLog:
         self._start = time.monotonic()
         self._interval: list[dict[str, Tensor]] = []
         self._rows = 0
+        self._has_warned = False
 
     def attach(self) -> None:
         """Attach to Megatron's trainer; call this before ``pretrain()``.
@@ -76,10 +79,25 @@ class MetricsLog:
         self.write(line)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line; on other ranks than the last do nothing."""
-        if _is_last_rank():
+        """Append a line; on other ranks than the last do nothing.
+
+        Training is worth more than its log: what cannot be written is left out, with a warning the
+        first time.
+        """
+        if not _is_last_rank():
+            return
+        try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            if not self._has_warned:
+                logger.warning(
+                    "--eagle-log-file %s: cannot be written (%s); training goes on without the "
+                    "lines that do not fit",
+                    self.path,
+                    error.strerror,
+                )
+            self._has_warned = True
 
 
 def _is_last_rank() -> bool:

@@ -40,7 +40,9 @@ class ForwardStep:
         """Read the next micro-batch, on the host."""
         if self.options.spec.method.drafts_blocks:
             return next_block_batch(iterator, self.options, self.vocab_size)
-        return next_batch(iterator, self.options.train.ttt_steps, self.vocab_size)
+        # A MoE draft balances its experts over all tokens.
+        every_row = self.options.spec.num_experts is not None
+        return next_batch(iterator, self.options.train.ttt_steps, self.vocab_size, every_row)
 
     def loss(self, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the sum of losses, what it is divided by (the tokens supervised at step 0), and

@@ -309,15 +309,15 @@ def _run(case: BlockCase, groups: Any) -> dict[str, Any]:
     sums = BlockSums.unpack(packed)
     by = divisor(sums, model.options.blocks())
     (loss / by).backward()
-    for parameter in model.draft.parameters():
+    for name, parameter in model.draft.named_parameters():
         if not parameter.requires_grad:
             continue
         torch.distributed.all_reduce(parameter.grad, group=groups.cp)
         shared = getattr(parameter, "sequence_parallel", False) and case.sequence_parallel
-        averaged = getattr(parameter, "average_gradients_across_tp_domain", False)
-        if shared or averaged:
+        # As Megatron's finalize_model_grads does, by the model's own configuration.
+        of_heads = model.config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name)
+        if shared or of_heads:
             torch.distributed.all_reduce(parameter.grad, group=groups.tp)
-            parameter.grad /= groups.tp.size() if averaged else 1
     shard = model.draft.shard
     return {
         "loss": float(total / by),

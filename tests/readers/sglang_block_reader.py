@@ -101,6 +101,7 @@ def attention(*args: Any, **fields: Any) -> layers.Attention:
 
 
 MORE: dict[str, dict[str, Any]] = {
+    f"{LAYERS}.logits_processor": {"LogitsProcessorOutput": Struct},
     f"{LAYERS}.radix_attention": {"RadixAttention": attention, "AttentionType": AttentionType},
     f"{MODELS}.utils": {"apply_qk_norm": apply_qk_norm},
     f"{SPECULATIVE}.ragged_verify": {

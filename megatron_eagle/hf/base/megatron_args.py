@@ -74,7 +74,7 @@ def megatron_args(config: dict[str, Any], family: Family, source: str) -> dict[s
         "add_bias_linear": bias["output_bias"] or bias["mlp_bias"],
         "add_qkv_bias": bias["qkv_bias"],
         "qk_layernorm": family.fixed.get("qk_norm", switch(config, "use_qk_norm", source)),
-        "untie_embeddings_and_output_weights": not config.get("tie_word_embeddings", False),
+        "untie_embeddings_and_output_weights": not switch(config, "tie_word_embeddings", source),
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
         "vocab_size": size(config, "vocab_size", source),

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_eagle.checkpoint.atomic import atomic_dir, check_unused
+from megatron_eagle.checkpoint.atomic import atomic_dir, check_unused, owned_output
 from megatron_eagle.checkpoint.directory import TRACKER_NAME
 from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.checkpoint.writer import Chunk, write_torch_dist
@@ -121,11 +121,12 @@ def write_draft_checkpoint(stored: StoredDraft, save: Path) -> None:
     It holds no optimizer and loads at any parallel layout. Memory: the largest tensor. Raises
     ``UserError`` when ``save`` is in use.
     """
-    check_unused(save, "save")
-    with atomic_dir(save) as scratch:
-        states = {f"{name}/shard_0_1": None for name in _extra_states(stored.info)}
-        write_torch_dist(scratch / RELEASE, list(_chunks(stored)), COMMON_STATE, states)
-        (scratch / TRACKER_NAME).write_text(RELEASE, encoding="utf-8")
+    with owned_output(save, "save"):
+        check_unused(save, "save")
+        with atomic_dir(save) as scratch:
+            states = {f"{name}/shard_0_1": None for name in _extra_states(stored.info)}
+            write_torch_dist(scratch / RELEASE, list(_chunks(stored)), COMMON_STATE, states)
+            (scratch / TRACKER_NAME).write_text(RELEASE, encoding="utf-8")
 
 
 def _chunks(stored: StoredDraft) -> Iterator[Chunk]:

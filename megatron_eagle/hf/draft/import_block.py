@@ -73,10 +73,9 @@ def _info(
     parsed: HfBlockDraft, base: BaseInfo, chosen: tuple[int, ...] | None, source: str
 ) -> DraftInfo:
     draft, layers = parsed.draft, base.megatron_args["num_layers"]
-    if draft.aux_layers is not None and chosen not in (None, draft.aux_layers):
-        raise UserError(
-            f"{source}: reads aux layers {list(draft.aux_layers)}, not {list(chosen or ())}"
-        )
+    named = parsed.aux_layers
+    if named is not None and chosen not in (None, named):
+        raise UserError(f"{source}: reads aux layers {list(named)}, not {list(chosen or ())}")
     heads = {}
     if parsed.markov is not None:
         heads = dict(zip(("markov_head", "markov_rank"), parsed.markov, strict=True))
@@ -85,7 +84,7 @@ def _info(
     try:
         spec = DraftSpec(
             algorithm=parsed.algorithm,
-            aux_layers=draft.aux_layers or chosen,
+            aux_layers=named or chosen,
             num_layers=draft.num_layers,
             draft_vocab_size=draft.draft_vocab_size if compressed else None,
             mask_token=parsed.mask_token,

@@ -32,6 +32,8 @@ from megatron_eagle.hf.draft.info import DraftInfo
 from megatron_eagle.hf.draft.names import draft_entries
 from megatron_eagle.hf.draft.parse_block import is_block_config
 from megatron_eagle.hf.draft.parse_config import HfDraft, parse_hf_draft
+from megatron_eagle.hf.draft.servers import outputs_of_inner_ids
+from megatron_eagle.user_files import reading
 
 
 def open_hf_draft(
@@ -41,6 +43,7 @@ def open_hf_draft(
     aux_layers: tuple[int, ...] | None = None,
     adapt: bool = False,
     base_directory: str | Path | None = None,
+    parameter: str = "hf",
 ) -> StoredDraft:
     """Check the draft in ``directory`` against ``base``, from headers; read nothing large yet.
 
@@ -51,20 +54,39 @@ def open_hf_draft(
         adapt: accept a draft whose rotary embedding, norm epsilon or token embedding is not the
             base's.
         base_directory: the base's checkpoint, to compare the embedding with; None skips that.
+        parameter: that ``directory`` is the value of, for errors.
 
     Raises:
         UserError: with the file at fault.
     """
-    files = DraftFiles.open(directory)
-    if is_block_config(files.config):
-        return open_block_draft(
-            files, base, aux_layers=aux_layers, adapt=adapt, base_directory=base_directory
+    with reading(parameter, directory):
+        files = DraftFiles.open(directory)
+        if is_block_config(files.config):
+            return open_block_draft(
+                files, base, aux_layers=aux_layers, adapt=adapt, base_directory=base_directory
+            )
+        return _open(
+            files,
+            base,
+            chosen=aux_layers,
+            adapt=adapt,
+            base_directory=base_directory,
         )
+
+
+def _open(
+    files: DraftFiles,
+    base: BaseInfo,
+    *,
+    chosen: tuple[int, ...] | None,
+    adapt: bool,
+    base_directory: str | Path | None,
+) -> StoredDraft:
     source = str(files.path / "config.json")
     draft = parse_hf_draft(files.config, files.shapes, source)
     check_base(draft, base, source=source, adapt=adapt)
     algorithm = _algorithm(draft, source)
-    aux_layers = _aux_layers(draft, base, algorithm=algorithm, chosen=aux_layers, source=source)
+    aux_layers = _aux_layers(draft, base, algorithm=algorithm, chosen=chosen, source=source)
     info = _info(draft, base, algorithm=algorithm, aux_layers=aux_layers, source=source)
     order, vocab_ids = read_vocabulary(files, draft)
     entries = draft_entries(info, fmt_of(files))
@@ -101,16 +123,37 @@ def _aux_layers(
                 f"{source}: an {algorithm.title} draft reads no aux layers, not {list(chosen)}"
             )
         return ()
-    if draft.aux_layers is not None and chosen not in (None, draft.aux_layers):
-        raise UserError(
-            f"{source}: reads aux layers {list(draft.aux_layers)}, not {list(chosen or ())}"
-        )
-    aux_layers = draft.aux_layers or DraftSpec(aux_layers=chosen).aux_layers_of(layers)
+    named = _named_aux_layers(draft, base, source)
+    if named is not None and chosen not in (None, named):
+        raise UserError(f"{source}: reads aux layers {list(named)}, not {list(chosen or ())}")
+    aux_layers = named or DraftSpec(aux_layers=chosen).aux_layers_of(layers)
     if aux_layers[-1] >= layers:
         raise UserError(
             f"{source}: reads aux layer {aux_layers[-1]}, the base {base.name} has {layers} layers"
         )
     return aux_layers
+
+
+def _named_aux_layers(draft: HfDraft, base: BaseInfo, source: str) -> tuple[int, ...] | None:
+    """Return the layers whose outputs servers would capture for this draft, or None where
+    config.json names none."""
+    inner, outer = draft.inner_ids, draft.outer_ids
+    outputs = [] if inner is None else outputs_of_inner_ids(base, inner)
+    of_outer = [] if outer is None else [i - 1 for i in outer]
+    # convert's format hf keeps to one convention beside every base.
+    if inner is not None and of_outer == list(inner):
+        outputs = of_outer
+    if outputs and of_outer and outputs != of_outer:
+        raise UserError(
+            f"{source}: eagle_aux_hidden_state_layer_ids {list(outer or ())} and that of "
+            f"eagle_config, {list(inner or ())}, name different layers"
+        )
+    aux_layers = outputs or of_outer
+    if aux_layers and aux_layers[0] < 0:
+        raise UserError(
+            f"{source}: aux layers must ascend and be outputs of layers, found {aux_layers}"
+        )
+    return tuple(aux_layers) or None
 
 
 def _info(
@@ -131,6 +174,7 @@ def _info(
             draft_vocab_size=draft.draft_vocab_size if compressed else None,
             norm_before_fc=draft.norm_before_fc,
             norm_before_residual=draft.norm_before_residual,
+            qk_layernorm=draft.qk_layernorm,
             **widths_of(draft, base),
         )
         layer_widths(spec, base.megatron_args)

@@ -27,11 +27,13 @@ _SPECULATORS = ("dflash", "dspark")
 class HfBlockDraft:
     """Hold the fields of config.json, each in one spelling.
 
-    ``draft``: what it has in common with other drafts. ``markov``: kind and rank.
+    ``draft``: what it has in common with other drafts. ``aux_layers``: ids of outputs, None where
+    the file names none. ``markov``: kind and rank.
     """
 
     algorithm: str
     draft: HfDraft
+    aux_layers: tuple[int, ...] | None
     block_size: int
     mask_token: int
     markov: tuple[str, int] | None
@@ -71,11 +73,13 @@ def parse_block_draft(config: dict[str, Any], source: str) -> HfBlockDraft:
         num_layers=size(layer, "num_hidden_layers", source),
         norm_epsilon=number(layer, "rms_norm_eps", source, 1e-6),
         rope=comparable_rope(layer, source),
-        aux_layers=_aux_layers(config, inner, nested, source),
+        inner_ids=None,
+        outer_ids=None,
         fc_norm=False,
         norm_output=False,
         norm_before_fc=False,
         norm_before_residual=False,
+        qk_layernorm=False,
     )
     mask = inner.get("mask_token_id", config.get("mask_token_id"))
     if type(mask) is not int or mask < 0:
@@ -88,6 +92,7 @@ def parse_block_draft(config: dict[str, Any], source: str) -> HfBlockDraft:
     return HfBlockDraft(
         algorithm=algorithm,
         draft=common,
+        aux_layers=_aux_layers(config, inner, nested, source),
         block_size=block_size,
         mask_token=mask,
         markov=_markov(config, source) if dspark else None,
