@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from megatron.core.dist_checkpointing.validation import StrictHandling
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
@@ -92,6 +93,9 @@ _PATHS = {
     "TopKRouter": "megatron.core.transformer.moe.router:TopKRouter",
     "MLATransformerConfig": "megatron.core.transformer:MLATransformerConfig",
     "TransformerConfig": "megatron.core.transformer:TransformerConfig",
+    "apply_rotary_pos_emb": (
+        "megatron.core.models.common.embeddings.rope_utils:apply_rotary_pos_emb"
+    ),
     "apply_factories": "megatron.core.dist_checkpointing.mapping:apply_factories",
     "backward_step": "megatron.core.pipeline_parallel.schedules:backward_step",
     "build_module": "megatron.core.transformer.spec_utils:build_module",

@@ -36,6 +36,10 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "Unroll and loss": (
         "ttt-steps", "step-decay", "detach-steps", "loss", "lk-decay", "regression-weight",
     ),
+    "Block drafts (dflash, dspark)": (
+        "block-size", "anchors", "position-weights", "position-decay", "ce-weight", "kl-weight",
+        "l1-weight", "markov-head", "markov-rank", "confidence-head", "confidence-weight",
+    ),
     "Training data": ("train-data", "offline-features", "pack"),
     "Memory against time": ("loss-chunk-mib", "logits-budget-mib", "teacher-memory", "compile"),
     "Evaluation while training": (

@@ -34,6 +34,7 @@ from megatron_eagle.cli.boundary import (
 from megatron_eagle.errors import UserError
 
 NO_DRAFT = "none"
+CHAIN = 3
 LAYOUT = {
     "--tensor-model-parallel-size": "default: all processes that the other sizes leave",
     "--pipeline-model-parallel-size": "layers it does not divide evenly go to the first stage",
@@ -75,7 +76,11 @@ def _parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--tokenizer", metavar="DIR", help="Hugging Face directory, for text prompts"
     )
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--draft-tokens", type=int, default=3, help="drafted per verification")
+    parser.add_argument(
+        "--draft-tokens",
+        type=int,
+        help=f"drafted per verification (default: {CHAIN}; of a block draft all of a block)",
+    )
     parser.add_argument("--limit", type=int, help="use only the first prompts")
     parser.add_argument(
         "--batch-size", type=int, default=16,
@@ -122,6 +127,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     base = load_base_json(args.base)
     prompts = read_prompt_ids(args.prompts, args.tokenizer, base.vocab_size)[: args.limit]
     about = None if args.draft == NO_DRAFT else read_draft_info(args.draft, base)
+    args.draft_tokens = args.draft_tokens or _draft_tokens(about)
     card = None if args.card is None else ExportedCard.of(args.card, args.draft)
     sizes = sizes_without_trainer(base, **{name: getattr(args, name) for name in SIZES})
     groups = start(args.seed, **sizes)
@@ -150,6 +156,12 @@ def _evaluate(args: argparse.Namespace) -> int:
         if card is not None and not report.mismatches:
             card.write({**report.as_dict(), **_settings(args)})
     return 1 if report.mismatches else 0
+
+
+def _draft_tokens(about: Any) -> int:
+    """Return how many tokens are drafted at a time if the user does not say."""
+    spec = None if about is None else about.info.spec
+    return spec.block_drafts if spec is not None and spec.method.drafts_blocks else CHAIN
 
 
 def _present(args: argparse.Namespace, report: Any, sizes: dict[str, Any]) -> None:

@@ -127,6 +127,6 @@ def _pretrain(
         pretrain_cfg_container_from_args(args),
         DatasetProvider(options, base),
         ModelType.encoder_or_decoder,
-        ForwardStep(options, base.vocab_size),
+        ForwardStep(options, base.vocab_size, args.global_batch_size),
         model_provider=ModelBuilder(options, base, vocab_ids, stored),
     )

@@ -124,7 +124,7 @@ class ModelBuilder:
         """Return the description of the draft that this run trains."""
         options = self.options
         spec = resolved_spec(options.spec, self.base, aux_layers, self.vocab_ids.numel())
-        return DraftInfo(spec, self.base, options.train.ttt_steps)
+        return DraftInfo(spec, self.base, options.steps)
 
     def _start_as_base(self, draft: EagleDraft, layer_sizes: Callable[[], Tensor]) -> None:
         assert self.options.train.base_checkpoint is not None

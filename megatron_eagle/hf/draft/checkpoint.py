@@ -169,7 +169,7 @@ def _extra_states(info: DraftInfo) -> list[str]:
         for i in range(info.num_layers)
         for module in modules
     ]
-    head = [] if info.spec.method.shares_base_head else ["draft.lm_head._extra_state"]
+    head = ["draft.lm_head._extra_state"] if info.stores_head else []
     return [*head, *layers]
 
 
