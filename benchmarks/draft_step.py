@@ -87,9 +87,13 @@ def build(problem: Problem, device: str, options: dict[str, Any]) -> tuple[Draft
     model = build_model(case)
     to_benchmark_dtype(model, device, DTYPES[problem.dtype])
     world = model.base.tp_group.size()
-    batch = EagleBatch.build(inputs.tokens, inputs.loss_mask, problem.ttt, multiple=world).to(
-        device
-    )
+    batch = EagleBatch.build(
+        inputs.tokens,
+        inputs.loss_mask,
+        problem.ttt,
+        multiple=world,
+        parts=world if case.sequence_parallel else 1,
+    ).to(device)
     base = model.base
     shared = [base.embedding_weight, base.output_weight, case.aux, case.final_hidden]
     resting = [*model.draft.parameters(), *model.draft.buffers(), *shared, batch.tokens]

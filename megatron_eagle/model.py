@@ -11,6 +11,7 @@ target positions.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -25,9 +26,10 @@ from megatron_eagle.loss.registry import row_loss
 from megatron_eagle.loss.soft_cross_entropy import soft_cross_entropy
 from megatron_eagle.loss.statistics import LossSums
 from megatron_eagle.objective.batch import EagleBatch
+from megatron_eagle.objective.inputs import DraftInputs
 from megatron_eagle.objective.metrics import metric_sums, prefix_hits
 from megatron_eagle.objective.regression import hidden_regression
-from megatron_eagle.objective.unroll import DraftInputs, unroll
+from megatron_eagle.objective.unroll import unroll
 from megatron_eagle.pipeline.exchange import StageExchange
 from megatron_eagle.pipeline.replicas import as_replica
 from megatron_eagle.platform.profiling import nvtx_range
@@ -54,7 +56,10 @@ class EagleGPTModel(MegatronModule):
         options: EagleConfig,
         exchange: StageExchange | None = None,
     ) -> None:
-        super().__init__(config=base.config)
+        # Megatron sums gradients by the names of such norms over TP: the draft's, not the base's.
+        config = copy.copy(base.config)
+        config.qk_layernorm = draft.spec.qk_layernorm
+        super().__init__(config=config)
         self.base, self.draft, self.options = base, draft, options
         self.exchange = exchange or StageExchange(base)
         self.pg_collection = base.gpt.pg_collection
@@ -104,7 +109,7 @@ class EagleGPTModel(MegatronModule):
                 self.row_loss,
             )
             extra, regression = self.extra_losses(batch, hidden, target_hidden, sums)
-        prefixes = prefix_hits(hits, batch.step_rows, batch.tokens.numel())
+        prefixes = prefix_hits(hits, batch.step_rows, batch.live.index.numel())
         return loss + extra, metric_sums(sums, prefixes, regression)
 
     def draft_inputs(self, batch: EagleBatch, features: Tensor) -> DraftInputs:
@@ -112,10 +117,9 @@ class EagleGPTModel(MegatronModule):
         return DraftInputs.of(
             self.base,
             self.draft,
-            batch.tokens,
+            batch,
             features,
             steps=self.options.train.ttt_steps,
-            packing=batch.packing,
             mask_embedding=self._mask_embedding(),
         )
 

@@ -19,7 +19,7 @@ WIDTH = 112
 TOPICS: dict[str, tuple[str, ...]] = {
     "The base and the kind of draft": (
         "base-checkpoint", "algorithm", "aux-layers", "norm-before-fc", "norm-before-residual",
-        "mask-token",
+        "qk-layernorm", "mask-token",
     ),
     "The draft's layers": (
         "num-layers", "attention", "ffn-hidden-size", "num-attention-heads", "num-query-groups",

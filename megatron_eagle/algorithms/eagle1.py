@@ -23,6 +23,7 @@ class Eagle1(Algorithm):
         "aux_layers": _READS_FINAL,
         "norm_before_fc": _READS_FINAL,
         "norm_before_residual": "has no norm in front of its first layer",
+        "qk_layernorm": "is a Llama layer to its readers, without norms of queries and keys",
         "draft_vocab_size": _SHARES_HEAD,
         "vocab_map": _SHARES_HEAD,
         "mask_out_of_vocab": _SHARES_HEAD,

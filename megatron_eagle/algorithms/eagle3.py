@@ -17,6 +17,7 @@ class Eagle3(Algorithm):
             "aux_layers",
             "norm_before_fc",
             "norm_before_residual",
+            "qk_layernorm",
             "draft_vocab_size",
             "vocab_map",
             "mask_out_of_vocab",

@@ -13,7 +13,7 @@ query positions, L key positions, d channels of a key, dv of a value.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -30,7 +30,8 @@ class Block:
     """The queries ``query`` of the sequences ``batch`` attend to the keys ``key``.
 
     In a ``causal`` block, which is square, query i sees the keys 0..i of the block. If it is
-    ``reverse`` too, query i sees the block's key i and all later ones.
+    ``reverse`` too, query i sees the block's key i and all later ones. ``keys_of``: the sequences
+    of the keys, if they are not numbered as those of the queries.
     """
 
     query: slice = ALL
@@ -38,6 +39,7 @@ class Block:
     causal: bool = True
     batch: slice = ALL
     reverse: bool = False
+    keys_of: slice | None = None
 
 
 Plan = Sequence[Block]
@@ -52,6 +54,8 @@ def span_plan(
     documents: Sequence[tuple[int, int]] | None = None,
     batch: slice = ALL,
     window: int | None = None,
+    keys_of: slice | None = None,
+    offset: int = 0,
 ) -> list[Block]:
     """Return the plan of this rank's queries against the keys of the whole sequence in order.
 
@@ -61,17 +65,18 @@ def span_plan(
             own document only.
         batch: the sequences that the plan is for.
         window: a query sees itself and the ``window`` - 1 keys before it; at least 2.
+        keys_of: the sequences of the keys, if they are numbered otherwise than in ``batch``.
+        offset: the index of the first query.
     """
     blocks: list[Block] = []
-    offset = 0
     for start, stop in spans:
         for first, last in documents or [(0, stop)]:
             low, high = max(start, first), min(stop, last)
             if low < high:
                 shift = offset - start
-                blocks += _document_blocks(first, low, high, shift, batch, window or high)
+                blocks += _document_blocks(first, low, high, shift, batch, window or high + 1)
         offset += stop - start
-    return blocks
+    return [replace(block, keys_of=keys_of) for block in blocks]
 
 
 def _document_blocks(
@@ -117,7 +122,7 @@ def blocks_forward(
 
     q [B, n, S, d], k [B, g, L, d], v [B, g, L, dv]. Not differentiable by itself; no collective.
     """
-    if len(plan) == 1:
+    if _is_whole(plan, q, k):
         return _forward(q, k, v, scale, plan[0])
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
@@ -146,11 +151,12 @@ def blocks_backward(
     These may be of a larger softmax, of which the plan is a part. Keys that no block touches get
     zeros. No collective.
     """
-    if len(plan) == 1:
+    if _is_whole(plan, q, k):
         return _backward(grad_out, q, k, v, out, lse, scale, plan[0])
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for block in plan:
         batch, queries, keys = block.batch, block.query, block.key
+        sequences = batch if block.keys_of is None else block.keys_of
         part_q, part_k, part_v = _backward(
             grad_out[batch, :, queries],
             *_cut(q, k, v, block),
@@ -160,8 +166,8 @@ def blocks_backward(
             block,
         )
         dq[batch, :, queries] += part_q
-        dk[batch, :, keys] += part_k
-        dv[batch, :, keys] += part_v
+        dk[sequences, :, keys] += part_k
+        dv[sequences, :, keys] += part_v
     return dq, dk, dv
 
 
@@ -242,5 +248,14 @@ def sink_attention(
 
 def _cut(q: Tensor, k: Tensor, v: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
     """Return the queries, keys and values of a block, as views."""
-    batch, keys = block.batch, block.key
-    return q[batch, :, block.query], k[batch, :, keys], v[batch, :, keys]
+    sequences = block.batch if block.keys_of is None else block.keys_of
+    keys = block.key
+    return q[block.batch, :, block.query], k[sequences, :, keys], v[sequences, :, keys]
+
+
+def _is_whole(plan: Plan, q: Tensor, k: Tensor) -> bool:
+    """Return whether the plan is one block of all queries and all keys."""
+    if len(plan) > 1:
+        return False
+    block_q, block_k, _ = _cut(q, k, k, plan[0])
+    return block_q.shape == q.shape and block_k.shape == k.shape

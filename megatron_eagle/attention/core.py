@@ -25,6 +25,8 @@ from megatron_eagle.attention.blocks import (
     sink_attention,
     span_plan,
 )
+from megatron_eagle.attention.live_rows import LiveRows
+from megatron_eagle.attention.packing import Packing
 from megatron_eagle.attention.trunk_branch import trunk_branch_attention
 from megatron_eagle.checkpoint.sharded_tensors import sharded_tensors
 from megatron_eagle.compat import MegatronModule, is_layer_window_attention
@@ -62,12 +64,22 @@ class TrunkBranchState:
     The first call of a layer sets its trunk, every later call adds one branch key per position. Use
     one instance per micro-batch. Under context parallelism the trunk is gathered over ``group``:
     one all-gather per layer, however many steps attend to it (backward: one reduce-scatter). Branch
-    keys are used at their own position only and are not sent. ``plan`` says which positions of the
-    trunk each query sees, if not simply all earlier ones (packed documents).
+    keys are used at their own position only and are not sent. Where sequences are packed, a query
+    sees the trunk of its own document.
+
+    Queries of all rows come at step 0. Layer ``last_layer`` answers those of the ``live`` rows
+    alone, [1, n, N, dv], and every later call brings nothing but live rows, [1, n, N, d].
     """
 
-    def __init__(self, group: ProcessGroup, plan: Plan | None = None) -> None:
-        self._group, self._plan = group, plan
+    def __init__(
+        self,
+        group: ProcessGroup,
+        live: LiveRows,
+        last_layer: int,
+        packing: Packing | None = None,
+    ) -> None:
+        self._group, self._live, self._last_layer = group, live, last_layer
+        self._packing, self._live_plan = packing, live.plan(packing)
         self._keys: dict[int, list[Tensor]] = {}
         self._values: dict[int, list[Tensor]] = {}
 
@@ -85,12 +97,22 @@ class TrunkBranchState:
         assert window is None and sink is None, "drafts have neither"
         keys = self._keys.setdefault(layer, [])
         values = self._values.setdefault(layer, [])
+        plan = self._live_plan
         if not keys:
             key, value = gather_key_value(key, value, self._group)
+            if layer == self._last_layer:
+                query = self._live.take(query.permute(2, 0, 1, 3)).permute(1, 2, 0, 3)
+            else:
+                plan = self._full_plan(key.shape[2])
         keys.append(key)
         values.append(value.contiguous())  # a view would keep the whole of q, k and v
-        plan = self._plan or context_plan(keys[0].shape[2], self._group)
         return trunk_branch_attention(query, keys[0], values[0], keys[1:], values[1:], scale, plan)
+
+    def _full_plan(self, length: int) -> Plan:
+        """Return the plan of all of this rank's queries against ``length`` keys."""
+        if self._packing is None:
+            return context_plan(length, self._group)
+        return self._packing.plan(self._group)
 
 
 def context_plan(length: int, group: ProcessGroup, window: int | None = None) -> Plan:

@@ -34,9 +34,10 @@ class BaseInfo:
 
     ``fingerprint`` identifies the weights among bases of the same dimensions; ``vocab_size`` is
     unpadded; ``hf_config`` is the Hugging Face config.json, without the ``quantization_config`` of
-    weights that were unpacked and with the end tokens of generation_config.json; ``megatron_args``
-    maps the argparse names of all architecture flags that training needs to values; ``rope`` holds
-    the properties of the rotary embedding that have no Megatron flag (see ``attention/rope.py``).
+    weights that were unpacked, with all end tokens, and with some of generation_config.json under
+    that name (see ``hf/base/import_base.py``); ``megatron_args`` maps the argparse names of all
+    architecture flags that training needs to values; ``rope`` holds the properties of the rotary
+    embedding that have no Megatron flag (see ``attention/rope.py``).
     """
 
     family: str
@@ -62,6 +63,14 @@ def token_ids(hf_config: dict[str, Any], key: str) -> list[int]:
     if value is None:
         return []
     return list(value) if isinstance(value, list) else [value]
+
+
+def end_ids(hf_config: dict[str, Any]) -> list[int]:
+    """Return the ids that end an answer in a server: those in ``eos_token_id`` of config.json and
+    of generation_config.json."""
+    generation = hf_config.get("generation_config") or {}
+    ids = [*token_ids(hf_config, "eos_token_id"), *token_ids(generation, "eos_token_id")]
+    return list(dict.fromkeys(ids))
 
 
 def resolve_checkpoint(directory: str | Path) -> Path:

@@ -85,6 +85,10 @@ def _parser(prog: str | None = None) -> argparse.ArgumentParser:
         parser.add_argument(flag, type=int, metavar="N", help=text)
     parser.add_argument("--seed", type=int, default=0, help="of --reinitialize")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument(
+        "--card", type=Path, metavar="DIR",
+        help="write the figures into the model card of this draft's export",
+    )  # fmt: skip
     return parser
 
 
@@ -94,6 +98,9 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"<seed> {args.seed} must be from 0 to {LARGEST_COUNT}")
     if args.reinitialize and args.draft == NO_DRAFT:
         raise UserError(f"<reinitialize> needs <draft> CKPT, not {NO_DRAFT!r}")
+    if args.card is not None and (args.reinitialize or args.draft == NO_DRAFT):
+        other = "<reinitialize>" if args.reinitialize else f"<draft> {NO_DRAFT}"
+        raise UserError(f"<card>: {other} does not measure the trained draft")
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -107,6 +114,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from megatron_eagle.decode.load import fresh_draft, load_base, load_draft, read_draft_info
     from megatron_eagle.decode.prompt_shards import PromptShard, lockstep_groups
     from megatron_eagle.decode.prompts import read_prompt_ids, stop_ids
+    from megatron_eagle.hf.draft.figures import ExportedCard
     from megatron_eagle.pipeline.exchange import StageExchange
     from megatron_eagle.training.layout import sizes_without_trainer
 
@@ -114,6 +122,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     base = load_base_json(args.base)
     prompts = read_prompt_ids(args.prompts, args.tokenizer, base.vocab_size)[: args.limit]
     about = None if args.draft == NO_DRAFT else read_draft_info(args.draft, base)
+    card = None if args.card is None else ExportedCard.of(args.card, args.draft)
     sizes = sizes_without_trainer(base, **{name: getattr(args, name) for name in SIZES})
     groups = start(args.seed, **sizes)
     frozen = load_base(args.base, base, groups, about.info.aux_layers if about else ())
@@ -138,6 +147,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     )
     if first:
         _present(args, report, sizes)
+        if card is not None and not report.mismatches:
+            card.write({**report.as_dict(), **_settings(args)})
     return 1 if report.mismatches else 0
 
 
@@ -152,6 +163,11 @@ def _present(args: argparse.Namespace, report: Any, sizes: dict[str, Any]) -> No
             f"accepted length {report.accepted_length:.3f}: 1 + accepted drafts per verification, "
             f"mean of {figures['verifications']} verifications of {args.draft_tokens} drafts"
         )
+        if report.server_accepted_length != report.accepted_length:
+            print(
+                f"as servers count, drafts behind the end of an answer included: "
+                f"{report.server_accepted_length:.3f}"
+            )
         for name in ("acceptance", "conditional_acceptance"):
             rates = " ".join(f"{rate:.3f}" for rate in figures[name])
             print(f"{name.replace('_', ' ')} per chain position: {rates}")

@@ -54,6 +54,11 @@ class DraftSpec:
     norm_before_residual: bool = option(
         False, "EAGLE-3: the first layer's residual is the normed hidden state, not the plain one"
     )
+    qk_layernorm: bool = option(
+        False,
+        "EAGLE-3: an RMSNorm over each head's queries and keys, as Qwen3 has; of the servers, vLLM "
+        "alone reads such drafts",
+    )
     mask_token: int | None = option(
         None, "P-EAGLE: mask token id; choose a token that texts do not use", type=int, least=0
     )
@@ -191,6 +196,8 @@ def _check_attention(spec: DraftSpec) -> None:
                 f"{shown(name, getattr(spec, name))}: a draft of <attention> {spec.attention} has "
                 "no such width"
             )
+    if spec.uses_mla and spec.qk_layernorm:
+        raise UserError("<qk_layernorm>: a draft of <attention> mla has norms of its own")
     for name in ("kv_channels", "qk_pos_emb_head_dim"):
         if (getattr(spec, name) or 0) % 2:
             raise UserError(f"{shown(name, getattr(spec, name))} is odd: RoPE turns pairs")

@@ -67,6 +67,11 @@ class AcceptanceReport:
         return 1.0 + sum(self.counts.accepted) / max(1, self.counts.verifications)
 
     @property
+    def server_accepted_length(self) -> float:
+        """Return the accepted length by servers' counters, see ``ChainCounts``."""
+        return 1.0 + sum(self.counts.server_accepted) / max(1, self.counts.verifications)
+
+    @property
     def unconditional(self) -> list[float]:
         """Return the acceptance rate per chain position: accepted drafts / all verifications."""
         return [a / max(1, self.counts.verifications) for a in self.counts.accepted]
@@ -93,6 +98,9 @@ class AcceptanceReport:
             "acceptance": self.unconditional,
             "conditional_acceptance": self.conditional,
             "verifications": self.counts.verifications,
+            "accepted": list(self.counts.accepted),
+            "server_accepted": list(self.counts.server_accepted),
+            "server_accepted_length": self.server_accepted_length,
             "prompts": self.prompts,
             "tokens": self.tokens,
             **{f"{name}_seconds": seconds for name, seconds in self.seconds.items()},

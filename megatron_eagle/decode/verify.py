@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_eagle.attention.live_rows import LiveRows
 from megatron_eagle.attention.rope import attention_factor, set_attention_factor
 from megatron_eagle.decode.load import DraftCheckpointInfo, frozen_draft, restore
 from megatron_eagle.draft.layer_config import own_rotary
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.plain_draft import PlainDraft
-from megatron_eagle.objective.unroll import DraftInputs, query_angles, step_outputs
+from megatron_eagle.objective.inputs import DraftInputs, query_angles
+from megatron_eagle.objective.unroll import step_outputs
 from megatron_eagle.teacher.build import base_config
 
 ROWS, STEPS = 24, 4
@@ -81,7 +83,9 @@ def _run(
     rotary = draft.rotary(ROWS + STEPS - 1).to(device)
     inputs = DraftInputs(
         features=features.unsqueeze(1).to(device),
-        embeddings=embeddings[None, :, None].to(device),
+        live=LiveRows.everything(ROWS, 1).to(lambda index: index.to(device)),
+        embeddings=embeddings.to(device),
+        entries=[torch.arange(step, step + ROWS, device=device) for step in range(STEPS)],
         angles=[query_angles(rotary, [(0, ROWS)], step) for step in range(STEPS)],
         mask_embedding=None if mask is None else mask.to(device),
     )

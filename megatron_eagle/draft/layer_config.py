@@ -24,16 +24,16 @@ def draft_config(base_config: Any, spec: DraftSpec, moe_aux_loss_coeff: float = 
     """Return the base's TransformerConfig with the draft's depth, widths and experts.
 
     The hidden size is the base's; the MLP is SwiGLU, and there is nothing that EAGLE-3 readers do
-    not know: no query and key norms of grouped queries, biases, windows or sinks. "core_attn" of
-    ``recompute_modules`` is dropped: the kernels keep no scores for backward, and Megatron's own
-    checkpointing cannot carry an attention state.
+    not know: no biases, windows or sinks, and query and key norms only as the spec says.
+    "core_attn" of ``recompute_modules`` is dropped: the kernels keep no scores for backward, and
+    Megatron's own checkpointing cannot carry an attention state.
     """
     config = copy.copy(base_config)
     if config.recompute_granularity == "selective":
         config.recompute_modules = [m for m in config.recompute_modules if m != "core_attn"]
     config.num_layers = spec.num_layers
     config.pipeline_model_parallel_size = 1  # every stage has all of it
-    config.qk_layernorm = False
+    config.qk_layernorm = spec.qk_layernorm
     config.add_qkv_bias = False
     config.add_bias_linear = False
     config.activation_func = torch.nn.functional.silu

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.attention.core import AttentionState
+from megatron_eagle.attention.live_rows import LiveRows
 from megatron_eagle.attention.mla import MLARotary
 from megatron_eagle.compat import (
     MegatronModule,
@@ -33,6 +34,7 @@ from megatron_eagle.draft.head import SharedHead, VocabParallelHead
 from megatron_eagle.draft.layer import draft_layer_specs
 from megatron_eagle.draft.layer_config import Rotary
 from megatron_eagle.draft.mla import share_rotary
+from megatron_eagle.draft.narrowing import Narrowing
 from megatron_eagle.layers.backend import LayerBackend
 from megatron_eagle.parallel.vocab import VocabShard
 
@@ -85,6 +87,7 @@ class EagleDraft(MegatronModule):
             )
             for number, layer in enumerate(draft_layer_specs(backend, config, spec), start=1)
         )
+        self.narrowing = Narrowing(self.layers[-1], self.tp_group, config.sequence_parallel)
         self.mla_rotary: MLARotary | None = None
         if config.multi_latent_attention:
             self.mla_rotary = share_rotary(self.layers, rotary.factor)
@@ -147,15 +150,21 @@ class EagleDraft(MegatronModule):
         return self.fc(self.fc.summing_gradient(self.concatenate(embedding, hidden)))
 
     def step(
-        self, embedding: Tensor, hidden: Tensor, rotary: Tensor, state: AttentionState
+        self,
+        embedding: Tensor,
+        hidden: Tensor,
+        rotary: Tensor,
+        state: AttentionState,
+        narrow_to: LiveRows | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run one TTT or decoding step.
 
         embedding and hidden [S, B, H] (this rank's part of S under sequence parallelism), rotary
-        [S, 1 or B, 1, d] -> what the head reads and what the next step reads, [S, B, H] each.
+        [S, 1 or B, 1, d] -> what the head reads and what the next step reads, [S, B, H] each. With
+        ``narrow_to`` these are of the N live rows alone, [N, 1, H]; ``state`` must do the same.
         """
         hidden = self.algorithm.layer_input(self, embedding, hidden)
-        with self._at(rotary) as angles:
+        with self._at(rotary) as angles, self.narrowing.to(narrow_to):
             for layer in self.layers:
                 hidden, _ = layer(hidden, attention_mask=state, rotary_pos_emb=angles)
         normed = self.norm(hidden)
@@ -204,4 +213,7 @@ class EagleDraft(MegatronModule):
             sharded |= layer.sharded_state_dict(own, sharded_offsets, metadata)
         if not self.algorithm.shares_base_head:
             sharded[f"{prefix}lm_head.weight"].allow_shape_mismatch = True
+        for name in ("vocab_ids", "metadata"):  # a load in place would change what this draft is
+            entry = sharded[f"{prefix}{name}"]
+            entry.data = entry.data.clone()
         return sharded

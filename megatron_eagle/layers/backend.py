@@ -50,7 +50,8 @@ def local_backend() -> LayerBackend:
             multi_latent_attention=config.multi_latent_attention,
         )
         spec.submodules.sharded_state_dict_keys_map = checkpoint_names(config, spec)
-        return with_eagle_attention(_lean(spec))
+        head_norms = config.qk_layernorm and not config.multi_latent_attention
+        return with_eagle_attention(_lean(spec, head_norms))
 
     return LayerBackend(
         base_spec=local_base_spec,
@@ -91,13 +92,17 @@ def transformer_engine_backend() -> LayerBackend:
     )
 
 
-def _lean(layer_spec: Any) -> Any:
+def _lean(layer_spec: Any, has_head_norms: bool) -> Any:
     """Return ``layer_spec``, changed in place, with the modules of ``lean_layers``.
 
-    Parameters and checkpoint keys stay the same.
+    ``has_head_norms``: whether queries and keys are normed. Parameters and checkpoint keys stay the
+    same.
     """
     layer = layer_spec.submodules
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if has_head_norms:
+        attention = layer.self_attention.submodules
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     if layer.mlp.func == MLP.as_mlp_submodule:
         layer.mlp = partial(GatedMLP.as_mlp_submodule, **layer.mlp.keywords)
     return layer_spec

@@ -19,7 +19,10 @@ Under context parallelism a rank owns the rows p of its two pieces of the sequen
 may lie up to K positions further on, so the pieces of the final hidden state have K rows more: a
 halo.
 
-S sequence, B micro-batch, K TTT steps, M target positions of this rank.
+The draft's layers run whole rows only where later rows read them; from there on they run the rows
+that some step judges (attention/live_rows.py), and these are what ``step_rows`` counts.
+
+S sequence, B micro-batch, K TTT steps, M target positions and N live rows of this rank.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_eagle.attention.live_rows import LiveRows
 from megatron_eagle.attention.packing import Packing
+from megatron_eagle.objective.step_tokens import StepTokens
 from megatron_eagle.parallel.context import ContextShard
 from megatron_eagle.teacher.aux_hidden import BaseOutputs
 
@@ -40,16 +45,20 @@ class EagleBatch:
 
     tokens [B, S], the whole sequences. ``target_rows`` [M]: flat rows of the targets in the final
     hidden [S, B]; under context parallelism in this rank's [S / CP + 2 * K, B], its pieces with
-    their halos. ``step_rows`` [K, M]: flat rows of [S / CP, B] judged at each step. ``step_mask``
-    [K, M] bool: False where that row would lie before the document or on another rank (its entry
-    in ``step_rows`` is then any row, and unused). ``packing``: the documents of packed sequences.
-    ``base_outputs``: the base's outputs for this rank, if they were read from disk.
+    their halos. ``step_rows`` [K, M]: which of the N live rows is judged at each step.
+    ``step_mask`` [K, M] bool: False where that row would lie before the document or on another rank
+    (its entry in ``step_rows`` is then any row, and unused). ``live``: the live rows, and
+    ``step_tokens`` the tokens that they and all others consume. ``packing``: the documents of
+    packed sequences. ``base_outputs``: the base's outputs for this rank, if they were read from
+    disk.
     """
 
     tokens: Tensor
     target_rows: Tensor
     step_rows: Tensor
     step_mask: Tensor
+    live: LiveRows
+    step_tokens: StepTokens
     packing: Packing | None = None
     base_outputs: BaseOutputs | None = None
 
@@ -61,6 +70,8 @@ class EagleBatch:
         steps: int,
         *,
         multiple: int = 1,
+        parts: int = 1,
+        every_row: bool = False,
         trim: bool = False,
         context: tuple[int, int] = (0, 1),
         positions: Tensor | None = None,
@@ -70,8 +81,10 @@ class EagleBatch:
 
         ``trim`` cuts off what follows the last target of all sequences, to a ``multiple`` (of TP
         for sequence parallelism, of 2 * CP for context parallelism): causal layers never look
-        there. ``context`` is this rank and the size of its context-parallel group; ``positions``
-        [B, S] are those of the tokens within their documents, if the sequences are packed.
+        there. Under sequence parallelism ``parts`` is the number of tensor-parallel ranks, which
+        get equally many live rows. With ``every_row`` all rows are live. ``context`` is this rank
+        and the size of its context-parallel group; ``positions`` [B, S] are those of the tokens
+        within their documents, if the sequences are packed.
         """
         batch, length = tokens.shape
         rank, world = context
@@ -87,19 +100,30 @@ class EagleBatch:
         before = target if positions is None else positions[sequence, target]
         shard = ContextShard(length, rank, world)
         targets, halo = (target, sequence, before), steps if world > 1 else 0
-        parts = [
+        pieces = [
             _piece_rows(*targets, span, index, steps, batch, halo)
             for index, span in enumerate(shard.spans)
         ]
-        target_rows, step_rows, step_mask = (torch.cat(x, -1) for x in zip(*parts, strict=True))
-        packing = None if positions is None else Packing.of(positions[:, :length])
-        return cls(tokens[:, :length], target_rows, step_rows, step_mask, packing)
+        target_rows, judged, step_mask = (torch.cat(x, -1) for x in zip(*pieces, strict=True))
+        needed = torch.full((length // world, batch), every_row)
+        needed.view(-1)[judged[step_mask]] = True
+        live = LiveRows.of(needed, shard.spans, parts)
+        return cls(
+            tokens=tokens[:, :length],
+            target_rows=target_rows,
+            step_rows=_places(live)[judged].masked_fill(~step_mask, 0),
+            step_mask=step_mask,
+            live=live,
+            step_tokens=StepTokens.of(live, shard.spans, batch, length, steps),
+            packing=None if positions is None else Packing.of(positions[:, :length]),
+        )
 
     def to(self, device: torch.device | str | int) -> EagleBatch:
         """Copy to ``device`` without blocking the host."""
 
         def move(x: Tensor) -> Tensor:
-            return x.pin_memory().to(device, non_blocking=True) if _on_gpu(device) else x
+            from_host = x.device.type == "cpu" and _on_gpu(device)
+            return x.pin_memory().to(device, non_blocking=True) if from_host else x
 
         packing, outputs = self.packing, self.base_outputs
         return EagleBatch(
@@ -107,6 +131,8 @@ class EagleBatch:
             target_rows=move(self.target_rows),
             step_rows=move(self.step_rows),
             step_mask=move(self.step_mask),
+            live=self.live.to(move),
+            step_tokens=self.step_tokens.to(move),
             packing=None if packing is None else packing.to(move(packing.positions)),
             base_outputs=None
             if outputs is None
@@ -124,7 +150,8 @@ def _piece_rows(
     batch: int,
     halo: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``target_rows``, ``step_rows`` and ``step_mask`` of the targets of the piece ``span``.
+    """Return ``target_rows``, the flat rows of [S / CP, B] that each step judges, and ``step_mask``
+    of the targets of the piece ``span``.
 
     ``index`` counts the rank's pieces; ``before`` is how many tokens precede each target in its
     document.
@@ -138,6 +165,13 @@ def _piece_rows(
     local = row.clamp(start, stop - 1) - start + index * (stop - start)
     final = target - start + index * (stop - start + halo)
     return final * batch + sequence, local * batch + sequence, inside
+
+
+def _places(live: LiveRows) -> Tensor:
+    """Return for every flat row of [S / CP, B] its place among the live rows."""
+    places = torch.zeros(live.total, dtype=torch.int64)
+    places[live.index] = torch.arange(live.index.numel())
+    return places
 
 
 def _on_gpu(device: torch.device | str | int) -> bool:

@@ -58,8 +58,8 @@ def prefix_hits(hits: Tensor, step_rows: Tensor, rows: int) -> Tensor:
     """Count the start rows all of whose steps 0 .. t hit, for each t: [K] fp32.
 
     hits [K, M] bool, False where a row is not supervised: there its prefix ends. ``step_rows``
-    [K, M]: the start row, of ``rows`` on this rank, that each step judges at each target. A start
-    row stays on its rank for all steps. No collective.
+    [K, M]: the start row, of the ``rows`` live ones of this rank, that each step judges at each
+    target. A start row stays on its rank for all steps. No collective.
     """
     alive = torch.ones(rows, device=hits.device)
     counts = []

@@ -22,22 +22,27 @@ class AuxCapture:
     Attributes:
         layers: ids of all aux layers.
         local_layers: ids of those that this pipeline stage holds.
+        enabled: whether the hooks keep anything.
+        handles: of the hooks, to remove them.
     """
 
     def __init__(self, decoder: Any, layers: Sequence[int]) -> None:
         self._captured: dict[int, Tensor] = {}
+        self.enabled = True
         self.layers = tuple(layers)
         held = {layer.layer_number - 1 for layer in decoder.layers}
         self.local_layers = tuple(i for i in self.layers if i in held)
-        for layer in decoder.layers:
-            index = layer.layer_number - 1
-            if index in self.layers:
-                layer.register_forward_hook(self._hook(index))
+        self.handles = [
+            layer.register_forward_hook(self._hook(layer.layer_number - 1))
+            for layer in decoder.layers
+            if layer.layer_number - 1 in self.local_layers
+        ]
 
     def _hook(self, index: int) -> Callable[[Any, Any, Any], None]:
         def capture(_module: Any, _inputs: Any, output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            self._captured[index] = hidden.detach()
+            if self.enabled:
+                hidden = output[0] if isinstance(output, tuple) else output
+                self._captured[index] = hidden.detach()
 
         return capture
 

@@ -13,14 +13,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_eagle.attention.mla import position_rotary
 from megatron_eagle.attention.packing import DocumentAttention, Packing
 from megatron_eagle.compat import MegatronModule, gather_from_sequence_parallel_region
-from megatron_eagle.parallel.collectives import all_gather
 from megatron_eagle.parallel.context import ContextShard, append_halo
 from megatron_eagle.platform.profiling import nvtx_range
 from megatron_eagle.teacher.aux_hidden import AuxCapture, BaseOutputs
+from megatron_eagle.teacher.layer_sizes import random_tokens, typical_rms
 from megatron_eagle.teacher.vocab_shards import VocabShards
 
 
@@ -123,14 +124,10 @@ class FrozenBase(MegatronModule):
         finally:
             self._angles = None
 
-    @torch.no_grad()
     def gather_final(self, final: Tensor, halo: int) -> Tensor:
-        """Gather the final hidden [S', B, H] to the rows by which ``EagleBatch`` counts its
-        targets: whole over TP, and each context-parallel piece with ``halo`` more positions. One
-        all-gather over TP under sequence parallelism, and a small one over CP."""
-        if self.config.sequence_parallel:
-            final = gather_from_sequence_parallel_region(final, group=self.tp_group)
-        return append_halo(final, halo, self.cp_group)
+        """Gather the final hidden [S', B, H], see :func:`gather_final`."""
+        parallel = self.tp_group if self.config.sequence_parallel else None
+        return gather_final(final, halo, parallel, self.cp_group)
 
     @torch.no_grad()
     def rotary(self, length: int) -> Tensor:
@@ -142,26 +139,35 @@ class FrozenBase(MegatronModule):
     def layer_sizes(self, stages: StageForward, length: int = 128) -> Tensor:
         """Measure the typical RMS of each aux layer's output: [A] fp32, the same on every rank.
 
-        Measured on random tokens, which need no data; medians over tokens, since first tokens carry
-        massive activations. Collectives besides the base's own: one all-gather per aux layer over
-        each group that cuts the sequence, so that no layout changes the medians, and one all-reduce
-        over the pipeline ``stages``.
+        Measured on random tokens, see :func:`~megatron_eagle.teacher.layer_sizes.typical_rms`.
+        Collectives besides the base's own: one all-gather per aux layer over each group that cuts
+        the sequence, and one all-reduce over the pipeline ``stages``.
         """
         multiple = 2 * self.cp_group.size() * self.tp_group.size()
-        length = -(-length // multiple) * multiple
-        generator = torch.Generator().manual_seed(0)
-        tokens = torch.randint(self.vocab_size, (1, length), generator=generator)
-        tokens = tokens.to(self.embedding_weight.device)
-        aux_hidden = stages.local_aux_hidden(tokens)
-        sizes = torch.zeros(len(self.capture.layers), device=self.embedding_weight.device)
+        device = self.embedding_weight.device
+        tokens = random_tokens(self.vocab_size, length, multiple).to(device)
         groups = [self.cp_group, *([self.tp_group] if self.config.sequence_parallel else [])]
-        for layer, hidden in aux_hidden.items():
-            rms = hidden.float().square().mean(-1).sqrt().flatten()
-            for group in groups:
-                rms = all_gather(rms, group).flatten()
-            sizes[self.capture.layers.index(layer)] = rms.median()
+        measured = typical_rms(stages.local_aux_hidden(tokens), self.capture.layers, groups)
+        sizes = torch.zeros(len(self.capture.layers), device=device)
+        for layer, size in measured.items():
+            sizes[self.capture.layers.index(layer)] = size
         stages.sum_over_stages(sizes)
         return sizes
+
+
+@torch.no_grad()
+def gather_final(
+    final: Tensor, halo: int, sequence_group: ProcessGroup | None, cp_group: ProcessGroup
+) -> Tensor:
+    """Gather the final hidden [S', B, H] to the rows by which ``EagleBatch`` counts its targets:
+    whole over TP, and each context-parallel piece with ``halo`` more positions.
+
+    ``sequence_group``: the TP group under sequence parallelism, which cuts the tokens. One
+    all-gather over it, and a small one over ``cp_group``. Not differentiable.
+    """
+    if sequence_group is not None:
+        final = gather_from_sequence_parallel_region(final, group=sequence_group)
+    return append_halo(final, halo, cp_group)
 
 
 class StageForward(Protocol):

@@ -1,13 +1,10 @@
 """Look up the base's frozen embedding, once for all TTT steps.
 
 Shape letters: S sequence, B micro-batch, H hidden size, Vp this rank's rows of the base's
-vocabulary, K TTT steps, R runs of positions on this rank; S' is S over the context-parallel and,
-under sequence parallelism, the tensor-parallel ranks.
+vocabulary, K TTT steps, T tensor-parallel ranks, U tokens that a rank looks up.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,35 +20,23 @@ from megatron_eagle.parallel.vocab import VocabShard
 @torch.no_grad()
 def step_embeddings(
     tokens: Tensor,
+    lookup: Tensor,
     weight: Tensor,
     vocab_size: int,
     steps: int,
     group: ProcessGroup,
     sequence_parallel: bool,
-    spans: Sequence[tuple[int, int]] | None = None,
 ) -> Tensor:
-    """Look up the embeddings of x_1 .. x_{S+K-1} in this rank's rows ``weight`` [Vp, H].
+    """Look up the tokens that this rank's TTT steps consume in its rows ``weight`` [Vp, H].
 
-    tokens [B, S] -> [R, S' / R + K - 1, B, H] for the S' positions of this rank, which lie in R
-    runs: the ``spans`` of its context-parallel part (by default one, the whole sequence), each cut
-    over TP under sequence parallelism. Step t consumes entries t .. t + S' / R - 1 of every run.
-    Tokens beyond the sequence read id 0: the positions that consume them are never supervised. One
-    all-reduce over TP, or a reduce-scatter under sequence parallelism. Not differentiable.
+    tokens [B, S]; ``lookup`` [T, U] are flat entries of the tokens padded to [B, S + K], a row per
+    tensor-parallel rank under sequence parallelism, otherwise a single row. Returns this rank's
+    [U, H]. Tokens beyond the sequence read id 0: the positions that consume them are never
+    supervised. One all-reduce over TP, or a reduce-scatter under sequence parallelism. Not
+    differentiable.
     """
-    spans = spans or [(0, tokens.shape[1])]
-    parts = group.size() if sequence_parallel else 1
-    size = (spans[0][1] - spans[0][0]) // parts
-    padded = torch.nn.functional.pad(tokens[:, 1:], (0, steps))  # x_1 .. x_{S+K-1}
-    windows = torch.stack(
-        [
-            padded[:, low : low + size + steps - 1]
-            for start, stop in spans
-            for low in range(start, stop, size)
-        ]
-    )
-    ids = windows.transpose(1, 2).flatten(0, 1)  # [parts * R * (S' / R + K - 1), B]
-    embeddings = _lookup(ids, weight, vocab_size, group, sequence_parallel)
-    return embeddings.unflatten(0, (len(spans), -1))
+    padded = torch.nn.functional.pad(tokens, (0, steps)).flatten()
+    return _lookup(padded[lookup.flatten()], weight, vocab_size, group, sequence_parallel)
 
 
 @torch.no_grad()

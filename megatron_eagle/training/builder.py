@@ -23,6 +23,8 @@ from megatron_eagle.draft.metadata import encode_metadata, resolved_spec, run_me
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.checkpoint import StoredDraft
+from megatron_eagle.hf.draft.info import DraftInfo
+from megatron_eagle.hf.draft.servers import serving_notes
 from megatron_eagle.layers.backend import (
     LayerBackend,
     local_backend,
@@ -112,18 +114,26 @@ class ModelBuilder:
         )
         whole = sum(p.numel() for p in draft.parameters()) * draft.tp_group.size()
         warn_if_disk_is_small(args.save, whole)
+        for note in serving_notes(self._info(aux_layers)):
+            print_rank_0(f"> to be served: {note}")
         if draft.tp_group.size() > 1:
             print_rank_0(self._teacher_size(args, draft.shard.padded_rows))
         return EagleGPTModel(base, draft, self.options, exchange)
+
+    def _info(self, aux_layers: tuple[int, ...]) -> DraftInfo:
+        """Return the description of the draft that this run trains."""
+        options = self.options
+        spec = resolved_spec(options.spec, self.base, aux_layers, self.vocab_ids.numel())
+        return DraftInfo(spec, self.base, options.train.ttt_steps)
 
     def _start_as_base(self, draft: EagleDraft, layer_sizes: Callable[[], Tensor]) -> None:
         assert self.options.train.base_checkpoint is not None
         layers = self.options.spec.num_layers
         print_rank_0(f"> starting from the base's last layer{'s' * (layers > 1)}")
-        if lost := left_out(self.base):
-            print_rank_0(f"> ... without their {lost}, which a draft has not")
+        if lost := left_out(self.base, self.options.spec):
+            print_rank_0(f"> ... without their {lost}, which this draft has not")
         start = BaseStart(
-            layers, self.base, self.options.train.base_checkpoint, self.vocab_ids.cpu()
+            self.options.spec, self.base, self.options.train.base_checkpoint, self.vocab_ids.cpu()
         )
         load_base_start(draft, start, layer_sizes)
 

@@ -115,8 +115,8 @@ def gpt_dataset_config(args: Any) -> GPTDatasetConfig:
     )
 
 
-def next_batch(iterator: Any, steps: int, vocab_size: int) -> EagleBatch:
-    """Take the iterator's next micro-batch, on the host.
+def next_batch(iterator: Any, steps: int, vocab_size: int, every_row: bool = False) -> EagleBatch:
+    """Take the iterator's next micro-batch, on the host; ``every_row`` as in ``EagleBatch.build``.
 
     Raises ``UserError`` for ids that the base does not have: a vocabulary-parallel embedding would
     look them up in another rank's rows without a word.
@@ -130,7 +130,7 @@ def next_batch(iterator: Any, steps: int, vocab_size: int) -> EagleBatch:
             f"--data-path: token id {least if least < 0 else most} is outside the base's "
             f"0 to {vocab_size - 1}; was the data made with another tokenizer?"
         )
-    multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    parts = multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
     context = (mpu.get_context_parallel_rank(), args.context_parallel_size)
     if args.context_parallel_size > 1:
         multiple *= 2 * args.context_parallel_size
@@ -140,6 +140,8 @@ def next_batch(iterator: Any, steps: int, vocab_size: int) -> EagleBatch:
         sample["loss_mask"],
         steps,
         multiple=multiple,
+        parts=parts,
+        every_row=every_row,
         trim=True,
         context=context,
         positions=positions,

@@ -33,7 +33,9 @@ class ForwardStep:
 
     def read(self, iterator: Any) -> EagleBatch:
         """Read the next micro-batch, on the host."""
-        return next_batch(iterator, self.options.train.ttt_steps, self.vocab_size)
+        # A MoE draft balances its experts over all tokens.
+        every_row = self.options.spec.num_experts is not None
+        return next_batch(iterator, self.options.train.ttt_steps, self.vocab_size, every_row)
 
     def loss(self, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the sum of losses, the tokens supervised at step 0, and the metric sums. Megatron

@@ -20,8 +20,9 @@ def count_micro_batch(rank: int, world: int, case: Case) -> dict[str, Any]:
     model = build_model(case)
     context = (groups.cp.rank(), case.cp)
     batch = EagleBatch.build(
-        case.tokens, case.loss_mask, case.config.ttt_steps, multiple=world, context=context
-    )
+        case.tokens, case.loss_mask, case.config.ttt_steps, multiple=world, context=context,
+        parts=world if case.sequence_parallel else 1,
+    )  # fmt: skip
     model(batch)  # the teacher's rows are fetched once, at the first micro-batch
     with CollectiveCounter() as forward:
         loss, _ = model(batch)
@@ -59,8 +60,9 @@ def test_p_eagle_is_one_pass_of_the_layers() -> None:
 def test_sequence_parallelism_costs_the_collectives_that_are_documented() -> None:
     case, _ = make_case(sequence_parallel=True)
     for found in run_distributed(count_micro_batch, 2, case):
-        # Gathers: the final hidden, qkv and fc1 input of every step, all heads, the loss.
-        assert found["forward"] == {"reduce_scatter_base": 1 + 2 * 3, "allgather_base": 2 * 3 + 3}
+        # Gathers: the final hidden, qkv and fc1 input of every step, the live rows' residual, all
+        # heads, the loss.
+        assert found["forward"] == {"reduce_scatter_base": 1 + 2 * 3, "allgather_base": 2 * 3 + 4}
         assert found["gathered"][-1] == found["targets"] * (4 * 3 + 5)
 
 

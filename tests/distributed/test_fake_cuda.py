@@ -67,7 +67,11 @@ def _train_forward(rank: int, _: int, world: int, sequence_parallel: bool, dtype
         context_parallel_size=1,
         distributed_timeout_minutes=10,
     )
-    batch = EagleBatch.build(torch.zeros(2, 16, dtype=torch.int64), torch.ones(2, 16), 3)
+    mask = torch.ones(2, 16)
+    mask[:, 3:9] = 0
+    batch = EagleBatch.build(
+        torch.zeros(2, 16, dtype=torch.int64), mask, 3, parts=world if sequence_parallel else 1
+    )
     kind = getattr(torch, dtype)
     with (
         mock.patch.object(builder, "get_args", return_value=flags),

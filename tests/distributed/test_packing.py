@@ -94,8 +94,9 @@ def packed_and_alone(rank: int, world: int, layout: dict[str, Any]) -> tuple[Any
     context, steps = (groups.cp.rank(), context_parallel), model.options.train.ttt_steps
 
     def build(tokens: Tensor, mask: Tensor, positions: Tensor | None) -> Any:
+        parts = groups.tp.size() if model.draft.config.sequence_parallel else 1
         return EagleBatch.build(
-            tokens, mask, steps, multiple=4, context=context, positions=positions
+            tokens, mask, steps, multiple=4, parts=parts, context=context, positions=positions
         )
 
     singles = []

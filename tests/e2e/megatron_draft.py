@@ -35,7 +35,9 @@ def _logits(
 
     from megatron_eagle.checkpoint.directory import resolve_checkpoint
     from megatron_eagle.checkpoint.reader import CheckpointReader
-    from megatron_eagle.objective.unroll import DraftInputs, step_outputs
+    from megatron_eagle.objective.batch import EagleBatch
+    from megatron_eagle.objective.inputs import DraftInputs
+    from megatron_eagle.objective.unroll import step_outputs
 
     ids = CheckpointReader.open(checkpoint).load(["draft.vocab_ids"])["draft.vocab_ids"]
     model = build_model(_blank_case(embedding, tokens, features, ids, steps))
@@ -44,10 +46,11 @@ def _logits(
     model.load_state_dict(state["model"], strict=False)
     with torch.no_grad():
         rows = features.transpose(0, 1).contiguous()
-        inputs = DraftInputs.of(model.base, model.draft, tokens, rows, steps=steps)
+        batch = EagleBatch.build(tokens, torch.zeros(tokens.shape), steps, every_row=True)
+        inputs = DraftInputs.of(model.base, model.draft, batch, rows, steps=steps)
         outputs = step_outputs(model.draft, inputs)
         logits = [hidden @ model.draft.lm_head().t() for hidden in outputs]
-    return torch.stack(logits).transpose(1, 2)
+    return torch.stack(logits).view(steps, *tokens.shape, -1)
 
 
 def _blank_case(

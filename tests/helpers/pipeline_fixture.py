@@ -54,6 +54,8 @@ class GivenStep:
         return EagleBatch.build(
             tokens, mask, self.case.draft.config.ttt_steps, multiple=multiple, trim=True,
             context=(self.cp_rank, self.case.cp), positions=positions[0] if positions else None,
+            parts=self.case.tp if self.case.sequence_parallel else 1,
+            every_row=self.case.draft.config.num_experts > 0,
         )  # fmt: skip
 
 

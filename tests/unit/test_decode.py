@@ -133,6 +133,7 @@ def test_chain_counts_stop_at_a_miss_and_at_the_end_of_a_sequence() -> None:
     stop = torch.tensor([[0, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]]).bool()
     counts.add(hits, stop, torch.tensor([True, True, True, False]))
     assert (counts.verifications, counts.reached, counts.accepted) == (3, [3, 2, 1], [3, 1, 1])
+    assert counts.server_accepted == [3, 2, 2]  # a server counts the whole chain
 
 
 def test_counts_of_other_prompts_add_up() -> None:
@@ -142,6 +143,7 @@ def test_counts_of_other_prompts_add_up() -> None:
     other.add(torch.ones(3, 2).bool(), torch.zeros(3, 2).bool(), torch.ones(3).bool())
     counts.merge(other)
     assert (counts.verifications, counts.reached, counts.accepted) == (4, [4, 4], [4, 3])
+    assert counts.server_accepted == [4, 3]
 
 
 def test_ranks_that_a_group_links_share_prompts() -> None:

@@ -28,7 +28,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("pipeline",),
     ("model",),
     ("hf",),
-    ("data",),
+    ("data", "attached"),
     ("decode",),
     ("training",),
     ("cli",),
@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     room: {other for other, number in FLOOR.items() if number < floor}
     for room, floor in FLOOR.items()
 }
-MAY_IMPORT["__init__"] = {"config"}  # importing us must not import the trainer
+MAY_IMPORT["__init__"] = {"config", "attached"}  # the second when ``attach`` is asked for
 MAY_IMPORT["testing"] = {"platform"}
 IMPORTS_THE_TRAINER = {"training", "cli", "platform"}
 READS_GLOBAL_STATE = {"training", "cli", "testing"}

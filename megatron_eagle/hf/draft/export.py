@@ -11,7 +11,8 @@ Shapes: D draft vocabulary, V base vocabulary.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ from megatron_eagle.checkpoint.atomic import atomic_dir, checked_output, owned_o
 from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.draft.vocab import check_vocab_ids
 from megatron_eagle.errors import UserError
-from megatron_eagle.hf.draft.card import CardFacts, measured_in_training, model_card
+from megatron_eagle.hf.draft.card import CardFacts, model_card
 from megatron_eagle.hf.draft.checkpoint import read_entries, read_info
 from megatron_eagle.hf.draft.config_json import draft_config_json, is_exported_draft
+from megatron_eagle.hf.draft.figures import measured_in_training
 from megatron_eagle.hf.draft.formats import FORMATS, Format, check_servers
 from megatron_eagle.hf.draft.info import DraftInfo
-from megatron_eagle.hf.draft.names import METADATA, VOCAB_IDS
+from megatron_eagle.hf.draft.names import METADATA, VOCAB_IDS, DraftEntry
 from megatron_eagle.user_files import reading
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,6 +47,8 @@ def export_draft(
     progress: Progress = lambda line: None,
     fmt: Format = FORMATS["hf"],
     data: str | None = None,
+    base_name: str | None = None,
+    base_note: str | None = None,
     evaluation: dict[str, Any] | None = None,
     check: Check = lambda directory: None,
 ) -> DraftInfo:
@@ -61,6 +65,8 @@ def export_draft(
         progress: gets a line before each long step.
         fmt: format to write.
         data: description of the training data, for the model card.
+        base_name: what users of the base type for it; None keeps the name of its import.
+        base_note: which files of the base go with the draft, for the model card.
         evaluation: figures for the model card; None takes those measured while training.
         check: gets the directory of the finished files before the rename; if it raises, nothing is
             left behind.
@@ -74,14 +80,18 @@ def export_draft(
         with reading("load", load):
             checkpoint = CheckpointReader.open(load)
             info = read_info(checkpoint)
-            _check_convertible(info, f"{checkpoint.directory}: {METADATA}")
+            if base_name is not None:
+                info = replace(info, base=replace(info.base, name=base_name))
+            check_convertible(info, f"{checkpoint.directory}: {METADATA}")
             check_servers(fmt, info)
             evaluation = evaluation or measured_in_training(checkpoint.directory)
             progress(f"reading {checkpoint.directory}")
             tensors = convert_tensors(checkpoint, info, dtype=dtype, fmt=fmt)
         size = sum(tensor.nbytes for tensor in tensors.values())
         progress(f"writing {len(tensors)} tensors, {size / 2**20:.1f} MiB, to {target}")
-        facts = CardFacts(checkpoint.directory.name, data=data, evaluation=evaluation)
+        facts = CardFacts(
+            checkpoint.directory.name, data=data, base_note=base_note, evaluation=evaluation
+        )
         with atomic_dir(target, replace=True) as scratch:
             _write(scratch, tensors, info, fmt, facts)
             check(scratch)
@@ -103,7 +113,8 @@ def _write(
     (directory / "model.safetensors").chmod(mode)
 
 
-def _check_convertible(info: DraftInfo, source: str) -> None:
+def check_convertible(info: DraftInfo, source: str) -> None:
+    """Raise ``UserError``, starting with ``source``, for a draft that no format has."""
     if info.spec.num_experts is not None:
         raise UserError(
             f"{source}: a MoE draft cannot be converted: no server's EAGLE reader has experts"
@@ -122,19 +133,29 @@ def convert_tensors(
     Raises ``UserError`` unless the checkpoint holds exactly the draft's tensors, of the expected
     shapes, of one floating dtype (or ``dtype`` is given), finite also in the dtype written.
     """
-    where, dims, entries = checkpoint.directory, info.dims, read_entries(checkpoint, info, fmt)
+    where, entries = checkpoint.directory, read_entries(checkpoint, info, fmt)
     stored = checkpoint.load([*(entry.megatron for entry in entries), VOCAB_IDS])
     vocab_ids = stored.pop(VOCAB_IDS)
     dtype = dtype or _common_dtype(stored, where)
     tensors: dict[str, Tensor] = {}
     for entry in entries:
-        parts = entry.split(stored.pop(entry.megatron), entry.sources, dims)
-        for source, part in zip(entry.sources, parts, strict=True):
-            _check_finite(part, dtype, f"{where}: {entry.megatron}")
-            tensors[source.name] = part.to(dtype).clone(memory_format=torch.contiguous_format)
+        whole = stored.pop(entry.megatron)
+        tensors |= hf_tensors(entry, whole, info, dtype, f"{where}: {entry.megatron}")
     if fmt.name in info.spec.method.zero_fc_bias:
         tensors["fc.bias"] = torch.zeros_like(tensors["fc.weight"][:, 0])
     return tensors | vocabulary_maps(vocab_ids, info, f"{where}: {VOCAB_IDS}")
+
+
+def hf_tensors(
+    entry: DraftEntry, whole: Tensor, info: DraftInfo, dtype: torch.dtype, source: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield by name the Hugging Face tensors in the ``whole`` Megatron tensor of ``entry``, copies
+    in ``dtype``. Raises ``UserError``, starting with ``source``, for one that is not finite in it.
+    """
+    parts = entry.split(whole, entry.sources, info.dims)
+    for part, tensor in zip(entry.sources, parts, strict=True):
+        _check_finite(tensor, dtype, source)
+        yield part.name, tensor.to(dtype).clone(memory_format=torch.contiguous_format)
 
 
 def vocabulary_maps(vocab_ids: Tensor, info: DraftInfo, source: str) -> dict[str, Tensor]:

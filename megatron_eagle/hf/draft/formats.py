@@ -10,6 +10,13 @@ from dataclasses import dataclass
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.info import DraftInfo
+from megatron_eagle.hf.draft.servers import (
+    SERVERS,
+    base_reason,
+    capture_reason,
+    needs_own_ids,
+    serving_notes,
+)
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,6 @@ FORMATS = {
         ),
     )
 }
-SERVER_NAMES = {"vllm": "vLLM", "sglang": "SGLang", "trtllm": "TensorRT-LLM"}
 
 
 def check_servers(fmt: Format, info: DraftInfo) -> None:
@@ -72,8 +78,32 @@ def _refusal(fmt: Format, info: DraftInfo) -> str | None:
         if reason := spec.method.refusals.get(server):
             return reason
         if reason := _server_refusal(server, info):
-            return f"{SERVER_NAMES[server]} {reason}"
-    return None
+            return f"{SERVERS[server].title} {reason}"
+    return capture_reason(fmt.servers[0], info) if len(fmt.servers) == 1 else None
+
+
+def servers_of(fmt: Format, info: DraftInfo) -> tuple[tuple[str, ...], list[str]]:
+    """Return the readers of ``fmt`` that serve this draft beside its base, and what keeps the
+    others from it."""
+    usable, reasons = [], []
+    for server in fmt.servers:
+        reason = base_reason(server, info) or capture_reason(server, info)
+        if reason is None and len(fmt.servers) > 1 and needs_own_ids(server, info):
+            reason = (
+                f"{SERVERS[server].release} counts the layers of this base otherwise: it needs a "
+                f"directory of format {server}"
+            )
+        if reason is None:
+            usable.append(server)
+        else:
+            reasons.append(reason)
+    return tuple(usable), reasons
+
+
+def format_notes(fmt: Format, info: DraftInfo) -> list[str]:
+    """Return what to know before serving this draft from ``fmt``, one line each."""
+    reasons = servers_of(fmt, info)[1]
+    return list(dict.fromkeys([*reasons, *serving_notes(info, fmt.servers)]))
 
 
 def _mla_refusal(fmt: Format, info: DraftInfo) -> str | None:
@@ -86,7 +116,7 @@ def _mla_refusal(fmt: Format, info: DraftInfo) -> str | None:
         return "no server reads a draft of <attention> mla without <q_lora_rank>"
     for server in fmt.servers:
         if info.spec.norm_before_fc and server != "trtllm":
-            return f"{SERVER_NAMES[server]} does not know <norm_before_fc> in an MLA draft"
+            return f"{SERVERS[server].title} does not know <norm_before_fc> in an MLA draft"
         if info.num_layers > 1 and server == "sglang":
             return "SGLang runs MLA drafts of one layer alone"
     return None
@@ -96,6 +126,8 @@ def _server_refusal(server: str, info: DraftInfo) -> str | None:
     """Return the reason why ``server`` cannot run a draft that reads aux layers, or None."""
     if server == "vllm" or info.spec.method.reads_final_hidden:
         return None
+    if info.spec.qk_layernorm:
+        return "has no norms of a draft's queries and keys (<qk_layernorm>)"
     if info.spec.norm_before_residual:
         return "does not know <norm_before_residual>"
     if len(info.aux_layers) == 1:

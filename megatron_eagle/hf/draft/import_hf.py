@@ -31,6 +31,7 @@ from megatron_eagle.hf.draft.import_tensors import (
 from megatron_eagle.hf.draft.info import DraftInfo
 from megatron_eagle.hf.draft.names import draft_entries
 from megatron_eagle.hf.draft.parse_config import HfDraft, parse_hf_draft
+from megatron_eagle.hf.draft.servers import outputs_of_inner_ids
 from megatron_eagle.hf.tables.rope import comparable_rope
 from megatron_eagle.user_files import reading
 
@@ -141,16 +142,37 @@ def _aux_layers(
                 f"{source}: an {algorithm.title} draft reads no aux layers, not {list(chosen)}"
             )
         return ()
-    if draft.aux_layers is not None and chosen not in (None, draft.aux_layers):
-        raise UserError(
-            f"{source}: reads aux layers {list(draft.aux_layers)}, not {list(chosen or ())}"
-        )
-    aux_layers = draft.aux_layers or DraftSpec(aux_layers=chosen).aux_layers_of(layers)
+    named = _named_aux_layers(draft, base, source)
+    if named is not None and chosen not in (None, named):
+        raise UserError(f"{source}: reads aux layers {list(named)}, not {list(chosen or ())}")
+    aux_layers = named or DraftSpec(aux_layers=chosen).aux_layers_of(layers)
     if aux_layers[-1] >= layers:
         raise UserError(
             f"{source}: reads aux layer {aux_layers[-1]}, the base {base.name} has {layers} layers"
         )
     return aux_layers
+
+
+def _named_aux_layers(draft: HfDraft, base: BaseInfo, source: str) -> tuple[int, ...] | None:
+    """Return the layers whose outputs servers would capture for this draft, or None where
+    config.json names none."""
+    inner, outer = draft.inner_ids, draft.outer_ids
+    outputs = [] if inner is None else outputs_of_inner_ids(base, inner)
+    of_outer = [] if outer is None else [i - 1 for i in outer]
+    # convert's format hf keeps to one convention beside every base.
+    if inner is not None and of_outer == list(inner):
+        outputs = of_outer
+    if outputs and of_outer and outputs != of_outer:
+        raise UserError(
+            f"{source}: eagle_aux_hidden_state_layer_ids {list(outer or ())} and that of "
+            f"eagle_config, {list(inner or ())}, name different layers"
+        )
+    aux_layers = outputs or of_outer
+    if aux_layers and aux_layers[0] < 0:
+        raise UserError(
+            f"{source}: aux layers must ascend and be outputs of layers, found {aux_layers}"
+        )
+    return tuple(aux_layers) or None
 
 
 def _info(
@@ -171,6 +193,7 @@ def _info(
             draft_vocab_size=draft.draft_vocab_size if compressed else None,
             norm_before_fc=draft.norm_before_fc,
             norm_before_residual=draft.norm_before_residual,
+            qk_layernorm=draft.qk_layernorm,
             **_widths(draft, base),
         )
         layer_widths(spec, base.megatron_args)

@@ -1,6 +1,6 @@
 """The name table of a draft: each Megatron tensor, and the Hugging Face tensors in it.
 
-Shapes are written with: H draft hidden, H2 = 2H, AH = A aux layers x base hidden,
+Shapes are written with: H draft hidden, H2 = 2H, AH = A aux layers x base hidden, HD head_dim,
 Q heads x head_dim, KV groups x head_dim, QKV = Q + 2 KV, F ffn hidden, F2 = 2F, D draft vocabulary;
 of multi-latent attention QR, KR, P, LQ, LKV, LV as in ``hf/tables/entries.py``.
 Linear weights are [out, in] on both sides.
@@ -137,7 +137,7 @@ def _layer(info: DraftInfo, index: int, later_norms: tuple[str, ...]) -> tuple[D
     # Where fc joins embedding and hidden state, the first layer has no norm in front of it.
     joins_by_fc = info.spec.method.joins_by_fc
     columns = "H" if index or joins_by_fc else "H2"
-    attention = _mla_attention(info, columns) if mla else _grouped_attention(columns)
+    attention = _mla_attention(info, columns) if mla else _grouped_attention(info, columns)
     norms: tuple[DraftEntry, ...] = () if joins_by_fc else FIRST_NORMS
     if index:
         name = "input_layernorm.weight" if mla else "self_attention.linear_qkv.layer_norm_weight"
@@ -146,7 +146,7 @@ def _layer(info: DraftInfo, index: int, later_norms: tuple[str, ...]) -> tuple[D
     return (*norms, *attention, *MLP)
 
 
-def _grouped_attention(columns: str) -> tuple[DraftEntry, ...]:
+def _grouped_attention(info: DraftInfo, columns: str) -> tuple[DraftEntry, ...]:
     rows = {"q_proj": "Q", "k_proj": "KV", "v_proj": "KV"}
     qkv = DraftEntry(
         megatron="self_attention.linear_qkv.weight",
@@ -157,7 +157,15 @@ def _grouped_attention(columns: str) -> tuple[DraftEntry, ...]:
         split=split_query_groups,
         join=join_query_groups,
     )
-    return (qkv, _one("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H", "Q"))
+    norms = ("q", "k") if info.spec.qk_layernorm else ()
+    return (
+        qkv,
+        *(
+            _one(f"self_attention.{x}_layernorm.weight", f"self_attn.{x}_norm.weight", "HD")
+            for x in norms
+        ),
+        _one("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H", "Q"),
+    )
 
 
 def _mla_attention(info: DraftInfo, columns: str) -> tuple[DraftEntry, ...]:
