@@ -30,9 +30,10 @@ from megatron_eagle.hf.base.megatron_args import facts_of, megatron_args
 from megatron_eagle.hf.base.rope_args import rope_beyond_args
 from megatron_eagle.hf.files.generation_config import with_all_ends
 from megatron_eagle.hf.files.weights_dir import WeightsDir
-from megatron_eagle.user_files import read_json_object, reading
+from megatron_eagle.user_files import reading
 
 RELEASE = "release"
+_HUB = "models--"
 COMMON_STATE = {"checkpoint_version": 3.0, "iteration": 0}
 """Without a version Megatron takes the checkpoint for one of 2019 and permutes linear_qkv."""
 
@@ -50,7 +51,17 @@ def import_base(
     """
     with owned_output(save, "save"):
         check_unused(save, "save")
-        return _import(hf_dir, save, progress, name or name_of(hf_dir))
+        return _import(hf_dir, save, progress, name or model_name(hf_dir))
+
+
+def model_name(directory: Path) -> str:
+    """Return a name by which servers find the model in ``directory``: its id on the hub if it lies
+    in the hub's cache (``models--ORG--NAME/snapshots/COMMIT``), else its absolute path."""
+    resolved = directory.resolve()
+    folder, above = resolved.parent.name, resolved.parent.parent.name
+    if folder == "snapshots" and above.startswith(_HUB):
+        return above.removeprefix(_HUB).replace("--", "/", 1)
+    return str(resolved)
 
 
 def _import(hf_dir: Path, save: Path, progress: Progress, name: str) -> BaseInfo:
@@ -60,7 +71,6 @@ def _import(hf_dir: Path, save: Path, progress: Progress, name: str) -> BaseInfo
         family = family_of(weights.config, config_path)
         args = megatron_args(weights.config, family, config_path)
         config = with_all_ends(weights.config, hf_dir, args["vocab_size"])
-        config = {**config, **_generation_settings(hf_dir)}
         check_token_ids(config, args["vocab_size"], config_path)
         rope = rope_beyond_args({**family.defaults, **weights.config}, config_path)
         check_megatron_args(args, config_path)

@@ -47,7 +47,7 @@ tags:
 - {info.spec.algorithm}
 - speculative-decoding
 ---
-# {algorithm_name(info)} draft for {info.base.name}
+# {algorithm_name(info)} draft for {_base_name(info)}
 
 | | |
 |---|---|
@@ -89,6 +89,12 @@ def _rows(info: DraftInfo, facts: CardFacts, dtype: torch.dtype) -> list[tuple[s
 def algorithm_name(info: DraftInfo) -> str:
     """Return the algorithm as people write it: EAGLE-1, EAGLE-3, EAGLE-3.1, P-EAGLE."""
     return info.spec.method.title
+
+
+def _base_name(info: DraftInfo) -> str:
+    """Return the base's name for a reader elsewhere: of a path its last part."""
+    path = Path(info.base.name)
+    return path.name if path.is_absolute() else info.base.name
 
 
 def _attention(info: DraftInfo) -> str:
