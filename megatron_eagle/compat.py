@@ -54,6 +54,7 @@ if TYPE_CHECKING:
         MultiLatentAttention,
     )
     from megatron.core.transformer.spec_utils import build_module
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.core.transformer.utils import (
         ensure_metadata_has_dp_cp_group,
         is_layer_window_attention,
@@ -93,6 +94,7 @@ _PATHS = {
     "TopKRouter": "megatron.core.transformer.moe.router:TopKRouter",
     "MLATransformerConfig": "megatron.core.transformer:MLATransformerConfig",
     "TransformerConfig": "megatron.core.transformer:TransformerConfig",
+    "WrappedTorchNorm": "megatron.core.transformer.torch_norm:WrappedTorchNorm",
     "apply_rotary_pos_emb": (
         "megatron.core.models.common.embeddings.rope_utils:apply_rotary_pos_emb"
     ),
