@@ -22,8 +22,8 @@ WIDTH = 112
 
 TOPICS: dict[str, tuple[str, ...]] = {
     "The base and the kind of draft": (
-        "base-checkpoint", "algorithm", "aux-layers", "norm-before-fc", "norm-before-residual",
-        "qk-layernorm", "mask-token",
+        "base-checkpoint", "base-description", "algorithm", "aux-layers", "norm-before-fc",
+        "norm-before-residual", "qk-layernorm", "mask-token",
     ),
     "The draft's layers": (
         "num-layers", "attention", "ffn-hidden-size", "num-attention-heads", "num-query-groups",

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_eagle.checkpoint.atomic import owned_output, write_json
 from megatron_eagle.cli.boundary import (
     LARGEST_COUNT,
+    add_base_flags,
     at_least_one,
     end_process_groups,
     flags_of,
@@ -63,10 +64,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def _parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--base", required=True, metavar="CKPT",
-        help="base checkpoint (`megatron-eagle import-base`)",
-    )  # fmt: skip
+    add_base_flags(parser)
     parser.add_argument(
         "--draft", required=True, metavar="CKPT",
         help=f"directory training saved to, its best/, or {NO_DRAFT!r} to time the base alone",
@@ -145,7 +143,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from megatron_eagle.platform import enable
 
     check_device(args.transformer_impl, on_cpu=enable())
-    from megatron_eagle.checkpoint.directory import load_base_json
+    from megatron_eagle.checkpoint.base_description import read_base
     from megatron_eagle.cli.process_groups import start
     from megatron_eagle.decode.acceptance import evaluate_acceptance
     from megatron_eagle.decode.load import fresh_draft, load_draft, read_draft_info
@@ -156,7 +154,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from megatron_eagle.training.layout import sizes_without_trainer
 
     first = os.environ.get("RANK", "0") == "0"
-    base = load_base_json(args.base)
+    base = read_base(args.base, args.base_description)
     prompts = read_prompt_ids(args.prompts, args.tokenizer, base.vocab_size)[: args.limit]
     about = None if args.draft == NO_DRAFT else read_draft_info(args.draft, base)
     args.draft_tokens = args.draft_tokens or _draft_tokens(about)

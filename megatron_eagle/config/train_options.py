@@ -26,9 +26,16 @@ class TrainOptions:
 
     base_checkpoint: str | None = option(
         None,
-        "Megatron checkpoint of the frozen base, the target (verifier) model (megatron-eagle "
-        "import-base writes one)",
+        "Megatron checkpoint of the frozen base, the target (verifier) model: one that "
+        "Megatron-LM or Megatron-Bridge saved as torch_dist, or that megatron-eagle import-base "
+        "wrote",
         metavar="DIR",
+    )
+    base_description: str | None = option(
+        None,
+        "description of the base that is believed instead of what its checkpoint says "
+        "(megatron-eagle describe-base writes one)",
+        metavar="FILE",
     )
     ttt_steps: int = option(
         3, "K: test-time-training steps the draft is unrolled for", type=int, least=1, most=1000
