@@ -22,8 +22,8 @@ WIDTH = 112
 
 TOPICS: dict[str, tuple[str, ...]] = {
     "The base and the kind of draft": (
-        "base-checkpoint", "algorithm", "aux-layers", "norm-before-fc", "norm-before-residual",
-        "qk-layernorm", "mask-token",
+        "base-checkpoint", "base-description", "algorithm", "aux-layers", "norm-before-fc",
+        "norm-before-residual", "qk-layernorm", "mask-token",
     ),
     "The draft's layers": (
         "num-layers", "attention", "ffn-hidden-size", "num-attention-heads", "num-query-groups",
@@ -39,6 +39,10 @@ TOPICS: dict[str, tuple[str, ...]] = {
     "Where the weights start": ("warm-start", "init-from-base"),
     "Unroll and loss": (
         "ttt-steps", "step-decay", "detach-steps", "loss", "lk-decay", "regression-weight",
+    ),
+    "Block drafts (dflash, dspark)": (
+        "block-size", "anchors", "position-weights", "position-decay", "ce-weight", "kl-weight",
+        "l1-weight", "markov-head", "markov-rank", "confidence-head", "confidence-weight",
     ),
     "Training data": ("train-data", "offline-features", "pack"),
     "Memory against time": ("loss-chunk-mib", "logits-budget-mib", "teacher-memory", "compile"),

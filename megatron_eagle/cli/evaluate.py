@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_eagle.checkpoint.atomic import owned_output, write_json
 from megatron_eagle.cli.boundary import (
     LARGEST_COUNT,
+    add_base_flags,
     at_least_one,
     end_process_groups,
     flags_of,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from megatron_eagle.teacher.base import FrozenBase
 
 NO_DRAFT = "none"
+CHAIN = 3
 LAYOUT = {
     "--tensor-model-parallel-size": "default: all processes that the other sizes leave",
     "--pipeline-model-parallel-size": "layers it does not divide evenly go to the first stage",
@@ -62,10 +64,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def _parser(prog: str | None = None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--base", required=True, metavar="CKPT",
-        help="base checkpoint (`megatron-eagle import-base`)",
-    )  # fmt: skip
+    add_base_flags(parser)
     parser.add_argument(
         "--draft", required=True, metavar="CKPT",
         help=f"directory training saved to, its best/, or {NO_DRAFT!r} to time the base alone",
@@ -82,7 +81,11 @@ def _parser(prog: str | None = None) -> argparse.ArgumentParser:
         "--tokenizer", metavar="DIR", help="Hugging Face directory, for text prompts"
     )
     parser.add_argument("--max-new-tokens", type=int, default=64)
-    parser.add_argument("--draft-tokens", type=int, default=3, help="drafted per verification")
+    parser.add_argument(
+        "--draft-tokens",
+        type=int,
+        help=f"drafted per verification (default: {CHAIN}; of a block draft all of a block)",
+    )
     parser.add_argument("--limit", type=int, help="use only the first prompts")
     parser.add_argument(
         "--batch-size", type=int, default=16,
@@ -140,7 +143,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from megatron_eagle.platform import enable
 
     check_device(args.transformer_impl, on_cpu=enable())
-    from megatron_eagle.checkpoint.directory import load_base_json
+    from megatron_eagle.checkpoint.base_description import read_base
     from megatron_eagle.cli.process_groups import start
     from megatron_eagle.decode.acceptance import evaluate_acceptance
     from megatron_eagle.decode.load import fresh_draft, load_draft, read_draft_info
@@ -151,9 +154,10 @@ def _evaluate(args: argparse.Namespace) -> int:
     from megatron_eagle.training.layout import sizes_without_trainer
 
     first = os.environ.get("RANK", "0") == "0"
-    base = load_base_json(args.base)
+    base = read_base(args.base, args.base_description)
     prompts = read_prompt_ids(args.prompts, args.tokenizer, base.vocab_size)[: args.limit]
     about = None if args.draft == NO_DRAFT else read_draft_info(args.draft, base)
+    args.draft_tokens = args.draft_tokens or _draft_tokens(about)
     card = None if args.card is None else ExportedCard.of(args.card, args.draft)
     sizes = sizes_without_trainer(base, **{name: getattr(args, name) for name in SIZES})
     groups = start(args.seed, **sizes)
@@ -182,6 +186,12 @@ def _evaluate(args: argparse.Namespace) -> int:
         if card is not None and not report.mismatches:
             card.write({**report.as_dict(), **_settings(args)})
     return 1 if report.mismatches and not args.bf16 else 0
+
+
+def _draft_tokens(about: Any) -> int:
+    """Return how many tokens are drafted at a time if the user does not say."""
+    spec = None if about is None else about.info.spec
+    return spec.block_drafts if spec is not None and spec.method.drafts_blocks else CHAIN
 
 
 def _present(args: argparse.Namespace, report: Any, sizes: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from megatron_eagle.cli.slurm import several_tasks
 PROGRAM = "megatron-eagle"
 COMMANDS = {
     "train": ("train", "Train a draft on a frozen base inside Megatron's trainer"),
+    "describe-base": ("describe_base", "Say what a checkpoint of Megatron's is as a base"),
     "import-base": ("import_base", "Convert a Hugging Face model to the checkpoint of a base"),
     "import-draft": ("import_draft", "Convert a Hugging Face draft to a draft checkpoint"),
     "prepare-data": ("prepare_data", "Tokenize chats or texts for training"),

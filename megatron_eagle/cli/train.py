@@ -128,8 +128,13 @@ def _pretrain(
     if options.train.eval_prompts is not None:
         AcceptanceEvaluation(args, options, base, log).attach()
     vocab_ids = draft_vocab_ids(args, options, base, stored)
-    spikes = args.check_for_spiky_loss
-    step = ForwardStep(options, base.vocab_size, throughput, rejects_spikes=spikes)
+    step = ForwardStep(
+        options,
+        base.vocab_size,
+        args.global_batch_size,
+        throughput,
+        rejects_spikes=args.check_for_spiky_loss,
+    )
     try:
         pretrain(
             pretrain_cfg_container_from_args(args),

@@ -18,6 +18,7 @@ from megatron_eagle.checkpoint.base_fields import check_complete
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.checkpoint.loading import load_sharded
 from megatron_eagle.checkpoint.reader import CheckpointReader
+from megatron_eagle.draft.block import BlockDraft
 from megatron_eagle.draft.build import build_draft
 from megatron_eagle.draft.layer_config import Rotary, draft_rotary
 from megatron_eagle.draft.model import EagleDraft
@@ -30,6 +31,7 @@ from megatron_eagle.pipeline.replicas import as_replica, equal_start
 from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.build import base_config, build_base
 from megatron_eagle.teacher.build import load_base as load_base_weights
+from megatron_eagle.teacher.targets import TeacherHead
 from megatron_eagle.teacher.vocab_shards import VocabShards
 from megatron_eagle.user_files import reading
 
@@ -139,6 +141,12 @@ def fresh_draft(
     from this process's generators (on pipeline stages the first one's), aux layers scaled to one
     size."""
     draft = _build(about, base, initialize=True)
+    if isinstance(draft, BlockDraft):
+        draft.copy_head(
+            TeacherHead(
+                base.output_weight, base.vocab_size, draft.vocab_ids, base.tp_group
+            ).draft_weight
+        )
     draft.start_evenly(lambda: base.layer_sizes(exchange or StageExchange(base)))
     if exchange is not None and exchange.stages > 1:
         equal_start(draft, base.gpt.pg_collection.pp)

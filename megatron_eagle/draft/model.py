@@ -78,7 +78,7 @@ class EagleDraft(MegatronModule):
         self.rotary = rotary
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.shard, self.num_aux = shard, num_aux
-        self._build_inputs()
+        self._build_inputs(backend)
         self.layers = torch.nn.ModuleList(
             build_module(
                 layer,
@@ -87,12 +87,19 @@ class EagleDraft(MegatronModule):
                 pg_collection=pg_collection,
                 add_layer_offset=False,
             )
-            for number, layer in enumerate(draft_layer_specs(backend, config, spec), start=1)
+            for number, layer in enumerate(self._layer_specs(backend), start=1)
         )
         self.narrowing = Narrowing(self.layers[-1], self.tp_group, config.sequence_parallel)
         self.mla_rotary: MLARotary | None = None
         if config.multi_latent_attention:
             self.mla_rotary = share_rotary(self.layers, rotary.factor)
+        self._build_head(backend, base_head)
+        self.register_buffer("vocab_ids", vocab_ids, persistent=True)
+        self.register_buffer("metadata", metadata, persistent=True)
+
+    def _build_head(self, backend: LayerBackend, base_head: Callable[[], Tensor]) -> None:
+        """Build the final norm and the head."""
+        config, shard = self.config, self.shard
         self.norm: torch.nn.Module
         self.lm_head: VocabParallelHead | SharedHead
         if self.algorithm.shares_base_head:
@@ -103,10 +110,12 @@ class EagleDraft(MegatronModule):
                 config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
             )
             self.lm_head = VocabParallelHead(config, shard, self.tp_group)
-        self.register_buffer("vocab_ids", vocab_ids, persistent=True)
-        self.register_buffer("metadata", metadata, persistent=True)
 
-    def _build_inputs(self) -> None:
+    def _layer_specs(self, backend: LayerBackend) -> list[Any]:
+        """Return the specs of the layers."""
+        return draft_layer_specs(backend, self.config, self.spec)
+
+    def _build_inputs(self, backend: LayerBackend) -> None:
         """Build fc, the norms in front of it and the mask hidden state."""
         config, hidden = self.config, self.config.hidden_size
         blocks = 2 if self.algorithm.joins_by_fc else self.num_aux
@@ -214,7 +223,7 @@ class EagleDraft(MegatronModule):
             own = f"{prefix}layers.{index}."
             sharded = {key: value for key, value in sharded.items() if not key.startswith(own)}
             sharded |= layer.sharded_state_dict(own, sharded_offsets, metadata)
-        if not self.algorithm.shares_base_head:
+        if isinstance(self.lm_head, VocabParallelHead):
             sharded[f"{prefix}lm_head.weight"].allow_shape_mismatch = True
         for name in ("vocab_ids", "metadata"):  # a load in place would change what this draft is
             entry = sharded[f"{prefix}{name}"]

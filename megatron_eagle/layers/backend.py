@@ -29,13 +29,14 @@ class LayerBackend:
     """Builders of one implementation.
 
     Attributes:
-        base_spec: (config, pp_rank) -> spec of the base's block on a pipeline stage.
+        base_spec: (config, pp_rank, native) -> spec of the base's block on a pipeline stage;
+            ``native``: Megatron trained it.
         layer_spec: config -> TransformerLayer spec of the draft.
         norm: builds a norm.
         column_linear: builds a column-parallel linear without a norm in front.
     """
 
-    base_spec: Callable[[Any, int], Any]
+    base_spec: Callable[[Any, int, bool], Any]
     layer_spec: Callable[[Any], Any]
     norm: Callable[..., Any]
     column_linear: Callable[..., Any]

@@ -11,17 +11,23 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from megatron.training.arguments import parse_and_validate_args
+from megatron.training.arguments import (
+    core_transformer_config_from_args,
+    parse_and_validate_args,
+)
 
+from megatron_eagle.checkpoint.base_description import read_base
 from megatron_eagle.checkpoint.base_fields import check_complete
-from megatron_eagle.checkpoint.directory import BaseInfo, load_base_json
+from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.config.flags import add_eagle_flags
 from megatron_eagle.errors import UserError, literal
 from megatron_eagle.hf.base.megatron_args import ABSENT
+from megatron_eagle.teacher.description import STORED_AS
 from megatron_eagle.training.base_start import check_base_start
 from megatron_eagle.training.flag_table.check import CommandLine, check_flags
 from megatron_eagle.training.flag_table.conditions import check_conditions
+from megatron_eagle.training.frozen_config import frozen_config
 from megatron_eagle.training.implied_flags import (
     implied_flags,
     layer_implementation,
@@ -32,9 +38,6 @@ from megatron_eagle.training.layout import check_layout, check_micro_batches
 from megatron_eagle.training.megatron_flags import megatron_flags
 from megatron_eagle.training.megatron_refusals import check_megatron_flags, in_one_line
 from megatron_eagle.user_files import naming
-
-_ALIASES = {"norm_epsilon": "layernorm_epsilon"}
-"""Flags that Megatron's parser stores under another name."""
 
 RECOMPUTABLE = ("core_attn", "mlp")
 """``--recompute-modules`` that the draft's layers support. The first layer's norm returns its
@@ -49,7 +52,7 @@ def parse_eagle_args(
     Megatron's parser reads ``sys.argv``, which is replaced by the implied flags and ``argv``.
     Raises ``UserError`` naming the flag for a mistake that every rank sees alike.
     """
-    base = _base_info(options.train.base_checkpoint)
+    base = _base_info(options)
     check_megatron_flags(argv)
     line = CommandLine.parse(argv)
     without_effect = check_flags(line, megatron_flags(base.megatron_args))
@@ -62,7 +65,9 @@ def parse_eagle_args(
     sys.argv[1:] = [*implied_flags(base, options, argv, layers), *argv, *overriding_flags(options)]
     args = in_one_line(parse_and_validate_args, extra_args_provider=add_eagle_flags)
     _check_dimensions(args, base)
+    frozen_config(core_transformer_config_from_args(args), base)
     _check_recompute(args, options)
+    _check_throughput(args, options)
     check_micro_batches(args)
     options.check_against_base(args.num_layers, base.vocab_size, args.seq_length)
     return args, base
@@ -85,10 +90,11 @@ def _add_flags_with_printable_help(parser: argparse.ArgumentParser) -> argparse.
     return add_eagle_flags(parser)
 
 
-def _base_info(directory: str | None) -> BaseInfo:
+def _base_info(options: EagleConfig) -> BaseInfo:
+    directory = options.train.base_checkpoint
     assert directory is not None
     with naming("base_checkpoint"):
-        base = load_base_json(directory)
+        base = read_base(directory, options.train.base_description)
     check_complete(base.megatron_args, f"<base_checkpoint> {literal(directory)}")
     return base
 
@@ -108,11 +114,19 @@ def _check_recompute(args: argparse.Namespace, options: EagleConfig) -> None:
             )
 
 
+def _check_throughput(args: argparse.Namespace, options: EagleConfig) -> None:
+    if args.log_throughput and options.spec.method.drafts_blocks:
+        raise UserError(
+            f"--log-throughput: the operations of --eagle-algorithm {options.spec.algorithm} are "
+            "not counted"
+        )
+
+
 def _check_dimensions(args: argparse.Namespace, base: BaseInfo) -> None:
     for name, value in {**ABSENT, **base.megatron_args}.items():
         if name in ("vocab_size", "max_position_embeddings", "make_vocab_size_divisible_by"):
             continue
-        parsed = getattr(args, _ALIASES.get(name, name), None)
+        parsed = getattr(args, STORED_AS.get(name, name), None)
         parsed = list(parsed) if isinstance(parsed, tuple) else parsed
         if parsed != value:
             raise UserError(

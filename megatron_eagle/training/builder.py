@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -35,6 +34,7 @@ from megatron_eagle.teacher.build import build_base, load_base
 from megatron_eagle.teacher.offline import OfflineBase, config_without_layers, without_layers
 from megatron_eagle.teacher.vocab_shards import VocabShards
 from megatron_eagle.training.base_start import BaseStart, left_out
+from megatron_eagle.training.frozen_config import frozen_config
 from megatron_eagle.training.save_place import warn_if_disk_is_small
 from megatron_eagle.training.throughput import Throughput
 from megatron_eagle.training.warm_start import load_base_start, load_warm_start
@@ -67,7 +67,7 @@ class ModelBuilder:
         config = config or core_transformer_config_from_args(args)
         if not config.multi_latent_attention:
             set_attention_factor(config, attention_factor(self.base.rope))
-        base_config = copy.copy(config)
+        base_config = frozen_config(config, self.base)
         base_config.recompute_granularity = None  # it keeps nothing for a backward
         # Its weights are loaded; and so the draft's start does not depend on the base's size.
         base_config.perform_initialization = False
@@ -118,7 +118,7 @@ class ModelBuilder:
         if draft.tp_group.size() > 1:
             print_rank_0(self._teacher_size(args, draft.shard.padded_rows))
         model = EagleGPTModel(base, draft, self.options, exchange)
-        if self.throughput is not None:
+        if self.throughput is not None and not self.options.spec.method.drafts_blocks:
             self.throughput.saw(model)
         return model
 
@@ -126,7 +126,7 @@ class ModelBuilder:
         """Return the description of the draft that this run trains."""
         options = self.options
         spec = resolved_spec(options.spec, self.base, aux_layers, self.vocab_ids.numel())
-        return DraftInfo(spec, self.base, options.train.ttt_steps)
+        return DraftInfo(spec, self.base, options.steps)
 
     def _start_as_base(self, draft: EagleDraft, layer_sizes: Callable[[], Tensor]) -> None:
         assert self.options.train.base_checkpoint is not None

@@ -58,7 +58,7 @@ class AcceptanceEvaluation:
             "base": base.fingerprint,
             "prompts_sha256": digest(self.prompts),
             "max_new_tokens": options.train.eval_new_tokens,
-            "draft_tokens": options.train.eval_draft_tokens or options.train.ttt_steps,
+            "draft_tokens": options.train.eval_draft_tokens or options.steps,
         }
         self.best = None
         if args.save is not None:

@@ -55,7 +55,7 @@ def check_layout(argv: Sequence[str], base: BaseInfo, options: EagleConfig) -> N
     _check_layers(layout, base.megatron_args["num_layers"])
     _check_base_experts(layout, base.megatron_args.get("num_experts"))
     if layout.seq_length is not None:
-        _check_sequence(layout, options.train.ttt_steps)
+        _check_sequence(layout, options)
 
 
 def check_micro_batches(args: argparse.Namespace) -> None:
@@ -241,7 +241,7 @@ def _value(layout: argparse.Namespace, flag: str) -> int | None:
     return getattr(layout, flag.removeprefix("--").replace("-", "_"))
 
 
-def _check_sequence(layout: argparse.Namespace, steps: int) -> None:
+def _check_sequence(layout: argparse.Namespace, options: EagleConfig) -> None:
     context = layout.context_parallel_size
     pieces = 2 * context if context > 1 else 1
     parts = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
@@ -252,8 +252,12 @@ def _check_sequence(layout: argparse.Namespace, steps: int) -> None:
             f"--seq-length {layout.seq_length} is not a multiple of {pieces * parts} "
             f"({' times '.join(why)})"
         )
+    blocks, steps = options.spec.method.drafts_blocks, options.steps
     if context > 1 and layout.seq_length // pieces < steps:
+        flag = (
+            f"--eagle-block-size {options.spec.slots}" if blocks else f"--eagle-ttt-steps {steps}"
+        )
         raise UserError(
             f"--context-parallel-size {context} cuts --seq-length {layout.seq_length} into pieces "
-            f"of {layout.seq_length // pieces} tokens, fewer than --eagle-ttt-steps {steps}"
+            f"of {layout.seq_length // pieces} tokens, fewer than {flag}"
         )
