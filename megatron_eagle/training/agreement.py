@@ -15,11 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eagle.data.documents import FittedDocuments
 from megatron_eagle.errors import UserError
-
-_DOCUMENTS = 1000
-"""So many documents are hashed, evenly spaced, beside the lengths of all."""
 
 
 def check_agreement(digests: Mapping[str, str]) -> None:
@@ -44,15 +40,6 @@ def check_agreement(digests: Mapping[str, str]) -> None:
 def digest_tensor(tensor: Tensor) -> str:
     """Return a hash of a tensor's numbers."""
     return hashlib.sha256(tensor.contiguous().cpu().numpy().tobytes()).hexdigest()
-
-
-def digest_documents(documents: FittedDocuments) -> str:
-    """Return a hash of the lengths of all documents, and of the tokens and masks of some."""
-    found = hashlib.sha256(documents.lengths.astype("<i8").tobytes())
-    for index in range(0, len(documents), -(-len(documents) // _DOCUMENTS)):
-        for values in documents[index]:
-            found.update(values.astype("<i8").tobytes())
-    return found.hexdigest()
 
 
 def digest_data_sets(prefixes: Sequence[str]) -> str:

@@ -30,7 +30,6 @@ from megatron_eagle.teacher.aux_hidden import BaseOutputs
 from megatron_eagle.training.agreement import (
     check_agreement,
     digest_data_sets,
-    digest_documents,
     digest_tensor,
 )
 from megatron_eagle.training.data_record import (
@@ -68,9 +67,10 @@ class DatasetProvider:
             documents = training_documents(self.options, self.base)
             fitted = FittedDocuments(documents, args.seq_length)
             source = "train_data" if self.options.train.train_data else "offline_features"
-            self._check_agreement(f"<{source}>", digest_documents(fitted))
+            record = document_record(fitted)
+            self._check_agreement(f"<{source}>", record["sha256"])
             _tell_what_is_cut(fitted, len(documents.lengths))
-            note_training_data(args, document_record(fitted))
+            note_training_data(args, record)
             train = DocumentDataset(fitted, num_samples[0], args.seed, self.options.train.pack)
             if self.options.train.pack:
                 filled = fitted.lengths.sum() / (train.samples_per_epoch * args.seq_length)

@@ -143,12 +143,11 @@ class Throughput:
                 self._rows.clear()
             return result
 
-        patch(_TRAINING_LOG, logged, "supervised tokens per second")
-        patch(_FLOPS, self._count, "operations of a frozen base and a draft")
+        def operations(args: Any, *_: Any, **__: Any) -> float:
+            return self._flops * args.world_size  # all ranks work as much as this one
 
-    def _count(self, args: Any, *_: Any, **__: Any) -> float:
-        """Return the operations of an iteration, all ranks working as much as this one."""
-        return self._flops * args.world_size
+        patch(_TRAINING_LOG, logged, "supervised tokens per second")
+        patch(_FLOPS, operations, "operations of a frozen base and a draft")
 
     def _log(self, totals: dict, iteration: int, *, advances: bool) -> None:
         """Add the rate to the sums of the interval, from which Megatron's log line takes means."""

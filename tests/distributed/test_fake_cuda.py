@@ -13,6 +13,7 @@ from tests.helpers.fake_cuda import DEVICE, RecordedFunctions, fake_cuda
 
 VOCAB, HIDDEN = 61, 64
 BASE_ARGS = {
+    "num_layers": 7,
     "make_vocab_size_divisible_by": 4,
     "max_position_embeddings": 64,
     "untie_embeddings_and_output_weights": True,
@@ -66,6 +67,7 @@ def _train_forward(rank: int, _: int, world: int, sequence_parallel: bool, dtype
         seq_length=16,
         context_parallel_size=1,
         distributed_timeout_minutes=10,
+        save=None,
     )
     mask = torch.ones(2, 16)
     mask[:, 3:9] = 0

@@ -36,11 +36,13 @@ def train_and_evaluate(save: str, prompts: str, *words: str) -> int:
     status = train.main([*words, "--save", save, "--save-interval", "1000"])
     from megatron.core import parallel_state
 
-    parallel_state.destroy_model_parallel()
-    del os.environ["MASTER_ADDR"]
     base = words[words.index("--eagle-base-checkpoint") + 1]
     flags = ["--base", base, "--draft", save, "--prompts", prompts, "--max-new-tokens", "4"]
-    return status or evaluate.main(flags)
+    for more in ([], ["--bf16"]):
+        parallel_state.destroy_model_parallel()
+        os.environ.pop("MASTER_ADDR", None)
+        status = status or evaluate.main([*flags, *more])
+    return status
 
 
 def parse_as_on_a_gpu(words: list[str]) -> dict[str, object]:
