@@ -37,7 +37,9 @@ TOPICS: dict[str, tuple[str, ...]] = {
         "ttt-steps", "step-decay", "detach-steps", "loss", "lk-decay", "regression-weight",
     ),
     "Training data": ("train-data", "offline-features", "pack"),
-    "Memory against time": ("loss-chunk-mib", "logits-budget-mib", "teacher-memory", "compile"),
+    "Memory against time": (
+        "loss-chunk-mib", "logits-budget-mib", "teacher-memory", "compile", "kernels",
+    ),
     "Evaluation while training": (
         "eval-prompts", "eval-interval", "eval-new-tokens", "eval-draft-tokens",
     ),

@@ -72,6 +72,7 @@ def _train(argv: Sequence[str]) -> int:
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_eagle.compat import configure_nvtx_profiling
+    from megatron_eagle.kernels.choice import choose_kernels
     from megatron_eagle.platform.compiler import compile_regions
     from megatron_eagle.training.arguments import parse_eagle_args, show_help
     from megatron_eagle.training.builder import ModelBuilder
@@ -88,6 +89,7 @@ def _train(argv: Sequence[str]) -> int:
     options, stored = adopt_warm_start(options, argv)
     args, base = parse_eagle_args(options, argv)
     compile_regions(options.train.compile)
+    choose_kernels(options.train.kernels)
     configure_nvtx_profiling(options.train.nvtx)
     replace_schedule(options)
     log = None if options.train.log_file is None else MetricsLog(options.train.log_file)

@@ -19,7 +19,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("compat", "errors", "algorithms"),
     ("config",),
     ("platform", "checkpoint"),
-    ("parallel",),
+    ("parallel", "kernels"),
     ("attention", "loss"),
     ("layers",),
     ("teacher", "draft"),
