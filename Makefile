@@ -6,6 +6,7 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 READERS := .venv-readers
 READERS_READY := $(READERS)/.ready
+SERVERS := .venv-servers
 SOURCES := $(wildcard megatron_eagle tools examples benchmarks)
 
 # The CPU suite must not change on a machine with GPUs; one thread a rank, for two cores.
@@ -13,7 +14,7 @@ PYTEST := OMP_NUM_THREADS=1 $(PY) -m pytest
 CPU_PYTEST := CUDA_VISIBLE_DEVICES= $(PYTEST)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test test-all test-readers check docs train bench bench-peers clean
+.PHONY: help setup test test-all test-readers test-servers serve check docs train bench bench-peers clean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
@@ -35,18 +36,32 @@ $(READERS_READY): $(READY) constraints-readers.txt tools/setup_readers.sh
 	@sh tools/setup_readers.sh "$(READERS)" "$(VENV)"
 	@touch $@
 
+# Engines, each in an environment of its own; processes on loopback, ended by their ids.
+serve: $(SERVERS)-vllm/.ready  ## serve the quickstart's draft in vLLM on this CPU and compare
+	$(PY) benchmarks/serving/run.py --python $(SERVERS)-vllm/bin/python $(ARGS)
+
+test-servers: $(SERVERS)-vllm/.ready $(SERVERS)-openvino/.ready  ## drafts of every kind in real engines
+	SERVERS_VLLM=$(CURDIR)/$(SERVERS)-vllm SERVERS_OPENVINO=$(CURDIR)/$(SERVERS)-openvino \
+		$(CPU_PYTEST) tests/servers $(ARGS)
+
+$(SERVERS)-%/.ready: $(READY) constraints-servers.txt tools/setup_servers.sh
+	@sh tools/setup_servers.sh $* "$(SERVERS)-$*" "$(VENV)"
+	@touch $@
+
 test-all: $(READY)  ## run every test; those for GPUs skip themselves where there is none
 	$(CPU_PYTEST) -m "not gpu" tests $(ARGS)
 	$(PYTEST) -m gpu tests $(ARGS) || [ $$? -eq 5 ]  # 5: no such test
 	$(MAKE) test-readers
+	$(MAKE) test-servers
 
 check: $(READY)  ## lint, formatting and types
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy $(SOURCES)
 
-docs: $(READY)  ## write docs/guide/flags.md, the reference of all --eagle-* flags
+docs: $(READY)  ## write the reference of all --eagle-* flags and the table of bases and servers
 	$(PY) tools/flag_reference.py
+	$(PY) tools/serving_table.py
 
 # glibc gives freed memory back at once by default; faulting it in again for every activation
 # makes large fp32 products several times slower.
@@ -67,5 +82,5 @@ bench-peers: $(READY)  ## the same of ModelOpt, SpecForge and speculators
 	$(PY) benchmarks/report.py
 
 clean:  ## remove the environment and the caches; keeps runs/
-	rm -rf "$(VENV)" "$(READERS)" build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf "$(VENV)" "$(READERS)" $(SERVERS)-* build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

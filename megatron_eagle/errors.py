@@ -29,6 +29,11 @@ class UserError(ValueError):
         return _PARAMETER.sub(lambda match: flag_of(match[1]), self.message).replace("<\0", "<")
 
 
+def names_parameter(error: UserError) -> bool:
+    """Tell whether the message of ``error`` names a parameter."""
+    return _PARAMETER.search(error.message) is not None
+
+
 def literal(text: object) -> str:
     """Return ``text`` of a user for a message of ``UserError``, kept from being read as ``<name>``.
 

@@ -22,7 +22,7 @@ from typing import Any
 from pypi_wheel import PinnedWheel
 from transformers import AutoTokenizer
 
-from megatron_eagle.data.regenerate import prompt_ids
+from megatron_eagle.data.chat.prompts import PromptTemplate, read_prompt
 
 WHEEL = PinnedWheel(
     "chitchat-dataset", "0.9.0", "7bf89f36645e2d5ec87d53370c8e851b5a688479c7beb7079cb4c87fc5acea3e"
@@ -64,11 +64,12 @@ def train_records(texts: list[str]) -> list[dict[str, Any]]:
 
 def eval_records(texts: list[str], tokenizer: Any) -> list[dict[str, Any]]:
     """Prompts with ids ``eval-0001`` onwards, tokenized as the base's chat template wants."""
-    records = []
+    records, template = [], PromptTemplate(tokenizer)
     for number, text in enumerate(texts, start=1):
+        name = f"eval-{number:04d}"
         messages = [{"role": "user", "content": text}]
-        ids = prompt_ids(tokenizer, messages)
-        records.append({"id": f"eval-{number:04d}", "messages": messages, "prompt_ids": ids})
+        ids = template.ids(read_prompt({"messages": messages}, name), name)
+        records.append({"id": name, "messages": messages, "prompt_ids": ids})
     return records
 
 

@@ -85,6 +85,15 @@ def write(summary: dict[str, Any], curve: Path, directory: Path) -> None:
     print(f"summary: {directory / 'summary.json'}\ncurves:  {directory / 'curves.png'}")
 
 
+def serving(base: Path, draft: Path, draft_tokens: int) -> str:
+    """Return what to do with the result: the two directories and the server's command."""
+    spec = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": draft_tokens}
+    return (
+        f"BASE:    {base}\nDRAFT:   {draft}\n"
+        f"serve:   vllm serve {base} --speculative-config '{json.dumps(spec)}'"
+    )
+
+
 def _steps(line: dict[str, Any], name: str) -> list[float]:
     count = sum(key.startswith(f"{name}_") for key in line)
     return [round(line[f"{name}_{t}"], 4) for t in range(count)]

@@ -22,6 +22,11 @@ from megatron_eagle.platform import recommended_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "examples" / "quickstart" / "data"
+BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+BASE_NOTE = (
+    "the directory base_hf that the quickstart unpacks: weights of a Q4_1 GGUF, dequantized, its 9 "
+    "heads padded with zeros to 12; the hub's own weights are not quantized and differ"
+)
 DRAFT_VOCABULARY = 8192
 TTT_STEPS = 3
 
@@ -61,9 +66,9 @@ class Quickstart:
         self._stage("unpack base", self.base_hf, self._unpack)
         self._stage("import base", self.base, self._import)
         self._stage("train", self._trained_marker, self._train)
-        self._stage("convert", self.draft_hf, self._convert)
         self._stage("evaluate untrained", self._report(False), lambda: self._evaluate(False))
         self._stage("evaluate trained", self._report(True), lambda: self._evaluate(True))
+        self._stage("convert", self.draft_hf, self._convert)
         summary = report.summarize(
             curve=self.curve,
             untrained=self._report(False),
@@ -74,6 +79,7 @@ class Quickstart:
             seconds=self._all_seconds(),
         )
         report.write(summary, self.curve, self.runs)
+        print(report.serving(self.base_hf, self.draft_hf, TTT_STEPS))
 
     @property
     def _trained_marker(self) -> Path:
@@ -104,7 +110,10 @@ class Quickstart:
         self._python("examples/quickstart/unpack_base.py", "--output", self.base_hf)
 
     def _import(self) -> None:
-        self._python("tools/import_base.py", "--hf", self.base_hf, "--save", self.base)
+        self._python(
+            "tools/import_base.py",
+            *("--hf", self.base_hf, "--save", self.base, "--base-name", BASE_NAME),
+        )
 
     def _train(self) -> None:
         iterations = self.args.train_iters
@@ -130,7 +139,12 @@ class Quickstart:
         )
 
     def _convert(self) -> None:
-        self._python("tools/convert_to_hf.py", "--load", self.checkpoint, "--output", self.draft_hf)
+        self._python(
+            "tools/convert_to_hf.py",
+            *("--load", self.checkpoint, "--output", self.draft_hf),
+            *("--eval", self._report(True), "--data", "the base's own answers to 889 questions"),
+            *("--base-name", BASE_NAME, "--base-note", BASE_NOTE),
+        )
 
     def _evaluate(self, trained: bool) -> None:
         self._torchrun(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from megatron_eagle.algorithms.base import Algorithm, DraftBlocks
+from megatron_eagle.algorithms.base import UNROLLED, Algorithm, DraftBlocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,11 +18,12 @@ class Eagle1(Algorithm):
 
     name = "eagle1"
     title = "EAGLE-1"
-    options = frozenset({"regression_weight", "detach_steps"})
+    options = UNROLLED | {"regression_weight", "detach_steps"}
     reasons: ClassVar = {
         "aux_layers": _READS_FINAL,
         "norm_before_fc": _READS_FINAL,
         "norm_before_residual": "has no norm in front of its first layer",
+        "qk_layernorm": "is a Llama layer to its readers, without norms of queries and keys",
         "draft_vocab_size": _SHARES_HEAD,
         "vocab_map": _SHARES_HEAD,
         "mask_out_of_vocab": _SHARES_HEAD,

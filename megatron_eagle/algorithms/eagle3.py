@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from megatron_eagle.algorithms.base import Algorithm
+from megatron_eagle.algorithms.base import UNROLLED, Algorithm
 
 
 class Eagle3(Algorithm):
@@ -12,11 +12,12 @@ class Eagle3(Algorithm):
 
     name = "eagle3"
     title = "EAGLE-3"
-    options = frozenset(
+    options = UNROLLED.union(
         {
             "aux_layers",
             "norm_before_fc",
             "norm_before_residual",
+            "qk_layernorm",
             "draft_vocab_size",
             "vocab_map",
             "mask_out_of_vocab",

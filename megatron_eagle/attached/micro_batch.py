@@ -31,7 +31,7 @@ def read_micro_batch(
 
     ``loss_mask`` [B, S / CP] on any device is that of the model's own loss: entry i says by 0 or 1
     whether the token after position i is supervised. Documents come from ``packed_seq_params``, or
-    from ``position_ids`` that begin anew inside a sequence. ``parts`` and ``every_row`` are as in
+    from ``position_ids`` that begin anew inside a sequence. ``parts`` and ``every_row`` go to
     ``EagleBatch.build``. Under context parallelism one all-gather over ``cp_group``. The device is
     asked once per micro-batch.
 

@@ -259,7 +259,11 @@ def sink_attention(
     A sink has no value: it only takes its part of the probability. Not differentiable, since only
     frozen bases have sinks; no collective.
     """
-    out, lse = blocks_forward(query, key, value, scale, plan)
+    return beside_sink(*blocks_forward(query, key, value, scale, plan), sink)
+
+
+def beside_sink(out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
+    """Scale out [B, n, S, dv] of a softmax with lse [B, n, S] to what a sink [n] leaves of it."""
     left = torch.sigmoid(lse - sink.float().unsqueeze(-1))  # the keys' part of the probability
     return out * left.unsqueeze(-1).to(out.dtype)
 

@@ -1,20 +1,62 @@
 """Output that appears whole: written under another name, then put in place by a rename.
 
 A run that is killed leaves either the earlier content or the new one under the final name, never a
-part of it. The other name stands beside the final one, so that both are on one file system.
+part of it. The other name stands beside the final one, so that both are on one file system. Bytes
+are on the disk before the rename is.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_eagle.checkpoint.lock import output_lock
 from megatron_eagle.errors import UserError
+from megatron_eagle.user_files import read_json_object, reading
+
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+
+
+@contextmanager
+def owned_output(target: Path, parameter: str) -> Iterator[None]:
+    """Hold the lock on ``target``, the value of ``parameter``, and clear up after killed runs.
+
+    What a killed run has moved away is taken back, what it left half-written is deleted. Raises
+    ``UserError`` if another run holds the lock.
+    """
+    with output_lock(target, parameter):
+        take_back(target.resolve())
+        yield
+
+
+def take_back(target: Path) -> None:
+    """Bring back an earlier ``target`` that a killed run had moved away, and delete its scratch.
+
+    The caller holds the lock on ``target``: no other run is writing it. Ranks of one run may do
+    this at the same time.
+    """
+    name = re.escape(target.name)
+    # The last two are the names that earlier releases used.
+    moved = re.compile(rf"\.{name}\.\d+\.old")
+    scratch = re.compile(rf"\.{name}\.(\d+\.(part|old|tmp)|partial-\d+)")
+    if not target.parent.is_dir():
+        return
+    beside = [path for path in target.parent.iterdir() if path.name.startswith(f".{target.name}.")]
+    earlier = [path for path in beside if moved.fullmatch(path.name)]
+    if earlier and not target.exists():
+        with contextlib.suppress(OSError):  # another rank was faster
+            earlier[0].rename(target)
+    for path in beside:
+        if scratch.fullmatch(path.name) and path.exists():
+            _delete(path)
 
 
 @contextmanager
@@ -26,7 +68,9 @@ def atomic_file(target: Path) -> Iterator[Path]:
     scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
         yield scratch
+        sync(scratch)
         scratch.replace(target)
+        sync(target.parent)
     finally:
         scratch.unlink(missing_ok=True)
 
@@ -56,7 +100,12 @@ def put_in_place(*targets: Path) -> None:
     Readers must take the last one as the sign that the set is whole.
     """
     for target in targets:
+        sync(part(target))
+    for target in targets:
+        if target is targets[-1]:
+            sync(target.parent)
         part(target).replace(target)
+    sync(targets[-1].parent)
 
 
 @contextmanager
@@ -74,7 +123,9 @@ def atomic_dir(target: Path, replace: bool = False) -> Iterator[Path]:
         if replace:
             replace_dir(scratch, target)
         else:
+            _sync_tree(scratch)
             scratch.rename(target)
+            sync(target.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -82,23 +133,68 @@ def atomic_dir(target: Path, replace: bool = False) -> Iterator[Path]:
 def replace_dir(scratch: Path, target: Path) -> None:
     """Rename directory ``scratch`` to ``target`` and delete what stood there.
 
-    Between the two renames of a replacement there is no ``target`` for an instant.
+    The two change places in one step where the system can do that. Elsewhere there is no ``target``
+    for an instant, and ``take_back`` mends what a run that is killed in it leaves.
     """
+    _sync_tree(scratch)
     earlier = target.with_name(f".{target.name}.{os.getpid()}.old")
-    if target.exists():
-        target.rename(earlier)
-    try:
-        scratch.rename(target)
-    except OSError:
-        if earlier.exists():
-            earlier.rename(target)
-        raise
+    if target.exists() and exchange(scratch, target):
+        scratch.rename(earlier)
+    else:
+        if target.exists():
+            target.rename(earlier)
+        try:
+            scratch.rename(target)
+        except OSError:
+            if earlier.exists():
+                earlier.rename(target)
+            raise
+    sync(target.parent)
     if earlier.exists():
         shutil.rmtree(earlier, ignore_errors=True)
 
 
+def exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step; return False where the system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    paths = (os.fsencode(path) for path in (one, other))
+    source, target = paths
+    return rename(_AT_FDCWD, source, _AT_FDCWD, target, _RENAME_EXCHANGE) == 0
+
+
+def sync(path: Path) -> None:
+    """Wait until the file ``path``, or the names in the directory ``path``, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sync_tree(directory: Path) -> None:
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            sync(Path(folder) / name)
+        sync(Path(folder))
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def check_unused(directory: Path, parameter: str) -> None:
     """Raise ``UserError`` naming ``parameter`` unless ``directory`` is absent or empty."""
+    with reading(parameter, directory):
+        _check_unused(directory, parameter)
+
+
+def _check_unused(directory: Path, parameter: str) -> None:
     if directory.is_symlink() or (directory.exists() and not directory.is_dir()):
         raise UserError(f"<{parameter}> {directory}: exists and is not a directory")
     if directory.is_dir() and any(directory.iterdir()):
@@ -121,9 +217,9 @@ def checked_output(
     if not overwrite:
         raise UserError(f"<output> {output}: not empty; give <overwrite> to replace it")
     try:
-        earlier = json.loads((output / "config.json").read_bytes())
-    except (OSError, ValueError):
+        earlier = read_json_object(output / "config.json")
+    except UserError:
         earlier = None
-    if not isinstance(earlier, dict) or not replaceable(earlier):
+    if earlier is None or not replaceable(earlier):
         raise UserError(f"<output> {output}: <overwrite> replaces only an exported draft")
     return output

@@ -1,79 +1,17 @@
-"""Read the ``.metadata`` file of a torch_dist checkpoint without trusting it.
-
-torch.distributed.checkpoint pickles that file. An unpickler calls whatever the file names, so this
-one resolves only the classes listed here and refuses all others by name.
-"""
+"""The tensors that the ``.metadata`` file of a torch_dist checkpoint describes, read safely."""
 
 from __future__ import annotations
 
-import pickle
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import IO, Any
 
 import torch
-from torch.distributed.checkpoint import filesystem, metadata, planner
+from torch.distributed.checkpoint import filesystem, metadata
 
-from megatron_eagle.errors import UserError
-
-FLOATS = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
-INTEGERS = ("int64", "int32", "int16", "int8", "uint8", "bool")
-
-
-class Inert:
-    """Stand-in for bookkeeping classes whose content is not read."""
-
-
-class ForbiddenClassError(Exception):
-    """Raised for a pickle that names something outside ``ALLOWED``."""
-
-
-ALLOWED: dict[tuple[str, str], Any] = {
-    ("torch.distributed.checkpoint.metadata", "Metadata"): metadata.Metadata,
-    ("torch.distributed.checkpoint.metadata", "MetadataIndex"): metadata.MetadataIndex,
-    ("torch.distributed.checkpoint.metadata", "StorageMeta"): metadata.StorageMeta,
-    ("torch.distributed.checkpoint.metadata", "TensorProperties"): metadata.TensorProperties,
-    ("torch.distributed.checkpoint.metadata", "TensorStorageMetadata"): (
-        metadata.TensorStorageMetadata
-    ),
-    ("torch.distributed.checkpoint.metadata", "BytesStorageMetadata"): (
-        metadata.BytesStorageMetadata
-    ),
-    ("torch.distributed.checkpoint.metadata", "ChunkStorageMetadata"): (
-        metadata.ChunkStorageMetadata
-    ),
-    ("torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"): (
-        metadata._MEM_FORMAT_ENCODING
-    ),
-    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
-    ("torch.distributed.checkpoint.filesystem", "_StoragePrefix"): filesystem._StoragePrefix,
-    # Megatron appends every rank's save plan to the metadata.
-    ("torch.distributed.checkpoint.planner", "SavePlan"): planner.SavePlan,
-    ("torch.distributed.checkpoint.planner", "WriteItem"): planner.WriteItem,
-    ("torch.distributed.checkpoint.planner", "WriteItemType"): planner.WriteItemType,
-    ("torch.distributed.checkpoint.planner", "TensorWriteData"): planner.TensorWriteData,
-    ("torch.distributed.checkpoint.planner", "BytesIOWriteData"): planner.BytesIOWriteData,
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreMetadata"): Inert,
-    ("megatron.core.dist_checkpointing.strategies.torch", "MCoreSavePlan"): Inert,
-    ("torch", "Size"): torch.Size,
-    ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
-    ("collections", "OrderedDict"): dict,
-    # The path the checkpoint was saved to, when the writer was given a Path: kept as its parts.
-    ("pathlib", "PosixPath"): lambda *parts: parts,
-    ("pathlib._local", "PosixPath"): lambda *parts: parts,
-    **{("torch", name): getattr(torch, name) for name in FLOATS + INTEGERS},
-}
-
-
-class MetadataUnpickler(pickle.Unpickler):
-    """Unpickler that resolves the names in ``ALLOWED`` only."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        try:
-            return ALLOWED[module, name]
-        except KeyError:
-            raise ForbiddenClassError(f"{module}.{name}") from None
+from megatron_eagle.checkpoint.safe_unpickler import load_metadata
+from megatron_eagle.errors import UserError, literal
+from megatron_eagle.user_files import first_line
 
 
 @dataclass(frozen=True)
@@ -117,31 +55,24 @@ class StoredTensor:
         return None
 
 
-def read_metadata(path: Path) -> dict[str, StoredTensor]:
-    """Read the tensors of a ``.metadata`` file by key; other entries are left out.
+def read_metadata(path: Path) -> tuple[dict[str, StoredTensor], dict[str, StoredChunk]]:
+    """Read the tensors of a ``.metadata`` file, and the places of its other objects, by key.
 
-    Raises ``UserError`` naming the file when it cannot be parsed or names a class outside
-    ``ALLOWED``.
+    Raises ``UserError`` naming the file when it cannot be parsed or names a class that checkpoint
+    metadata have no use for.
     """
+    with path.open("rb") as stream:
+        content = load_metadata(stream, literal(path))
     try:
-        with path.open("rb") as stream:
-            return _tensor_records(stream)
-    except ForbiddenClassError as error:
+        return _tensor_records(content), _object_places(content)
+    except Exception as error:  # fields of any type, where torch writes one
         raise UserError(
-            f"{path}: refusing to unpickle {error}: not a class of checkpoint metadata"
-        ) from error
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle can fail anywhere, with any type
-        raise UserError(
-            f"{path}: corrupted checkpoint metadata ({type(error).__name__}: {error})"
+            f"{literal(path)}: corrupted checkpoint metadata ({type(error).__name__}: "
+            f"{literal(first_line(error))})"
         ) from error
 
 
-def _tensor_records(stream: IO[bytes]) -> dict[str, StoredTensor]:
-    content = MetadataUnpickler(stream).load()
-    if not isinstance(content, metadata.Metadata):
-        raise TypeError(f"holds a {type(content).__name__}, not torch DCP Metadata")
+def _tensor_records(content: metadata.Metadata) -> dict[str, StoredTensor]:
     places = {
         (index.fqn, tuple(index.offset or ())): info for index, info in content.storage_data.items()
     }
@@ -157,6 +88,14 @@ def _tensor_records(stream: IO[bytes]) -> dict[str, StoredTensor]:
         )
         for key, stored in content.state_dict_metadata.items()
         if isinstance(stored, metadata.TensorStorageMetadata)
+    }
+
+
+def _object_places(content: metadata.Metadata) -> dict[str, StoredChunk]:
+    return {
+        index.fqn: StoredChunk((), (), info.relative_path, info.offset, info.length)
+        for index, info in content.storage_data.items()
+        if isinstance(content.state_dict_metadata.get(index.fqn), metadata.BytesStorageMetadata)
     }
 
 

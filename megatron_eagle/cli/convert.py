@@ -25,6 +25,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
         args,
         attention="--eagle-attention",
         q_lora_rank="--eagle-q-lora-rank",
+        qk_layernorm="--eagle-qk-layernorm",
         norm_before_fc="--eagle-norm-before-fc",
         norm_before_residual="--eagle-norm-before-residual",
     )
@@ -33,8 +34,10 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def _convert(args: argparse.Namespace) -> int:
     from megatron_eagle.hf.draft import export
-    from megatron_eagle.hf.draft.card import algorithm_name, read_evaluation
+    from megatron_eagle.hf.draft.card import algorithm_name
+    from megatron_eagle.hf.draft.figures import read_evaluation
     from megatron_eagle.hf.draft.formats import FORMATS as formats
+    from megatron_eagle.hf.draft.formats import format_notes
 
     info = export.export_draft(
         args.load,
@@ -44,9 +47,14 @@ def _convert(args: argparse.Namespace) -> int:
         progress=print,
         fmt=formats[args.format],
         data=args.data,
+        base_name=args.base_name,
+        base_note=args.base_note,
+        hf_config=args.hf_config,
         evaluation=read_evaluation(args.eval) if args.eval else None,
         check=partial(_verify, args.load) if args.verify else (lambda directory: None),
     )
+    for note in format_notes(formats[args.format], info):
+        print(f"note: {note}")
     print(f"{algorithm_name(info)} draft for {info.base.name!r} is in {args.output}")
     return 0
 
@@ -60,14 +68,15 @@ def _verify(load: Path, exported: Path) -> None:
     enable()
     from megatron_eagle.cli.process_groups import start
     from megatron_eagle.decode.load import read_draft
-    from megatron_eagle.decode.verify import STEPS, check_export
+    from megatron_eagle.decode.verify import check_export, compared
 
     groups = start(seed=0)
     try:
-        difference = check_export(read_draft(load, f"<load> {load}"), load, exported, groups)
+        about = read_draft(load, f"<load> {load}")
+        difference = check_export(about, load, exported, groups)
     finally:
         torch.distributed.destroy_process_group()
-    print(f"verified: {STEPS} steps equal the checkpoint's draft to {difference:.1e}")
+    print(f"verified: {compared(about)} equal the checkpoint's draft to {difference:.1e}")
 
 
 def _parser(prog: str | None) -> argparse.ArgumentParser:
@@ -95,6 +104,24 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
         "--overwrite", action="store_true", help="replace an earlier export in --output"
     )
     parser.add_argument("--data", metavar="TEXT", help="training data, for the model card")
+    parser.add_argument(
+        "--base-name",
+        metavar="NAME",
+        help="what users of the base type for it (default: the name that import-base gave it)",
+    )
+    parser.add_argument(
+        "--base-note",
+        metavar="TEXT",
+        help="for the model card: which files of the base go with the draft, if not those that the "
+        "name stands for",
+    )
+    parser.add_argument(
+        "--hf-config",
+        type=Path,
+        metavar="DIR",
+        help="Hugging Face directory of the base, for what the arguments of a base that Megatron "
+        "trained do not say; where both speak they must agree",
+    )
     parser.add_argument(
         "--eval",
         type=Path,

@@ -23,6 +23,12 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--hf", type=Path, required=True, help="Hugging Face model directory")
     parser.add_argument("--save", type=Path, required=True, help="checkpoint directory to create")
+    parser.add_argument(
+        "--base-name",
+        metavar="NAME",
+        help="of the base in exported drafts, by which vLLM and speculators find it (default: its "
+        "id if DIR is in the hub's cache, else the path of DIR)",
+    )
     args = parser.parse_args(argv)
     return run(partial(_import_base, args), flags_of(args))
 
@@ -36,7 +42,7 @@ def _import_base(args: argparse.Namespace) -> int:
     def progress(line: str) -> None:
         print(f"[{time.monotonic() - started:6.1f} s] {line}", flush=True)
 
-    base = import_base(args.hf, args.save, progress)
+    base = import_base(args.hf, args.save, progress, args.base_name)
     progress(f"{base.family} base {base.name!r} is in {args.save}")
     print("Megatron flags for this base:")
     print(shlex.join(megatron_flags(base.megatron_args)))

@@ -28,9 +28,17 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
+    if args.output_prefix is None and args.show is None:
+        raise UserError("<output_prefix> is missing, and no <show> asks for a look")
     options = _options(args)  # before the imports, which take seconds
     from megatron_eagle.data.chat.prepare import prepare
+    from megatron_eagle.data.chat.show import shown
 
+    if args.show is not None:
+        for line in shown(args.input, options, args.show):
+            print(line, flush=True)
+    if args.output_prefix is None:
+        return 0
     summary = prepare(
         args.input,
         args.output_prefix,
@@ -55,7 +63,12 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
         "--tokenizer", required=True, metavar="PATH",
         help="Hugging Face directory, or a SentencePiece .model file",
     )  # fmt: skip
-    parser.add_argument("--output-prefix", required=True, metavar="PREFIX")
+    parser.add_argument("--output-prefix", metavar="PREFIX", help="of the data set's files")
+    parser.add_argument(
+        "--show", type=int, metavar="N",
+        help="print the first N conversations with supervised text marked; without "
+        "--output-prefix nothing else is done",
+    )  # fmt: skip
     parser.add_argument(
         "--chat-template", metavar="FILE", help="Jinja file instead of the tokenizer's template"
     )
@@ -83,16 +96,19 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
 
 
 def _options(args: argparse.Namespace) -> RecordOptions:
-    at_least_one(args, "workers", "vocab_size")
+    at_least_one(args, "workers", "vocab_size", "show")
     source = f"<template_options> {literal(args.template_options)}"
     try:
         variables: Any = json.loads(args.template_options)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{source}: not JSON ({error})") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{source}: not JSON ({literal(error)})") from None
     if not isinstance(variables, dict):
         raise UserError(f"{source}: not a JSON object")
     from megatron_eagle.data.chat.records import RecordOptions
+    from megatron_eagle.data.chat.rendering import RESERVED
 
+    if reserved := sorted(RESERVED & set(variables)):
+        raise UserError(f"{source}: {reserved[0]} is no variable of a template's own")
     if args.thinking is not None:
         variables["enable_thinking"] = args.thinking == "on"
     return RecordOptions(

@@ -8,12 +8,17 @@ Runs the model through transformers. A run that was stopped goes on where it was
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from megatron_eagle.cli.boundary import at_least_one, flags_of, run
+from megatron_eagle.checkpoint.atomic import owned_output
+from megatron_eagle.cli.boundary import LARGEST_COUNT, at_least_one, flags_of, run
 from megatron_eagle.errors import UserError
+
+LOWEST_TEMPERATURE = 1e-4
+"""Temperature below which the quotients leave half precision."""
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -37,23 +42,36 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
 
 def _regenerate(args: argparse.Namespace) -> int:
     at_least_one(args, "max_new_tokens", "batch_size")
-    if args.temperature < 0:
-        raise UserError(f"<temperature> {args.temperature} must not be negative")
+    if not 0 <= args.temperature < math.inf:
+        raise UserError(f"<temperature> {args.temperature} must be a number of 0 or more")
+    if not 0 <= args.seed <= LARGEST_COUNT:
+        raise UserError(f"<seed> {args.seed} must be from 0 to {LARGEST_COUNT}")
+    if 0 < args.temperature < LOWEST_TEMPERATURE:
+        raise UserError(f"<temperature> {args.temperature} is too low to divide by; 0 is greedy")
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from megatron_eagle.data.regenerate import Generation, read_prompts, regenerate
+    from megatron_eagle.hf.files.model_digest import model_digest
+    from megatron_eagle.hf.files.pretrained import load_hf_model, load_hf_tokenizer
 
     prompts = read_prompts(args.prompts)
     if not (args.model / "config.json").is_file():
         raise UserError(f"<model> {args.model}: not a Hugging Face model directory")
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    model = AutoModelForCausalLM.from_pretrained(
-        args.model, dtype=getattr(torch, args.dtype), use_safetensors=True
-    ).eval()
-    if torch.cuda.is_available():
-        model = model.cuda()
-    generation = Generation(args.max_new_tokens, args.batch_size, args.temperature, args.seed)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    regenerate(model, tokenizer, prompts, args.output, generation, lambda s: print(s, flush=True))
+    generation = Generation(
+        args.max_new_tokens, args.batch_size, args.temperature, args.seed, args.dtype
+    )
+    with owned_output(args.output, "output"):
+        tokenizer = load_hf_tokenizer(args.model, "model")
+        model = load_hf_model(args.model, "model", getattr(torch, args.dtype))
+        if torch.cuda.is_available():
+            model = model.cuda()
+        regenerate(
+            model,
+            tokenizer,
+            prompts,
+            args.output,
+            generation,
+            lambda text: print(text, flush=True),
+            model_digest(args.model),
+        )
     return 0

@@ -8,13 +8,18 @@ from typing import Any
 
 from megatron_eagle.errors import UserError
 
+LARGEST = 2**31 - 1
+"""Largest value of an option: a larger one is a slip, not a request of that much memory."""
 
-def option(default: Any, help_text: str, *, least: int | None = None, **flag: Any) -> Any:
+
+def option(
+    default: Any, help_text: str, *, least: int | None = None, most: int = LARGEST, **flag: Any
+) -> Any:
     """Make a dataclass field; ``flag`` goes to ``ArgumentParser.add_argument``.
 
-    ``least`` is the smallest value allowed, where there is one.
+    ``least`` and ``most`` are the smallest and the largest value allowed.
     """
-    metadata = {"help": help_text, "flag": flag, "least": least}
+    metadata = {"help": help_text, "flag": flag, "least": least, "most": most}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -39,14 +44,19 @@ def given(options: Any) -> dict[str, Any]:
 
 
 def check_ranges(options: Any) -> None:
-    """Raise :class:`UserError` for the first value below its field's ``least`` or not among its
-    ``choices``; a value of None is not checked."""
+    """Raise :class:`UserError` for the first value below its field's ``least``, above its ``most``
+    or not among its ``choices``; a value of None is not checked."""
     for field in dataclasses.fields(options):
         value, least = getattr(options, field.name), field.metadata["least"]
         if value is None:
             continue
         if least is not None and value < least:
             raise UserError(f"<{field.name}> must be at least {least}, not {value}")
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not number <= field.metadata["most"]:
+                raise UserError(
+                    f"<{field.name}> must be at most {field.metadata['most']}, not {number}"
+                )
         choices = field.metadata["flag"].get("choices")
         if choices is not None and value not in choices:
             raise UserError(f"<{field.name}> must be one of {', '.join(choices)}, not {value}")

@@ -19,8 +19,9 @@ from megatron_eagle.config import EagleConfig
 from megatron_eagle.data.answers import AnswerDocuments
 from megatron_eagle.data.bin_packing import pack
 from megatron_eagle.data.features.store import FeatureDocuments, needed_positions
-from megatron_eagle.data.indexed import IndexedDocuments, dataset_exists
-from megatron_eagle.errors import UserError
+from megatron_eagle.data.indexed import MASK_SUFFIX, IndexedDocuments, dataset_exists
+from megatron_eagle.errors import UserError, literal
+from megatron_eagle.user_files import reading
 
 
 class Documents(Protocol):
@@ -43,17 +44,37 @@ def open_documents(train_data: str, vocab_size: int) -> Documents:
     Raises ``UserError`` naming it when it cannot be read whole or holds an id that a base with
     ``vocab_size`` ids does not have.
     """
-    if Path(train_data).is_file():
-        return AnswerDocuments(train_data, vocab_size)
-    if not dataset_exists(train_data):
-        raise UserError(f"<train_data> {train_data}: no such file, and no {train_data}.bin/.idx")
-    return IndexedDocuments(train_data, vocab_size)
+    with reading("train_data", train_data):
+        if prefix := _prefix_of(train_data):
+            raise UserError(
+                f"<train_data> {literal(train_data)}: a file of a prepared data set, which is "
+                f"named without its suffix: <train_data> {literal(prefix)}"
+            )
+        if Path(train_data).is_file():
+            return AnswerDocuments(train_data, vocab_size)
+        if not dataset_exists(train_data):
+            raise UserError(
+                f"<train_data> {literal(train_data)}: no such file, and no "
+                f"{literal(train_data)}.bin/.idx"
+            )
+        return IndexedDocuments(train_data, vocab_size)
+
+
+def _prefix_of(train_data: str) -> str | None:
+    """Return the prefix of the data set that the file ``train_data`` belongs to, if it is one."""
+    for suffix in (".bin", ".idx", ".json", ".bad.txt"):
+        prefix = train_data.removesuffix(suffix).removesuffix(MASK_SUFFIX)
+        if prefix != train_data and dataset_exists(prefix):
+            return prefix
+    return None
 
 
 def training_documents(options: EagleConfig, base: BaseInfo) -> Documents:
     """Open the documents that ``options`` name: stored features, or training data."""
-    if options.train.offline_features is not None:
-        return FeatureDocuments(options.train.offline_features, base.fingerprint, base.vocab_size)
+    directory = options.train.offline_features
+    if directory is not None:
+        with reading("offline_features", directory):
+            return FeatureDocuments(directory, base.fingerprint, base.vocab_size)
     assert options.train.train_data is not None
     return open_documents(options.train.train_data, base.vocab_size)
 

@@ -7,7 +7,7 @@ Shapes: N documents, n tokens of one of them, V ids of the base's vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from torch import Tensor
 
 from megatron_eagle.checkpoint.atomic import part, put_in_place
 from megatron_eagle.data.jsonl import outside
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, literal
+from megatron_eagle.user_files import first_line
 
 MASK_SUFFIX = "_loss_mask"
 _BLOCK = 1 << 24
@@ -31,8 +32,13 @@ def dataset_exists(prefix: str) -> bool:
 class DatasetWriter:
     """Write both data sets under other names and put them in place when all is written.
 
-    The index of the ids comes last: a data set that can be opened is whole.
+    The index of the ids comes last: a data set that can be opened is whole. What ``beside`` writes
+    when the data set is complete, such as its summary, is whole by then, too.
     """
+
+    beside: Callable[[], None] | None = None
+    files: Sequence[Path] = ()
+    """The files of both data sets; until all are written, they lie under ``part(file)``."""
 
     def __init__(self, prefix: str, vocab_size: int) -> None:
         from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
@@ -69,7 +75,10 @@ class DatasetWriter:
             bin_file, index = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
             builder.finalize(str(part(index)))
             files = [bin_file, index, *files]
-        files[-1].unlink(missing_ok=True)
+        self.files = files
+        files[-1].unlink(missing_ok=True)  # from here on the earlier data set is not there
+        if self.beside is not None:
+            self.beside()
         put_in_place(*files)
 
 
@@ -115,6 +124,10 @@ class IndexedDocuments:
             counts += np.bincount(ids[mask > 0], minlength=vocab_size)
         return torch.from_numpy(counts)
 
+    def supervised(self) -> int:
+        """Count the supervised tokens."""
+        return sum(int((mask > 0).sum()) for mask in self._blocks(self._mask))
+
     def _check_ids(self, vocab_size: int, where: str) -> None:
         for ids in self._blocks(self._ids):
             low, high = int(ids.min()), int(ids.max())
@@ -134,8 +147,10 @@ def _open(prefix: str, where: str) -> Any:
 
     try:
         dataset = IndexedDataset(prefix, multimodal=False, mmap=True)
-    except (OSError, ValueError, AssertionError, KeyError) as error:
-        raise UserError(f"{where}: {prefix}.idx is damaged: {error}") from error
+    except Exception as error:  # an index can be damaged in any way
+        raise UserError(
+            f"{where}: {literal(prefix)}.idx is damaged: {literal(first_line(error))}"
+        ) from error
     last = int(dataset.index.sequence_pointers[-1]) if len(dataset) else 0
     item = np.dtype(dataset.index.dtype).itemsize
     needed = last + int(dataset.sequence_lengths[-1]) * item if len(dataset) else 0

@@ -8,21 +8,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, literal
+from megatron_eagle.user_files import reading
+
+ONE_A_LINE = "one record a line is wanted (jq -c '.[]' makes lines of a JSON array)"
 
 
 def parse_lines(content: bytes, first_line: int = 1) -> Iterator[tuple[int, Any]]:
     """Yield (line number, value) of every line that is not blank.
 
-    For a line that is not JSON the value is a ``UserError`` saying why; the caller may go on.
+    For a line that is not JSON, or text that UTF-8 cannot write, the value is a ``UserError``
+    saying why; the caller may go on.
     """
     for number, line in enumerate(content.split(b"\n"), start=first_line):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line.decode("utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-            yield number, UserError(f"not JSON ({error})")
+        if line.strip():
+            yield number, _parsed(line)
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        value = json.loads(line.decode("utf-8"))
+        if b"\\ud" in line or b"\\uD" in line:  # half of a character, unless both halves are there
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        return UserError(f"not text: {error.reason}, {literal(ascii(error.object[error.start]))}")
+    except Exception as error:  # also a deep nesting and an integer of thousands of digits
+        if line.lstrip()[:1] == b"[":
+            return UserError(f"not JSON on one line ({literal(error)}); {ONE_A_LINE}")
+        return UserError(f"not JSON ({literal(error)})")
+    return value
+
+
+def not_an_object(value: Any) -> str:
+    """Return the words for a line whose JSON ``value`` is no record."""
+    array = f" but an array; {ONE_A_LINE}" if isinstance(value, list) else ""
+    return f"not a JSON object{array}"
 
 
 def read_records(file: str | Path, parameter: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -32,16 +52,21 @@ def read_records(file: str | Path, parameter: str) -> Iterator[tuple[str, dict[s
     when a line is not a JSON object.
     """
     path = Path(file)
-    if not path.is_file():
-        raise UserError(f"<{parameter}> {file}: no such file")
+    with reading(parameter, file):
+        if not path.is_file():
+            raise UserError(f"<{parameter}> {literal(file)}: no such file")
+        yield from _records(path, str(file))
+
+
+def _records(path: Path, file: str) -> Iterator[tuple[str, dict[str, Any]]]:
     with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             for _, value in parse_lines(line):
                 where = f"{file}:{number}"
                 if isinstance(value, UserError):
-                    raise UserError(f"{where}: {value}")
+                    raise UserError(f"{where}: {value.message}")
                 if not isinstance(value, dict):
-                    raise UserError(f"{where}: not a JSON object")
+                    raise UserError(f"{where}: {not_an_object(value)}")
                 yield where, value
 
 
@@ -87,8 +112,9 @@ def cut(file: str, size: int) -> Iterator[FilePiece]:
 
     Raises ``UserError`` naming ``<input>`` when there is no such file.
     """
-    if not Path(file).is_file():
-        raise UserError(f"<input> {file}: no such file")
+    with reading("input", file):
+        if not Path(file).is_file():
+            raise UserError(f"<input> {literal(file)}: no such file")
     start, line = 0, 1
     with open(file, "rb") as data:
         while block := data.read(size):

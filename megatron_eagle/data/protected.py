@@ -30,7 +30,7 @@ def special_and_byte_ids(tokenizer: Any) -> set[int]:
 
 
 def config_token_ids(hf_config: dict[str, Any]) -> set[int]:
-    """Return the ids of bos, eos and pad in a Hugging Face config.json."""
+    """Return the ids of bos, eos and pad of a base's ``hf_config``."""
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {i for key in keys for i in token_ids(hf_config, key)}
 

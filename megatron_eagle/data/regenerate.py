@@ -7,6 +7,7 @@ id, so a run that was stopped continues.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +16,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
+from megatron_eagle.data.answer_file import finished_answers, go_on
+from megatron_eagle.data.chat.conversations import Conversation
+from megatron_eagle.data.chat.messages import as_record
+from megatron_eagle.data.chat.prompts import PromptTemplate, read_prompt
 from megatron_eagle.data.jsonl import read_records
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, literal
 
 Progress = Callable[[str], None]
+Item = tuple[str, Conversation, list[int]]
+"""A prompt: its id, its conversation and its token ids."""
+_SAMPLING = (
+    "do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty",
+    "no_repeat_ngram_size", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
+    "min_new_tokens", "num_beams", "guidance_scale",
+)  # fmt: skip
+"""Settings of a generation_config.json that change which tokens are written."""
 
 
 @dataclass(frozen=True)
@@ -30,114 +44,123 @@ class Generation:
     batch_size: int = 64
     temperature: float = 0.0
     seed: int = 0
+    dtype: str = "float32"
 
 
-def read_prompts(file: Path) -> dict[str, list[dict[str, str]]]:
-    """Read a JSONL of {"id", "messages"} or {"id", "prompt"}; return messages by prompt id.
+def read_prompts(file: Path) -> dict[str, Conversation]:
+    """Read a JSONL of conversations to be answered or of a user's ``prompt``; return them by id.
 
     Ids default to line numbers. Raises ``UserError`` naming file and line of a bad one.
     """
-    prompts: dict[str, list[dict[str, str]]] = {}
+    prompts: dict[str, Conversation] = {}
     for where, record in read_records(file, "prompts"):
-        messages = _messages(record, where)
-        name = str(record.get("id", where.rpartition(":")[2]))
+        prompt = read_prompt(record, where)
+        given = record.get("id")
+        name = where.rpartition(":")[2] if given is None else str(given)
         if name in prompts:
-            raise UserError(f"{where}: the id {name!r} occurs twice")
-        prompts[name] = messages
+            raise UserError(f"{where}: the id {literal(repr(name))} occurs twice")
+        prompts[name] = prompt
     if not prompts:
         raise UserError(f"<prompts> {file}: no prompts in it")
     return prompts
 
 
-def _messages(record: dict[str, Any], where: str) -> list[dict[str, str]]:
-    if isinstance(record.get("prompt"), str) and record["prompt"].strip():
-        return [{"role": "user", "content": record["prompt"]}]
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: neither a 'prompt' text nor a list of 'messages'")
-    if not all(isinstance(m, dict) and {"role", "content"} <= set(m) for m in messages):
-        raise UserError(f"{where}: a message needs 'role' and 'content'")
-    while messages and messages[-1]["role"] == "assistant":
-        messages = messages[:-1]  # the answer to regenerate
-    if not messages:
-        raise UserError(f"{where}: nothing to answer in it")
-    return messages
-
-
-def finished_ids(file: Path, progress: Progress) -> set[str]:
-    """Return the prompt ids that ``file`` has answers to, after cutting off a torn last line.
-
-    Raises ``UserError`` naming the line that is not an answer.
-    """
-    if not file.exists():
-        return set()
-    lines, newline, torn = file.read_bytes().rpartition(b"\n")
-    if torn:
-        progress(f"dropping a torn last line of {file}")
-        with file.open("r+b") as output:
-            output.truncate(len(lines + newline))
-    done = set()
-    for number, line in enumerate(lines.splitlines(), start=1):
-        try:
-            done.add(json.loads(line)["id"])
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"<output> {file}:{number}: not a line of answers") from None
-    return done
-
-
 def regenerate(
     model: Any,
     tokenizer: Any,
-    prompts: dict[str, list[dict[str, str]]],
+    prompts: dict[str, Conversation],
     output: Path,
     generation: Generation,
     progress: Progress = print,
+    identity: str | None = None,
 ) -> int:
     """Answer every prompt that ``output`` has no answer to; return the number of tokens written.
 
     A line is {"id", "messages" with the answer, "prompt_ids" (of the chat template, with the
-    generation prompt), "answer_ids" (with the end token, unless cut at ``max_new_tokens``)}. Raises
-    ``UserError`` for a model without a chat template and for a prompt that is too long.
+    generation prompt), "answer_ids" (with the end token, unless cut at ``max_new_tokens``)}. The
+    lines are those of a run that was never stopped: batches are the same, and so is what a batch
+    draws. ``identity`` tells the model from others. Raises ``UserError`` for a model without a chat
+    template, for a prompt that is too long, and for an ``output`` of another model, of other
+    settings or prompts.
     """
-    if tokenizer.chat_template is None:
-        raise UserError("<model>: its tokenizer has no chat template")
-    done = finished_ids(output, progress)
-    todo = [
-        (name, messages, prompt_ids(tokenizer, messages))
-        for name, messages in prompts.items()
-        if name not in done
-    ]
-    _check_lengths(model, todo, generation)
-    todo.sort(key=lambda item: len(item[2]))
-    progress(f"{len(todo)} prompts to answer, {len(done)} answered before")
+    items = _items(tokenizer, prompts, progress)
+    _drop_generation_defaults(model, progress)
+    _check_lengths(model, items, generation)
+    done = finished_answers(output, progress)
+    go_on(output, done, prompts, _settings(generation, items, identity))
+    left = len(items) - len(done)
+    progress(f"{left} prompts to answer, {len(done)} answered before")
     written, answered, start = 0, 0, time.monotonic()
     with output.open("a", encoding="utf-8") as file:
-        for batch in _batches(todo, generation.batch_size):
-            torch.manual_seed(generation.seed + len(done) + answered)
+        for first, batch in _batches(items, generation.batch_size):
+            if all(name in done for name, _, _ in batch):
+                continue
+            torch.manual_seed(generation.seed + first)
             answers = _answer(model, tokenizer, [ids for _, _, ids in batch], generation)
-            for (name, messages, ids), answer in zip(batch, answers, strict=True):
-                file.write(_line(tokenizer, name, messages, ids, answer) + "\n")
-                written += len(answer)
+            for (name, prompt, ids), answer in zip(batch, answers, strict=True):
+                if name not in done:
+                    file.write(_line(tokenizer, name, prompt, ids, answer) + "\n")
+                    written, answered = written + len(answer), answered + 1
             file.flush()
-            answered += len(batch)
             pace = (time.monotonic() - start) / answered
             progress(
-                f"{answered}/{len(todo)} prompts, {written} tokens, "
+                f"{answered}/{left} prompts, {written} tokens, "
                 f"{written / (time.monotonic() - start):.0f} tokens/s, "
-                f"{pace * (len(todo) - answered) / 60:.1f} min left"
+                f"{pace * (left - answered) / 60:.1f} min left"
             )
     return written
 
 
-def prompt_ids(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
-    """Return the ids of the rendered conversation, the generation prompt included."""
-    encoded = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    return tokenizer(encoded, add_special_tokens=False)["input_ids"]
+def _items(tokenizer: Any, prompts: dict[str, Conversation], progress: Progress) -> list[Item]:
+    """Return the prompts with their token ids, the shortest first."""
+    template = PromptTemplate(tokenizer)
+    if not template.is_there:
+        raise UserError("<model>: its tokenizer has no chat template")
+    items = [
+        (name, prompt, template.ids(prompt, f"prompt {literal(repr(name))}"))
+        for name, prompt in prompts.items()
+    ]
+    for note in template.notes():
+        progress(f"note: {note}")
+    return sorted(items, key=lambda item: len(item[2]))
 
 
-def _check_lengths(
-    model: Any, todo: list[tuple[str, Any, list[int]]], generation: Generation
-) -> None:
+def _settings(generation: Generation, items: list[Item], identity: str | None) -> dict[str, Any]:
+    """Return what the answers depend on, by the names of the parameters."""
+    settings = {
+        "model": identity,
+        "max_new_tokens": generation.max_new_tokens,
+        "temperature": generation.temperature,
+        "dtype": generation.dtype,
+    }
+    if generation.temperature == 0:
+        return settings
+    # What a batch draws depends on who is in it.
+    prompts = hashlib.sha256(json.dumps([(name, ids) for name, _, ids in items]).encode())
+    return {
+        **settings,
+        "seed": generation.seed,
+        "batch_size": generation.batch_size,
+        "prompts": prompts.hexdigest(),
+    }
+
+
+def _drop_generation_defaults(model: Any, progress: Progress) -> None:
+    """Leave only the end tokens of the model's generation_config.json, and say what else it held.
+
+    A repetition penalty or top-p there would make answers that the base does not give by itself.
+    """
+    config = model.generation_config
+    ends = [getattr(config, "eos_token_id", None), getattr(model.config, "eos_token_id", None)]
+    united = {token for ids in ends for token in (ids if isinstance(ids, list) else [ids])}
+    settings = config.to_diff_dict() if isinstance(config, GenerationConfig) else {}
+    ignored = [f"{name} {settings[name]}" for name in _SAMPLING if name in settings]
+    if ignored:
+        progress(f"of generation_config.json only end tokens are used, not {', '.join(ignored)}")
+    model.generation_config = GenerationConfig(eos_token_id=sorted(united - {None}) or None)
+
+
+def _check_lengths(model: Any, todo: list[Item], generation: Generation) -> None:
     limit = getattr(model.config, "max_position_embeddings", None)
     for name, _, ids in todo:
         if limit is not None and len(ids) + generation.max_new_tokens > limit:
@@ -147,9 +170,10 @@ def _check_lengths(
             )
 
 
-def _batches(items: list[Any], size: int) -> Iterator[list[Any]]:
+def _batches(items: list[Item], size: int) -> Iterator[tuple[int, list[Item]]]:
+    """Yield the number of the first item and the items of every batch."""
     for start in range(0, len(items), size):
-        yield items[start : start + size]
+        yield start, items[start : start + size]
 
 
 @torch.no_grad()
@@ -174,8 +198,7 @@ def _answer(
         pad_token_id=pad,
         **sampling,
     )[:, width:].tolist()
-    ends = model.generation_config.eos_token_id
-    ends = set(ends) if isinstance(ends, list) else {ends}
+    ends = set(model.generation_config.eos_token_id or [])
     return [_until_end(answer, ends) for answer in new]
 
 
@@ -185,13 +208,14 @@ def _until_end(answer: list[int], ends: set[int]) -> list[int]:
 
 
 def _line(
-    tokenizer: Any, name: str, messages: list[dict[str, str]], prompt: list[int], answer: list[int]
+    tokenizer: Any, name: str, prompt: Conversation, prompt_ids: list[int], answer: list[int]
 ) -> str:
     text = tokenizer.decode(answer, skip_special_tokens=True)
     record = {
         "id": name,
-        "messages": [*messages, {"role": "assistant", "content": text}],
-        "prompt_ids": prompt,
+        "messages": [*map(as_record, prompt.messages), {"role": "assistant", "content": text}],
+        **({"tools": prompt.tools} if prompt.tools else {}),
+        "prompt_ids": prompt_ids,
         "answer_ids": answer,
     }
     return json.dumps(record, ensure_ascii=False, separators=(",", ":"))

@@ -14,7 +14,8 @@ that differs from the base's own greedy token, which then takes its place. With 
 before it are hits) and [1, 1, 0] to ``accepted``. The accepted length of this verification is
 1 + 2 = 3, the number of tokens appended. "in" is the newest token of the next verification; "a",
 which follows a rejected draft, is dropped. If "cat" were a stop id, the answer would end there, and
-``reached`` and ``accepted`` would get [1, 0, 0].
+``reached`` and ``accepted`` would get [1, 0, 0], and ``server_accepted`` still [1, 1, 0]: a server
+counts the whole chain that it verified.
 
 B sequences, n tokens of each in a forward, k drafts, H hidden size, A aux layers.
 """
@@ -49,6 +50,8 @@ class ChainCounts:
 
     reached: verifications in which all earlier drafts were accepted and none ended the sequence.
     accepted: those of them that also accepted the draft at this position.
+    server_accepted: accepted drafts per position as servers count them: also those behind a draft
+        that ends the sequence.
 
     Every verification of a sequence counts in full, also the last one, whose accepted drafts may
     lie beyond the token limit. The token chosen after the prefill counts as no verification.
@@ -58,6 +61,7 @@ class ChainCounts:
         self.verifications = 0
         self.reached = [0] * length
         self.accepted = [0] * length
+        self.server_accepted = [0] * length
 
     def add(self, hits: Tensor, is_stop: Tensor, growing: Tensor) -> None:
         """Add one verification of each sequence that ``growing`` [B] marks.
@@ -69,7 +73,11 @@ class ChainCounts:
         goes_on = accepted * (1 - is_stop.long().cumsum(1).clamp(max=1))
         reached = torch.cat([torch.ones_like(accepted[:, :1]), goes_on[:, :-1]], dim=1)
         self.verifications += int(growing.sum())
-        for store, values in ((self.reached, reached), (self.accepted, reached * accepted)):
+        for store, values in (
+            (self.reached, reached),
+            (self.accepted, reached * accepted),
+            (self.server_accepted, accepted),
+        ):
             for position, count in enumerate((values * growing.unsqueeze(1)).sum(0).tolist()):
                 store[position] += count
 
@@ -78,6 +86,8 @@ class ChainCounts:
         self.verifications += other.verifications
         self.reached = [a + b for a, b in zip(self.reached, other.reached, strict=True)]
         self.accepted = [a + b for a, b in zip(self.accepted, other.accepted, strict=True)]
+        pairs = zip(self.server_accepted, other.server_accepted, strict=True)
+        self.server_accepted = [a + b for a, b in pairs]
 
 
 def speculative_steps(

@@ -21,6 +21,7 @@ from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.config import DraftSpec, EagleConfig
 from megatron_eagle.config.widths import LAYER_WIDTHS, layer_widths
 from megatron_eagle.errors import UserError
+from megatron_eagle.user_files import parse_json
 
 FORMAT = "megatron_eagle.draft"
 VERSION = 2
@@ -97,7 +98,7 @@ def run_metadata(
     return draft_metadata(
         spec,
         base,
-        ttt_steps=config.train.ttt_steps,
+        ttt_steps=config.steps,
         training=config.train.to_mapping(),
         expert_parallel=expert_parallel,
     )
@@ -117,10 +118,9 @@ def decode_metadata(tensor: Tensor, source: str) -> dict[str, Any]:
     Raises :class:`UserError` naming ``source`` if it is not a draft's metadata, or of a version 1
     with an option that this release does not know, since it might change what the weights mean.
     """
-    try:
-        content = json.loads(bytes(tensor.cpu().numpy()).decode())
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UserError(f"{source}: the draft's metadata are damaged: {error}") from error
+    content = parse_json(
+        bytes(tensor.cpu().numpy().tobytes()), f"{source}: the draft's metadata are damaged"
+    )
     if not isinstance(content, dict):
         raise UserError(f"{source}: the draft's metadata are damaged: not a JSON object")
     if content.get("format") != FORMAT or content.get("version") not in (1, VERSION):

@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, literal
+from megatron_eagle.user_files import reading
 
 
 def choose_vocab_ids(counts: Tensor, size: int, always: Iterable[int]) -> Tensor:
@@ -36,27 +37,33 @@ def choose_vocab_ids(counts: Tensor, size: int, always: Iterable[int]) -> Tensor
 
 def load_vocab_ids(file: str, vocab_size: int, size: int | None) -> Tensor:
     """Read a ``vocab_map``, a safetensors file with ``vocab_ids`` or with ``d2t``."""
-    if not Path(file).is_file():
-        raise UserError(f"<vocab_map> {file}: no such file")
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            names = set(tensors.keys())
-            if "vocab_ids" in names:
-                ids = tensors.get_tensor("vocab_ids").long()
-            elif "d2t" in names:
-                offsets = tensors.get_tensor("d2t").long()
-                ids = offsets + torch.arange(offsets.numel())
-            else:
-                raise UserError(
-                    f"<vocab_map> {file}: holds neither 'vocab_ids' nor 'd2t' but "
-                    f"{sorted(names)[:4]}"
-                )
-    except SafetensorError as error:
-        raise UserError(f"<vocab_map> {file}: not a whole safetensors file: {error}") from error
+    with reading("vocab_map", file):
+        if not Path(file).is_file():
+            raise UserError(f"<vocab_map> {literal(file)}: no such file")
+        try:
+            ids = _stored_ids(file)
+        except SafetensorError as error:
+            raise UserError(
+                f"<vocab_map> {literal(file)}: not a whole safetensors file: {literal(error)}"
+            ) from error
     check_vocab_ids(ids, vocab_size, f"<vocab_map> {file}")
     if size is not None and ids.numel() != size:
         raise UserError(f"<vocab_map> {file} holds {ids.numel()} ids, <draft_vocab_size> is {size}")
     return ids
+
+
+def _stored_ids(file: str) -> Tensor:
+    with safe_open(file, framework="pt") as tensors:
+        names = set(tensors.keys())
+        if "vocab_ids" in names:
+            return tensors.get_tensor("vocab_ids").long()
+        if "d2t" in names:
+            offsets = tensors.get_tensor("d2t").long()
+            return offsets + torch.arange(offsets.numel())
+    raise UserError(
+        f"<vocab_map> {literal(file)}: holds neither 'vocab_ids' nor 'd2t' but "
+        f"{literal(sorted(names)[:4])}"
+    )
 
 
 def check_vocab_ids(ids: Tensor, vocab_size: int, source: str) -> None:

@@ -91,14 +91,19 @@ def reduce_shards(draft: ShardStats, teacher: TeacherStats, group: ProcessGroup)
 
     One all-gather over ``group``, none for a single rank. Not differentiable.
     """
-    drafts, teachers = gather_statistics(draft, teacher, group)
+    rank = 0 if group.size() == 1 else group.rank()
+    return reduce_gathered(*gather_statistics(draft, teacher, group), rank)
+
+
+def reduce_gathered(drafts: ShardStats, teachers: TeacherStats, rank: int) -> ReducedStats:
+    """Reduce the statistics of all shards, [T, K, N] and [T, N]. No collective."""
     log_z = combine_log_sum_exp(drafts.max, drafts.sum_exp)
     teacher_log_z = combine_log_sum_exp(teachers.max, teachers.sum_exp)
     full_log_z = combine_log_sum_exp(teachers.full_max, teachers.full_sum_exp)
     teacher_argmax = combine_argmax(teachers.full_max, teachers.full_argmax)
     teacher_log_mass = _log_mass(teachers.max, teachers.sum_exp, teacher_log_z)
     return ReducedStats(
-        rank=0 if group.size() == 1 else group.rank(),
+        rank=rank,
         cross_entropy=log_z - (drafts.dot * teacher_log_mass.exp().unsqueeze(1)).sum(0),
         log_z=log_z,
         hit=combine_argmax(drafts.max, drafts.argmax) == teacher_argmax,

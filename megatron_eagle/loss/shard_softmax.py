@@ -86,7 +86,7 @@ def _softmax_block_(logits: Tensor, teacher: Tensor | None, subtract: bool) -> T
     exp(z - max), Σ teacher z (without a teacher the maximum), position of the maximum."""
     top, index = row_max(logits)
     wide = logits.float()  # fp32 logits themselves
-    dot = top if teacher is None else torch.linalg.vecdot(wide, teacher)
+    dot = top if teacher is None else _row_dots(wide, teacher)
     softmax = torch.softmax(wide, -1, out=wide)
     total = softmax.gather(-1, index.unsqueeze(-1)).squeeze(-1).reciprocal()
     if subtract:
@@ -95,6 +95,13 @@ def _softmax_block_(logits: Tensor, teacher: Tensor | None, subtract: bool) -> T
     elif softmax is not logits:
         logits.copy_(softmax)
     return torch.stack([top.float(), total, dot, index.float()])
+
+
+def _row_dots(rows: Tensor, others: Tensor) -> Tensor:
+    """Return the dot product of each row of ``rows`` and ``others`` [N, Dp]: [N]."""
+    if rows.is_cuda and not is_compiling():  # there vecdot writes the products and reads them again
+        return torch.bmm(rows.unsqueeze(1), others.unsqueeze(2)).flatten()
+    return torch.linalg.vecdot(rows, others)
 
 
 @compilable

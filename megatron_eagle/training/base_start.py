@@ -17,11 +17,12 @@ from torch import Tensor
 
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.checkpoint.reader import CheckpointReader
-from megatron_eagle.config import EagleConfig
+from megatron_eagle.config import DraftSpec, EagleConfig
 from megatron_eagle.config.option import flag_name
 from megatron_eagle.config.widths import layer_widths
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.base.moe_args import moe_layers
+from megatron_eagle.teacher.stored_names import is_numbered, stored_name
 
 QKV = "self_attention.linear_qkv.weight"
 _INPUT_NORM = "self_attention.linear_qkv.layer_norm_weight"
@@ -31,6 +32,17 @@ _COPIED = (
     "mlp.linear_fc1.weight",
     "mlp.linear_fc2.weight",
 )
+_HEAD_NORMS = ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight")
+_OF_DRAFTS: dict[str, object] = {
+    "normalization": "RMSNorm",
+    "apply_layernorm_1p": False,
+    "swiglu": True,
+    "apply_residual_connection_post_layernorm": False,
+    "attention_output_gate": False,
+    "rotary_interleaved": False,
+    "qk_l2_norm": False,
+}
+"""Properties of a draft's layers, without which a copy would compute something else."""
 Tensors = Mapping[str, Callable[[], Tensor]]
 """Checkpoint keys of a draft, and functions that read the whole, unsharded tensor."""
 
@@ -47,6 +59,13 @@ def check_base_start(options: EagleConfig, base: BaseInfo) -> None:
             f"{flag}: --eagle-num-layers {options.spec.num_layers}, but the base has "
             f"{args['num_layers']} layers"
         )
+    if options.spec.qk_layernorm and not args.get("qk_layernorm"):
+        raise UserError(
+            f"{flag}: {flag_name('qk_layernorm')}, but the base does not norm queries and keys"
+        )
+    for name, value in _OF_DRAFTS.items():
+        if args.get(name, value) != value:
+            raise UserError(f"{flag}: the base has {name} = {args[name]}, a draft {value}")
     if any(moe_layers(args)[-options.spec.num_layers :]):
         raise UserError(f"{flag}: the base's last layer has experts, a dense draft has not")
     for name, width in layer_widths(options.spec, args).items():
@@ -54,24 +73,27 @@ def check_base_start(options: EagleConfig, base: BaseInfo) -> None:
             raise UserError(f"{flag}: {flag_name(name)} {width}, but the base has {args[name]}")
 
 
-def left_out(base: BaseInfo) -> str:
-    """Name the parts of the base's layers that a draft does not have; empty if there are none."""
+def left_out(base: BaseInfo, spec: DraftSpec) -> str:
+    """Name the parts of the base's layers that the draft does not have; empty if there are none."""
     args = base.megatron_args
+    norms = args.get("qk_layernorm") and not spec.qk_layernorm
+    keeps = flag_name("qk_layernorm")
     parts = {
         "biases": args.get("add_qkv_bias") or args.get("add_bias_linear"),
-        "query and key norms (queries and keys start at random)": args.get("qk_layernorm"),
+        f"query and key norms (queries and keys start at random; {keeps} keeps them)": norms,
     }
     return " and ".join(words for words, there in parts.items() if there)
 
 
 class BaseStart:
-    """Reader of the start tensors of a draft of ``vocab_ids``, from the base in ``directory``.
+    """Reader of the start tensors of a draft of ``spec`` and ``vocab_ids``, from the base in
+    ``directory``.
 
     Reading one takes the memory of that tensor, of one layer; no collective.
     """
 
-    def __init__(self, num_layers: int, base: BaseInfo, directory: str, vocab_ids: Tensor) -> None:
-        self.num_layers, self.args, self.vocab_ids = num_layers, base.megatron_args, vocab_ids
+    def __init__(self, spec: DraftSpec, base: BaseInfo, directory: str, vocab_ids: Tensor) -> None:
+        self.spec, self.args, self.vocab_ids = spec, base.megatron_args, vocab_ids
         self.checkpoint = CheckpointReader.open(directory)
 
     def tensors(self, aux_layers: int, scale: float, init_std: float) -> Tensors:
@@ -87,12 +109,13 @@ class BaseStart:
             "draft.norm.weight": partial(self._whole, "decoder.final_layernorm.weight"),
             "draft.lm_head.weight": partial(self._rows, head, self.vocab_ids.tolist()),
         }
-        count = self.num_layers
+        count = self.spec.num_layers
+        copied = (*_COPIED, *(_HEAD_NORMS if self.spec.qk_layernorm else ()))
         last = self.args["num_layers"]
         for index, layer in enumerate(range(last - count, last)):
             prefix = f"draft.layers.{index}."
             norm = "input_layernorm.hidden_norm.weight" if index == 0 else _INPUT_NORM
-            names = {name: name for name in _COPIED} | {norm: _INPUT_NORM}
+            names = {name: name for name in copied} | {norm: _INPUT_NORM}
             for draft_name, base_name in names.items():
                 readers[prefix + draft_name] = partial(self._of_layer, layer, base_name)
             readers[prefix + QKV] = partial(self._qkv, layer, index == 0, init_std)
@@ -105,13 +128,16 @@ class BaseStart:
         return self.checkpoint.load_rows(key, rows)
 
     def _of_layer(self, layer: int, name: str) -> Tensor:
-        if "moe_layer_freq" in self.args:  # the layers differ in kind
-            return self._whole(f"decoder.layers.{layer}.{name}")
-        return self._rows(f"decoder.layers.{name}", [layer])[0]
+        keys = self.checkpoint.keys()
+        if is_numbered(keys):
+            return self._whole(stored_name(f"decoder.layers.{layer}.{name}", keys))
+        return self._rows(stored_name(f"decoder.layers.{name}", keys), [layer])[0]
 
     def _qkv(self, layer: int, first: bool, init_std: float) -> Tensor:
         weight = self._of_layer(layer, QKV)
-        if self.args.get("qk_layernorm"):  # without norms, scores would be of any size
+        if (
+            self.args.get("qk_layernorm") and not self.spec.qk_layernorm
+        ):  # without norms, scores would be of any size
             groups = weight.unflatten(0, (self.args["num_query_groups"], -1))
             generator = torch.Generator().manual_seed(layer)
             groups[:, : -self.args["kv_channels"]].normal_(0.0, init_std, generator=generator)

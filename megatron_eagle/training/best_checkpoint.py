@@ -6,7 +6,6 @@ and ``--eagle-warm-start`` read it like any other. Megatron neither counts nor d
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,14 +13,17 @@ from typing import Any
 
 import torch
 
-from megatron_eagle.checkpoint.atomic import replace_dir, write_json, write_text
+from megatron_eagle.checkpoint.atomic import replace_dir, take_back, write_json, write_text
 from megatron_eagle.checkpoint.directory import (
     ACCEPTED_LENGTH_NAME,
+    MOST_DIGITS,
     TRACKER_NAME,
+    iteration_directory,
     resolve_checkpoint,
 )
 from megatron_eagle.compat import dist_checkpointing
 from megatron_eagle.errors import UserError
+from megatron_eagle.user_files import read_json_object, reading, reading_file
 
 
 class BestCheckpoint:
@@ -40,12 +42,12 @@ class BestCheckpoint:
         """
         if not (directory / TRACKER_NAME).is_file():
             return cls(directory)
-        file = resolve_checkpoint(directory) / ACCEPTED_LENGTH_NAME
-        try:
-            figures = json.loads(file.read_text(encoding="utf-8"))
-            best = cls(directory, float(figures["accepted_length"]), int(figures["iteration"]))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{file}: cannot be read: {error}") from error
+        _take_back(directory)
+        with reading("save", directory):
+            file = resolve_checkpoint(directory) / ACCEPTED_LENGTH_NAME
+            figures = read_json_object(file)
+            with reading_file(file):
+                best = cls(directory, float(figures["accepted_length"]), int(figures["iteration"]))
         for name, value in settings.items():
             if figures.get(name) != value:
                 raise UserError(
@@ -63,6 +65,7 @@ class BestCheckpoint:
         draft is in place and before the old one is deleted. The exception is a resumed run that
         replaces a draft of the same iteration: there is an instant between two renames.
         """
+        self._ask_first_rank()
         if figures["accepted_length"] <= self.accepted_length:
             return False
         self.accepted_length, self.iteration = figures["accepted_length"], figures["iteration"]
@@ -82,6 +85,13 @@ class BestCheckpoint:
         torch.distributed.barrier()
         return True
 
+    def _ask_first_rank(self) -> None:
+        """Take over what the first rank knows of the best draft: a file system that lags, or a
+        directory of each node's own, must not let ranks disagree on whether to save."""
+        best: list[tuple[float, int]] = [(self.accepted_length, self.iteration)]
+        torch.distributed.broadcast_object_list(best, src=0)
+        self.accepted_length, self.iteration = best[0]
+
     def _put_in_place(self, scratch: Path, name: str) -> None:
         target = self.directory / name
         replace_dir(scratch, target)
@@ -89,3 +99,10 @@ class BestCheckpoint:
         for other in self.directory.glob("*iter_*"):  # hidden ones too, of a run that died
             if other != target:
                 shutil.rmtree(other, ignore_errors=True)
+
+
+def _take_back(directory: Path) -> None:
+    """Bring back the draft that a run moved away to replace it, and was killed before it did."""
+    iteration = (directory / TRACKER_NAME).read_text(encoding="utf-8", errors="replace").strip()
+    if iteration.isascii() and iteration.isdigit():
+        take_back(iteration_directory(directory, int(iteration[:MOST_DIGITS])))

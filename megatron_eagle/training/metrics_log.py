@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor
 
 from megatron_eagle.compat import patch, require
 from megatron_eagle.errors import UserError
+from megatron_eagle.training.throughput import RATE, Throughput
 
+logger = logging.getLogger("megatron_eagle")
 _TRAINING_LOG = "megatron.training.training:training_log"
 
 
@@ -21,16 +24,18 @@ class MetricsLog:
     """Listens to Megatron's ``training_log``; the host reads values at the log interval only.
 
     A line holds ``iteration``, ``consumed_samples``, ``learning_rate``, ``grad_norm``, ``seconds``
-    since the start, ``supervised_rows`` summed since the start of this run, and the means over the
-    interval of every other metric. Lines of --eagle-eval-prompts are of another kind: they have
-    ``eval_accepted_length`` and no loss. Written by the last rank.
+    since the start, ``supervised_rows`` summed since the start of this run, the interval's
+    ``supervised_tokens_per_second_per_gpu``, and the means over the interval of every other metric.
+    Lines of --eagle-eval-prompts are of another kind: they have ``eval_accepted_length`` and no
+    loss. Written by the last rank.
     """
 
-    def __init__(self, file: str) -> None:
-        self.path = Path(file)
+    def __init__(self, file: str, throughput: Throughput | None = None) -> None:
+        self.path, self.throughput = Path(file), throughput
         self._start = time.monotonic()
         self._interval: list[dict[str, Tensor]] = []
         self._rows = 0
+        self._has_warned = False
 
     def attach(self) -> None:
         """Attach to Megatron's trainer; call this before ``pretrain()``.
@@ -70,16 +75,32 @@ class MetricsLog:
             "grad_norm": None if grad_norm is None else float(grad_norm),
             "seconds": round(time.monotonic() - self._start, 3),
             "supervised_rows": self._rows,
+            RATE: 0.0 if self.throughput is None else round(self.throughput.rate, 1),
             **{key: value / len(self._interval) for key, value in sums.items()},
         }
         self._interval.clear()
         self.write(line)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Append a line; on other ranks than the last do nothing."""
-        if _is_last_rank():
+        """Append a line; on other ranks than the last do nothing.
+
+        Training is worth more than its log: what cannot be written is left out, with a warning the
+        first time.
+        """
+        if not _is_last_rank():
+            return
+        try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            if not self._has_warned:
+                logger.warning(
+                    "--eagle-log-file %s: cannot be written (%s); training goes on without the "
+                    "lines that do not fit",
+                    self.path,
+                    error.strerror,
+                )
+            self._has_warned = True
 
 
 def _is_last_rank() -> bool:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from megatron_eagle.checkpoint.directory import TRACKER_NAME, BaseInfo
-from megatron_eagle.checkpoint.reader import CheckpointReader
+from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.metadata import (
     check_same_draft,
@@ -19,9 +17,11 @@ from megatron_eagle.draft.metadata import (
     run_metadata,
 )
 from megatron_eagle.draft.vocab import check_vocab_ids, choose_vocab_ids, load_vocab_ids
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, literal
 from megatron_eagle.hf.draft.checkpoint import StoredDraft
 from megatron_eagle.training.data import count_supervised, protected_ids
+from megatron_eagle.training.resume import check_resume, resumed_checkpoint
+from megatron_eagle.user_files import naming, reading
 
 
 def draft_vocab_ids(
@@ -36,7 +36,7 @@ def draft_vocab_ids(
     spec = resolved_spec(options.spec, base, aux_layers, base.vocab_size)
     now = run_metadata(options, base, spec, args.expert_model_parallel_size)
     size, vocab_map = options.spec.draft_vocab_size, options.train.vocab_map
-    resumed = _resumed_vocab_ids(args.load, now, optimizer=not args.no_load_optim)
+    resumed = _resumed_vocab_ids(args, now)
     if resumed is not None:
         check_vocab_ids(resumed, base.vocab_size, f"<load> {args.load}")
         if size not in (None, resumed.numel()):
@@ -61,14 +61,18 @@ def draft_vocab_ids(
     return choose_vocab_ids(counts, size, protected_ids(base.vocab_size, base.hf_config))
 
 
-def _resumed_vocab_ids(load: str | None, now: dict[str, Any], optimizer: bool) -> Tensor | None:
-    """Read the ids of the draft in ``load``, if there is one, and check that it is this run's."""
-    if load is None or not (Path(load) / TRACKER_NAME).is_file():
+def _resumed_vocab_ids(args: Any, now: dict[str, Any]) -> Tensor | None:
+    """Read the ids of the draft that ``args.load`` resumes, if there is one, and check that it is
+    this run's and can be gone on with."""
+    checkpoint = resumed_checkpoint(args)
+    if checkpoint is None:
         return None
-    source = f"<load> {load}"
-    saved = CheckpointReader.open(load).load(["draft.vocab_ids", "draft.metadata"])
-    then = decode_metadata(saved["draft.metadata"], source)
-    check_same_draft(then, now, source)
-    if optimizer:
-        check_same_experts(then, now, source)
-    return saved["draft.vocab_ids"]
+    source = f"<load> {literal(args.load)}"
+    with naming("load"), reading("load", args.load):
+        saved = checkpoint.load(["draft.vocab_ids", "draft.metadata"])
+        then = decode_metadata(saved["draft.metadata"], source)
+        check_same_draft(then, now, source)
+        if not args.no_load_optim:
+            check_same_experts(then, now, source)
+        check_resume(args, checkpoint)
+        return saved["draft.vocab_ids"]

@@ -14,17 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eagle.checkpoint.directory import BaseInfo, load_base_json
+from megatron_eagle.checkpoint.base_description import read_base
+from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.compat import ShardedTensor, apply_factories, nested_values
 from megatron_eagle.config import DraftSpec, EagleConfig
 from megatron_eagle.config.flags import given_options
 from megatron_eagle.config.option import names
 from megatron_eagle.config.widths import layer_widths
 from megatron_eagle.draft.model import EagleDraft
-from megatron_eagle.errors import UserError, message_of
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.checkpoint import StoredDraft, open_checkpoint_draft
 from megatron_eagle.hf.draft.import_hf import open_hf_draft
 from megatron_eagle.training.base_start import BaseStart, Tensors
+from megatron_eagle.user_files import naming, reading
 
 
 def adopt_warm_start(
@@ -38,8 +40,7 @@ def adopt_warm_start(
     """
     if options.train.warm_start is None:
         return options, None
-    assert options.train.base_checkpoint is not None
-    stored = _open(options, load_base_json(options.train.base_checkpoint))
+    stored = _open(options, _base_info(options))
     if options.train.vocab_map is not None:
         raise UserError(
             f"<vocab_map> {options.train.vocab_map}: the draft of <warm_start> "
@@ -107,22 +108,27 @@ def _copy(whole: Tensor, shard: Any) -> None:
     shard.data[: part.shape[0]].copy_(part)
 
 
+def _base_info(options: EagleConfig) -> BaseInfo:
+    assert options.train.base_checkpoint is not None
+    with naming("base_checkpoint"):
+        return read_base(options.train.base_checkpoint, options.train.base_description)
+
+
 def _open(options: EagleConfig, base: BaseInfo) -> StoredDraft:
     assert options.train.warm_start is not None
     directory = Path(options.train.warm_start)
-    try:
+    with naming("warm_start"), reading("warm_start", directory):
         if (directory / "config.json").is_file():
             return open_hf_draft(
                 directory,
                 base,
                 aux_layers=options.spec.aux_layers,
                 base_directory=options.train.base_checkpoint,
+                parameter="warm_start",
             )
         stored = open_checkpoint_draft(directory)
         _check_base(stored, base)
-    except ValueError as error:
-        raise UserError(f"<warm_start> {message_of(error)}") from error
-    return stored
+        return stored
 
 
 def _check_base(stored: StoredDraft, base: BaseInfo) -> None:
@@ -131,8 +137,8 @@ def _check_base(stored: StoredDraft, base: BaseInfo) -> None:
     for name, value in base.megatron_args.items():
         if theirs.get(name) != value:
             raise UserError(
-                f"{stored.source}: trained for a base with {name} = {theirs.get(name)}, "
-                f"<base_checkpoint> has {value}"
+                f"<warm_start> {stored.source}: trained for a base with {name} = "
+                f"{theirs.get(name)}, <base_checkpoint> has {value}"
             )
 
 

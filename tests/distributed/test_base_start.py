@@ -45,9 +45,7 @@ def started(
     with torch.no_grad():
         for parameter in draft.parameters():
             parameter.fill_(7.0)
-    load_base_start(
-        draft, BaseStart(options.spec.num_layers, info, directory, IDS), lambda: SIZES_OF_LAYERS
-    )
+    load_base_start(draft, BaseStart(options.spec, info, directory, IDS), lambda: SIZES_OF_LAYERS)
     return dict(draft.named_parameters())
 
 
@@ -77,6 +75,7 @@ CASES = [
     pytest.param(1, "llama", {}, False, id="tp1-tied"),
     pytest.param(2, "llama", {"num_layers": 2}, False, id="tp2-two-layers"),
     pytest.param(2, "mistral", {"algorithm": "eagle3.1"}, True, id="tp2-sp-eagle3.1"),
+    pytest.param(2, "qwen3", {"qk_layernorm": True, "num_layers": 2}, False, id="tp2-qk-norms"),
     pytest.param(2, "qwen2", {"norm_before_fc": True}, False, id="tp2-norm-before-fc"),
 ]
 
@@ -95,6 +94,10 @@ def test_every_shard_starts_as_the_base_s_layers(
         for index in range(options.spec.num_layers):
             prefix, number = f"layers.{index}.", 7 - options.spec.num_layers + index
             expected |= layer(theirs, prefix, number, rank, world)
+            if options.spec.qk_layernorm:
+                for x in "qk":
+                    base_name = f"model.layers.{number}.self_attn.{x}_norm.weight"
+                    expected[f"{prefix}self_attention.{x}_layernorm.weight"] = theirs[base_name]
             norm, qkv = expected.pop("norm"), expected.pop("qkv")
             if index == 0:
                 assert found.pop(f"{prefix}input_layernorm.embedding_norm.weight").eq(7.0).all()
@@ -139,6 +142,7 @@ REFUSED = [
     ("llama", {"num_attention_heads": 4}, "--eagle-num-attention-heads 4, but the base has 8"),
     ("llama", {"num_query_groups": 2}, "--eagle-num-query-groups 2, but the base has 4"),
     ("llama", {"num_layers": 3}, "--eagle-num-layers 3, but the base has 2 layers"),
+    ("llama", {"qk_layernorm": True}, "but the base does not norm queries and keys"),
     ("mixtral", {}, "the base's last layer has experts"),
     ("deepseek_v3", {"num_attention_heads": 8}, "layers of multi-latent attention are not copied"),
 ]

@@ -35,6 +35,7 @@ GROUPED_VARIANTS: dict[str, dict[str, Any]] = {
     "widths": {"num_heads": 6, "num_kv_heads": 2, "head_dim": 12, "intermediate_size": 20},
     "p-eagle": {"mask_token": 2, "num_layers": 2},
     "moe": {"num_experts": 4, "topk": 2, "num_layers": 2},
+    "qk-norm": {"qk_norm": True},
     "norms": {"norm_before_fc": True, "norm_before_residual": True},
 }
 MLA_VARIANTS: dict[str, dict[str, Any]] = {

@@ -36,6 +36,7 @@ DRAFTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "speculators": ("speculators", {}),
     "mla": ("hf", MLA),
+    "qk norm": ("vllm", {"qk_layernorm": True}),
     "p-eagle": ("vllm", {"algorithm": "p-eagle", "mask_token": 4, "layers": 2}),
 }
 

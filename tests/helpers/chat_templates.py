@@ -4,6 +4,7 @@ conversations of the tests, in a wording of its own. And a small tokenizer that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 LLAMA3 = """\
@@ -184,7 +185,9 @@ You are a helpful assistant. The user asks and the assistant answers. user assis
 Bot: yes. Bot: no. User: why?\n\n\n\nassistant\n\n\nuser\n"""
 
 
-def make_tokenizer(directory: Path, template: str | None = None) -> Path:
+def make_tokenizer(
+    directory: Path, template: str | None = None, more_special: Sequence[str] = ()
+) -> Path:
     """A byte-level BPE with merges of words, spaces and newlines, saved as a hub download looks."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
@@ -197,8 +200,8 @@ def make_tokenizer(directory: Path, template: str | None = None) -> Path:
     inner.train_from_iterator(
         [TEXT] * 3,
         BpeTrainer(
-            vocab_size=500,
-            special_tokens=SPECIAL,
+            vocab_size=500 + len(more_special),
+            special_tokens=[*SPECIAL, *more_special],
             show_progress=False,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         ),

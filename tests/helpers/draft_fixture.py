@@ -137,6 +137,7 @@ def draft_options(reference: ReferenceConfig) -> dict[str, Any]:
     if reference.eagle1:
         return {**widths, "algorithm": "eagle1", "regression_weight": reference.regression}
     if reference.mask_token is not None:
+        widths |= {"qk_layernorm": reference.qk_norm}
         return {**widths, "algorithm": "p-eagle", "mask_token": reference.mask_token}
     assert reference.fc_norm == reference.norm_output
     return {
@@ -144,6 +145,7 @@ def draft_options(reference: ReferenceConfig) -> dict[str, Any]:
         "algorithm": "eagle3.1" if reference.fc_norm else "eagle3",
         "norm_before_fc": reference.norm_before_fc,
         "norm_before_residual": reference.norm_before_residual,
+        "qk_layernorm": reference.qk_norm,
     }
 
 
@@ -260,6 +262,9 @@ def megatron_names(
         else:
             names[f"{ours}self_attention.linear_qkv.weight"] = (
                 [f"{attention}{x}_proj.weight" for x in "qkv"], "qkv")  # fmt: skip
+            for x in "qk" if case.config.qk_norm else "":
+                ours_norm = f"{ours}self_attention.{x}_layernorm.weight"
+                names[ours_norm] = ([f"{attention}{x}_norm.weight"], "whole")
         names |= {
             f"{ours}self_attention.linear_proj.weight": ([f"{attention}o_proj.weight"], "columns"),
             f"{ours}pre_mlp_layernorm.weight": (

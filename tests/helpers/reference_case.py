@@ -37,6 +37,7 @@ FULL_VOCAB = {"draft_vocab_size": 61}
 EAGLE1 = {"eagle1": True, "num_aux": 1, **FULL_VOCAB}
 EXPERTS = {"num_experts": 4, "topk": 2, "balance": 0.5}
 EAGLE31 = {"fc_norm": True, "norm_output": True}
+QK_NORM = {"qk_norm": True}
 MLA = {
     **{"q_lora_rank": 12, "kv_lora_rank": 10, "qk_rope_head_dim": 4, "v_head_dim": 6},
     "head_dim": 8,
@@ -105,9 +106,12 @@ def run_case(rank: int, world: int, case: Case) -> dict[str, Any]:
         torch.distributed.all_reduce(tensor, group=groups.cp)
     rows = MetricSums.unpack(sums).rows[0]
     (loss / rows).backward()
-    for parameter in model.draft.parameters():
+    for name, parameter in model.draft.named_parameters():
         torch.distributed.all_reduce(parameter.grad, group=groups.cp)
-        if getattr(parameter, "sequence_parallel", False) and case.sequence_parallel:
+        # As Megatron's finalize_model_grads does, by the model's own configuration.
+        of_heads = model.config.qk_layernorm and ("q_layernorm" in name or "k_layernorm" in name)
+        marked = getattr(parameter, "sequence_parallel", False) and case.sequence_parallel
+        if marked or of_heads:
             torch.distributed.all_reduce(parameter.grad, group=groups.tp)
     shard = model.draft.shard
     return {

@@ -57,12 +57,13 @@ class Shape:
     draft_vocab: int = 19
     padded_vocab: int = 32
     aux_layers: tuple[int, ...] = (1, 4, 7)
-    base_layers: int = 8
+    base_layers: int = 11
     rope: dict[str, Any] = field(default_factory=lambda: dict(ROPE))
     algorithm: str = "eagle3"
     mask_token: int | None = None
     norm_before_fc: bool = False
     norm_before_residual: bool = False
+    qk_layernorm: bool = False
     mla: dict[str, int] = field(default_factory=dict)  # see tests.helpers.trained_mla
     base: dict[str, Any] = field(default_factory=dict)  # Megatron arguments other than the draft's
 
@@ -99,12 +100,14 @@ def hf_tensors(
             }
         elif i > 0:
             sizes[f"{prefix}input_layernorm.weight"] = (hidden,)
-        attention = {
+        attention: dict[str, tuple[int, ...]] = {
             "q_proj": (q, width),
             "k_proj": (kv, width),
             "v_proj": (kv, width),
             "o_proj": (hidden, q),
         }
+        if shape.qk_layernorm:
+            attention |= {"q_norm": (shape.head_dim,), "k_norm": (shape.head_dim,)}
         if shape.mla:
             attention = mla_sizes(shape.mla, shape.heads, hidden, width)
         sizes |= {f"{prefix}self_attn.{name}.weight": size for name, size in attention.items()}
@@ -163,6 +166,11 @@ def megatron_tensors(shape: Shape, hf: dict[str, Tensor]) -> dict[str, Tensor]:
             result |= mla_tensors(f"{layer}self_attention.", own)
         else:
             result[f"{layer}self_attention.linear_qkv.weight"] = _interleaved(shape, own)
+        if shape.qk_layernorm:
+            result |= {
+                f"{layer}self_attention.{x}_layernorm.weight": own[f"self_attn.{x}_norm.weight"]
+                for x in "qk"
+            }
         result |= {
             f"{layer}self_attention.linear_proj.weight": own["self_attn.o_proj.weight"],
             f"{layer}mlp.linear_fc1.layer_norm_weight": own["post_attention_layernorm.weight"],
@@ -209,6 +217,7 @@ def metadata_json(shape: Shape) -> dict[str, Any]:
             "mask_token": shape.mask_token,
             "norm_before_fc": shape.norm_before_fc,
             "norm_before_residual": shape.norm_before_residual,
+            "qk_layernorm": shape.qk_layernorm,
             **{name: own[name] for name in shape.base if name in own},
         },
         "ttt_steps": 4,

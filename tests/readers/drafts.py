@@ -43,6 +43,8 @@ DRAFTS: dict[str, dict[str, Any]] = {
     "eagle3.1-two-layers-whole-vocabulary": {"algorithm": "eagle3.1", "layers": 2, **FULL},
     "norm-before-fc": {"norm_before_fc": True},
     "norm-before-residual": {"norm_before_residual": True},
+    "qk-norm": {"qk_layernorm": True},
+    "qk-norm-two-layers-eagle3.1": {"qk_layernorm": True, "layers": 2, "algorithm": "eagle3.1"},
     "two-captures": {"aux_layers": (3, 7)},
     "one-capture": {"aux_layers": (7,)},
     "mla": {"mla": MLA_SIZES},

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import DeepseekV3Config, LlamaConfig
+from transformers import DeepseekV3Config, LlamaConfig, Qwen3Config
 
 from tests.readers import stand_in_layers as layers
 from tests.readers import stand_in_mla
@@ -26,13 +26,16 @@ LAYERS = "vllm.model_executor.layers"
 REAL = [
     *(f"{MODELS}.{name}" for name in ("llama", "llama_eagle", "llama_eagle3", "utils")),
     *(f"{MODELS}.{name}" for name in ("deepseek_v2", "deepseek_eagle3")),
+    *(f"{MODELS}.{name}" for name in ("qwen2", "qwen3", "qwen3_eagle3")),
     f"{LAYERS}.mla",
     *(f"{CONFIGS}.{name}" for name in ("algos", "base")),
 ]
 LLAMA, MLA = "LlamaForCausalLMEagle3", "Eagle3DeepseekV2ForCausalLM"
+QWEN3 = "Eagle3Qwen3ForCausalLM"
 CLASSES = {
     LLAMA: ("llama_eagle3", "Eagle3LlamaForCausalLM"),
     MLA: ("deepseek_eagle3", MLA),
+    QWEN3: ("qwen3_eagle3", QWEN3),
     "EagleLlamaForCausalLM": ("llama_eagle", "EagleLlamaForCausalLM"),
 }
 current: dict[str, Any] = {}
@@ -83,6 +86,13 @@ STAND_INS: dict[str, dict[str, Any]] = {
     f"{LAYERS}.attention": {
         "Attention": layers.Attention,
         "MLAAttention": stand_in_mla.MLAAttention,
+    },
+    f"{LAYERS}.attention.encoder_only_attention": {"Attention": layers.Attention},
+    "vllm.v1.attention.backend": {
+        "AttentionType": SimpleNamespace(DECODER="decoder", ENCODER_ONLY="encoder_only")
+    },
+    "vllm.transformers_utils.config": {
+        "set_default_rope_theta": lambda config, default_theta: None
     },
     "vllm.envs": {"is_set": lambda name: False},
     "vllm.model_executor.custom_op": {"PluggableLayer": PluggableLayer},
@@ -171,9 +181,12 @@ def draft_config(directory: Path) -> Any:
     content = json.loads((directory / "config.json").read_text())
     if content.get("model_type") == "kimi_k2":
         return DeepseekV3Config.from_pretrained(directory)
+    if content.get("model_type") == "qwen3":
+        return Qwen3Config.from_pretrained(directory)
     if "speculators_model_type" not in content:
         return LlamaConfig.from_pretrained(directory)
     reader = importlib.import_module(f"{CONFIGS}.base").SpeculatorsConfig
     proposal = reader.extract_vllm_speculative_config(content)
     assert proposal == {"method": "eagle3", "num_speculative_tokens": 4}
-    return LlamaConfig(**reader.extract_transformers_pre_trained_config(content))
+    fields = reader.extract_transformers_pre_trained_config(content)
+    return (Qwen3Config if fields["model_type"] == "qwen3" else LlamaConfig)(**fields)

@@ -28,6 +28,7 @@ class ReferenceConfig:
     `mask_out_of_vocab` drops the rows whose base argmax the draft cannot say. `detach_steps` cuts
     the fed-back hidden between steps; cached keys and values still reach their projections.
     With a `kv_lora_rank` attention is multi-latent, and `head_dim` a head's part without position.
+    `qk_norm` is an RMSNorm of each head's queries and keys, before they turn.
     `fc_norm` and `norm_output` together are EAGLE-3.1. `eagle1` reads [embedding ; hidden] through
     fc at every step, has no norms around its layers, and regresses the hidden with `regression`.
     """
@@ -57,6 +58,7 @@ class ReferenceConfig:
     norm_output: bool = False
     norm_before_fc: bool = False
     norm_before_residual: bool = False
+    qk_norm: bool = False
     eagle1: bool = False
     regression: float = 10.0
     mask_token: int | None = None
@@ -98,6 +100,7 @@ class ReferenceConfig:
             rope_scaling=None if kind == "default" else {**rope, "rope_type": kind},
             rms_eps=hf["rms_norm_eps"],
             mask_token=hf.get("ptd_token_id"),
+            qk_norm=hf.get("architectures") == ["Eagle3Qwen3ForCausalLM"],
             **{flag: bool(hf.get(flag)) for flag in NORM_FLAGS},
             **objective,
         )
@@ -145,6 +148,9 @@ class ReferenceAttention(nn.Module):
         self.k_proj = nn.Linear(input_size, kv_size, bias=False)
         self.v_proj = nn.Linear(input_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_eps)
 
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
@@ -153,8 +159,10 @@ class ReferenceAttention(nn.Module):
         """x [B, S, input] of step len(past); appends this step's key and value to `past`."""
         length, step = x.shape[1], len(past)
         positions = torch.arange(length) + step
-        q = rotate(self.heads(self.q_proj(x)), positions, self.config)
-        k = rotate(self.heads(self.k_proj(x)), positions, self.config)
+        q, k = self.heads(self.q_proj(x)), self.heads(self.k_proj(x))
+        if self.config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = (rotate(each, positions, self.config) for each in (q, k))
         past.append((k, self.heads(self.v_proj(x))))
         repeat = self.config.num_heads // self.config.num_kv_heads
         keys = torch.cat([k for k, _ in past], dim=2).repeat_interleave(repeat, dim=1)

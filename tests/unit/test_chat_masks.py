@@ -221,26 +221,28 @@ def test_sharegpt_and_openai_forms_are_the_same_conversation() -> None:
         {"from": "observation", "value": "r"},
         {"from": "gpt", "value": "y"},
     ], "tools": '[{"name": "f"}]'})  # fmt: skip
-    assert called.messages[1]["tool_calls"][0]["function"] == {"name": "f", "arguments": {"a": 1}}
-    assert called.messages[2]["role"] == "tool" and called.tools == [{"name": "f"}]
+    [call] = called.messages[1].calls
+    assert (call.name, call.arguments) == ("f", {"a": 1})
+    assert called.messages[2].role == "tool" and called.tools == [{"name": "f"}]
 
 
 def test_text_parts_are_joined_and_unanswered_messages_dropped() -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     chat = [{"role": "user", "content": parts}, CHAT[1], CHAT[2]]
     conversation = parse_conversation({"messages": chat})
-    assert [m["content"] for m in conversation.messages] == ["Hello", CHAT[1]["content"]]
+    assert [m.content for m in conversation.messages] == ["Hello", CHAT[1]["content"]]
 
 
 @pytest.mark.parametrize(
     ("messages", "reason"),
     [
         ([], "the conversation is empty"),
-        ([CHAT[1]], "message 1: roles out of order: 'assistant' at the start"),
-        ([CHAT[0], CHAT[2]], "message 2: roles out of order: 'user' after 'user'"),
+        ([CHAT[1]], "no assistant message in the conversation, or none after a user's"),
+        ([CHAT[0], CHAT[2]], "no assistant message"),
         ([*CHAT, CHAT[1]], "message 5: roles out of order: 'assistant' after 'assistant'"),
-        ([CHAT[0], SYSTEM], "message 2: roles out of order: 'system' after 'user'"),
         ([CHAT[0], {"role": "tool", "content": "x"}], "message 2: roles out of order: 'tool'"),
+        ([{**CHAT[0], "from": "gpt"}], "message 1: two roles, 'user' and 'gpt'"),
+        ([{"role": "user", "content": None}], "message 1: the 'user' message has no content"),
         ([{"role": "narrator", "content": "x"}], "message 1: unknown role 'narrator'"),
         ([CHAT[0]], "no assistant message"),
         ([CHAT[0], {"role": "assistant", "content": " "}], "message 2: the assistant says nothing"),

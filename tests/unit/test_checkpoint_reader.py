@@ -13,7 +13,7 @@ import torch
 from torch.distributed import checkpoint as dcp
 
 from megatron_eagle.checkpoint.reader import CheckpointReader
-from megatron_eagle.checkpoint.safe_metadata import ForbiddenClassError, MetadataUnpickler
+from megatron_eagle.checkpoint.safe_unpickler import ForbiddenClassError, MetadataUnpickler
 from megatron_eagle.checkpoint.writer import Chunk
 from tests.helpers.trained_draft import chunked, save_iteration
 
@@ -204,7 +204,7 @@ def test_shards_outside_the_checkpoint_are_refused(tmp_path: Path) -> None:
             info.relative_path = f"../{directory.name}/{info.relative_path}"
 
     edit_metadata(directory, escape)
-    assert "is not a file name" in load_error(tmp_path)
+    assert "is not a file name" in open_error(tmp_path)
 
 
 class Bomb:

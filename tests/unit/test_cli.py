@@ -164,3 +164,30 @@ def test_a_users_text_is_not_read_as_a_parameter() -> None:
     for kept in (literal(text), message_of(ValueError(text))):
         error = UserError(f"<tokenizer> a: {kept}")
         assert error.named(train.flag_of).endswith(f" a: {text}") and str(error).endswith(text)
+
+
+def test_ctrl_c_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> int:
+        raise KeyboardInterrupt
+
+    assert boundary.run(interrupted, boundary.flag) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
+def test_a_mistake_is_one_line_and_its_traceback_on_request(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(error: Exception) -> int:
+        def command() -> int:
+            raise error
+
+        return boundary.run(command, boundary.flag)
+
+    assert failing(UserError("<save> a\nb")) == 2
+    assert capsys.readouterr().err == "error: --save a b\n"
+    assert failing(MemoryError()) == 2
+    assert capsys.readouterr().err == "error: out of memory\n"
+    monkeypatch.setenv("MEGATRON_EAGLE_TRACEBACK", "1")
+    assert failing(UserError("<save> a")) == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown and shown.endswith("error: --save a\n")

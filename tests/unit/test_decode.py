@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoTokenizer
 
 import megatron_eagle.cli.evaluate as tool
 from megatron_eagle.decode import speculative
@@ -17,6 +18,7 @@ from megatron_eagle.decode.prompt_shards import PromptShard, connected_ranks
 from megatron_eagle.decode.prompts import read_prompt_ids
 from megatron_eagle.decode.sequences import Sequences
 from megatron_eagle.decode.speculative import ChainCounts
+from tests.helpers import chat_templates
 
 CPU = torch.device("cpu")
 
@@ -131,6 +133,7 @@ def test_chain_counts_stop_at_a_miss_and_at_the_end_of_a_sequence() -> None:
     stop = torch.tensor([[0, 0, 0], [0, 0, 0], [1, 0, 0], [0, 0, 0]]).bool()
     counts.add(hits, stop, torch.tensor([True, True, True, False]))
     assert (counts.verifications, counts.reached, counts.accepted) == (3, [3, 2, 1], [3, 1, 1])
+    assert counts.server_accepted == [3, 2, 2]  # a server counts the whole chain
 
 
 def test_counts_of_other_prompts_add_up() -> None:
@@ -140,6 +143,7 @@ def test_counts_of_other_prompts_add_up() -> None:
     other.add(torch.ones(3, 2).bool(), torch.zeros(3, 2).bool(), torch.ones(3).bool())
     counts.merge(other)
     assert (counts.verifications, counts.reached, counts.accepted) == (4, [4, 4], [4, 3])
+    assert counts.server_accepted == [4, 3]
 
 
 def test_ranks_that_a_group_links_share_prompts() -> None:
@@ -156,6 +160,7 @@ def test_ranks_that_a_group_links_share_prompts() -> None:
         ("{", r"p\.jsonl:1: not JSON"),
         ("[1]", "not a JSON object"),
         ("{}", "neither prompt_ids nor prompt"),
+        ('{"prompt_ids": null, "messages": [{"role": "user", "content": "x"}]}', "needs tokenizer"),
         ('{"prompt": "x"}', "needs tokenizer"),
         ('{"prompt_ids": []}', "non-empty"),
         ('{"prompt_ids": [7]}', "token id 7 is outside the vocabulary's 0 to 6"),
@@ -167,6 +172,30 @@ def test_bad_prompts_are_named(tmp_path: Path, line: str, message: str) -> None:
     path.write_text(line + "\n")
     with pytest.raises(ValueError, match=message):
         read_prompt_ids(path, None, vocab_size=7)
+
+
+def test_prompts_of_every_form_are_read_as_training_reads_them(tmp_path: Path) -> None:
+    folder = chat_templates.make_tokenizer(tmp_path / "tok", chat_templates.QWEN25)
+    plain = chat_templates.make_tokenizer(tmp_path / "plain")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    turn = {"role": "user", "content": "Hello there"}
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in [
+        {"prompt": "Hello there"},
+        {"messages": [turn, {"role": "assistant", "content": "Hi"}], "prompt_ids": None},
+        {"text": "Hello there"},
+    ]))  # fmt: skip
+    asked, chat, text = read_prompt_ids(path, str(folder), 600)
+    assert asked == chat
+    assert tokenizer.decode(asked).endswith(
+        "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert text == tokenizer("Hello there")["input_ids"]
+    path.write_text(json.dumps({"prompt": "Hello there"}) + "\n")
+    assert read_prompt_ids(path, str(plain), 600) == [text]
+    path.write_text(json.dumps({"messages": [{**turn, "role": "narrator"}]}) + "\n")
+    with pytest.raises(ValueError, match=r"p\.jsonl:1: message 1: unknown role 'narrator'"):
+        read_prompt_ids(path, str(folder), 600)
 
 
 @pytest.mark.parametrize(

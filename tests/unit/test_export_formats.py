@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig
 
 from megatron_eagle.checkpoint.directory import ACCEPTED_LENGTH_NAME
-from megatron_eagle.hf.draft.card import read_evaluation
 from megatron_eagle.hf.draft.export import export_draft
+from megatron_eagle.hf.draft.figures import ExportedCard, read_evaluation
 from megatron_eagle.hf.draft.formats import FORMATS
 from tests.helpers.trained_draft import TrainedDraft
 from tests.reference.eagle3 import ReferenceEagle3
@@ -125,6 +125,7 @@ REFUSED = [
     ("speculators", {"algorithm": "p-eagle", "mask_token": 4}, "form is not known here"),
     ("hf", {"norm_before_residual": True}, "SGLang does not know .*use format vllm or specul"),
     ("trtllm", {"norm_before_residual": True}, "TensorRT-LLM does not know"),
+    ("hf", {"qk_layernorm": True}, "SGLang has no norms of a draft's .*use format vllm or specul"),
 ]
 
 
@@ -169,6 +170,21 @@ def test_a_p_eagle_draft_carries_its_mask_token_and_hidden(tmp_path: Path) -> No
     assert '"parallel_drafting": true' in (directory / "README.md").read_text()
     model = ReferenceEagle3.from_hf(directory, torch.randn(53, 24))
     assert model.config.mask_token == 4 and model.mask_hidden.equal(draft.hf["mask_hidden"])
+
+
+def test_a_draft_with_normed_queries_is_of_qwen3_type(tmp_path: Path) -> None:
+    draft, directory = exported(tmp_path, "vllm", qk_layernorm=True, layers=2)
+    config = json.loads((directory / "config.json").read_text())
+    assert config["architectures"] == ["Eagle3Qwen3ForCausalLM"] and config["model_type"] == "qwen3"
+    assert config["head_dim"] == 10 and config["attention_bias"] is False
+    found = load_file(directory / "model.safetensors")
+    for layer in range(2):
+        for x in "qk":
+            name = f"layers.{layer}.self_attn.{x}_norm.weight"
+            assert found[name].equal(draft.hf[name]) and found[name].shape == (10,)
+    _, nested = exported(tmp_path / "nested", "speculators", qk_layernorm=True)
+    config = json.loads((nested / "config.json").read_text())
+    assert config["transformer_layer_config"]["model_type"] == "qwen3"
 
 
 @pytest.mark.parametrize("layers", [1, 2])
@@ -252,3 +268,20 @@ def test_figures_that_do_not_belong_on_a_card_are_refused(
         read_evaluation(tmp_path / "eval.json")
     with pytest.raises(ValueError, match=r"eval .*absent.json: no such file"):
         read_evaluation(tmp_path / "absent.json")
+
+
+def test_a_card_takes_the_figures_of_its_own_draft(tmp_path: Path) -> None:
+    draft = TrainedDraft.make()
+    draft.save(tmp_path / "ckpt")
+    export_draft(tmp_path / "ckpt", tmp_path / "hf", dtype=torch.bfloat16)
+    ExportedCard.of(tmp_path / "hf", tmp_path / "ckpt").write(FIGURES)
+    ExportedCard.of(tmp_path / "hf", tmp_path / "ckpt").write({**FIGURES, "prompts": 41})
+    export_draft(tmp_path / "ckpt", tmp_path / "own", evaluation={**FIGURES, "prompts": 41})
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("hf", "own")]
+    assert cards[0] == cards[1].replace("float32", "bfloat16") and "not measured" not in cards[0]
+    draft.stored["draft.fc.weight"] = draft.hf["fc.weight"] + 1
+    draft.save(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"card .*hf: was not converted from the draft in"):
+        ExportedCard.of(tmp_path / "hf", tmp_path / "other")
+    with pytest.raises(ValueError, match="holds no draft that"):
+        ExportedCard.of(tmp_path / "ckpt", tmp_path / "ckpt")

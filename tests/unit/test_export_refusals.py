@@ -146,7 +146,7 @@ def test_vocab_ids_of_another_dtype_or_length_are_refused(tmp_path: Path) -> Non
         (["spec", "num_layers"], 0, "num_layers must be at least 1"),
         (["spec", "draft_vocab_size"], 54, "exceeds the base's vocabulary of 53"),
         (["spec", "aux_layers"], [4, 1, 7], "must ascend"),
-        (["spec", "aux_layers"], [1, 4, 8], "lie in the base's 8 layers"),
+        (["spec", "aux_layers"], [1, 4, 11], "lie in the base's 11 layers"),
         (["spec", "aux_layers"], [], "needs at least one layer"),
         (["spec", "aux_layers"], None, "must be a list of layer numbers"),
         (["spec"], {"norm_output": True}, "unknown field 'norm_output'"),

@@ -15,8 +15,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "megatron_eagle"
 KNOWS_FLAGS = {"cli", "config", "training"}
-SERVERS_FLAGS = "hf/draft/card.py"
-"""The model card tells a server's own flags."""
+SERVERS_FLAGS = "hf/draft/commands.py"
+"""The commands on a model card tell a server's own flags."""
 
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*|(?<![\w/])tools/\w+")
 

@@ -54,6 +54,7 @@ LAYOUTS = [
 
 EAGLE1 = {"algorithm": "eagle1", "draft_vocab": 53, "layers": 2}
 RESIDUAL = {"norm_before_residual": True}
+HEADS = {"qk_layernorm": True, "layers": 2, "algorithm": "eagle3.1"}
 WIDE_MLA = {"num_attention_heads": 8, "q_lora_rank": 30, "qk_head_dim": 12}
 MLA = {"mla": MLA_SIZES, "rope": {"rope_theta": 50000.0, "rope_scaling": DEEPSEEK_YARN}}
 CASES = [
@@ -67,6 +68,7 @@ CASES = [
     pytest.param({**MLA, "layers": 2, **RESIDUAL}, "vllm", id="mla-two-layers-vllm"),
     pytest.param({**MLA, "base": WIDE_MLA}, "hf", id="mla-own-widths-hf"),
     *[pytest.param(RESIDUAL, name, id=f"residual-{name}") for name in ("vllm", "speculators")],
+    *[pytest.param(HEADS, name, id=f"qk-norm-{name}") for name in ("vllm", "speculators")],
 ]
 
 
@@ -87,7 +89,7 @@ def test_import_of_an_export_is_bit_equal(
     captured = draft.shape.aux_layers if info.spec.algorithm != "eagle1" else ()
     assert info.aux_layers == captured and info.num_layers == draft.shape.layers
     assert info.layer_args["ffn_hidden_size"] == 14 and info.layer_args["kv_channels"] == 10
-    for name in ("algorithm", "norm_before_fc", "norm_before_residual"):
+    for name in ("algorithm", "norm_before_fc", "norm_before_residual", "qk_layernorm"):
         assert getattr(info.spec, name) == getattr(draft.shape, name), name
     assert info.base == base_of(draft) and info.draft_vocab_size == draft.shape.draft_vocab
     again = open_checkpoint_draft(tmp_path / "back")
@@ -180,7 +182,7 @@ def test_an_eagle1_draft_of_safeailab_is_understood(tmp_path: Path) -> None:
 def test_aux_layers_default_to_those_of_training(tmp_path: Path) -> None:
     draft, directory = exported(tmp_path)
     rewrite(directory, safeailab)
-    assert imported(directory, draft).info.aux_layers == (1, 3, 4)
+    assert imported(directory, draft).info.aux_layers == (1, 4, 7)
 
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}

@@ -58,6 +58,8 @@ FIELDS = [
     ({"eagle_aux_hidden_state_layer_ids": [1, 4, 7]}, "name different layers"),
     ({"eagle_config": {}, "eagle_aux_hidden_state_layer_ids": [0, 4, 7]}, "must ascend and be"),
     ({"eagle_config": [1]}, "eagle_config must be an object"),
+    ({"layer_types": ["sliding_attention"]}, "layer_types ['sliding_attention'] is not supported"),
+    ({"use_sliding_window": True}, "use_sliding_window = True is not supported"),
     ({"fc_norm": True}, "fc_norm without norm_output"),
     ({"norm_output": True}, "norm_output without fc_norm"),
     ({"fc_norm": True, "norm_output": True}, "incomplete draft, fc_norm.0.weight"),
@@ -79,7 +81,7 @@ def test_a_config_with_an_unsupported_field_is_refused(
     [
         ({"speculators_model_type": "dflash"}, "speculators_model_type 'dflash' is not supported"),
         ({"transformer_layer_config": None}, "transformer_layer_config is missing"),
-        ({"transformer_layer_config": {"model_type": "qwen3"}}, "of type 'qwen3' is not"),
+        ({"transformer_layer_config": {"model_type": "qwen2"}}, "of type 'qwen2' is not"),
     ],
 )
 def test_a_speculators_config_with_an_unsupported_field_is_refused(

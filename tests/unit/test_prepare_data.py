@@ -118,7 +118,7 @@ BAD = [
     chat("It is windy."),
 ]
 REASONS = [
-    ":2: not JSON (", ":3: the conversation is empty", ":4: message 2: roles out of order",
+    ":2: not JSON (", ":3: the conversation is empty", ":4: no assistant message",
     ":5: no assistant message", ":6: answer_ids: token id 999 is outside the vocabulary's 0 to ",
     f":7: prompt_ids: token id -{2**70} is outside the vocabulary's 0",
     ":8: the record has none of messages", ":9: not a JSON object",
@@ -208,20 +208,24 @@ def test_two_processes_write_the_same_bytes(tokenizer: str, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_workers_end_with_a_killed_run(tokenizer: str, tmp_path: Path) -> None:
-    file = write(tmp_path / "in.jsonl", [chat(f"It is {i} degrees. " * 300) for i in range(2000)])
-    command = [sys.executable, "tools/prepare_data.py", "--input", file, "--tokenizer", tokenizer]
-    command += ["--output-prefix", str(tmp_path / "out"), "--workers", "2"]
+    """Killed after a few of 400 pieces, the run is far from its end, and so are its workers."""
+    file = write(tmp_path / "in.jsonl", [chat(f"It is {i} degrees.") for i in range(400)])
+    prefix, options = str(tmp_path / "out"), RecordOptions(tokenizer)
+    program = (
+        "from megatron_eagle.data.chat.prepare import prepare\n"
+        "from megatron_eagle.data.chat.records import RecordOptions\n"
+        f"prepare([{file!r}], {prefix!r}, {options!r}, workers=2, piece_bytes=99)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, start_new_session=True
     ) as run:
         until(lambda: len(list((tmp_path / "out.parts").glob("*.npz"))) > 1)
         run.kill()
     until(lambda: not of_session(run.pid))
     assert not (tmp_path / "out.idx").exists()
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
-    assert (
-        done.returncode == 0 and json.loads((tmp_path / "out.json").read_text())["records"] == 2000
-    )
+    assert 1 < len(list((tmp_path / "out.parts").glob("*.npz"))) < 400
+    assert prepare([file], prefix, options, piece_bytes=99)["records"] == 400
 
 
 def until(condition: Callable[[], Any], seconds: float = 100) -> None:
@@ -261,6 +265,9 @@ def test_other_options_do_not_reuse_chunks(tokenizer: str, tmp_path: Path) -> No
         (["--chat-template", "absent"], "--chat-template absent: no such file"),
         (["--template-options", "[1]"], "--template-options [1]: not a JSON object"),
         (["--input", "absent.jsonl"], "--input absent.jsonl: no such file"),
+        (["--template-options", "[" * 9999], "not JSON (maximum recursion depth"),
+        (["--template-options", '{"messages": 1}'], "messages is no variable of a template's own"),
+        (["--show", "0"], "--show must be at least 1, not 0"),
         (["--workers", "0"], "--workers must be at least 1, not 0"),
         (["--vocab-size", "20"], "is outside the vocabulary's 0 to 19"),
     ],
@@ -309,3 +316,87 @@ def test_damaged_data_sets_are_refused(tokenizer: str, tmp_path: Path) -> None:
     (tmp_path / "out_loss_mask.idx").unlink()
     with pytest.raises(ValueError, match=r"out_loss_mask\.bin/\.idx are missing"):
         IndexedDocuments(prefix, 600)
+
+
+def test_a_look_shows_what_is_supervised_and_writes_nothing(
+    tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = write(
+        tmp_path / "in.jsonl", [BAD[1], chat("It is sunny."), chat("It is windy."), BAD[2]]
+    )
+    words = ["--input", file, "--tokenizer", tokenizer]
+    assert main([*words, "--show", "1"]) == 0
+    out = capsys.readouterr().out
+    assert f"--- {file}:1: not JSON (" in out and "windy" not in out
+    assert "in Paris?<|im_end|>\n<|im_start|>assistant\n>>>It is sunny.<|im_end|><<<" in out
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "in.jsonl"]
+    assert main(words) == 2
+    assert "--output-prefix is missing" in capsys.readouterr().err
+
+
+def test_what_a_template_leaves_out_is_in_notes_and_summary(
+    tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    thoughtful = chat("It is sunny.")
+    thoughtful["messages"][1]["reasoning"] = "Hm."
+    records = [thoughtful, {**chat("Yes."), "mood": 3}, {"prompt_ids": None, **chat("No.")}]
+    file = write(tmp_path / "in.jsonl", records)
+    words = ["--input", file, "--tokenizer", tokenizer, "--output-prefix", str(tmp_path / "out")]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "note: 1 answers are taught without their thinking: the chat template reads it" in out
+    assert "neither this command nor the chat template reads: mood (1)" in out
+    counts = json.loads((tmp_path / "out.json").read_text())["counts"]
+    assert counts == {"thoughts_without_a_name_in_the_template": 1, "unread_field:mood": 1}
+
+
+ODD_LINES = [
+    (json.dumps([chat("Yes.")]), "not a JSON object but an array; one record a line is wanted"),
+    ("[", "not JSON on one line (Expecting value: line 1 column 2 (char 1)); one record a line"),
+    ("[" * 100_000, "not JSON on one line (maximum recursion depth"),
+    ('{"prompt_ids": [' + "9" * 5000 + '], "answer_ids": [2]}', "not JSON (Exceeds the limit"),
+    ('{"text": "rain \\ud83d"}', "not text: surrogates not allowed, '\\ud83d'"),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), ODD_LINES, ids=range(len(ODD_LINES)))
+def test_odd_lines_are_bad_lines(
+    line: str, reason: str, tokenizer: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    file = write(tmp_path / "in.jsonl", [chat("Yes."), line])
+    words = ["--input", file, "--tokenizer", tokenizer, "--output-prefix", str(tmp_path / "out")]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert f"error: {file}:2: {reason}" in error and error.count("\n") == 1
+    assert main([*words, "--skip-bad-lines"]) == 0
+    pair = write(tmp_path / "pair.jsonl", ['{"text": "rain \\ud83d\\ude00"}'])
+    assert main(["--input", pair, *words[2:], "--overwrite"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("tokenizer.json", "[]"),
+        ("tokenizer.json", "null"),
+        ("tokenizer_config.json", "[]"),
+        ("tokenizer_config.json", '{"tokenizer_class": 5}'),
+        ("tokenizer_config.json", '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": 5}'),
+        ("config.json", "[]"),
+        ("generation_config.json", '{"eos_token_id": "x"}'),
+        ("tokenizer_config.json", '{"tokenizer_class": "X", "auto_map": {"AutoTokenizer": '
+         '["tokenization_x.X", null]}}'),
+    ],
+)  # fmt: skip
+def test_a_damaged_tokenizer_is_one_line(
+    file: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a question is asked"))
+    folder = templates.make_tokenizer(tmp_path / "tok", templates.SMOLLM2)
+    (folder / "tokenization_x.py").write_text("raise SystemExit('code of a directory ran')\n")
+    (folder / file).write_text(text)
+    data = write(tmp_path / "in.jsonl", [chat("Yes.")])
+    words = ["--input", data, "--tokenizer", str(folder), "--output-prefix", str(tmp_path / "out")]
+    assert main(words) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: --tokenizer {folder}: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from megatron_eagle.cli.regenerate import main
 from megatron_eagle.data import regenerate
-from megatron_eagle.data.regenerate import Generation, finished_ids, read_prompts
+from megatron_eagle.data.answer_file import finished_answers
+from megatron_eagle.data.chat.conversations import parse_prompt
+from megatron_eagle.data.regenerate import Generation, read_prompts
 from tests.helpers.tiny_hf import make_base
 
 TEMPLATE = (
+    "{% if 'refuse' in messages[0].content %}{{ raise_exception('no') }}{% endif %}"
+    "{% if tools %}<s>{{ tools | tojson }}</s>{% endif %}"
     "{% for m in messages %}<s>{{ m['role'] }} {{ m['content'] }}</s>{% endfor %}"
     "{% if add_generation_prompt %}<s>assistant {% endif %}"
 )
@@ -101,6 +106,48 @@ def test_batched_answers_are_the_greedy_ones(
         assert record["messages"][1]["content"] == said
 
 
+def test_tools_and_text_parts_reach_the_template(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
+    chat = [
+        {"from": "human", "value": [{"type": "text", "text": "hi"}], "role": None},
+        {"from": "gpt", "value": "hello", "tool_calls": []},
+    ]
+    asked = write_lines(
+        tmp_path / "p.jsonl", [{"conversations": chat, "tools": [json.dumps(tool)], "mood": 1}]
+    )
+    assert run(monkeypatch, base, asked, tmp_path / "a.jsonl", "--max-new-tokens", "2") == 0
+    assert "chat template reads: mood (1)" in capsys.readouterr().out
+    [record] = read_lines(tmp_path / "a.jsonl").values()
+    text = AutoTokenizer.from_pretrained(base).decode(record["prompt_ids"])
+    assert "weather" in text and text.endswith("<s>user hi</s><s>assistant ")
+    assert record["tools"] == [tool] and len(record["messages"]) == 2
+
+
+def test_greedy_is_greedy_whatever_generation_config_says(
+    base: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """A repetition penalty would change every answer; a second end token has to end some."""
+    assert run(monkeypatch, base, prompts, tmp_path / "plain.jsonl", "--max-new-tokens", "9") == 0
+    plain = {name: r["answer_ids"] for name, r in read_lines(tmp_path / "plain.jsonl").items()}
+    end = next(iter(plain.values()))[1]
+    other = tmp_path / "base"
+    shutil.copytree(base, other)
+    (other / "generation_config.json").write_text(json.dumps({
+        "eos_token_id": [END, end], "repetition_penalty": 5.0, "do_sample": True, "top_k": 2,
+        "no_repeat_ngram_size": 1}))  # fmt: skip
+    assert run(monkeypatch, other, prompts, tmp_path / "a.jsonl", "--max-new-tokens", "9") == 0
+    assert "only end tokens are used, not do_sample True" in capsys.readouterr().out
+    answers = {name: r["answer_ids"] for name, r in read_lines(tmp_path / "a.jsonl").items()}
+    for name, answer in plain.items():
+        cut = answer.index(end) + 1 if end in answer else len(answer)
+        assert answers[name] == answer[:cut]
+    assert any(answers[name] != plain[name] for name in plain)
+
+
 class Scripted:
     """A model whose rows answer with fixed ids, so that the end token's handling is certain."""
 
@@ -119,7 +166,7 @@ class Scripted:
 
 def test_answers_end_with_the_end_token_only_when_it_was_said(base: Path, tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(base)
-    asked = {name: [{"role": "user", "content": name}] for name in ("a", "b")}
+    asked = {name: parse_prompt({"prompt": name}) for name in ("a", "b")}
     output = tmp_path / "answers.jsonl"
     written = regenerate.regenerate(
         Scripted(), tokenizer, asked, output, Generation(max_new_tokens=4), lambda _: None
@@ -153,7 +200,7 @@ def test_a_killed_run_goes_on(
 def test_a_line_torn_inside_a_character_is_dropped(tmp_path: Path) -> None:
     output = tmp_path / "answers.jsonl"
     output.write_bytes(b'{"id":"p0"}\n{"id":"p1","x":"\xc3')
-    assert finished_ids(output, lambda _: None) == {"p0"}
+    assert finished_answers(output, lambda _: None) == {"p0": {"id": "p0"}}
     assert output.read_bytes() == b'{"id":"p0"}\n'
 
 
@@ -173,7 +220,10 @@ def test_sampling_depends_on_the_seed(
 def test_conversations_lose_their_last_answer(tmp_path: Path) -> None:
     turns = [{"role": r, "content": c} for r, c in (("user", "x"), ("assistant", "y"))]
     file = write_lines(tmp_path / "p.jsonl", [{"messages": turns}, {"id": 7, "prompt": "z"}])
-    assert read_prompts(file) == {"1": turns[:1], "7": [{"role": "user", "content": "z"}]}
+    read = read_prompts(file)
+    assert {name: [m.content for m in prompt.messages] for name, prompt in read.items()} == {
+        "1": ["x"], "7": ["z"]
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -182,8 +232,16 @@ def test_conversations_lose_their_last_answer(tmp_path: Path) -> None:
         (None, "no such file"),
         ("\n", "no prompts"),
         ('{"prompt": "x\u2028y"}\n{"prompt": \n', ":2: not JSON"),
-        ('{"prompt": " "}\n', ":1: neither"),
-        ('{"messages": [{"role": "user"}]}\n', ":1: a message needs"),
+        ('{"prompt": " "}\n', ":1: 'prompt' is neither a text nor"),
+        ('{"messages": [{"role": "user"}]}\n', ":1: message 1: the 'user' message has no content"),
+        (
+            '{"messages": [{"role": "user", "content": 5}]}\n',
+            ":1: message 1: the content is neither",
+        ),
+        ('{"prompt": "rain \\ud83d"}\n', ":1: not text: surrogates not allowed"),
+        ('{"conversations": [{"from": "human", "value": "x"}]}\n', ":1: no answer in 'conv"),
+        ('{"question": "x"}\n', ":1: has neither a 'prompt' text nor a list of 'messages'"),
+        ('{"prompt": "x", "id": null}\n{"prompt": "refuse me"}\n', "prompt '2': the chat template"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}\n', ":1: nothing to answer"),
         ('["x"]\n', ":1: not a JSON object"),
         ('{"id": "a", "prompt": "x"}\n{"id": "a", "prompt": "y"}\n', "occurs twice"),
@@ -218,11 +276,13 @@ def test_other_mistakes_are_one_line(
     output = tmp_path / "answers.jsonl"
     mute = AutoTokenizer.from_pretrained(base)
     mute.chat_template = None
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_: mute)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: mute)
     cases: list[tuple[tuple[Any, ...], str]] = [
         ((tmp_path, prompts, output), "not a Hugging Face model directory"),
         ((base, prompts, output, "--batch-size", "0"), "--batch-size must be at least 1"),
         ((base, prompts, output, "--temperature", "-1"), "--temperature -1.0"),
+        ((base, prompts, output, "--temperature", "nan"), "--temperature nan must be a number"),
+        ((base, prompts, output, "--temperature", "1e-300"), "--temperature 1e-300 is too low"),
         ((base, prompts, output), "no chat template"),
     ]
     for words, expected in cases:
@@ -230,4 +290,4 @@ def test_other_mistakes_are_one_line(
         error = capsys.readouterr().err.splitlines()[-1]
         assert error.startswith("error: ") and expected in error
     with pytest.raises(ValueError, match=r"broken.jsonl:2"):
-        finished_ids(broken, lambda _: None)
+        finished_answers(broken, lambda _: None)

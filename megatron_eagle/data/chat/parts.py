@@ -23,17 +23,19 @@ import numpy as np
 from megatron_eagle.checkpoint.atomic import atomic_file
 from megatron_eagle.data.chat.records import RecordOptions, RecordReader
 from megatron_eagle.data.jsonl import FilePiece, parse_lines
-from megatron_eagle.errors import UserError, message_of
+from megatron_eagle.errors import UserError, literal, message_of
+from megatron_eagle.user_files import first_line
 
 
 @dataclass(frozen=True)
 class Part:
-    """A finished piece: its file, counts, and ``FILE:LINE: reason`` of each bad line."""
+    """A finished piece: its file, how many records and documents it has, what they were rendered
+    without (names as in ``template.py``), and ``FILE:LINE: reason`` of each bad line."""
 
     file: Path
     records: int
     documents: int
-    unstable_turns: int
+    counts: dict[str, int]
     bad: tuple[str, ...]
 
 
@@ -86,8 +88,9 @@ class PartMaker:
                 f"{piece.file}:{piece.first_line + line}: {reason}"
                 for line, reason in zip(arrays["bad_lines"], arrays["bad_reasons"], strict=True)
             ]
-            records, documents, unstable = (int(n) for n in arrays["numbers"])
-        return Part(file, records, documents, unstable, tuple(bad))
+            records, documents = (int(n) for n in arrays["numbers"])
+            counts = json.loads(str(arrays["counts"]))
+        return Part(file, records, documents, counts, tuple(bad))
 
 
 class _Worker:
@@ -126,9 +129,14 @@ def _stamp(options: RecordOptions) -> list[tuple[str, int, int]]:
     return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
 
 
+def bad_record(error: Exception) -> str:
+    """Return why a record is bad that failed by an exception of a library."""
+    return literal(f"{type(error).__name__}: {first_line(error)}")
+
+
 def write_part(file: Path, reader: RecordReader, content: bytes) -> None:
     """Tokenize the lines of ``content``; write documents, counts and bad lines to ``file``."""
-    documents, records, unstable = [], 0, reader.unstable_turns
+    documents, records = [], 0
     bad_lines, bad_reasons = [], []
     for offset, record in parse_lines(content, first_line=0):
         try:
@@ -136,8 +144,8 @@ def write_part(file: Path, reader: RecordReader, content: bytes) -> None:
                 raise record
             documents += reader.read(record)
             records += 1
-        except ValueError as error:
-            reason = message_of(error)
+        except Exception as error:  # a record can fail in any way, in templates and tokenizers too
+            reason = message_of(error) if isinstance(error, ValueError) else bad_record(error)
             bad_lines.append(offset)
             bad_reasons.append(reason.replace("\n", " "))
     with atomic_file(file) as scratch, scratch.open("wb") as output:
@@ -146,7 +154,8 @@ def write_part(file: Path, reader: RecordReader, content: bytes) -> None:
             ids=np.concatenate([d.ids for d in documents] or [np.empty(0)]).astype(np.int32),
             mask=np.concatenate([d.mask for d in documents] or [np.empty(0)]).astype(np.uint8),
             lengths=np.asarray([len(d.ids) for d in documents], dtype=np.int64),
-            numbers=np.asarray([records, len(documents), reader.unstable_turns - unstable]),
+            numbers=np.asarray([records, len(documents)]),
+            counts=np.asarray(json.dumps(reader.take_counts())),
             bad_lines=np.asarray(bad_lines, dtype=np.int64),
             bad_reasons=np.asarray(bad_reasons, dtype=np.str_),
         )

@@ -6,21 +6,28 @@ are joined in the order of the input, so the result does not depend on the numbe
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_eagle.checkpoint.atomic import write_json
+from megatron_eagle.checkpoint.atomic import owned_output, write_json, write_text
+from megatron_eagle.checkpoint.atomic import part as part_of
+from megatron_eagle.data.chat.notes import notes
 from megatron_eagle.data.chat.parts import Part, make_parts
 from megatron_eagle.data.chat.records import RecordOptions, RecordReader
+from megatron_eagle.data.features.store import checksum
 from megatron_eagle.data.indexed import DatasetWriter, dataset_exists
 from megatron_eagle.data.jsonl import FilePiece, cut
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, literal
+from megatron_eagle.user_files import read_json_object
 
 Progress = Callable[[str], None]
 PIECE_BYTES = 4 << 20
@@ -45,10 +52,60 @@ def prepare(
     naming the parameter, or file and line, before anything at ``prefix`` is replaced; finished
     parts are kept for the next run.
     """
-    if dataset_exists(prefix) and not overwrite:
-        raise UserError(f"<output_prefix> {prefix}: exists already; <overwrite> replaces it")
+    with owned_output(Path(prefix), "output_prefix"):
+        finished = _finished(inputs, prefix, options)
+        if finished is not None and not overwrite:
+            shutil.rmtree(_scratch(prefix))
+            return finished
+        if dataset_exists(prefix) and not overwrite:
+            raise UserError(
+                f"<output_prefix> {literal(prefix)}: exists already; <overwrite> replaces it"
+            )
+        return _prepare(
+            inputs,
+            prefix,
+            options,
+            workers=workers,
+            skip_bad=skip_bad,
+            piece_bytes=piece_bytes,
+            progress=progress,
+        )
+
+
+def _scratch(prefix: str) -> Path:
+    """Return the directory of the parts, which a run that is killed leaves behind."""
+    return Path(f"{prefix}.parts")
+
+
+def _finished(inputs: list[str], prefix: str, options: RecordOptions) -> dict[str, Any] | None:
+    """Return the summary of this very data set if a run was killed after its last rename, before
+    the parts were deleted; else None."""
+    if not (_scratch(prefix).is_dir() and dataset_exists(prefix)):
+        return None
+    file = Path(f"{prefix}.json")
+    try:
+        summary = read_json_object(file)
+        made = file.stat().st_mtime
+        if any(Path(name).stat().st_mtime > made for name in inputs):
+            return None
+    except (UserError, OSError):
+        return None
+    made_by = {"inputs": inputs, "options": json.loads(json.dumps(asdict(options)))}
+    return summary if made_by.items() <= summary.items() else None
+
+
+def _prepare(
+    inputs: list[str],
+    prefix: str,
+    options: RecordOptions,
+    *,
+    workers: int,
+    skip_bad: bool,
+    piece_bytes: int,
+    progress: Progress,
+) -> dict[str, Any]:
     vocab_size = RecordReader(options).vocab_size  # also fails early on a bad tokenizer
-    scratch = Path(f"{prefix}.parts")
+    scratch = _scratch(prefix)
     scratch.mkdir(parents=True, exist_ok=True)
     pieces = [piece for file in inputs for piece in cut(file, piece_bytes)]
     parts: list[Part] = []
@@ -60,10 +117,11 @@ def prepare(
     if not sum(part.documents for part in parts):
         raise UserError(f"<input> {' '.join(inputs)}: no usable record in it")
     bad = [str(UserError(line)) for part in parts for line in part.bad]
-    summary = _join(parts, prefix, vocab_size)
-    summary |= {"bad_lines": len(bad), "inputs": inputs, "options": asdict(options)}
+    with DatasetWriter(prefix, vocab_size) as writer:
+        summary = _join(parts, writer, vocab_size)
+        summary |= {"bad_lines": len(bad), "inputs": inputs, "options": asdict(options)}
+        writer.beside = partial(_write_beside, writer, prefix, summary, bad)
     _report(summary, bad, prefix, progress)
-    write_json(Path(f"{prefix}.json"), summary)
     shutil.rmtree(scratch)
     return summary
 
@@ -84,34 +142,44 @@ def _reported(pieces: list[FilePiece], parts: Iterable[Part], progress: Progress
         yield part
 
 
-def _join(parts: list[Part], prefix: str, vocab_size: int) -> dict[str, Any]:
-    """Write the parts' documents into the data set ``prefix`` and return its counts."""
-    with DatasetWriter(prefix, vocab_size) as writer:
-        for part in parts:
-            with np.load(part.file, allow_pickle=False) as arrays:
-                writer.add(arrays["ids"], arrays["mask"], arrays["lengths"])
+def _join(parts: list[Part], writer: DatasetWriter, vocab_size: int) -> dict[str, Any]:
+    """Write the parts' documents and return the counts of the data set."""
+    for part in parts:
+        with np.load(part.file, allow_pickle=False) as arrays:
+            writer.add(arrays["ids"], arrays["mask"], arrays["lengths"])
     return {
         "records": sum(part.records for part in parts),
         "documents": writer.documents,
         "tokens": writer.tokens,
         "supervised_tokens": writer.supervised,
         "longest_document": writer.longest,
-        "unstable_turns": sum(part.unstable_turns for part in parts),
+        "counts": dict(sum((Counter(part.counts) for part in parts), Counter[str]())),
         "vocab_size": vocab_size,
     }
 
 
-def _report(summary: dict[str, Any], bad: list[str], prefix: str, progress: Progress) -> None:
-    """Report turns that became documents of their own, and list the bad lines in a file."""
-    if summary["unstable_turns"]:
-        progress(
-            f"note: the chat template is not prefix-stable: {summary['unstable_turns']:,} earlier "
-            "turns are rendered differently once the conversation continues (thinking or a system "
-            "prompt moves); each became a document of its own, as the model saw it"
-        )
+def _listing(prefix: str) -> Path:
+    return Path(f"{prefix}.bad.txt")
+
+
+def _write_beside(
+    writer: DatasetWriter, prefix: str, summary: dict[str, Any], bad: list[str]
+) -> None:
+    """Write the summary, which gets the checksums of the data set, and the list of bad lines; or
+    delete the list of an earlier data set."""
+    summary["sha256"] = {file.name: checksum(part_of(file)) for file in writer.files}
+    write_json(Path(f"{prefix}.json"), summary)
     if bad:
-        listing = Path(f"{prefix}.bad.txt")
-        listing.write_text("\n".join(bad) + "\n", encoding="utf-8")
-        progress(f"{len(bad):,} bad lines left out, all named in {listing}:")
+        write_text(_listing(prefix), "\n".join(bad) + "\n")
+    else:
+        _listing(prefix).unlink(missing_ok=True)
+
+
+def _report(summary: dict[str, Any], bad: list[str], prefix: str, progress: Progress) -> None:
+    """Report what was rendered otherwise than the records say, and list bad lines in a file."""
+    for note in notes(summary["counts"]):
+        progress(f"note: {note}")
+    if bad:
+        progress(f"{len(bad):,} bad lines left out, all named in {_listing(prefix)}:")
         for line in bad[:NAMED_LINES]:
             progress(f"  {line}")

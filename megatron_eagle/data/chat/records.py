@@ -5,6 +5,7 @@ A record that cannot be used is a ``ValueError`` saying why; ``prepare`` adds fi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,12 +14,17 @@ from typing import Any
 import numpy as np
 
 from megatron_eagle.data.answers import join
-from megatron_eagle.data.chat.conversations import parse_conversation
+from megatron_eagle.data.chat.conversations import CHAT_NAMES, parse_conversation
+from megatron_eagle.data.chat.fields import is_absent
 from megatron_eagle.data.chat.masked_tokens import Document, mask_tokens
 from megatron_eagle.data.chat.template import ChatTemplate
 from megatron_eagle.data.chat.tokenizer import load_tokenizer
-from megatron_eagle.data.jsonl import ids, outside
-from megatron_eagle.errors import UserError
+from megatron_eagle.data.jsonl import ids, not_an_object, outside
+from megatron_eagle.errors import UserError, literal
+from megatron_eagle.user_files import reading
+
+FORMS = ("prompt_ids", *CHAT_NAMES, "text")
+"""Fields that tell a record's form, the first one first."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +59,14 @@ class RecordReader:
         self._templates: dict[str, ChatTemplate] = {}
         self._template = _read_template(options.template)
 
-    @property
-    def unstable_turns(self) -> int:
-        """Count the turns so far that became samples of their own, see ``template.py``."""
-        return sum(template.unstable_turns for template in self._templates.values())
+    def take_counts(self) -> Counter[str]:
+        """Return what was rendered otherwise than conversations say since the last call, by the
+        names in ``template.py``."""
+        counts: Counter[str] = Counter()
+        for template in self._templates.values():
+            counts.update(template.counts)
+            template.counts.clear()
+        return +counts
 
     def read(self, record: Any) -> list[Document]:
         """Return the record's documents, each with a supervised token after its first.
@@ -64,12 +74,14 @@ class RecordReader:
         Raises ``ValueError`` saying what is wrong with the record.
         """
         if not isinstance(record, Mapping):
-            raise ValueError("not a JSON object")
-        if "prompt_ids" in record:  # also beside messages: the ids are what the base itself wrote
+            raise ValueError(not_an_object(record))
+        present = [name for name in FORMS if not is_absent(record.get(name))]
+        form = next(iter(present or [name for name in FORMS if name in record]), None)
+        if form == "prompt_ids":  # also beside messages: the ids are what the base itself wrote
             documents = [self._answer(record)]
-        elif "messages" in record or "conversations" in record:
+        elif form in CHAT_NAMES:
             documents = self._chat(record)
-        elif "text" in record:
+        elif form == "text":
             documents = [self._text(record["text"])]
         else:
             raise ValueError(
@@ -88,8 +100,14 @@ class RecordReader:
                 f"<tokenizer> {self.options.tokenizer} has no chat template; give <chat_template>"
             )
         if source not in self._templates:
+            tokenizer = self.tokenizer
+            special = [tokenizer.decode([i]) for i in sorted(tokenizer.special_ids)]
             self._templates[source] = ChatTemplate(
-                source, self.tokenizer.names, self.options.template_options
+                source,
+                tokenizer.names,
+                self.options.template_options,
+                special,
+                tokenizer.end_tokens,
             )
         samples = self._templates[source].samples(conversation)
         return [mask_tokens(sample, self.tokenizer) for sample in samples]
@@ -126,6 +144,7 @@ def _read_template(file: str | None) -> str | None:
     if file is None:
         return None
     path = Path(file)
-    if not path.is_file():
-        raise UserError(f"<chat_template> {file}: no such file")
-    return path.read_text(encoding="utf-8")
+    with reading("chat_template", file):
+        if not path.is_file():
+            raise UserError(f"<chat_template> {literal(file)}: no such file")
+        return path.read_text(encoding="utf-8")

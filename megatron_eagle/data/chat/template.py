@@ -10,19 +10,36 @@ of earlier turns, Mistral moves the system prompt to the last user message. Such
 training sample of its own, as server and model saw it; a turn whose text is a prefix of a longer
 rendering shares that sample. So a stable template gives one sample per conversation, and no
 template gives a context that does not occur in serving.
+
+What a conversation says and its rendering lacks is refused or counted (``held.py``).
 """
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from megatron_eagle.data.chat.conversations import Conversation, Message
+from megatron_eagle.data.chat import held
+from megatron_eagle.data.chat.conversations import Conversation
+from megatron_eagle.data.chat.dialect import Dialect
+from megatron_eagle.data.chat.messages import Message
+from megatron_eagle.data.chat.notes import (
+    OPENINGS,
+    THOUGHTS_CUT,
+    THOUGHTS_CUT_EARLIER,
+    THOUGHTS_UNREAD,
+    TOOLS_LEFT_OUT,
+    UNENDED,
+    UNREAD,
+    UNSTABLE_TURNS,
+)
+from megatron_eagle.data.chat.rendering import Renderer, Span
+from megatron_eagle.data.chat.turns import answer_turn
 
-Span = tuple[int, int]
-
-_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_SHAPES = 10_000
+"""Shapes of conversations that are remembered; those of long agents' ones hardly recur."""
 
 
 @dataclass
@@ -38,108 +55,228 @@ class RenderedSample:
     marked: bool = False
 
 
+@dataclass
+class _Sample:
+    """A text and where in it each answer lies, by the index of its message."""
+
+    text: str
+    answers: dict[int, Span] = field(default_factory=dict)
+
+
 class ChatTemplate:
     """Jinja chat template with the variables it is always rendered with.
 
-    ``unstable_turns`` counts the turns that the rendering of the whole conversation shows
-    differently than the model saw them.
+    ``special`` and ``ends`` are the tokenizer's special tokens and those that end an answer.
+    ``counts`` says what was rendered otherwise than the conversations say.
     """
 
-    def __init__(self, source: str, names: dict[str, str], options: dict[str, Any]) -> None:
-        self.source, self.variables = source, {**names, **options}
-        self.marks_generation = bool(_GENERATION.search(source))
-        self.unstable_turns = 0
+    def __init__(
+        self,
+        source: str,
+        names: dict[str, str],
+        options: dict[str, Any],
+        special: Collection[str] = (),
+        ends: Collection[str] = (),
+    ) -> None:
+        self._renderer = Renderer(source, names, options)
+        self.dialect = Dialect(self._renderer, special, ends)
+        self.counts: Counter[str] = Counter()
+        self._short_texts: dict[Any, str | None] = {}
 
     def samples(self, conversation: Conversation) -> list[RenderedSample]:
         """Return samples that together hold every assistant message once, in order.
 
-        Raises ``ValueError`` when the template refuses the conversation, or when an answer changes
-        the text before it.
+        Raises ``ValueError`` when the template refuses the conversation, when an answer changes the
+        text before it, or when a message's text or call is left out.
         """
-        if self.marks_generation:
-            return [self._marked(conversation)]
-        samples: list[RenderedSample] = []
-        last = len(conversation.messages) - 1
-        for index in range(last, -1, -1):  # the longest rendering first
-            if conversation.messages[index]["role"] != "assistant":
+        counts = self._counted(conversation)
+        if self._renderer.marks_generation:
+            samples = [self._marked(conversation, counts)]
+        else:
+            rendered = self._rendered(conversation, counts)
+            self._check(conversation, rendered, counts)
+            samples = [self._ended(sample, conversation, counts) for sample in rendered[::-1]]
+        self.counts.update(counts)
+        return samples
+
+    def prompt(self, conversation: Conversation) -> str:
+        """Return the text that a server sends for ``conversation``, the generation prompt included.
+
+        Raises ``ValueError`` as ``samples`` does.
+        """
+        counts = self._counted(conversation)
+        text = self._render(conversation, True)
+        held.check_context(text, conversation.messages)
+        self._check_short(
+            conversation, lambda it: held.check_context(self._render(it, True), it.messages)
+        )
+        self._count_tools(conversation, text, counts)
+        self.counts.update(counts)
+        return text
+
+    def _render(self, conversation: Conversation, generation_prompt: bool = False) -> str:
+        forms = [self.dialect.form(message) for message in conversation.messages]
+        tools, variables = conversation.tools, conversation.variables
+        return self._renderer.render(forms, tools, variables, generation_prompt)[0]
+
+    def _rendered(self, conversation: Conversation, counts: Counter[str]) -> list[_Sample]:
+        """Return the samples, the one of the longest text first."""
+        forms = [self.dialect.form(message) for message in conversation.messages]
+
+        def render(messages: list[dict[str, Any]], generation_prompt: bool = False) -> str:
+            tools, variables = conversation.tools, conversation.variables
+            return self._renderer.render(messages, tools, variables, generation_prompt)[0]
+
+        samples: list[_Sample] = []
+        last = len(forms) - 1
+        for index in range(last, -1, -1):
+            message = conversation.messages[index]
+            if message.role != "assistant" or not message.supervised:
                 continue
-            text, start = self._turn(conversation, index)
-            longer = next((s for s in samples if s.text.startswith(text)), None)
-            if longer is None:
-                self.unstable_turns += index != last
-                samples.append(RenderedSample(text, [(start, len(text))]))
-            else:
-                longer.spans.insert(0, (start, len(text)))
-        return samples[::-1]
+            text, start = answer_turn(render, forms[:index], forms[index], message.number)
+            sample = next((s for s in samples if s.text.startswith(text)), None)
+            if sample is None:
+                counts[UNSTABLE_TURNS] += bool(samples)
+                sample = _Sample(text)
+                samples.append(sample)
+            sample.answers[index] = (start, len(text))
+        return samples
 
-    def render(
-        self, messages: list[Message], tools: list[Any] | None, generation_prompt: bool = False
-    ) -> str:
-        """Render ``messages``; raise ``ValueError`` with the template's own words if it refuses."""
-        return self._render(messages, tools, generation_prompt, False)[0]
+    def _check(
+        self, conversation: Conversation, samples: list[_Sample], counts: Counter[str]
+    ) -> None:
+        _check_texts(conversation, samples)
+        self._check_short(conversation, lambda it: _check_texts(it, self._rendered(it, Counter())))
+        for sample in samples:
+            for index, span in sample.answers.items():
+                message = conversation.messages[index]
+                if held.thinks(message) and not held.holds_thought(sample.text, message, *span):
+                    counts[self._cut(message)] += 1
+        self._count_tools(conversation, samples[0].text, counts)
 
-    def _turn(self, conversation: Conversation, index: int) -> tuple[str, int]:
-        """Return the text up to the end of the answer ``messages[index]``, and where it begins."""
-        before, tools = conversation.messages[:index], conversation.tools
-        prompt = self.render(before, tools, generation_prompt=True)
-        turn = self.render([*before, conversation.messages[index]], tools)
-        if turn.startswith(prompt) and prompt != self.render(before, tools):
-            return turn, len(prompt)
-        header = self._header(before, tools)
-        if turn.startswith(prompt):
-            # This template has no generation prompt. The header of a turn is not generated, but a
-            # space after it is part of the answer's first token.
-            written = turn.startswith(header) and header[len(prompt) :].strip()
-            return turn, len(header) if written else len(prompt)
-        if not turn.startswith(header):
-            raise ValueError(
-                f"message {index + 1}: with this answer the chat template renders the text before "
-                "it differently (because of thinking, with enable_thinking false?), so no prefix "
-                "of the text is its prompt; mark the answer with {% generation %} in the template"
-            )
-        if prompt.startswith(header):
-            return turn, len(header)  # the prompt opens a block (thinking) that history omits
-        # The prompt differs from the history: append the answer to the prompt.
-        space = _trailing_space(header).removeprefix(_trailing_space(prompt))
-        return prompt + turn[len(header) - len(space) :], len(prompt)
+    def _cut(self, message: Message) -> str:
+        unread = message.thought and self.dialect.thought_name is None
+        return THOUGHTS_UNREAD if unread else THOUGHTS_CUT
 
-    def _header(self, before: list[Message], tools: list[Any] | None) -> str:
-        """Return the part of a rendered turn before its answer, which no answer changes.
+    def _ended(
+        self, sample: _Sample, conversation: Conversation, counts: Counter[str]
+    ) -> RenderedSample:
+        """Return ``sample`` with spans that include the token that ends an answer.
 
-        It is the common prefix of the turn's renderings with two answers that differ in their first
-        character.
+        Where only the next turn says it, the one after the last answer is appended.
         """
-        one, other = [
-            self.render([*before, {"role": "assistant", "content": word}], tools)
-            for word in ("a", "b")
-        ]
-        same = (i for i, (x, y) in enumerate(zip(one, other, strict=False)) if x != y)
-        return one[: next(same, 0)]
+        text, spans = sample.text, sorted(sample.answers.items())
+        if self.dialect.closes_answers:
+            return RenderedSample(text, [span for _, span in spans])
+        ended = []
+        for index, (start, end) in spans:
+            if end == len(sample.text):
+                token = self.dialect.opener(bool(conversation.messages[index].calls))
+                text += token
+            else:
+                token = self.dialect.leading_end(text[end:])
+            counts[UNENDED] += not token
+            ended.append((start, end + len(token)))
+        return RenderedSample(text, ended)
 
-    def _marked(self, conversation: Conversation) -> RenderedSample:
-        text, spans = self._render(conversation.messages, conversation.tools, False, True)
+    def _marked(self, conversation: Conversation, counts: Counter[str]) -> RenderedSample:
+        messages = conversation.messages
+        forms = [self.dialect.form(message) for message in messages]
+        text, spans = self._renderer.render(
+            forms, conversation.tools, conversation.variables, mark=True
+        )
+        held.check_context(text, messages)
+        self._check_short(
+            conversation, lambda it: held.check_context(self._render(it), it.messages)
+        )
+        answers = [message for message in messages if message.role == "assistant"]
+        one_each = len(spans) == len(answers)
+        for place, answer in enumerate(answers):
+            span = spans[place] if one_each else (0, len(text))
+            if held.thinks(answer) and not held.holds_thought(text, answer, *span):
+                earlier = answer is not answers[-1] and self.dialect.thought_name is not None
+                counts[THOUGHTS_CUT_EARLIER if earlier else self._cut(answer)] += 1
+        if not all(answer.supervised for answer in answers):
+            if not one_each:
+                raise ValueError(
+                    f"an answer has weight 0, but the chat template marks {len(spans)} spans of "
+                    f"{len(answers)} answers, so which one is meant is not known"
+                )
+            spans = [s for s, answer in zip(spans, answers, strict=True) if answer.supervised]
+        self._count_tools(conversation, text, counts)
         return RenderedSample(text, spans, marked=True)
 
-    def _render(
-        self, messages: list[Message], tools: list[Any] | None, generation_prompt: bool, mark: bool
-    ) -> tuple[str, list[Span]]:
-        from jinja2.exceptions import TemplateError
-        from transformers.utils.chat_template_utils import render_jinja_template
+    def _counted(self, conversation: Conversation) -> Counter[str]:
+        counts: Counter[str] = Counter()
+        counts[OPENINGS] += conversation.openings
+        names = [*conversation.unread]
+        for message in conversation.messages:
+            names += self.dialect.unread(message)
+        counts.update(UNREAD + name for name in set(names))
+        return counts
 
-        try:
-            rendered: Any = render_jinja_template(
-                [messages],
-                tools=tools,
-                chat_template=self.source,
-                return_assistant_tokens_mask=mark,
-                add_generation_prompt=generation_prompt,
-                **self.variables,
-            )
-        except (TemplateError, TypeError, KeyError, IndexError, AttributeError) as error:
-            raise ValueError(f"the chat template fails: {error}") from error
-        texts, spans = rendered
-        return texts[0], [(start, end) for start, end in spans[0]] if mark else []
+    def _count_tools(self, conversation: Conversation, text: str, counts: Counter[str]) -> None:
+        if conversation.tools is not None:
+            read = "tools" in self._renderer.words and held.holds_tools(text, conversation.tools)
+            counts[TOOLS_LEFT_OUT] += not read
+
+    def _check_short(self, conversation: Conversation, check: Any) -> None:
+        """Raise ``ValueError`` if the template leaves out a text too short to be searched for.
+
+        A rendering may hold "yes" by chance. So ``check`` is given the conversation with a word of
+        its own for every text; once per shape of conversation, for what a template leaves out
+        depends on roles and fields.
+        """
+        messages = conversation.messages
+        if not any(0 < len(message.content.strip()) < held.SHORT for message in messages):
+            return
+        shape = (
+            tuple(map(_shape, messages)),
+            bool(conversation.tools),
+            repr(conversation.variables),
+        )
+        if shape not in self._short_texts:
+            if len(self._short_texts) == _SHAPES:
+                self._short_texts.clear()
+            self._short_texts[shape] = _complaint(check, _with_words(conversation))
+        complaint = self._short_texts[shape]
+        if complaint is not None:
+            raise ValueError(complaint)
 
 
-def _trailing_space(text: str) -> str:
-    return text[len(text.rstrip()) :]
+def _check_texts(conversation: Conversation, samples: list[_Sample]) -> None:
+    """Raise ``ValueError`` naming a message whose text or calls the samples lack: an answer's where
+    it is supervised, another's in the longest text."""
+    answers = {index for sample in samples for index in sample.answers}
+    others = [m for i, m in enumerate(conversation.messages) if i not in answers]
+    held.check_context(samples[0].text, others)
+    for sample in samples:
+        for index, (start, end) in sample.answers.items():
+            held.check_answer(sample.text, conversation.messages[index], start, end)
+
+
+def _shape(message: Message) -> tuple[Any, ...]:
+    said, thought = bool(message.content.strip()), bool(message.thought)
+    fields, calls = tuple(message.fields), len(message.calls)
+    return message.role, message.number, said, thought, calls, message.supervised, fields
+
+
+def _with_words(conversation: Conversation) -> Conversation:
+    """Return ``conversation`` with another word for every text, and calls without arguments."""
+    messages = []
+    for index, message in enumerate(conversation.messages):
+        calls = tuple(replace(call, arguments={}, text="{}") for call in message.calls)
+        word = f"zq{index}zq" if message.content.strip() else message.content
+        messages.append(replace(message, content=word, calls=calls))
+    return replace(conversation, messages=messages)
+
+
+def _complaint(check: Any, conversation: Conversation) -> str | None:
+    """Return what ``check`` says against ``conversation``; None for nothing that is left out."""
+    try:
+        check(conversation)
+    except held.LeftOut as error:
+        return str(error)
+    except ValueError:
+        return None  # the template refuses such words, which says nothing about the texts
+    return None

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, literal, message_of
+from megatron_eagle.hf.files.generation_config import end_ids
+from megatron_eagle.hf.files.pretrained import load_hf_tokenizer
 
 Offsets = list[tuple[int, int]]
 
@@ -16,12 +18,14 @@ class TextTokenizer(Protocol):
     """Tokenizer whose ``special_ids`` may end a turn.
 
     ``names`` maps the names by which chat templates know special tokens (``bos_token``) to them.
+    ``end_tokens`` are those that the model ends an answer with, as far as its directory says.
     """
 
     vocab_size: int
     eos_id: int | None
     special_ids: set[int]
     names: dict[str, str]
+    end_tokens: list[str]
 
     def encode(self, text: str) -> tuple[list[int], Offsets]:
         """Return the ids of ``text``, nothing added, and the characters [start, end) of each."""
@@ -51,29 +55,38 @@ def load_tokenizer(path: str | Path) -> TextTokenizer:
     return HuggingFaceTokenizer(source)
 
 
+def special_names(tokenizer: Any) -> dict[str, str]:
+    """Return the special tokens of a Hugging Face tokenizer by the names templates know them by."""
+    named = tokenizer.special_tokens_map
+    return {key: str(value) for key, value in named.items() if not isinstance(value, list)}
+
+
 class HuggingFaceTokenizer:
     """Fast tokenizer of a Hugging Face directory."""
 
     def __init__(self, directory: Path) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            self.inner: Any = AutoTokenizer.from_pretrained(directory)
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"<tokenizer> {directory}: cannot be read: {reason}") from error
+        self.inner: Any = load_hf_tokenizer(directory, "tokenizer")
         if not self.inner.is_fast:
             raise UserError(
                 f"<tokenizer> {directory}: masks need token offsets, which only a fast tokenizer "
                 "(tokenizer.json) gives"
             )
+        try:
+            self._read_tokens(directory)
+        except Exception as error:  # the files can be damaged in any way
+            raise UserError(
+                f"<tokenizer> {literal(directory)}: cannot be read: {message_of(error)}"
+            ) from error
+
+    def _read_tokens(self, directory: Path) -> None:
         self.vocab_size = len(self.inner)
         self.eos_id: int | None = self.inner.eos_token_id
         added = self.inner.added_tokens_decoder
         self.special_ids = {i for i, token in added.items() if token.special}
         self.special_ids |= set(self.inner.all_special_ids)
-        named = self.inner.special_tokens_map
-        self.names = {k: str(v) for k, v in named.items() if not isinstance(v, list)}
+        self.names = special_names(self.inner)
+        ends = {*end_ids(directory), *([] if self.eos_id is None else [self.eos_id])}
+        self.end_tokens = [self.decode([i]) for i in sorted(ends) if i < self.vocab_size]
 
     def encode(self, text: str) -> tuple[list[int], Offsets]:
         encoded = self.inner(
@@ -100,14 +113,17 @@ class SentencePieceTokenizer:
 
     file: Path
     names: dict[str, str] = field(default_factory=dict)
+    end_tokens: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         import sentencepiece
 
         try:
             self.inner: Any = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
-        except (OSError, RuntimeError) as error:
-            raise UserError(f"<tokenizer> {self.file}: cannot be read: {error}") from error
+        except Exception as error:
+            raise UserError(
+                f"<tokenizer> {literal(self.file)}: cannot be read: {message_of(error)}"
+            ) from error
         self.vocab_size: int = self.inner.vocab_size()
         eos = self.inner.eos_id()
         self.eos_id: int | None = eos if eos >= 0 else None
@@ -120,6 +136,7 @@ class SentencePieceTokenizer:
             index = getattr(self.inner, f"{name}_id")()
             if index >= 0:
                 self.names[f"{name}_token"] = self.inner.id_to_piece(index)
+        self.end_tokens = [] if self.eos_id is None else [self.names["eos_token"]]
 
     def encode(self, text: str) -> tuple[list[int], Offsets]:
         ids: list[int] = []

@@ -21,17 +21,20 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_eagle.data.features.codec import RowCodec
-from megatron_eagle.errors import UserError
+from megatron_eagle.data.features.codec import STORED_DTYPES, RowCodec
+from megatron_eagle.errors import UserError, literal
+from megatron_eagle.user_files import read_json_object, reading, reading_file
 
 FORMAT, VERSION = "megatron_eagle.features", 1
 ROW_FILES = ("captured", "final")
+_LISTS: dict[str, type] = {"aux_layers": int, "layer_sizes": float, "shards": int}
+"""Fields of a plan that are lists, and the type of their items."""
 
 
 @dataclass(frozen=True)
@@ -84,21 +87,42 @@ def needed_positions(mask: np.ndarray) -> tuple[int, np.ndarray]:
 def read_plan(directory: Path, name: str = "index.json") -> FeaturePlan:
     """Read a plan; raise ``UserError`` naming it if it is absent, unfinished or damaged."""
     file = directory / name
-    if not file.is_file():
-        begun = (directory / "plan.json").is_file()
-        why = "unfinished; run the extraction again" if begun else "no index.json in it"
-        raise UserError(f"<offline_features> {directory}: {why}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        if (content.pop("format"), content.pop("version")) != (FORMAT, VERSION):
-            raise UserError("another format or version")
-        fields: dict[str, Any] = {
+    with reading("offline_features", directory):
+        if not file.is_file():
+            begun = (directory / "plan.json").is_file()
+            why = "unfinished; run the extraction again" if begun else "no index.json in it"
+            raise UserError(f"<offline_features> {literal(directory)}: {why}")
+        content = read_json_object(file)
+        if (content.pop("format", None), content.pop("version", None)) != (FORMAT, VERSION):
+            raise UserError(f"{literal(file)}: cannot be read: another format or version")
+        return _checked_plan(content, literal(file))
+
+
+def _checked_plan(content: dict[str, Any], source: str) -> FeaturePlan:
+    """Return the plan with the fields ``content``; raise ``UserError``, starting with ``source``,
+    for a field that is missing, unknown or of another type."""
+    expected = get_type_hints(FeaturePlan)
+    for name in expected.keys() ^ content.keys():
+        what = "unknown field" if name in content else "missing field"
+        raise UserError(f"{source}: cannot be read: {what} {literal(repr(name))}")
+    for name, kind in expected.items():
+        value = content[name]
+        if name in _LISTS:
+            fits = isinstance(value, list) and all(type(item) is _LISTS[name] for item in value)
+        else:
+            fits = type(value) is kind and (kind is not int or value > 0)
+        if not fits:
+            raise UserError(f"{source}: cannot be read: {name} holds {literal(repr(value)[:60])}")
+    if content["stored"] not in STORED_DTYPES:
+        raise UserError(f"{source}: cannot be read: stored is {literal(content['stored'])}")
+    if any(count < 1 for count in content["shards"]):
+        raise UserError(f"{source}: cannot be read: a shard without documents")
+    return FeaturePlan(
+        **{
             key: tuple(value) if isinstance(value, list) else value
             for key, value in content.items()
         }
-        return FeaturePlan(**fields)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
+    )
 
 
 def checksum(file: Path) -> str:
@@ -171,10 +195,11 @@ class _Shard:
             if actual != size:
                 fault = "is missing" if actual is None else f"has {actual} bytes instead of {size}"
                 raise UserError(f"{file} {fault}")
-        with np.load(shard_file(directory, number, "documents"), allow_pickle=False) as content:
+        file = shard_file(directory, number, "documents")
+        with reading_file(file), np.load(file, allow_pickle=False) as content:
             self.ids, self.mask = content["ids"], content["mask"]
             self.lengths: np.ndarray = content["lengths"]
-        assert len(self.lengths) == documents
+            self._check(documents, literal(file))
         self._starts = _starts(self.lengths)
         rows = [needed_positions(self.tokens(i)[1]) for i in range(documents)]
         self._rows = {
@@ -188,6 +213,16 @@ class _Shard:
             )
             for kind in ROW_FILES
         }
+
+    def _check(self, documents: int, source: str) -> None:
+        """Raise ``UserError``, starting with ``source``, unless the arrays fit together."""
+        fits = (
+            self.lengths.shape == (documents,)
+            and int(self.lengths.min()) > 0
+            and self.ids.shape == self.mask.shape == (int(self.lengths.sum()),)
+        )
+        if not fits:
+            raise UserError(f"{source}: holds other documents than its plan")
 
     def tokens(self, document: int) -> tuple[np.ndarray, np.ndarray]:
         part = slice(self._starts[document], self._starts[document + 1])
@@ -209,7 +244,9 @@ def _starts(lengths: Sequence[int] | np.ndarray) -> np.ndarray:
 
 def _shard_description(directory: Path, number: int) -> dict[str, Any]:
     file = shard_file(directory, number, "json")
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
+    content = read_json_object(file)
+    names = {shard_file(directory, number, kind).name for kind in (*ROW_FILES, "documents")}
+    for key in ("bytes", "sha256"):
+        if not isinstance(content.get(key), dict) or set(content[key]) != names:
+            raise UserError(f"{literal(file)}: cannot be read: {key} must name {sorted(names)}")
+    return content

@@ -17,13 +17,14 @@ from typing import Any
 import torch
 
 from megatron_eagle.checkpoint.writer import Chunk
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, literal
 from megatron_eagle.hf.base.families import LAYER_PREFIX, Family
 from megatron_eagle.hf.base.megatron_args import dims_of
 from megatron_eagle.hf.base.moe_args import moe_layers
 from megatron_eagle.hf.files.safetensors_dir import SafetensorsDir
 from megatron_eagle.hf.tables.entries import Dims, Entry, Source
 
+HEAD_NAME, EMBEDDING_NAME = "lm_head.weight", "model.embed_tokens.weight"
 CHUNK_BYTES = 64 * 2**20
 Progress = Callable[[str], None]
 Axes = tuple[tuple[int, int], ...]
@@ -77,6 +78,26 @@ class BaseTensors:
         names |= {name for name in present if name.startswith(prefixes)}
         absent = self.family.absent(self.facts)
         return names | {source.name for entry in absent for source in entry.sources}
+
+    def check_tied(self, source: SafetensorsDir) -> None:
+        """Raise ``UserError`` if ``source`` holds an output layer other than the embedding that
+        config.json says is the output layer too."""
+        name = HEAD_NAME
+        if self.facts["untied"] or name not in source.headers:
+            return
+        shape = source.headers[EMBEDDING_NAME].shape
+        same = source.headers[name].shape == shape
+        rows = max(1, CHUNK_BYTES // (4 * math.prod(shape[1:])))
+        for start in range(0, shape[0] if same else 0, rows):
+            stop = min(start + rows, shape[0])
+            head, embedding = (source.tensor(n, start, stop) for n in (name, EMBEDDING_NAME))
+            same = same and head.equal(embedding)
+        if not same:
+            raise UserError(
+                f"<hf> {literal(source.headers[name].file)}: {name} is not {EMBEDDING_NAME}, "
+                "though config.json says tie_word_embeddings = true; if the files are right, say "
+                "false there"
+            )
 
     def chunks(self, source: SafetensorsDir, progress: Progress) -> Iterator[Chunk]:
         """Yield every block in writing order, layers first; ``progress`` is told when one loads."""
@@ -163,7 +184,7 @@ class BaseTensors:
             def load(start: int = start, stop: int = stop) -> torch.Tensor:
                 if start == 0:
                     announce()
-                return source.tensor(part.name, start, stop)
+                return _finite(source, part.name, source.tensor(part.name, start, stop))
 
             offset = (start,) + (0,) * (len(shape) - 1)
             yield Chunk(entry.megatron, shape, offset, (stop - start, *shape[1:]), dtype, load)
@@ -171,13 +192,21 @@ class BaseTensors:
 
 def _read(source: SafetensorsDir, part: Source, name: str, expert: int | None) -> torch.Tensor:
     if expert is not None and part.stacked:
-        return source.tensor(name, expert, expert + 1)[0]
-    return source.tensor(name)
+        return _finite(source, name, source.tensor(name, expert, expert + 1)[0])
+    return _finite(source, name, source.tensor(name))
+
+
+def _finite(source: SafetensorsDir, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return ``tensor``; raise ``UserError`` naming it if it holds NaN or infinite values."""
+    if not tensor.isfinite().all():
+        file = source.headers[name].file
+        raise UserError(f"<hf> {literal(file)}: {name} holds NaN or infinite values")
+    return tensor
 
 
 def _common_dtype(source: SafetensorsDir, names: list[str]) -> torch.dtype:
     """Return the dtype of the tensors ``names``; that of the embedding where there are none."""
-    dtypes = {source.dtype(name) for name in names or ["model.embed_tokens.weight"]}
+    dtypes = {source.dtype(name) for name in names or [EMBEDDING_NAME]}
     if len(dtypes) > 1:
         raise UserError(f"{source.path}: {', '.join(names)} differ in dtype")
     return dtypes.pop()

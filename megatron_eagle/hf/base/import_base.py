@@ -15,34 +15,70 @@ from typing import Any
 
 import torch
 
-from megatron_eagle.checkpoint.atomic import atomic_dir, check_unused
+from megatron_eagle.checkpoint.atomic import atomic_dir, check_unused, owned_output
+from megatron_eagle.checkpoint.base_fields import (
+    check_complete,
+    check_megatron_args,
+    check_rope,
+    check_token_ids,
+)
 from megatron_eagle.checkpoint.directory import BASE_JSON_NAME, TRACKER_NAME, BaseInfo
 from megatron_eagle.checkpoint.writer import Chunk, write_torch_dist
 from megatron_eagle.hf.base.chunks import BaseTensors, Progress
 from megatron_eagle.hf.base.families import family_of
 from megatron_eagle.hf.base.megatron_args import facts_of, megatron_args
 from megatron_eagle.hf.base.rope_args import rope_beyond_args
+from megatron_eagle.hf.files.generation_config import with_all_ends
 from megatron_eagle.hf.files.weights_dir import WeightsDir
+from megatron_eagle.user_files import reading
 
 RELEASE = "release"
+_HUB = "models--"
 COMMON_STATE = {"checkpoint_version": 3.0, "iteration": 0}
 """Without a version Megatron takes the checkpoint for one of 2019 and permutes linear_qkv."""
 
 
-def import_base(hf_dir: Path, save: Path, progress: Progress = lambda line: None) -> BaseInfo:
+def import_base(
+    hf_dir: Path, save: Path, progress: Progress = lambda line: None, name: str | None = None
+) -> BaseInfo:
     """Write checkpoint directory ``save`` from the model in ``hf_dir``; return its description.
+
+    ``name`` is what the base is called in the description and in exported drafts, by which servers
+    find it; by default ``model_name(hf_dir)``.
 
     Everything is checked from headers before the first byte is written; ``save`` appears by rename
     when complete. Raises UserError for an unsupported or corrupt ``hf_dir``, or a ``save`` in use.
     """
-    check_unused(save, "save")
-    weights = WeightsDir(hf_dir)
-    config_path = str(hf_dir / "config.json")
-    family = family_of(weights.config, config_path)
-    args = megatron_args(weights.config, family, config_path)
-    rope = rope_beyond_args({**family.defaults, **weights.config}, config_path)
-    tensors = BaseTensors(family, facts_of(weights.config, family, config_path))
-    weights.check(tensors.expected(), tensors.ignored(weights.headers))
+    with owned_output(save, "save"):
+        check_unused(save, "save")
+        return _import(hf_dir, save, progress, name or model_name(hf_dir))
+
+
+def model_name(directory: Path) -> str:
+    """Return a name by which servers find the model in ``directory``: its id on the hub if it lies
+    in the hub's cache (``models--ORG--NAME/snapshots/COMMIT``), else its absolute path."""
+    resolved = directory.resolve()
+    folder, above = resolved.parent.name, resolved.parent.parent.name
+    if folder == "snapshots" and above.startswith(_HUB):
+        return above.removeprefix(_HUB).replace("--", "/", 1)
+    return str(resolved)
+
+
+def _import(hf_dir: Path, save: Path, progress: Progress, name: str) -> BaseInfo:
+    with reading("hf", hf_dir):
+        weights = WeightsDir(hf_dir)
+        config_path = str(hf_dir / "config.json")
+        family = family_of(weights.config, config_path)
+        args = megatron_args(weights.config, family, config_path)
+        config = with_all_ends(weights.config, hf_dir, args["vocab_size"])
+        check_token_ids(config, args["vocab_size"], config_path)
+        rope = rope_beyond_args({**family.defaults, **weights.config}, config_path)
+        check_megatron_args(args, config_path)
+        check_complete(args, config_path)
+        check_rope(rope, config_path)
+        tensors = BaseTensors(family, facts_of(weights.config, family, config_path))
+        weights.check(tensors.expected(), tensors.ignored(weights.headers))
+        tensors.check_tied(weights)
     if weights.quant_method is not None:
         progress(f"weights are {weights.quant_method}: unpacked as they are read")
     digest = hashlib.sha256()
@@ -53,10 +89,10 @@ def import_base(hf_dir: Path, save: Path, progress: Progress = lambda line: None
         (scratch / TRACKER_NAME).write_text(RELEASE, encoding="utf-8")
         base = BaseInfo(
             family=family.name,
-            name=hf_dir.resolve().name,
+            name=name,
             fingerprint=digest.hexdigest(),
             vocab_size=args["vocab_size"],
-            hf_config=weights.config,
+            hf_config=config,
             megatron_args=args,
             rope=rope,
         )

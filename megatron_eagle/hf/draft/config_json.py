@@ -12,52 +12,58 @@ from typing import Any
 import torch
 
 from megatron_eagle.algorithms import ALGORITHMS
-from megatron_eagle.checkpoint.directory import BaseInfo
+from megatron_eagle.hf.draft.block_config import block_config
+from megatron_eagle.hf.draft.draft_rope import draft_rope
 from megatron_eagle.hf.draft.formats import Format
-from megatron_eagle.hf.draft.info import DraftInfo
-from megatron_eagle.hf.tables.rope import both_spellings, rope_fields
+from megatron_eagle.hf.draft.info import SPECULATORS_VERSION, DraftInfo
+from megatron_eagle.hf.draft.servers import sglang_ids
+from megatron_eagle.hf.tables.rope import ORIGINAL_LENGTH, rope_kind
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 MLA = "Eagle3DeepseekV2ForCausalLM"
+QWEN3 = "Eagle3Qwen3ForCausalLM"
 SPECULATOR = "Eagle3DraftModel"
-SPECULATORS_VERSION = "0.9.0"
 
 
 def draft_config_json(info: DraftInfo, fmt: Format, dtype: torch.dtype) -> dict[str, Any]:
     """Return config.json of a draft in ``fmt`` with weights of ``dtype``."""
+    if info.spec.method.drafts_blocks:
+        return block_config(info, fmt, dtype)
     if architecture := info.spec.method.architectures.get(fmt.name):
         return {"architectures": [architecture], **_layer_config(info, dtype)}
     if fmt.name == "speculators":
         return _speculators_config(info, dtype)
-    return _eagle3_config(info, dtype)
+    return _eagle3_config(info, fmt, dtype)
 
 
 def is_exported_draft(config: dict[str, Any]) -> bool:
     """Return whether config.json names an architecture that this module writes."""
     special = chain.from_iterable(a.architectures.values() for a in ALGORITHMS.values())
     return config.get("architectures") in [
-        [name] for name in (ARCHITECTURE, MLA, SPECULATOR, *special)
+        [name] for name in (ARCHITECTURE, MLA, QWEN3, SPECULATOR, *special)
     ]
 
 
-def _eagle3_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
+def _eagle3_config(info: DraftInfo, fmt: Format, dtype: torch.dtype) -> dict[str, Any]:
     """Return every field that vLLM, SGLang and TensorRT-LLM read of an EAGLE-3 draft.
 
     Aux layers appear in both conventions, because each server reads another field: inside
-    ``eagle_config`` id i is the output of layer i, at the top level it is the state after i layers.
+    ``eagle_config`` id i is the output of layer i (but see ``servers.sglang_ids``), at the top
+    level it is the state after i layers.
     ``target_hidden_size`` is left out (readers then take ``hidden_size``): where it is present,
     SafeAILab's code does not read the base's embedding and runs with a random one.
     """
     outputs = list(info.aux_layers)
+    inner = sglang_ids(info.base, outputs) if fmt.servers == ("sglang",) else outputs
     norms = _norm_flags(info)
     return {
-        "architectures": [MLA if info.spec.uses_mla else ARCHITECTURE],
+        "architectures": [_architecture(info)],
         **_layer_config(info, dtype),
         "draft_vocab_size": info.draft_vocab_size,
         "num_aux_hidden_states": len(outputs),
         "eagle_aux_hidden_state_layer_ids": [i + 1 for i in outputs],
         "eagle_config": {
-            "eagle_aux_hidden_state_layer_ids": outputs,
+            "eagle_aux_hidden_state_layer_ids": inner,
             "use_aux_hidden_state": True,
             # The servers look here; the speculators library looks at the top level.
             **{name: True for name in norms if name == "norm_before_fc"},
@@ -65,6 +71,12 @@ def _eagle3_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
         **norms,
         **_parallel_drafting(info),
     }
+
+
+def _architecture(info: DraftInfo) -> str:
+    if info.spec.uses_mla:
+        return MLA
+    return QWEN3 if info.spec.qk_layernorm else ARCHITECTURE
 
 
 def _parallel_drafting(info: DraftInfo) -> dict[str, int]:
@@ -121,6 +133,7 @@ def _layer_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
     """Return the draft's layers as a Llama or DeepSeek configuration."""
     args, base = info.layer_args, info.base.hf_config
     mla = info.spec.uses_mla
+    rope = draft_rope(info.base, mla)
     config = {
         **(_mla_fields(info) if mla else _grouped_fields(info)),
         "hidden_size": args["hidden_size"],
@@ -133,17 +146,29 @@ def _layer_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
         "vocab_size": info.base.vocab_size,
         "tie_word_embeddings": False,
         "torch_dtype": _name(dtype),
-        "max_position_embeddings": base["max_position_embeddings"],
-        **draft_rope(info.base, mla),
+        "max_position_embeddings": _positions(base["max_position_embeddings"], rope),
+        **rope,
     }
     tokens = ("bos_token_id", "eos_token_id")
     return config | {name: base[name] for name in tokens if base.get(name) is not None}
 
 
+def _positions(of_base: int, rope: dict[str, Any]) -> int:
+    """Return the draft's max_position_embeddings: the base's, or as many as its yarn reaches.
+
+    vLLM raises a draft's number to the length it serves, but not under yarn, where it shortens the
+    base's context to the draft's.
+    """
+    fields = rope["rope_parameters"]
+    if rope_kind(fields) != "yarn" or ORIGINAL_LENGTH not in fields:
+        return of_base
+    return max(of_base, int(fields["factor"] * fields[ORIGINAL_LENGTH]))
+
+
 def _grouped_fields(info: DraftInfo) -> dict[str, Any]:
     args = info.layer_args
     return {
-        "model_type": "llama",
+        "model_type": "qwen3" if info.spec.qk_layernorm else "llama",
         "num_key_value_heads": args["num_query_groups"],
         "head_dim": args["kv_channels"],
         "mlp_bias": False,
@@ -167,17 +192,6 @@ def _mla_fields(info: DraftInfo) -> dict[str, Any]:
         "v_head_dim": args["v_head_dim"],
         "first_k_dense_replace": info.num_layers,
     }
-
-
-def draft_rope(base: BaseInfo, mla: bool) -> dict[str, Any]:
-    """Return the rope fields of a draft of ``base``, in both spellings.
-
-    ``mla``: whether the draft has multi-latent attention. A grouped-query draft beside an MLA base
-    has plain rope (see ``draft.layer_config``).
-    """
-    plain = base.megatron_args.get("multi_latent_attention") and not mla
-    fields = {} if plain else rope_fields(base.hf_config, f"base {base.name}")
-    return both_spellings(fields, float(base.megatron_args["rotary_base"]))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,19 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_eagle.checkpoint.atomic import atomic_dir, checked_output
+from megatron_eagle.checkpoint.atomic import atomic_dir, checked_output, owned_output
 from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.draft.vocab import check_vocab_ids
 from megatron_eagle.errors import UserError
-from megatron_eagle.hf.draft.card import CardFacts, measured_in_training, model_card
+from megatron_eagle.hf.draft.base_config import with_hf_config
+from megatron_eagle.hf.draft.card import CardFacts, model_card
 from megatron_eagle.hf.draft.checkpoint import read_entries, read_info
 from megatron_eagle.hf.draft.config_json import draft_config_json, is_exported_draft
+from megatron_eagle.hf.draft.figures import measured_in_training
 from megatron_eagle.hf.draft.formats import FORMATS, Format, check_servers
 from megatron_eagle.hf.draft.info import DraftInfo
 from megatron_eagle.hf.draft.names import METADATA, VOCAB_IDS, DraftEntry
+from megatron_eagle.user_files import reading
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 Progress = Callable[[str], None]
@@ -44,6 +48,9 @@ def export_draft(
     progress: Progress = lambda line: None,
     fmt: Format = FORMATS["hf"],
     data: str | None = None,
+    base_name: str | None = None,
+    base_note: str | None = None,
+    hf_config: Path | None = None,
     evaluation: dict[str, Any] | None = None,
     check: Check = lambda directory: None,
 ) -> DraftInfo:
@@ -60,6 +67,10 @@ def export_draft(
         progress: gets a line before each long step.
         fmt: format to write.
         data: description of the training data, for the model card.
+        base_name: what users of the base type for it; None keeps the name of its import.
+        base_note: which files of the base go with the draft, for the model card.
+        hf_config: Hugging Face directory of a base that Megatron trained, for what its arguments do
+            not say; None does without.
         evaluation: figures for the model card; None takes those measured while training.
         check: gets the directory of the finished files before the rename; if it raises, nothing is
             left behind.
@@ -68,29 +79,44 @@ def export_draft(
         UserError: with the file at fault, unless the checkpoint holds a complete draft of finite
             weights that the servers of ``fmt`` can run.
     """
-    target = checked_output(Path(output), overwrite, is_exported_draft)
-    checkpoint = CheckpointReader.open(load)
-    info = read_info(checkpoint)
-    check_convertible(info, f"{checkpoint.directory}: {METADATA}")
-    check_servers(fmt, info)
-    evaluation = evaluation or measured_in_training(checkpoint.directory)
-    progress(f"reading {checkpoint.directory}")
-    tensors = convert_tensors(checkpoint, info, dtype=dtype, fmt=fmt)
-    dtype = tensors["fc.weight"].dtype
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    progress(f"writing {len(tensors)} tensors, {size / 2**20:.1f} MiB, to {target}")
-    with atomic_dir(target, replace=True) as scratch:
-        save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
-        config = json.dumps(draft_config_json(info, fmt, dtype), indent=2) + "\n"
-        (scratch / "config.json").write_text(config, encoding="utf-8")
-        facts = CardFacts(checkpoint.directory.name, data=data, evaluation=evaluation)
-        card = model_card(info, facts, fmt=fmt, dtype=dtype)
-        (scratch / "README.md").write_text(card, encoding="utf-8")
-        # safetensors creates its file readable by its owner alone.
-        mode = (scratch / "config.json").stat().st_mode
-        (scratch / "model.safetensors").chmod(mode)
-        check(scratch)
+    with owned_output(Path(output), "output"):
+        target = checked_output(Path(output), overwrite, is_exported_draft)
+        with reading("load", load):
+            checkpoint = CheckpointReader.open(load)
+            info = read_info(checkpoint)
+            if base_name is not None:
+                info = replace(info, base=replace(info.base, name=base_name))
+            if hf_config is not None:
+                info = replace(info, base=with_hf_config(info.base, hf_config))
+            check_convertible(info, f"{checkpoint.directory}: {METADATA}")
+            check_servers(fmt, info)
+            evaluation = evaluation or measured_in_training(checkpoint.directory)
+            progress(f"reading {checkpoint.directory}")
+            tensors = convert_tensors(checkpoint, info, dtype=dtype, fmt=fmt)
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        progress(f"writing {len(tensors)} tensors, {size / 2**20:.1f} MiB, to {target}")
+        facts = CardFacts(
+            checkpoint.directory.name, data=data, base_note=base_note, evaluation=evaluation
+        )
+        with atomic_dir(target, replace=True) as scratch:
+            _write(scratch, tensors, info, fmt, facts)
+            check(scratch)
     return info
+
+
+def _write(
+    directory: Path, tensors: dict[str, Tensor], info: DraftInfo, fmt: Format, facts: CardFacts
+) -> None:
+    """Write the files of an export into ``directory``."""
+    dtype = tensors["fc.weight"].dtype
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    config = json.dumps(draft_config_json(info, fmt, dtype), indent=2) + "\n"
+    (directory / "config.json").write_text(config, encoding="utf-8")
+    card = model_card(info, facts, fmt=fmt, dtype=dtype)
+    (directory / "README.md").write_text(card, encoding="utf-8")
+    # safetensors creates its file readable by its owner alone.
+    mode = (directory / "config.json").stat().st_mode
+    (directory / "model.safetensors").chmod(mode)
 
 
 def check_convertible(info: DraftInfo, source: str) -> None:

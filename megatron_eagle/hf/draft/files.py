@@ -15,8 +15,8 @@ from megatron_eagle.hf.files.safetensors_dir import (
     INDEX_NAME,
     SINGLE_NAME,
     SafetensorsDir,
-    read_json,
 )
+from megatron_eagle.user_files import read_json_object
 
 PICKLE_NAME = "pytorch_model.bin"
 OTHER_DTYPES = {"I64": torch.int64, "I32": torch.int32, "BOOL": torch.bool}
@@ -68,7 +68,7 @@ class DraftFiles:
 
     @classmethod
     def _of_pickle(cls, path: Path) -> DraftFiles:
-        config, file = read_json(path / "config.json"), path / PICKLE_NAME
+        config, file = read_json_object(path / "config.json"), path / PICKLE_NAME
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # zip, pickle and tensor decoding each fail in their own way

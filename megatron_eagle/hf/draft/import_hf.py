@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,10 +17,11 @@ from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.config import DraftSpec, TrainOptions
 from megatron_eagle.config.widths import layer_widths
 from megatron_eagle.errors import UserError, message_of
+from megatron_eagle.hf.draft.check_base import check_base, widths_of
 from megatron_eagle.hf.draft.checkpoint import StoredDraft
-from megatron_eagle.hf.draft.config_json import draft_rope
 from megatron_eagle.hf.draft.embedding import check_embedding
 from megatron_eagle.hf.draft.files import DraftFiles
+from megatron_eagle.hf.draft.import_block import open_block_draft
 from megatron_eagle.hf.draft.import_tensors import (
     check_tensors,
     fmt_of,
@@ -30,8 +30,10 @@ from megatron_eagle.hf.draft.import_tensors import (
 )
 from megatron_eagle.hf.draft.info import DraftInfo
 from megatron_eagle.hf.draft.names import draft_entries
+from megatron_eagle.hf.draft.parse_block import is_block_config
 from megatron_eagle.hf.draft.parse_config import HfDraft, parse_hf_draft
-from megatron_eagle.hf.tables.rope import comparable_rope
+from megatron_eagle.hf.draft.servers import outputs_of_inner_ids
+from megatron_eagle.user_files import reading
 
 
 def open_hf_draft(
@@ -41,6 +43,7 @@ def open_hf_draft(
     aux_layers: tuple[int, ...] | None = None,
     adapt: bool = False,
     base_directory: str | Path | None = None,
+    parameter: str = "hf",
 ) -> StoredDraft:
     """Check the draft in ``directory`` against ``base``, from headers; read nothing large yet.
 
@@ -51,16 +54,39 @@ def open_hf_draft(
         adapt: accept a draft whose rotary embedding, norm epsilon or token embedding is not the
             base's.
         base_directory: the base's checkpoint, to compare the embedding with; None skips that.
+        parameter: that ``directory`` is the value of, for errors.
 
     Raises:
         UserError: with the file at fault.
     """
-    files = DraftFiles.open(directory)
+    with reading(parameter, directory):
+        files = DraftFiles.open(directory)
+        if is_block_config(files.config):
+            return open_block_draft(
+                files, base, aux_layers=aux_layers, adapt=adapt, base_directory=base_directory
+            )
+        return _open(
+            files,
+            base,
+            chosen=aux_layers,
+            adapt=adapt,
+            base_directory=base_directory,
+        )
+
+
+def _open(
+    files: DraftFiles,
+    base: BaseInfo,
+    *,
+    chosen: tuple[int, ...] | None,
+    adapt: bool,
+    base_directory: str | Path | None,
+) -> StoredDraft:
     source = str(files.path / "config.json")
     draft = parse_hf_draft(files.config, files.shapes, source)
-    _check_base(draft, base, source=source, adapt=adapt)
+    check_base(draft, base, source=source, adapt=adapt)
     algorithm = _algorithm(draft, source)
-    aux_layers = _aux_layers(draft, base, algorithm=algorithm, chosen=aux_layers, source=source)
+    aux_layers = _aux_layers(draft, base, algorithm=algorithm, chosen=chosen, source=source)
     info = _info(draft, base, algorithm=algorithm, aux_layers=aux_layers, source=source)
     order, vocab_ids = read_vocabulary(files, draft)
     entries = draft_entries(info, fmt_of(files))
@@ -81,30 +107,6 @@ def open_hf_draft(
     )
 
 
-def _check_base(draft: HfDraft, base: BaseInfo, *, source: str, adapt: bool) -> None:
-    args = base.megatron_args
-    sizes = {
-        "hidden_size": (draft.hidden_size, args["hidden_size"]),
-        "target_hidden_size": (draft.target_hidden_size, args["hidden_size"]),
-        "vocab_size": (draft.vocab_size, base.vocab_size),
-    }
-    for name, (size, expected) in sizes.items():
-        if size != expected:
-            raise UserError(f"{source}: {name} is {size}, the base {base.name} has {expected}")
-    longest = {"max_position_embeddings": base.hf_config["max_position_embeddings"]}
-    own_rope = draft_rope(base, draft.mla is not None)
-    rope = comparable_rope({**longest, **own_rope}, f"base {base.name}")
-    for name, value, expected in (
-        ("rotary embedding", draft.rope, rope),
-        ("rms_norm_eps", draft.norm_epsilon, args["norm_epsilon"]),
-    ):
-        if value != expected and not adapt:
-            raise UserError(
-                f"{source}: the draft's {name} {value} is not the base's {expected}, with which "
-                "training would run it (<adapt> accepts that)"
-            )
-
-
 def _aux_layers(
     draft: HfDraft,
     base: BaseInfo,
@@ -121,16 +123,37 @@ def _aux_layers(
                 f"{source}: an {algorithm.title} draft reads no aux layers, not {list(chosen)}"
             )
         return ()
-    if draft.aux_layers is not None and chosen not in (None, draft.aux_layers):
-        raise UserError(
-            f"{source}: reads aux layers {list(draft.aux_layers)}, not {list(chosen or ())}"
-        )
-    aux_layers = draft.aux_layers or DraftSpec(aux_layers=chosen).aux_layers_of(layers)
+    named = _named_aux_layers(draft, base, source)
+    if named is not None and chosen not in (None, named):
+        raise UserError(f"{source}: reads aux layers {list(named)}, not {list(chosen or ())}")
+    aux_layers = named or DraftSpec(aux_layers=chosen).aux_layers_of(layers)
     if aux_layers[-1] >= layers:
         raise UserError(
             f"{source}: reads aux layer {aux_layers[-1]}, the base {base.name} has {layers} layers"
         )
     return aux_layers
+
+
+def _named_aux_layers(draft: HfDraft, base: BaseInfo, source: str) -> tuple[int, ...] | None:
+    """Return the layers whose outputs servers would capture for this draft, or None where
+    config.json names none."""
+    inner, outer = draft.inner_ids, draft.outer_ids
+    outputs = [] if inner is None else outputs_of_inner_ids(base, inner)
+    of_outer = [] if outer is None else [i - 1 for i in outer]
+    # convert's format hf keeps to one convention beside every base.
+    if inner is not None and of_outer == list(inner):
+        outputs = of_outer
+    if outputs and of_outer and outputs != of_outer:
+        raise UserError(
+            f"{source}: eagle_aux_hidden_state_layer_ids {list(outer or ())} and that of "
+            f"eagle_config, {list(inner or ())}, name different layers"
+        )
+    aux_layers = outputs or of_outer
+    if aux_layers and aux_layers[0] < 0:
+        raise UserError(
+            f"{source}: aux layers must ascend and be outputs of layers, found {aux_layers}"
+        )
+    return tuple(aux_layers) or None
 
 
 def _info(
@@ -151,28 +174,13 @@ def _info(
             draft_vocab_size=draft.draft_vocab_size if compressed else None,
             norm_before_fc=draft.norm_before_fc,
             norm_before_residual=draft.norm_before_residual,
-            **_widths(draft, base),
+            qk_layernorm=draft.qk_layernorm,
+            **widths_of(draft, base),
         )
         layer_widths(spec, base.megatron_args)
     except UserError as error:
         raise UserError(f"{source}: {message_of(error)}") from None
     return DraftInfo(spec, base, TrainOptions().ttt_steps)
-
-
-def _widths(draft: HfDraft, base: BaseInfo) -> dict[str, Any]:
-    """Return the widths of the draft's layers, unless they are all the base's."""
-    widths = {
-        "ffn_hidden_size": draft.intermediate_size,
-        "num_attention_heads": draft.num_heads,
-        **(
-            {"num_query_groups": draft.num_kv_heads, "kv_channels": draft.head_dim}
-            if draft.mla is None
-            else draft.mla
-        ),
-    }
-    args = base.megatron_args
-    same = all((args.get(name) or 0) == value for name, value in widths.items())
-    return {} if same else widths
 
 
 def _algorithm(draft: HfDraft, source: str) -> Algorithm:

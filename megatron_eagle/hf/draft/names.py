@@ -1,8 +1,9 @@
 """The name table of a draft: each Megatron tensor, and the Hugging Face tensors in it.
 
-Shapes are written with: H draft hidden, H2 = 2H, AH = A aux layers x base hidden,
+Shapes are written with: H draft hidden, H2 = 2H, AH = A aux layers x base hidden, HD head_dim,
 Q heads x head_dim, KV groups x head_dim, QKV = Q + 2 KV, F ffn hidden, F2 = 2F, D draft vocabulary;
-of multi-latent attention QR, KR, P, LQ, LKV, LV as in ``hf/tables/entries.py``.
+MR rank of a Markov head; of multi-latent attention QR, KR, P, LQ, LKV, LV as in
+``hf/tables/entries.py``.
 Linear weights are [out, in] on both sides.
 """
 
@@ -123,6 +124,8 @@ FIRST_NORMS = (
 
 def draft_entries(info: DraftInfo, fmt: Format) -> list[DraftEntry]:
     """Return the entry of every tensor of a draft, under full names on both sides."""
+    if info.spec.method.drafts_blocks:
+        return _block_entries(info)
     joins_by_fc = info.spec.method.joins_by_fc
     entries = [entry.named(PREFIX, "") for entry in _outside_layers(info)]
     for i in range(info.num_layers):
@@ -137,7 +140,7 @@ def _layer(info: DraftInfo, index: int, later_norms: tuple[str, ...]) -> tuple[D
     # Where fc joins embedding and hidden state, the first layer has no norm in front of it.
     joins_by_fc = info.spec.method.joins_by_fc
     columns = "H" if index or joins_by_fc else "H2"
-    attention = _mla_attention(info, columns) if mla else _grouped_attention(columns)
+    attention = _mla_attention(info, columns) if mla else _grouped_attention(info, columns)
     norms: tuple[DraftEntry, ...] = () if joins_by_fc else FIRST_NORMS
     if index:
         name = "input_layernorm.weight" if mla else "self_attention.linear_qkv.layer_norm_weight"
@@ -146,7 +149,7 @@ def _layer(info: DraftInfo, index: int, later_norms: tuple[str, ...]) -> tuple[D
     return (*norms, *attention, *MLP)
 
 
-def _grouped_attention(columns: str) -> tuple[DraftEntry, ...]:
+def _grouped_attention(info: DraftInfo, columns: str) -> tuple[DraftEntry, ...]:
     rows = {"q_proj": "Q", "k_proj": "KV", "v_proj": "KV"}
     qkv = DraftEntry(
         megatron="self_attention.linear_qkv.weight",
@@ -157,7 +160,15 @@ def _grouped_attention(columns: str) -> tuple[DraftEntry, ...]:
         split=split_query_groups,
         join=join_query_groups,
     )
-    return (qkv, _one("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H", "Q"))
+    norms = ("q", "k") if info.spec.qk_layernorm else ()
+    return (
+        qkv,
+        *(
+            _one(f"self_attention.{x}_layernorm.weight", f"self_attn.{x}_norm.weight", "HD")
+            for x in norms
+        ),
+        _one("self_attention.linear_proj.weight", "self_attn.o_proj.weight", "H", "Q"),
+    )
 
 
 def _mla_attention(info: DraftInfo, columns: str) -> tuple[DraftEntry, ...]:
@@ -192,3 +203,47 @@ def _outside_layers(info: DraftInfo) -> list[DraftEntry]:
     if method.learns_mask_hidden:
         entries += [_one("mask_hidden.weight", "mask_hidden", "1", "AH")]
     return entries if method.shares_base_head else [*entries, *HEAD]
+
+
+def _block_entries(info: DraftInfo) -> list[DraftEntry]:
+    """Return the entries of a block draft, whose layers are all alike."""
+    names = [
+        ("fc.weight", "fc.weight", "H", "AH"),
+        ("hidden_norm.weight", "hidden_norm.weight", "H"),
+    ]
+    entries = [*(_one(*name) for name in names), *(HEAD if info.stores_head else HEAD[:1])]
+    if info.spec.markov is not None:
+        entries += _markov(info.spec.markov[0])
+    if info.spec.confidence_head:
+        to = "confidence_head.proj"
+        entries.append(_one("confidence.weight", f"{to}.weight", "1", "H+MR"))
+        entries.append(_one("confidence.bias", f"{to}.bias", "1"))
+    layer = (
+        _one("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "H"),
+        *_grouped_attention("H"),
+        _one("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "HD"),
+        _one("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "HD"),
+        *MLP,
+    )
+    return [entry.named(PREFIX, "") for entry in entries] + [
+        entry.named(f"{PREFIX}layers.{i}.", f"layers.{i}.")
+        for i in range(info.num_layers)
+        for entry in layer
+    ]
+
+
+def _markov(kind: str) -> list[DraftEntry]:
+    entries = [
+        _one("markov.w1.weight", "markov_head.markov_w1.weight", "V", "MR", padded=True),
+        _one("markov.w2.weight", "markov_head.markov_w2.weight", "D", "MR", padded=True),
+    ]
+    projections = {
+        "gated": ("gate_proj", "MR", "H+MR"),
+        "rnn": ("joint_proj", "MR+MR+MR", "MR+MR+H"),
+    }
+    if kind in projections:
+        name, rows, columns = projections[kind]
+        to = f"markov_head.{name}"
+        entries.append(_one("markov.projection.weight", f"{to}.weight", rows, columns))
+        entries.append(_one("markov.projection.bias", f"{to}.bias", rows))
+    return entries

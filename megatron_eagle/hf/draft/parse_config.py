@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.hf.tables.config_fields import number, size, switch
+from megatron_eagle.hf.tables.config_fields import number, require, size, switch
 from megatron_eagle.hf.tables.rope import comparable_rope
 
 FLAT = (
@@ -25,6 +25,10 @@ MLA = (
     "Eagle3DeepseekV3ForCausalLM",
     "Eagle3DeepSeekV3ForCausalLM",
 )
+QWEN3 = "Eagle3Qwen3ForCausalLM"
+"""A draft whose queries and keys are normed, as its bases' are."""
+QWEN3_HEAD_DIM = 128
+"""What transformers' Qwen3Config has where a file says nothing."""
 MLA_FIELDS = {
     "kv_lora_rank": "kv_lora_rank",
     "qk_head_dim": "qk_nope_head_dim",
@@ -44,6 +48,14 @@ REQUIRED_VALUES: dict[str, Any] = {
     "logit_scale": 1.0,
     "parallel_drafting": False,
     "rope_interleave": True,
+    "use_sliding_window": False,
+}
+# The same of eagle_config's switches, in drafts that read auxiliary hidden states.
+EAGLE_SWITCHES = {
+    "use_aux_hidden_state": True,
+    "use_input_layernorm_in_first_layer": True,
+    "use_last_layernorm": True,
+    "use_mtp_layernorm": False,
 }
 
 
@@ -56,7 +68,8 @@ class HfDraft:
         mla: widths of multi-latent attention under Megatron's names, ``q_lora_rank`` 0 for none;
             None for grouped queries.
         rope: ``rope_type``, ``rope_theta`` and the fields of this type that are not None.
-        aux_layers: 0-based ids of layer outputs; None where the file names none.
+        inner_ids: ids of aux layers inside ``eagle_config``, None where it names none.
+        outer_ids: the same at the top level: the state after i layers.
     """
 
     eagle1: bool
@@ -72,11 +85,13 @@ class HfDraft:
     num_layers: int
     norm_epsilon: float
     rope: dict[str, Any]
-    aux_layers: tuple[int, ...] | None
+    inner_ids: tuple[int, ...] | None
+    outer_ids: tuple[int, ...] | None
     fc_norm: bool
     norm_output: bool
     norm_before_fc: bool
     norm_before_residual: bool
+    qk_layernorm: bool
 
 
 def parse_hf_draft(config: dict[str, Any], tensors: Iterable[str], source: str) -> HfDraft:
@@ -92,32 +107,45 @@ def parse_hf_draft(config: dict[str, Any], tensors: Iterable[str], source: str) 
     for key, value in REQUIRED_VALUES.items():
         if layer.get(key) not in (None, value):
             raise UserError(f"{source}: {key} = {layer[key]!r} is not supported, only {value!r}")
+    _check_windows(layer, source)
+    qk_layernorm = architecture == QWEN3 or (nested and layer["model_type"] == "qwen3")
     hidden, heads = size(layer, "hidden_size", source), size(layer, "num_attention_heads", source)
     vocab = size(layer, "vocab_size", source)
     eagle = config.get("eagle_config") or {}
     if not isinstance(eagle, dict):
         raise UserError(f"{source}: eagle_config must be an object, found {eagle!r}")
+    eagle1 = architecture in EAGLE1 or early_eagle1
+    if not eagle1:
+        require(
+            {key: value for key, value in eagle.items() if value is not None},
+            EAGLE_SWITCHES,
+            f"{source}: eagle_config",
+        )
     return HfDraft(
-        eagle1=architecture in EAGLE1 or early_eagle1,
+        eagle1=eagle1,
         hidden_size=hidden,
         target_hidden_size=size(config, "target_hidden_size", source, hidden),
         intermediate_size=size(layer, "intermediate_size", source),
         num_heads=heads,
         num_kv_heads=size(layer, "num_key_value_heads", source, heads),
-        head_dim=size(layer, "head_dim", source, hidden // heads),
+        head_dim=size(
+            layer, "head_dim", source, QWEN3_HEAD_DIM if qk_layernorm else hidden // heads
+        ),
         mla=_mla(layer, architecture, source),
         vocab_size=vocab,
         draft_vocab_size=size(config, "draft_vocab_size", source, vocab),
         num_layers=size(layer, "num_hidden_layers", source, 1),
         norm_epsilon=number(layer, "rms_norm_eps", source, 1e-6),
         rope=comparable_rope(layer, source),
-        aux_layers=_aux_layers(config, eagle, source),
+        inner_ids=_aux_ids(eagle, source),
+        outer_ids=_aux_ids(config, source),
         fc_norm=_any_switch(source, (config, "fc_norm"), (config, "use_aux_norm")),
         norm_output=_any_switch(
             source, (config, "norm_output"), (eagle, "return_hidden_post_norm")
         ),
         norm_before_fc=_any_switch(source, (eagle, "norm_before_fc"), (config, "norm_before_fc")),
         norm_before_residual=switch(config, "norm_before_residual", source),
+        qk_layernorm=qk_layernorm,
     )
 
 
@@ -146,23 +174,32 @@ def _speculators_layer(config: dict[str, Any], source: str) -> dict[str, Any]:
     layer = config.get("transformer_layer_config")
     if not isinstance(layer, dict):
         raise UserError(f"{source}: transformer_layer_config is missing")
-    if layer.get("model_type", "qwen3") != "llama":
+    model_type = layer.get("model_type", "qwen3")
+    if model_type not in ("llama", "qwen3"):
         raise UserError(
-            f"{source}: transformer_layer_config of type {layer.get('model_type')!r} is not "
-            "supported, only 'llama' (query/key norms have no place in these drafts)"
+            f"{source}: transformer_layer_config of type {model_type!r} is not supported, only "
+            "'llama' and 'qwen3'"
         )
     if "norm_before_residual" not in config:  # vLLM and the library assume opposite values
         raise UserError(f"{source}: norm_before_residual is missing")
-    from transformers import LlamaConfig
+    from transformers import LlamaConfig, Qwen3Config
 
-    return LlamaConfig(**layer).to_dict()  # the library leaves out what is a default
+    kind = LlamaConfig if model_type == "llama" else Qwen3Config
+    return kind(**layer).to_dict()  # the library leaves out what is a default
+
+
+def _check_windows(layer: dict[str, Any], source: str) -> None:
+    """Raise ``UserError`` for layers that attend to a window alone."""
+    kinds = layer.get("layer_types") or []
+    if any(kind != "full_attention" for kind in kinds):
+        raise UserError(f"{source}: layer_types {kinds!r} is not supported, only 'full_attention'")
 
 
 def _architecture(config: dict[str, Any], source: str) -> str:
     names = config.get("architectures")
     if not isinstance(names, list) or len(names) != 1:
         raise UserError(f"{source}: architectures must name exactly one class, found {names!r}")
-    known = (*FLAT, *MLA, *EAGLE1, BASE_NAME)
+    known = (*FLAT, QWEN3, *MLA, *EAGLE1, BASE_NAME)
     if names[0] not in known:
         raise UserError(
             f"{source}: architecture {names[0]!r} is not an EAGLE draft of Llama or MLA type; "
@@ -171,33 +208,13 @@ def _architecture(config: dict[str, Any], source: str) -> str:
     return names[0]
 
 
-def _aux_layers(
-    config: dict[str, Any], eagle: dict[str, Any], source: str
-) -> tuple[int, ...] | None:
-    """Return the aux layers as ids of layer outputs, or None where config.json names none.
-
-    Inside ``eagle_config`` id i is the output of layer i, at the top level the state after i
-    layers.
-    """
-    name = "eagle_aux_hidden_state_layer_ids"
-    inner, outer = _ids(eagle.get(name), source), _ids(config.get(name), source)
-    if inner is not None and outer is not None and [i + 1 for i in inner] != outer:
-        raise UserError(
-            f"{source}: {name} {outer} and that of eagle_config, {inner}, name different layers"
-        )
-    aux_layers = inner if inner is not None else outer and [i - 1 for i in outer]
-    if not aux_layers:
-        return None
-    if aux_layers != sorted(set(aux_layers)) or aux_layers[0] < 0:
-        raise UserError(
-            f"{source}: aux layers must ascend and be outputs of layers, found {aux_layers}"
-        )
-    return tuple(aux_layers)
-
-
-def _ids(value: Any, source: str) -> list[int] | None:
+def _aux_ids(fields: dict[str, Any], source: str) -> tuple[int, ...] | None:
+    """Return the ids of aux layers that ``fields`` name, in ascending order, or None."""
+    value = fields.get("eagle_aux_hidden_state_layer_ids")
     if value is None or value == []:
         return None
     if not isinstance(value, list) or any(type(i) is not int for i in value):
         raise UserError(f"{source}: aux layers must be numbers, found {value!r}")
-    return value
+    if value != sorted(set(value)) or value[0] < 0:
+        raise UserError(f"{source}: aux layers must ascend and be outputs of layers, found {value}")
+    return tuple(value)

@@ -162,7 +162,10 @@ class GroupedQueries:
 
         self.heads, self.groups = config["num_attention_heads"], config["num_key_value_heads"]
         self.scale = config["head_dim"] ** -0.5
-        self.rope = LlamaRotaryEmbedding(LlamaConfig(**config))
+        self.config = config
+        self.has_norms = config["model_type"] == "qwen3"
+        fields = {name: value for name, value in config.items() if name != "model_type"}
+        self.rope = LlamaRotaryEmbedding(LlamaConfig(**fields))
 
     def __call__(
         self, weight: Weights, x: Tensor, positions: Tensor
@@ -172,6 +175,8 @@ class GroupedQueries:
             linear(x, weight(f"{name}_proj")).unflatten(-1, (heads, -1))
             for name, heads in (("q", self.heads), ("k", self.groups), ("v", self.groups))
         )
+        if self.has_norms:
+            q, k = (_rms_norm(weight(f"{n}_norm"), y, self.config) for n, y in (("q", q), ("k", k)))
         cos, sin = self.rope(x[None], positions[None])
         q, k = _rotate_halves(q, cos[0], sin[0]), _rotate_halves(k, cos[0], sin[0])
         repeats = self.heads // self.groups

@@ -6,35 +6,19 @@ is closed again, so that memory holds the tensors in use alone. Pickles are refu
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, literal
+from megatron_eagle.user_files import first_line, read_json_object, reading_file
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in ``path``; raises UserError, naming the file, if it has none."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 @dataclass(frozen=True)
@@ -57,7 +41,7 @@ class SafetensorsDir:
         if not path.is_dir():
             raise UserError(f"{path}: no such directory")
         self.path = path
-        self.config = read_json(path / "config.json")
+        self.config = read_json_object(path / "config.json")
         index = path / INDEX_NAME
         if index.exists():
             self.headers = _indexed_headers(index)
@@ -98,7 +82,7 @@ class SafetensorsDir:
 
 def read_rows(header: TensorHeader, name: str, start: int, stop: int | None) -> torch.Tensor:
     """Return rows [start, stop), or to the end, of tensor ``name``; a scalar is returned whole."""
-    with safe_open(header.file, framework="pt") as file:
+    with reading_file(header.file), safe_open(header.file, framework="pt") as file:
         if not header.shape:
             return file.get_tensor(name)
         return file.get_slice(name)[start : header.shape[0] if stop is None else stop]
@@ -112,12 +96,14 @@ def _file_headers(path: Path) -> dict[str, TensorHeader]:
                 name: TensorHeader(path, tuple(part.get_shape()), part.get_dtype())
                 for name, part in slices.items()
             }
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: truncated or not a safetensors file ({error})") from None
+    except Exception as error:  # headers can be damaged in any way
+        raise UserError(
+            f"{literal(path)}: truncated or not a safetensors file ({literal(first_line(error))})"
+        ) from None
 
 
 def _indexed_headers(index: Path) -> dict[str, TensorHeader]:
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
         isinstance(file, str) and Path(file).name == file for file in weight_map.values()
     ):

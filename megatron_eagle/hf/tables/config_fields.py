@@ -9,25 +9,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, literal
 
 LONGEST_SHOWN = 60
 """Characters of a refused value that an error message shows."""
+LARGEST = {"num_hidden_layers": 10_000, "max_position_embeddings": 2**31}
+LARGEST_SIZE = 2**24
+LARGEST_NUMBER = 1e12
+"""Bounds far above any model's, so that a damaged number is not taken for a request of memory."""
 
 
 def size(config: Mapping[str, Any], key: str, source: str, default: int | None = None) -> int:
-    """Return a positive integer."""
+    """Return a positive integer, no larger than any model has."""
     value = _value(config, key, default)
     if type(value) is not int or value < 1:
-        raise UserError(f"{source}: {key} must be a positive integer, found {value!r}")
+        raise UserError(f"{source}: {key} must be a positive integer, found {_shown(value)}")
+    most = LARGEST.get(key, LARGEST_SIZE)
+    if value > most:
+        raise UserError(f"{source}: {key} must be at most {most}, found {_shown(value)}")
     return value
 
 
 def number(config: Mapping[str, Any], key: str, source: str, default: float | None = None) -> float:
-    """Return a positive number, as a float."""
+    """Return a positive finite number, as a float."""
     value = _value(config, key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise UserError(f"{source}: {key} must be a positive number, found {value!r}")
+    if type(value) not in (int, float) or not 0 < value <= LARGEST_NUMBER:
+        raise UserError(f"{source}: {key} must be a positive number, found {_shown(value)}")
     return float(value)
 
 
@@ -35,7 +42,7 @@ def switch(config: Mapping[str, Any], key: str, source: str, default: bool = Fal
     """Return true or false."""
     value = _value(config, key, default)
     if not isinstance(value, bool):
-        raise UserError(f"{source}: {key} must be true or false, found {value!r}")
+        raise UserError(f"{source}: {key} must be true or false, found {_shown(value)}")
     return value
 
 
@@ -46,12 +53,16 @@ def require(config: Mapping[str, Any], values: Mapping[str, Any], source: str) -
     """
     for key, value in values.items():
         if config.get(key, value) != value:
-            shown = repr(config[key])
-            if len(shown) > LONGEST_SHOWN:
-                shown = shown[: LONGEST_SHOWN - 3] + "..."
-            raise UserError(f"{source}: {key} = {shown} is not supported, only {value!r}")
+            raise UserError(
+                f"{source}: {key} = {_shown(config[key])} is not supported, only {value!r}"
+            )
 
 
 def _value(config: Mapping[str, Any], key: str, default: Any) -> Any:
     value = config.get(key)
     return default if value is None else value
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return literal(text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 3] + "...")

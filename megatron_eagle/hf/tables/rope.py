@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, literal
 from megatron_eagle.hf.tables.config_fields import number, size, switch
 
 DEFAULT_THETA = 10000.0
@@ -41,8 +41,13 @@ def rope_fields(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     ``rope_theta`` is among them only in the newer spelling. Raises UserError, naming ``source``,
     for fields that differ between types of layers.
     """
-    fields = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(fields, dict) or any(isinstance(value, dict) for value in fields.values()):
+    fields: Any = {}
+    for key in ("rope_parameters", "rope_scaling"):
+        value = config.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise UserError(f"{source}: {key} must be a JSON object, found {literal(repr(value))}")
+        fields = value or fields
+    if any(isinstance(value, dict) for value in fields.values()):
         raise UserError(f"{source}: rope parameters per layer type are not supported: {fields}")
     return fields
 
@@ -105,7 +110,7 @@ def both_spellings(fields: Mapping[str, Any], theta: float) -> dict[str, Any]:
 
 def _supported_kind(fields: Mapping[str, Any], source: str) -> str:
     kind = rope_kind(fields)
-    if kind not in NUMBERS:
+    if not isinstance(kind, str) or kind not in NUMBERS:
         known = ", ".join(map(repr, NUMBERS))
         raise UserError(f"{source}: rope type {kind!r} is not supported; known: {known}")
     return kind
@@ -139,16 +144,18 @@ def _yarn(fields: Mapping[str, Any], source: str) -> dict[str, Any]:
         "beta_fast": number(fields, "beta_fast", source, YARN_DEFAULTS["beta_fast"]),
         "beta_slow": number(fields, "beta_slow", source, YARN_DEFAULTS["beta_slow"]),
         "truncate": switch(fields, "truncate", source, True),
-        "attention_factor": _yarn_attention_factor(fields, factor),
+        "attention_factor": _yarn_attention_factor(fields, factor, source),
         ORIGINAL_LENGTH: original,
     }
 
 
-def _yarn_attention_factor(fields: Mapping[str, Any], factor: float) -> float:
+def _yarn_attention_factor(fields: Mapping[str, Any], factor: float, source: str) -> float:
     """Return the attention factor as stated, or derived from ``mscale`` and ``factor``."""
-    stated = fields.get("attention_factor")
-    if stated is not None:
-        return float(stated)
+    if fields.get("attention_factor") is not None:
+        return number(fields, "attention_factor", source)
+    for key in ("mscale", "mscale_all_dim"):
+        if fields.get(key):
+            number(fields, key, source)
     numerator, denominator = fields.get("mscale"), fields.get("mscale_all_dim")
     if numerator and denominator:
         return _yarn_mscale(factor, numerator) / _yarn_mscale(factor, denominator)

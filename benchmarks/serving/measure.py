@@ -1,0 +1,97 @@
+"""Send prompts to a running server, and add up what it answered, took and counted."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import statistics
+import time
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from benchmarks.serving.server import NAME, Server
+
+REQUEST_SECONDS = 900
+
+
+@dataclass
+class Load:
+    """What a server did under one number of requests at a time.
+
+    Attributes:
+        answers: token ids of every answer.
+        seconds, cpu_seconds: of each repetition, for all prompts.
+        counts: the server's own counters in one repetition; the same in each.
+    """
+
+    answers: list[list[int]] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    cpu_seconds: list[float] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of tokens of all answers."""
+        return sum(map(len, self.answers))
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Return the median over the repetitions."""
+        return self.tokens / statistics.median(self.seconds)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all figures but the answers, JSON-serialisable."""
+        return {
+            "tokens": self.tokens,
+            "tokens_per_second": self.tokens_per_second,
+            "seconds": self.seconds,
+            "cpu_seconds": self.cpu_seconds,
+            "counts": self.counts,
+        }
+
+
+def ask(server: Server, prompt: Sequence[int], max_tokens: int) -> list[int]:
+    """Return the ids of the greedy answer to ``prompt``."""
+    body = {
+        "model": NAME,
+        "prompt": list(prompt),
+        "max_tokens": max_tokens,
+        "temperature": 0,
+        "return_token_ids": True,
+    }
+    request = urllib.request.Request(
+        f"{server.url}/v1/completions",
+        json.dumps(body).encode(),
+        {"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as answer:
+        return list(json.load(answer)["choices"][0]["token_ids"])
+
+
+def load(
+    server: Server,
+    prompts: Sequence[Sequence[int]],
+    *,
+    at_a_time: int,
+    max_tokens: int,
+    repetitions: int,
+) -> Load:
+    """Send all ``prompts``, ``at_a_time`` together, ``repetitions`` times.
+
+    Raises ``RuntimeError`` if two repetitions differ in their answers or counts.
+    """
+    result = Load()
+    for repetition in range(repetitions):
+        counts, cpu, start = server.counters(), server.cpu_seconds(), time.perf_counter()
+        with concurrent.futures.ThreadPoolExecutor(at_a_time) as pool:
+            answers = list(pool.map(lambda prompt: ask(server, prompt, max_tokens), prompts))
+        result.seconds.append(time.perf_counter() - start)
+        result.cpu_seconds.append(server.cpu_seconds() - cpu)
+        after = server.counters()
+        difference = {key: value - counts.get(key, 0) for key, value in after.items()}
+        if repetition and (answers, difference) != (result.answers, result.counts):
+            raise RuntimeError(f"repetition {repetition + 1} of the same prompts differs")
+        result.answers, result.counts = answers, difference
+    return result

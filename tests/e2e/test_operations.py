@@ -1,0 +1,127 @@
+"""What a cluster does to a run: preemption, Ctrl-C, two jobs, full disks, NaN, cut files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from megatron_eagle.checkpoint.lock import OutputLock
+from tests.e2e.conftest import Inputs
+from tests.e2e.launch import EXAMPLE, RECIPE, cpu_environment, train
+
+pytestmark = pytest.mark.slow
+DRAFT = ["--eagle-draft-vocab-size", 32]
+
+
+def started(*words: object) -> subprocess.Popen[str]:
+    """Start training on one rank, without a launcher."""
+    single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    return subprocess.Popen(
+        [sys.executable, str(EXAMPLE), *RECIPE, *map(str, words)],
+        env={**cpu_environment(1), **single, "MASTER_PORT": str(20000 + os.getpid() % 10000)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def wait_for_lines(file: Path, count: int) -> None:
+    for _ in range(1200):
+        if file.exists() and len(file.read_text().splitlines()) >= count:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{file} has no {count} lines")
+
+
+def test_sigterm_saves_and_ctrl_c_ends(inputs: Inputs, tmp_path: Path) -> None:
+    log, save = tmp_path / "log.jsonl", tmp_path / "draft"
+    words = [*inputs.flags, *DRAFT, "--train-iters", 5000, "--eagle-log-file", log]
+    words += ["--save", save, "--load", save, "--save-interval", 100_000]
+    run = started(*words)
+    wait_for_lines(log, 3)
+    second = train(1, None, *words)
+    assert f"--save {save}: in use by process {run.pid} on " in second.error_line
+    run.send_signal(signal.SIGTERM)
+    output = run.communicate(timeout=120)[0]
+    assert run.returncode == 0, output[-2000:]
+    done = int((save / "latest_checkpointed_iteration.txt").read_text())
+    assert 3 <= done < 5000
+    lines = len(log.read_text().splitlines())
+    run = started(*words)
+    wait_for_lines(log, lines + 2)
+    run.send_signal(signal.SIGINT)
+    output = run.communicate(timeout=120)[0]
+    assert run.returncode == 130 and "Traceback" not in output, output[-2000:]
+    assert json.loads(log.read_text().splitlines()[lines])["iteration"] == done + 1
+    assert not (save / ".lock").exists() or OutputLock.take(save / ".lock", "save", save)
+
+
+def test_a_full_disk_under_the_log_costs_its_lines(inputs: Inputs, tmp_path: Path) -> None:
+    words = ["--eagle-log-file", "/dev/full", "--save", tmp_path / "draft", "--save-interval", 20]
+    run = train(1, None, *inputs.flags, *DRAFT, *words)
+    assert run.returncode == 0, run.output[-2000:]
+    assert run.output.count("--eagle-log-file /dev/full: cannot be written") == 1
+    assert (tmp_path / "draft" / "latest_checkpointed_iteration.txt").read_text() == "20"
+
+
+def test_a_nan_is_one_line_and_left_out_in_the_end(inputs: Inputs, tmp_path: Path) -> None:
+    """A learning rate that sends the weights to infinity, after a checkpoint that is good."""
+    save = tmp_path / "draft"
+    words = [*inputs.flags, *DRAFT, "--save", save, "--load", save, "--save-interval", 2]
+    plan = ["--lr-decay-style", "constant", "--override-opt-param-scheduler"]
+    assert train(1, None, *words, *plan, "--exit-interval", 2).returncode == 0
+    wild = [*words, *plan, "--lr", "1e38", "--clip-grad", 0, "--train-iters", 6]
+    statuses, texts = [], []
+    for _ in range(4):
+        run = train(1, None, *wild)
+        statuses.append(run.returncode)
+        texts.append(run.output)
+        if run.returncode:
+            assert "Traceback" not in run.output, run.output[-3000:]
+            assert "the gradient is " in run.error_line or "it is the weights" in run.error_line
+    noted = json.loads((save / "rejected_iterations.json").read_text())
+    assert max(noted.values()) == 2, (noted, statuses)
+    assert len(noted) > 1 or statuses[-1] == 0, "the next runs get past the first of them"
+
+
+def test_resuming_what_was_cut_or_changed(inputs: Inputs, tmp_path: Path) -> None:
+    save = tmp_path / "draft"
+    words = [*inputs.flags, *DRAFT, "--save", save, "--load", save, "--save-interval", 1]
+    assert train(1, None, *words, "--exit-interval", 2).returncode == 0
+    changes = {
+        ("--global-batch-size", 2): "--global-batch-size 2: the run in --load",
+        ("--train-iters", 40): "--train-iters 40: the run in --load",
+        ("--use-distributed-optimizer",): "saved without --use-distributed-optimizer",
+        ("--load", tmp_path / "absent"): f"--load {tmp_path / 'absent'}: no checkpoint there",
+    }
+    for more, expected in changes.items():
+        assert expected in train(1, None, *words, *more).error_line
+    other = tmp_path / "answers.jsonl"
+    other.write_text("".join(inputs.answers.read_text().splitlines(keepends=True)[:-1]))
+    run = train(1, None, *words, "--eagle-train-data", other, "--exit-interval", 3)
+    assert run.returncode == 0 and "was trained on other data (40 then, 39 now)" in run.output
+    (shard,) = (save / "iter_0000003").glob("__0_0.distcp")
+    whole = shard.read_bytes()
+    flipped = bytes([whole[len(whole) // 2] ^ 4])
+    for content in (
+        whole[:-5000],
+        whole[: len(whole) // 2] + flipped + whole[len(whole) // 2 + 1 :],
+        None,
+    ):
+        shard.unlink()
+        if content is not None:
+            shard.write_bytes(content)
+        assert shard.name in train(1, None, *words).error_line
+
+
+def test_a_place_that_cannot_be_written_is_refused_early(inputs: Inputs, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    words = ["--save", tmp_path / "file" / "draft", "--save-interval", 10]
+    run = train(1, None, *inputs.flags, *words)
+    assert f"--save {tmp_path / 'file' / 'draft'}: cannot be written" in run.error_line
+    assert "iteration" not in run.output.replace(run.error_line, "")

