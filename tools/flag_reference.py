@@ -45,7 +45,9 @@ TOPICS: dict[str, tuple[str, ...]] = {
         "l1-weight", "markov-head", "markov-rank", "confidence-head", "confidence-weight",
     ),
     "Training data": ("train-data", "offline-features", "pack"),
-    "Memory against time": ("loss-chunk-mib", "logits-budget-mib", "teacher-memory", "compile"),
+    "Memory against time": (
+        "loss-chunk-mib", "logits-budget-mib", "teacher-memory", "compile", "kernels",
+    ),
     "Evaluation while training": (
         "eval-prompts", "eval-interval", "eval-new-tokens", "eval-draft-tokens",
     ),

@@ -102,6 +102,7 @@ def _pretrain(
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_eagle.compat import configure_nvtx_profiling
+    from megatron_eagle.kernels.choice import choose_kernels
     from megatron_eagle.platform.compiler import compile_regions
     from megatron_eagle.training.builder import ModelBuilder
     from megatron_eagle.training.data import DatasetProvider
@@ -115,6 +116,7 @@ def _pretrain(
     from megatron_eagle.training.vocab import draft_vocab_ids
 
     compile_regions(options.train.compile)
+    choose_kernels(options.train.kernels)
     configure_nvtx_profiling(options.train.nvtx)
     schedule = replace_schedule(options)
     name_checkpoints_in_errors()

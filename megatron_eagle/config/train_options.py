@@ -206,6 +206,12 @@ class TrainOptions:
     compile: bool = option(
         False, "torch.compile the draft's collective-free regions; falls back to eager if it fails"
     )
+    kernels: str = option(
+        "auto",
+        "what runs the passes over logits and branch attention: Triton kernels on a GPU if Triton "
+        "is installed, else eager functions (auto); Triton or an error; eager functions",
+        choices=("auto", "triton", "eager"),
+    )
     nvtx: bool = option(False, "mark base, teacher, unroll, loss and step with NVTX ranges")
 
     def __post_init__(self) -> None:

@@ -49,11 +49,13 @@ def _train_forward(rank: int, _: int, world: int, sequence_parallel: bool, dtype
 
     from megatron_eagle.checkpoint.directory import BaseInfo
     from megatron_eagle.config import EagleConfig
+    from megatron_eagle.kernels.choice import choose_kernels
     from megatron_eagle.objective.batch import EagleBatch
     from megatron_eagle.platform import enable
     from megatron_eagle.training import builder
 
     assert not enable()
+    choose_kernels("eager")  # a kernel has no fake
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=world, create_gloo_process_groups=False
     )

@@ -113,6 +113,31 @@ def saved_bytes(rank: int, world: int) -> dict[tuple[int, int], int]:
     return found
 
 
+def masked_steps(rank: int, world: int) -> dict[float, tuple[int, int, int, int]]:
+    """By masked fraction: what a step saves, its FLOP of matrix products, and what the arithmetic
+    of the GPU model says of them, with and without narrowing."""
+    megatron_parallel()
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks.draft_step import build
+    from benchmarks.gpu_model import product_flop
+    from megatron_eagle.platform.cpu import products
+
+    products.onednn_is_faster = lambda: False  # the counter does not know oneDNN's operator
+    found = {}
+    for fraction in (0.0, 0.6):
+        problem = dataclasses.replace(TINY, hidden=64, seq=256, mask_fraction=fraction)
+        forward, resting = build(problem, "cpu", {})
+        forward().backward()
+        with FlopCounterMode(display=False) as counter:
+            forward().backward()
+        counted = counter.get_flop_counts()["Global"]
+        flop = sum(n for op, n in counted.items() if "mm" in str(op))
+        said = [round(sum(product_flop(problem, narrow).values())) for narrow in (True, False)]
+        found[fraction] = (_saved(forward, resting), flop, *said)
+    return found
+
+
 def losses_with_and_without_given_logits(rank: int, world: int) -> list[tuple[float, ...]]:
     megatron_parallel()
     from benchmarks.draft_step import build
@@ -142,6 +167,15 @@ def test_what_a_step_keeps_is_linear_in_length_and_steps() -> None:
     by_length = found[256, 2] - found[128, 2], found[128, 2] - found[64, 2]
     assert by_length[0] == pytest.approx(2 * by_length[1], rel=0.02)
     assert found[64, 6] - found[64, 4] == pytest.approx(found[64, 4] - found[64, 2], rel=0.02)
+
+
+def test_masked_rows_cost_neither_products_nor_memory() -> None:
+    (found,) = run_distributed(masked_steps, 1)
+    for _, flop, said, _ in found.values():
+        assert flop == pytest.approx(said, rel=0.01)
+    (all_saved, _, _, _), (saved, flop, _, every_row) = found[0.0], found[0.6]
+    assert flop < 0.7 * every_row, "the layers would run every row"
+    assert saved < 0.62 * all_saved, "40 % of the rows, and what step 0 keeps of all"
 
 
 @pytest.mark.parametrize(
