@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from megatron.core.distributed import finalize_model_grads
     from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
         MultiLatentAttention,
     )
     from megatron.core.transformer.spec_utils import build_module
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.core.transformer.utils import (
         ensure_metadata_has_dp_cp_group,
         is_layer_window_attention,
@@ -106,7 +108,11 @@ _PATHS = {
     "TopKRouter": "megatron.core.transformer.moe.router:TopKRouter",
     "MLATransformerConfig": "megatron.core.transformer:MLATransformerConfig",
     "TransformerConfig": "megatron.core.transformer:TransformerConfig",
+    "WrappedTorchNorm": "megatron.core.transformer.torch_norm:WrappedTorchNorm",
     "add_megatron_arguments": "megatron.training.arguments:add_megatron_arguments",
+    "apply_rotary_pos_emb": (
+        "megatron.core.models.common.embeddings.rope_utils:apply_rotary_pos_emb"
+    ),
     "apply_factories": "megatron.core.dist_checkpointing.mapping:apply_factories",
     "backward_step": "megatron.core.pipeline_parallel.schedules:backward_step",
     "build_module": "megatron.core.transformer.spec_utils:build_module",

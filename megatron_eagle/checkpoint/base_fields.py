@@ -193,6 +193,13 @@ def check_token_ids(config: Mapping[str, Any], vocab_size: int, source: str) -> 
     A padding token beyond the vocabulary is let through: public models have one, and nothing is
     ever padded with it.
     """
+    generation = config.get("generation_config")
+    if isinstance(generation, dict):
+        check_token_ids(
+            {**generation, "generation_config": None}, vocab_size, f"{source}: generation_config"
+        )
+    elif generation is not None:
+        raise UserError(f"{source}: generation_config must be a JSON object")
     for key in TOKEN_FIELDS:
         value = config.get(key)
         for token in value if isinstance(value, list) else [] if value is None else [value]:

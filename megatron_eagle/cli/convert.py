@@ -68,14 +68,15 @@ def _verify(load: Path, exported: Path) -> None:
     enable()
     from megatron_eagle.cli.process_groups import start
     from megatron_eagle.decode.load import read_draft
-    from megatron_eagle.decode.verify import STEPS, check_export
+    from megatron_eagle.decode.verify import check_export, compared
 
     groups = start(seed=0)
     try:
-        difference = check_export(read_draft(load, f"<load> {load}"), load, exported, groups)
+        about = read_draft(load, f"<load> {load}")
+        difference = check_export(about, load, exported, groups)
     finally:
         torch.distributed.destroy_process_group()
-    print(f"verified: {STEPS} steps equal the checkpoint's draft to {difference:.1e}")
+    print(f"verified: {compared(about)} equal the checkpoint's draft to {difference:.1e}")
 
 
 def _parser(prog: str | None) -> argparse.ArgumentParser:

@@ -25,6 +25,8 @@ from megatron_eagle.cli.boundary import (
     names_of,
     run,
 )
+from megatron_eagle.cli.layers import IMPLEMENTATIONS, check_device
+from megatron_eagle.cli.slurm import adopt_slurm
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.errors import UserError
 
@@ -70,6 +72,10 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--store", choices=STORED_DTYPES, help="of the files (default: the one it computes in)"
     )
+    parser.add_argument(
+        "--transformer-impl", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS[0],
+        help="modules that the base is made of",
+    )  # fmt: skip
     for flag, text in LAYOUT.items():
         parser.add_argument(flag, type=int, default=1, metavar="N", help=text)
     parser.add_argument("--shard-mib", type=int, default=1024, help="size of a shard, about")
@@ -96,9 +102,10 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _extract(args: argparse.Namespace) -> int:
     _check(args)
+    adopt_slurm()
     from megatron_eagle.platform import enable
 
-    enable()
+    check_device(args.transformer_impl, on_cpu=enable())
     import torch
 
     from megatron_eagle.checkpoint.atomic import owned_output
@@ -116,7 +123,8 @@ def _extract(args: argparse.Namespace) -> int:
     layers = _aux_layers(args, info)
     documents = FittedDocuments(open_documents(args.data, info.vocab_size), args.seq_length)
     groups = start(0, **sizes)
-    base = load_base(args.base, info, groups, layers).to(getattr(torch, args.dtype))
+    implementation, dtype = args.transformer_impl, getattr(torch, args.dtype)
+    base = load_base(args.base, info, groups, layers, implementation=implementation, dtype=dtype)
     exchange = StageExchange.of(base, groups.pp)
     stored = args.store or args.dtype
     plan, total = plan_features(

@@ -49,7 +49,13 @@ def draft_config(base_config: Any, spec: DraftSpec, moe_aux_loss_coeff: float = 
         config.recompute_modules = [m for m in config.recompute_modules if m != "core_attn"]
     config.num_layers = spec.num_layers
     config.pipeline_model_parallel_size = 1  # every stage has all of it
-    config.qk_layernorm = spec.qk_layernorm
+    # Transformer Engine would let the first pass of a micro-batch overwrite a gradient that is
+    # accumulated elsewhere; a draft runs K passes, and the first one's backward comes last.
+    config.disable_parameter_transpose_cache = True
+    config.qk_layernorm = spec.norms_heads
+    if spec.method.drafts_blocks:
+        # linear_qkv's weight is used twice, and a fused gradient would hide the second use's.
+        config.gradient_accumulation_fusion = False
     config.add_qkv_bias = False
     config.add_bias_linear = False
     if config.activation_func is not torch.nn.functional.silu:

@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "user_files"),
     ("checkpoint",),
     ("platform",),
-    ("parallel",),
+    ("parallel", "kernels"),
     ("attention", "loss"),
     ("layers",),
     ("teacher", "draft"),

@@ -12,8 +12,8 @@ from typing import Any
 
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.errors import UserError, literal
-from megatron_eagle.hf.files.safetensors_dir import read_json
 from megatron_eagle.hf.tables.rope import comparable_rope
+from megatron_eagle.user_files import naming, read_json_object
 
 SIZES = {
     "vocab_size": "vocab_size",
@@ -33,7 +33,8 @@ def with_hf_config(base: BaseInfo, directory: Path) -> BaseInfo:
     path = directory / "config.json"
     if not path.is_file():
         raise UserError(f"<hf_config> {literal(path)}: no such file")
-    config = read_json(path)
+    with naming("hf_config"):
+        config = read_json_object(path)
     expected: dict[str, Any] = {field: base.megatron_args[name] for field, name in SIZES.items()}
     for field, value in expected.items():
         if config.get(field) != value:

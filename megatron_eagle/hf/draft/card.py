@@ -77,7 +77,7 @@ def _rows(info: DraftInfo, facts: CardFacts, dtype: torch.dtype) -> list[tuple[s
         *([("serve beside", facts.base_note)] if facts.base_note else []),
         ("captured layers (outputs, 0-based)", ", ".join(map(str, info.aux_layers)) or "none"),
         ("draft layers", f"{info.num_layers}, {_attention(info)}"),
-        ("trained for", f"{info.ttt_steps} draft steps"),
+        ("trained for", _trained_for(info)),
         ("training data", _data(info, facts)),
         ("draft vocabulary", vocabulary),
         ("dtype", str(dtype).removeprefix("torch.")),
@@ -99,6 +99,12 @@ def _base_name(info: DraftInfo) -> str:
 
 def _attention(info: DraftInfo) -> str:
     return "multi-latent attention" if info.spec.uses_mla else "grouped queries"
+
+
+def _trained_for(info: DraftInfo) -> str:
+    if info.spec.method.drafts_blocks:
+        return f"blocks of {info.spec.slots} slots, {info.ttt_steps} drafts"
+    return f"{info.ttt_steps} draft steps"
 
 
 def _data(info: DraftInfo, facts: CardFacts) -> str:
