@@ -20,7 +20,7 @@ from megatron_eagle.loss.block_plan import BlockPlan, BlockValues
 from megatron_eagle.loss.inputs import Budgets, TeacherRows
 from megatron_eagle.objective.block_batch import BlockBatch
 from megatron_eagle.objective.block_metrics import block_sums
-from megatron_eagle.objective.unroll import EmbeddingOfBase, query_angles
+from megatron_eagle.objective.inputs import EmbeddingOfBase, query_angles
 from megatron_eagle.parallel.context import ContextShard, gather_key_value
 from megatron_eagle.parallel.products import default_output_bytes
 from megatron_eagle.platform.profiling import nvtx_range
