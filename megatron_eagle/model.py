@@ -33,6 +33,7 @@ from megatron_eagle.objective.inputs import DraftInputs
 from megatron_eagle.objective.metrics import metric_sums, prefix_hits
 from megatron_eagle.objective.regression import hidden_regression
 from megatron_eagle.objective.unroll import unroll
+from megatron_eagle.parallel.products import agreed_output_bytes
 from megatron_eagle.pipeline.exchange import StageExchange
 from megatron_eagle.pipeline.replicas import as_replica
 from megatron_eagle.platform.profiling import nvtx_range
@@ -74,7 +75,9 @@ class EagleGPTModel(MegatronModule):
         self.budgets = Budgets(
             train.logits_budget_mib << 20,
             train.teacher_memory << 20,
-            None if train.loss_chunk_mib is None else train.loss_chunk_mib << 20,
+            agreed_output_bytes(base.output_weight.device, draft.tp_group)
+            if train.loss_chunk_mib is None
+            else train.loss_chunk_mib << 20,
         )
         self.row_loss = row_loss(train.loss, train.acceptance_decay)
         # No buffer: a bf16 model would round it.

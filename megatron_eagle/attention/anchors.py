@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.attention import flash
-from megatron_eagle.attention.blocks import merge
+from megatron_eagle.attention.blocks import merge_
 
 WINDOW = 128
 """Context rows of a window. A wide one has fewer rectangles, and more rows that are no anchor's."""
@@ -143,12 +143,12 @@ class _AnchorAttention(torch.autograd.Function):
         for slab in plan.slabs:
             blocks = slab.blocks
             part = _window_forward(q[blocks], context_k, context_v, scale, slab)
-            out[blocks], lse[blocks] = merge(out[blocks], lse[blocks], *part)
+            out[blocks], lse[blocks] = merge_(out[blocks], lse[blocks], *part)
             for rows, sequence, keys in slab.rectangles:
                 cut = (x[sequence : sequence + 1, :, keys] for x in (context_k, context_v))
                 wide, wide_lse = flash.forward(_side_by_side(q[rows]), *cut, scale, causal=False)
                 part = _apart(wide, q.shape[2]), _apart(wide_lse, q.shape[2])
-                out[rows], lse[rows] = merge(out[rows], lse[rows], *part)
+                out[rows], lse[rows] = merge_(out[rows], lse[rows], *part)
         ctx.save_for_backward(q, k, v, context_k, context_v, out, lse)
         ctx.scale, ctx.plan = scale, plan
         return out

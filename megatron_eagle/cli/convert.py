@@ -49,6 +49,7 @@ def _convert(args: argparse.Namespace) -> int:
         data=args.data,
         base_name=args.base_name,
         base_note=args.base_note,
+        hf_config=args.hf_config,
         evaluation=read_evaluation(args.eval) if args.eval else None,
         check=partial(_verify, args.load) if args.verify else (lambda directory: None),
     )
@@ -113,6 +114,13 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
         metavar="TEXT",
         help="for the model card: which files of the base go with the draft, if not those that the "
         "name stands for",
+    )
+    parser.add_argument(
+        "--hf-config",
+        type=Path,
+        metavar="DIR",
+        help="Hugging Face directory of the base, for what the arguments of a base that Megatron "
+        "trained do not say; where both speak they must agree",
     )
     parser.add_argument(
         "--eval",

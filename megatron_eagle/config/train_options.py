@@ -26,9 +26,16 @@ class TrainOptions:
 
     base_checkpoint: str | None = option(
         None,
-        "Megatron checkpoint of the frozen base, the target (verifier) model (megatron-eagle "
-        "import-base writes one)",
+        "Megatron checkpoint of the frozen base, the target (verifier) model: one that "
+        "Megatron-LM or Megatron-Bridge saved as torch_dist, or that megatron-eagle import-base "
+        "wrote",
         metavar="DIR",
+    )
+    base_description: str | None = option(
+        None,
+        "description of the base that is believed instead of what its checkpoint says "
+        "(megatron-eagle describe-base writes one)",
+        metavar="FILE",
     )
     ttt_steps: int = option(
         3, "K: test-time-training steps the draft is unrolled for", type=int, least=1, most=1000
@@ -198,6 +205,12 @@ class TrainOptions:
     )
     compile: bool = option(
         False, "torch.compile the draft's collective-free regions; falls back to eager if it fails"
+    )
+    kernels: str = option(
+        "auto",
+        "what runs the passes over logits and branch attention: Triton kernels on a GPU if Triton "
+        "is installed, else eager functions (auto); Triton or an error; eager functions",
+        choices=("auto", "triton", "eager"),
     )
     nvtx: bool = option(False, "mark base, teacher, unroll, loss and step with NVTX ranges")
 

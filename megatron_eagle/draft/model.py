@@ -38,6 +38,8 @@ from megatron_eagle.draft.narrowing import Narrowing
 from megatron_eagle.layers.backend import LayerBackend
 from megatron_eagle.parallel.vocab import VocabShard
 
+_EXTRA_STATE = "_extra_state"
+
 
 class EagleDraft(MegatronModule):
     """A draft over one pipeline stage's tensor-parallel group. ``draft.build`` builds one.
@@ -212,7 +214,8 @@ class EagleDraft(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """Return the draft's sharded tensors: the same in every layout but for head padding."""
+        """Return the draft's sharded tensors: the same in every layout but for head padding, and
+        for layers of Megatron-Core and of Transformer Engine."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         # Megatron takes a ModuleList for a plain module, all of it replicated over TP.
         layer: Any
@@ -225,4 +228,25 @@ class EagleDraft(MegatronModule):
         for name in ("vocab_ids", "metadata"):  # a load in place would change what this draft is
             entry = sharded[f"{prefix}{name}"]
             entry.data = entry.data.clone()
-        return sharded
+        return without_extra_states(sharded)
+
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load the draft's tensors. Extra states are neither expected nor loaded.
+
+        Raises ``RuntimeError`` naming tensors that are missing or too many, if ``strict``.
+        """
+        result = super().load_state_dict(
+            without_extra_states(state_dict), strict=False, assign=assign
+        )
+        missing = [key for key in result.missing_keys if _EXTRA_STATE not in key]
+        if strict and (missing or result.unexpected_keys):
+            raise RuntimeError(f"missing {missing}, unexpected {result.unexpected_keys}")
+        return type(result)(missing, result.unexpected_keys)
+
+
+def without_extra_states(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return ``state_dict`` without the states that linear layers and Transformer Engine's norms
+    keep for FP8, which a draft never is: the two kinds of layers have different ones."""
+    return {key: value for key, value in state_dict.items() if _EXTRA_STATE not in key}

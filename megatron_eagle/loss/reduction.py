@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_eagle.kernels.choice import with_kernel
 from megatron_eagle.loss.statistics import LossSums, ShardStats, TeacherStats, gather_statistics
 from megatron_eagle.parallel.vocab import combine_argmax, combine_log_sum_exp
 
@@ -128,9 +129,16 @@ def shard_mass(draft: ShardStats, teacher: TeacherStats, reduced: ReducedStats) 
 def shard_overlap(draft: Tensor, teacher: Tensor, mass: ShardMass) -> Tensor:
     """Return this shard's part of :class:`Overlap`, [2, K, N], from its softmaxes ``draft``
     [K, N, Dp] and ``teacher`` [N, Dp]; the sum over all shards is the whole. No collective."""
-    full = teacher * (mass.teacher * mass.coverage).unsqueeze(-1)
+    return _overlap(draft, teacher, mass.draft, mass.teacher, mass.coverage)
+
+
+@with_kernel("megatron_eagle.kernels.acceptance:overlap")
+def _overlap(
+    draft: Tensor, teacher: Tensor, mass: Tensor, teacher_mass: Tensor, coverage: Tensor
+) -> Tensor:
+    full = teacher * (teacher_mass * coverage).unsqueeze(-1)
     parts = []
-    for softmax, step_mass in zip(draft, mass.draft, strict=True):
+    for softmax, step_mass in zip(draft, mass, strict=True):
         q = softmax.float() * step_mass.unsqueeze(-1)
         parts.append(torch.stack([torch.minimum(q, full).sum(-1), (q * (q < full)).sum(-1)]))
     return torch.stack(parts, dim=1)

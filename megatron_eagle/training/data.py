@@ -27,6 +27,11 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.parallel.context import ContextShard
 from megatron_eagle.teacher.aux_hidden import BaseOutputs
+from megatron_eagle.training.agreement import (
+    check_agreement,
+    digest_data_sets,
+    digest_tensor,
+)
 from megatron_eagle.training.data_record import (
     document_record,
     indexed_record,
@@ -41,8 +46,8 @@ class DatasetProvider:
 
     is_distributed = True
 
-    def __init__(self, options: EagleConfig, base: BaseInfo) -> None:
-        self.options, self.base = options, base
+    def __init__(self, options: EagleConfig, base: BaseInfo, vocab_ids: Tensor) -> None:
+        self.options, self.base, self.vocab_ids = options, base, vocab_ids
 
     def __call__(self, num_samples: Sequence[int], vp_stage: int | None = None) -> tuple:
         args, (train, valid, test) = get_args(), self._datasets(num_samples)
@@ -61,8 +66,11 @@ class DatasetProvider:
         if self.options.train.reads_documents:
             documents = training_documents(self.options, self.base)
             fitted = FittedDocuments(documents, args.seq_length)
+            source = "train_data" if self.options.train.train_data else "offline_features"
+            record = document_record(fitted)
+            self._check_agreement(f"<{source}>", record["sha256"])
             _tell_what_is_cut(fitted, len(documents.lengths))
-            note_training_data(args, document_record(fitted))
+            note_training_data(args, record)
             train = DocumentDataset(fitted, num_samples[0], args.seed, self.options.train.pack)
             if self.options.train.pack:
                 filled = fitted.lengths.sum() / (train.samples_per_epoch * args.seq_length)
@@ -72,11 +80,23 @@ class DatasetProvider:
                 )
             return train, None, None
         _refuse_masks_that_would_be_ignored(args)
+        prefixes = [] if args.mock_data else TrainingBlend.of(args).prefixes
+        self._check_agreement("--data-path", digest_data_sets(prefixes))
         if not args.mock_data:
-            note_training_data(args, indexed_record(TrainingBlend.of(args).prefixes))
+            note_training_data(args, indexed_record(prefixes))
         kind = MockGPTDataset if args.mock_data else GPTDataset
         config = gpt_dataset_config(args)
         return tuple(BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config).build())
+
+    def _check_agreement(self, source: str, digest: str) -> None:
+        """Check that all ranks have the same base, draft vocabulary and data. A collective."""
+        check_agreement(
+            {
+                "<base_checkpoint>": self.base.fingerprint,
+                "the draft's vocabulary": digest_tensor(self.vocab_ids),
+                source: digest,
+            }
+        )
 
 
 def _tell_what_is_cut(fitted: FittedDocuments, documents: int) -> None:

@@ -16,10 +16,6 @@ from megatron_eagle.config.option import flag_name
 from megatron_eagle.config.widths import TP_WIDTHS, layer_widths
 from megatron_eagle.errors import UserError
 
-_VIRTUAL_FLAGS = (
-    "--num-layers-per-virtual-pipeline-stage",
-    "--num-virtual-stages-per-pipeline-rank",
-)
 _UNEVEN_FLAGS = ("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers")
 
 
@@ -121,7 +117,7 @@ def _layout(argv: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}-parallel-size", type=int, default=1)
     parser.add_argument("--expert-tensor-parallel-size", type=int)
     parser.add_argument("--moe-token-dispatcher-type")
-    for flag in ("--seq-length", *_VIRTUAL_FLAGS, *_UNEVEN_FLAGS, "--ddp-bucket-size"):
+    for flag in ("--seq-length", *_UNEVEN_FLAGS, "--ddp-bucket-size"):
         parser.add_argument(flag, type=int)
     parser.add_argument("--pipeline-model-parallel-layout")
     parser.add_argument("--sequence-parallel", action="store_true")
@@ -189,13 +185,6 @@ def _processes() -> int:
 
 
 def _check_pipeline(layout: argparse.Namespace) -> None:
-    for flag in _VIRTUAL_FLAGS:
-        value = _value(layout, flag)
-        if value is not None:
-            raise UserError(
-                f"{flag} {value}: the base only runs forward, so its pipeline has no bubbles that "
-                "virtual stages could fill; leave the flag out, checkpoints load without it"
-            )
     if layout.pipeline_model_parallel_size > 1 and layout.ddp_bucket_size is not None:
         raise UserError(
             f"--ddp-bucket-size {layout.ddp_bucket_size}: with --pipeline-model-parallel-size "

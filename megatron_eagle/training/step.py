@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,20 +19,33 @@ from megatron_eagle.pipeline.schedule import PipelineSchedule
 from megatron_eagle.platform.profiling import nvtx_range
 from megatron_eagle.training.block_data import next_block_batch
 from megatron_eagle.training.data import next_batch
+from megatron_eagle.training.throughput import Throughput
 
 _SCHEDULE = "megatron.training.training:get_forward_backward_func"
 _SUMS = "eagle_sums"
+_SPIKE = 10.0
 
 
 class ForwardStep:
     """Megatron's ``forward_step_func``: one micro-batch through base and draft.
 
-    ``samples``: at most how many an optimizer step has, on all ranks together.
+    ``samples``: at most how many an optimizer step has, on all ranks together. ``throughput``
+    counts the micro-batches' work. With ``rejects_spikes`` a loss far above all before is told to
+    Megatron's rerun machine.
     """
 
-    def __init__(self, options: EagleConfig, vocab_size: int, samples: int = 1) -> None:
-        self.options, self.vocab_size = options, vocab_size
+    def __init__(
+        self,
+        options: EagleConfig,
+        vocab_size: int,
+        samples: int = 1,
+        throughput: Throughput | None = None,
+        *,
+        rejects_spikes: bool = False,
+    ) -> None:
+        self.options, self.vocab_size, self.throughput = options, vocab_size, throughput
         self.accounting = accounting_of(options, samples)
+        self.rejects_spikes = rejects_spikes
 
     def __call__(self, iterator: Any, model: Any) -> tuple[Any, Callable[..., Any]]:
         return model(self.read(iterator).to(torch.cuda.current_device())), self.loss
@@ -42,20 +56,39 @@ class ForwardStep:
             return next_block_batch(iterator, self.options, self.vocab_size)
         # A MoE draft balances its experts over all tokens.
         every_row = self.options.spec.num_experts is not None
-        return next_batch(iterator, self.options.train.ttt_steps, self.vocab_size, every_row)
+        batch = next_batch(iterator, self.options.train.ttt_steps, self.vocab_size, every_row)
+        if self.throughput is not None:
+            self.throughput.read(batch)
+        return batch
 
     def loss(self, output: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the sum of losses, what it is divided by (the tokens supervised at step 0), and
-        the metric sums. Megatron divides the summed gradients by that of the whole global batch."""
+        the metric sums. Megatron divides the summed gradients by that of the whole global batch.
+
+        A loss that is not a number needs no check here: it is found in its gradients."""
         loss, sums = output
+        if self.rejects_spikes:
+            _reject_spike(loss)
         unit = self.accounting.unit
         divisor = (self.accounting.divisor(sums) * unit).round().to(torch.int)
         return (loss if unit == 1 else loss * unit), divisor, {_SUMS: sums}
 
 
-def replace_schedule(options: EagleConfig) -> None:
+def _reject_spike(loss: Tensor) -> None:
+    """Tell Megatron's rerun machine of a loss ten times as large as any before; asks the device."""
+    machine = require("megatron.core.rerun_state_machine:get_rerun_state_machine")()
+    machine.validate_result(
+        result=loss.detach(),
+        rejection_func=partial(machine.is_unexpectedly_large, threshold=_SPIKE, context="loss"),
+        message="Spiky loss",
+        tolerance=0.0,
+        fatal=False,
+    )
+
+
+def replace_schedule(options: EagleConfig) -> PipelineSchedule:
     """Make the schedule (Megatron's, or PipelineSchedule with pipeline stages) return one dict of
-    finished metrics.
+    finished metrics. Returns the PipelineSchedule, to be finished when training ends.
 
     Megatron would reduce every logged value by a collective of its own; here the micro-batches'
     sums meet the other ranks in a single all-reduce. Must run before ``pretrain()``.
@@ -82,6 +115,7 @@ def replace_schedule(options: EagleConfig) -> None:
         return forward_backward
 
     patch(_SCHEDULE, get_forward_backward_func, "stages train the draft, metrics meet once")
+    return pipeline
 
 
 def _another_iteration_follows() -> bool:

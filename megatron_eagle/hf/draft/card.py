@@ -73,7 +73,7 @@ def _rows(info: DraftInfo, facts: CardFacts, dtype: torch.dtype) -> list[tuple[s
         else f"the base's {info.base.vocab_size:,} token ids"
     )
     rows = [
-        ("base", f"{_base_name(info)} ({info.base.family})"),
+        ("base", f"{_base_name(info)} ({info.base.source or info.base.family})"),
         *([("serve beside", facts.base_note)] if facts.base_note else []),
         ("captured layers (outputs, 0-based)", ", ".join(map(str, info.aux_layers)) or "none"),
         ("draft layers", f"{info.num_layers}, {_attention(info)}"),

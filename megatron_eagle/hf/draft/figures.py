@@ -13,7 +13,7 @@ from megatron_eagle.checkpoint.atomic import write_text
 from megatron_eagle.checkpoint.directory import ACCEPTED_LENGTH_NAME
 from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.errors import UserError, literal
-from megatron_eagle.user_files import read_json_object, reading
+from megatron_eagle.user_files import naming, read_json_object, reading
 
 CARD_NAME = "README.md"
 ACCEPTED_LENGTH = "accepted length"
@@ -27,7 +27,7 @@ def read_evaluation(path: Path) -> dict[str, Any]:
     Raises ``UserError`` naming ``<eval>`` for a file without these figures, for figures of an
     untrained draft, and for figures of answers other than the greedy ones.
     """
-    with reading("eval", path):
+    with naming("eval"), reading("eval", path):
         figures = read_json_object(path)
     if missing := _missing_figure(figures):
         raise UserError(f"<eval> {path}: {missing} is missing; did megatron-eagle eval write it?")
