@@ -1,11 +1,12 @@
 """Everything to know about one GPU in one command; needs torch and the megatron-core wheel only.
 
-    python benchmarks/gpu.py                      # Llama-3.2-1B's dimensions, bf16
+    python benchmarks/gpu.py --report gpu.md      # Llama-3.2-1B's dimensions, bf16
     python benchmarks/gpu.py --device cpu --tiny  # does it run at all
 
-Correctness of bf16 against the fp32 reference, host synchronisations (none may happen inside a
-step), time and peak memory beside ModelOpt's mathematics before, after and compiled, a profile.
-It has not been run on a GPU yet.
+Correctness in bf16 and fp32 against the fp32 reference, host synchronisations (none may happen
+inside a step); for several vocabularies time and peak memory beside ModelOpt's mathematics before,
+after and compiled, and beside the floor that arithmetic gives; a profile. ``--report`` writes all
+of it as Markdown and JSON. It has not been run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
-import json
 import sys
 import tempfile
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.draft_step import build, start_megatron
+from benchmarks.gpu_report import Report
 from benchmarks.measure import measure
 from benchmarks.plain_modelopt import PlainModelOpt
 from benchmarks.problem import Problem
@@ -41,12 +43,19 @@ TINY = dataclasses.replace(SMALL, hidden=64, intermediate=128, seq=32)
 Run = tuple[Callable[[], Tensor], list[Tensor]]
 
 
-def say(name: str, **found: object) -> None:
-    print(json.dumps({"part": name, **found}), flush=True)
+def cases_of(problem: Problem) -> dict[str, Problem]:
+    """Return the cases of a day: vocabularies of base and draft, and half the tokens masked."""
+    small = min(32000, problem.vocab // 4)
+    return {
+        "whole vocabulary": problem,
+        "small draft vocabulary": dataclasses.replace(problem, draft_vocab=small),
+        "small vocabularies": dataclasses.replace(problem, vocab=small, draft_vocab=small),
+        "half masked": dataclasses.replace(problem, draft_vocab=small, mask_fraction=0.5),
+    }
 
 
-def check_correctness(problem: Problem, device: str) -> bool:
-    """Loss and gradients in bf16 against the fp32 oracle of the tests."""
+def check_correctness(report: Report, problem: Problem, device: str) -> bool:
+    """Compare loss and head gradient in the problem's dtype with the fp32 oracle of the tests."""
     from tests.reference.eagle3 import ReferenceConfig, ReferenceEagle3
 
     inputs = problem.inputs()
@@ -72,11 +81,14 @@ def check_correctness(problem: Problem, device: str) -> bool:
         head.grad.float().flatten().cpu(), reference.lm_head.weight.grad.flatten(), dim=0
     )
     right = off < 0.01 and float(similarity) > 0.99
-    say("correctness", right=right, loss_off_by=off, head_gradient_cosine=float(similarity))
+    report.say(
+        f"correctness in {problem.dtype}",
+        right=right, loss_off_by=off, head_gradient_cosine=float(similarity),
+    )  # fmt: skip
     return right
 
 
-def check_no_synchronisation(forward: Callable[[], Tensor]) -> None:
+def check_no_synchronisation(report: Report, forward: Callable[[], Tensor]) -> None:
     """Run a step that must not ask the device for anything; raise where it does."""
     forward().backward()
     torch.cuda.set_sync_debug_mode("error")
@@ -84,7 +96,7 @@ def check_no_synchronisation(forward: Callable[[], Tensor]) -> None:
         forward().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    say("synchronisations", found=0)
+    report.say("synchronisations", found=0)
 
 
 def implementations(problem: Problem, device: str) -> dict[str, Callable[[], Run]]:
@@ -108,9 +120,11 @@ def implementations(problem: Problem, device: str) -> dict[str, Callable[[], Run
     }
 
 
-def compare(problem: Problem, device: str, iters: int, skip_compiled: bool) -> bool:
-    """Time and peak memory of each; a baseline that does not fit gets half the batch, until it
-    does, and its time counts per sequence. Whether all of them ran."""
+def compare(
+    report: Report, case: str, problem: Problem, *, device: str, iters: int, skip_compiled: bool
+) -> bool:
+    """Measure time and peak memory of each; a baseline that does not fit gets half the batch, until
+    it does, and its time counts per sequence. Returns whether all of them ran."""
     all_ran = True
     for name in implementations(problem, device):
         if skip_compiled and "compiled" in name:
@@ -127,11 +141,13 @@ def compare(problem: Problem, device: str, iters: int, skip_compiled: bool) -> b
                 break
             size = dataclasses.replace(size, batch=size.batch // 2)
         if error is not None:
-            say(name, batch=size.batch, failed=f"{type(error).__name__}: {error}"[:300])
+            failed = f"{type(error).__name__}: {error}"[:300]
+            report.say(name, case=case, batch=size.batch, failed=failed)
             all_ran = False
             continue
         per_sequence = found["wall_ms"] / size.batch
-        say(name, batch=size.batch, wall_ms_per_sequence=round(per_sequence, 3), **found)
+        sequence = round(per_sequence, 3)
+        report.say(name, case=case, batch=size.batch, wall_ms_per_sequence=sequence, **found)
     return all_ran
 
 
@@ -141,13 +157,15 @@ def _free(device: str) -> None:
         torch.cuda.empty_cache()
 
 
-def profile(problem: Problem, device: str) -> None:
+def profile(report: Report, case: str, problem: Problem, device: str) -> None:
     forward, _ = implementations(problem, device)["ours"]()
     forward().backward()
     with torch.profiler.profile() as found:
         forward().backward()
     by = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
-    print(found.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=50))
+    table = found.key_averages().table(sort_by=by, row_limit=20, max_name_column_width=50)
+    report.profiles[case] = table
+    print(table)
 
 
 def main() -> int:
@@ -155,7 +173,10 @@ def main() -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a problem that a CPU can do")
     parser.add_argument("--batch", type=int, help="sequences (16)")
-    parser.add_argument("--draft-vocab", type=int, help="(the whole vocabulary, 128256)")
+    parser.add_argument("--draft-vocab", type=int, help="one case alone, of this vocabulary")
+    parser.add_argument(
+        "--report", type=Path, metavar="FILE.md", help="write the findings, with JSON"
+    )
     parser.add_argument("--skip-compiled", action="store_true", help="nothing by torch.compile")
     parser.add_argument("--iters", type=int, default=10)
     args = parser.parse_args()
@@ -167,13 +188,42 @@ def main() -> int:
     problem = dataclasses.replace(TINY if args.tiny else LLAMA_1B, **changes)
     with tempfile.TemporaryDirectory() as scratch:
         start_megatron(0, 1, f"{scratch}/store")
-        right = check_correctness(TINY if args.tiny else SMALL, args.device)
-        if args.device != "cpu":
-            check_no_synchronisation(build(problem, args.device, {})[0])
-        all_ran = compare(problem, args.device, args.iters, args.skip_compiled)
-        profile(problem, args.device)
+        cases = {"one case": problem} if args.draft_vocab else cases_of(problem)
+        report = Report(device_name(args.device), versions())
+        ok = run_day(report, cases, args)
         torch.distributed.destroy_process_group()
-    return 0 if right and all_ran else 1
+    if args.report is not None:
+        report.write(args.report, cases)
+    return 0 if ok else 1
+
+
+def run_day(report: Report, cases: dict[str, Problem], args: argparse.Namespace) -> bool:
+    """Run the checks and all ``cases``; returns whether everything ran and was right."""
+    small, device = TINY if args.tiny else SMALL, args.device
+    right = [
+        check_correctness(report, dataclasses.replace(small, dtype=dtype), device)
+        for dtype in ("bf16", "fp32")
+    ]
+    for case, problem in cases.items():
+        if device != "cpu":
+            check_no_synchronisation(report, build(problem, device, {})[0])
+        options = {"device": device, "iters": args.iters, "skip_compiled": args.skip_compiled}
+        right.append(compare(report, case, problem, **options))
+        _free(device)
+    for case in list(cases)[:2]:
+        profile(report, case, cases[case], device)
+        _free(device)
+    return all(right)
+
+
+def device_name(device: str) -> str:
+    """Return what the report calls the device."""
+    return "CPU" if device == "cpu" else torch.cuda.get_device_name(device)
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that the figures depend on."""
+    return {name: version(name) for name in ("torch", "megatron-core")}
 
 
 if __name__ == "__main__":

@@ -265,9 +265,9 @@ def make_base(args: argparse.Namespace, folder: Path) -> Path:
 
 def write_answers(args: argparse.Namespace, base: Path, file: Path) -> None:
     """Random prompts and answers of ragged lengths, within the base's vocabulary."""
-    from megatron_eagle.checkpoint.directory import load_base_json
+    from megatron_eagle.checkpoint.base_description import read_base
 
-    vocabulary, rng = load_base_json(base).vocab_size, random.Random(args.seed)
+    vocabulary, rng = read_base(base).vocab_size, random.Random(args.seed)
     longest = args.seq_length - 8
 
     def ids(low: int, high: int) -> list[int]:

@@ -21,10 +21,16 @@ if TYPE_CHECKING:
     from megatron.core import dist_checkpointing
     from megatron.core.activations import quick_gelu
     from megatron.core.dist_checkpointing.dict_utils import nested_values
-    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+    from megatron.core.dist_checkpointing.mapping import (
+        ShardedTensor,
+        ShardedTensorFactory,
+        apply_factories,
+    )
     from megatron.core.dist_checkpointing.validation import StrictHandling
     from megatron.core.distributed import finalize_model_grads
+    from megatron.core.model_parallel_config import ModelParallelConfig
     from megatron.core.models.backends import LocalSpecProvider
+    from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
@@ -53,6 +59,7 @@ if TYPE_CHECKING:
         MultiLatentAttention,
     )
     from megatron.core.transformer.spec_utils import build_module
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
     from megatron.core.transformer.utils import (
         ensure_metadata_has_dp_cp_group,
         is_layer_window_attention,
@@ -66,6 +73,12 @@ if TYPE_CHECKING:
         nvtx_range_push,
         unwrap_model,
     )
+    from megatron.training.argument_utils import (
+        core_transformer_config_from_args,
+        gpt_config_from_args,
+    )
+    from megatron.training.arguments import add_megatron_arguments
+    from megatron.training.models import GPTModelBuilder
 
 logger = logging.getLogger("megatron_eagle")
 
@@ -76,10 +89,12 @@ _MARKER = "_megatron_eagle_patches"
 _PATHS = {
     "ColumnParallelLinear": "megatron.core.tensor_parallel:ColumnParallelLinear",
     "GPTModel": "megatron.core.models.gpt:GPTModel",
+    "GPTModelBuilder": "megatron.training.models:GPTModelBuilder",
     "IdentityOp": "megatron.core.transformer.identity_op:IdentityOp",
     "MLP": "megatron.core.transformer.mlp:MLP",
     "LocalSpecProvider": "megatron.core.models.backends:LocalSpecProvider",
     "MLASelfAttention": "megatron.core.transformer.multi_latent_attention:MLASelfAttention",
+    "ModelParallelConfig": "megatron.core.model_parallel_config:ModelParallelConfig",
     "MultiLatentAttention": (
         "megatron.core.transformer.multi_latent_attention:MultiLatentAttention"
     ),
@@ -88,16 +103,25 @@ _PATHS = {
         "megatron.core.models.common.embeddings.rotary_pos_embedding:RotaryEmbedding"
     ),
     "ShardedTensor": "megatron.core.dist_checkpointing.mapping:ShardedTensor",
+    "ShardedTensorFactory": "megatron.core.dist_checkpointing.mapping:ShardedTensorFactory",
     "StrictHandling": "megatron.core.dist_checkpointing.validation:StrictHandling",
     "TopKRouter": "megatron.core.transformer.moe.router:TopKRouter",
     "MLATransformerConfig": "megatron.core.transformer:MLATransformerConfig",
     "TransformerConfig": "megatron.core.transformer:TransformerConfig",
+    "WrappedTorchNorm": "megatron.core.transformer.torch_norm:WrappedTorchNorm",
+    "add_megatron_arguments": "megatron.training.arguments:add_megatron_arguments",
+    "apply_rotary_pos_emb": (
+        "megatron.core.models.common.embeddings.rope_utils:apply_rotary_pos_emb"
+    ),
     "apply_factories": "megatron.core.dist_checkpointing.mapping:apply_factories",
     "backward_step": "megatron.core.pipeline_parallel.schedules:backward_step",
     "build_module": "megatron.core.transformer.spec_utils:build_module",
     "configure_nvtx_profiling": "megatron.core.utils:configure_nvtx_profiling",
     "copy_to_tensor_model_parallel_region": (
         "megatron.core.tensor_parallel.mappings:copy_to_tensor_model_parallel_region"
+    ),
+    "core_transformer_config_from_args": (
+        "megatron.training.argument_utils:core_transformer_config_from_args"
     ),
     "dist_checkpointing": "megatron.core:dist_checkpointing",
     "ensure_metadata_has_dp_cp_group": (
@@ -122,6 +146,7 @@ _PATHS = {
         "megatron.core.models.gpt.gpt_layer_specs:get_gpt_layer_with_transformer_engine_spec"
     ),
     "get_model_config": "megatron.core.utils:get_model_config",
+    "gpt_config_from_args": "megatron.training.argument_utils:gpt_config_from_args",
     "is_layer_window_attention": "megatron.core.transformer.utils:is_layer_window_attention",
     "make_sharded_tensors_for_checkpoint": (
         "megatron.core.transformer.utils:make_sharded_tensors_for_checkpoint"

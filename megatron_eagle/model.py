@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_eagle.compat import MegatronModule
 from megatron_eagle.config import EagleConfig
+from megatron_eagle.draft.block import BlockDraft
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.draft.moe import take_balance_loss
 from megatron_eagle.loss.inputs import Budgets, LossRows
@@ -26,10 +27,13 @@ from megatron_eagle.loss.registry import row_loss
 from megatron_eagle.loss.soft_cross_entropy import soft_cross_entropy
 from megatron_eagle.loss.statistics import LossSums
 from megatron_eagle.objective.batch import EagleBatch
+from megatron_eagle.objective.block_batch import AnyBatch, BlockBatch
+from megatron_eagle.objective.block_step import BlockObjective
 from megatron_eagle.objective.inputs import DraftInputs
 from megatron_eagle.objective.metrics import metric_sums, prefix_hits
 from megatron_eagle.objective.regression import hidden_regression
 from megatron_eagle.objective.unroll import unroll
+from megatron_eagle.parallel.products import agreed_output_bytes
 from megatron_eagle.pipeline.exchange import StageExchange
 from megatron_eagle.pipeline.replicas import as_replica
 from megatron_eagle.platform.profiling import nvtx_range
@@ -58,7 +62,7 @@ class EagleGPTModel(MegatronModule):
     ) -> None:
         # Megatron sums gradients by the names of such norms over TP: the draft's, not the base's.
         config = copy.copy(base.config)
-        config.qk_layernorm = draft.spec.qk_layernorm
+        config.qk_layernorm = draft.spec.norms_heads
         super().__init__(config=config)
         self.base, self.draft, self.options = base, draft, options
         self.exchange = exchange or StageExchange(base)
@@ -71,7 +75,9 @@ class EagleGPTModel(MegatronModule):
         self.budgets = Budgets(
             train.logits_budget_mib << 20,
             train.teacher_memory << 20,
-            None if train.loss_chunk_mib is None else train.loss_chunk_mib << 20,
+            agreed_output_bytes(base.output_weight.device, draft.tp_group)
+            if train.loss_chunk_mib is None
+            else train.loss_chunk_mib << 20,
         )
         self.row_loss = row_loss(train.loss, train.acceptance_decay)
         # No buffer: a bf16 model would round it.
@@ -80,9 +86,15 @@ class EagleGPTModel(MegatronModule):
         in_vocab = torch.zeros(base.vocab_size, dtype=torch.bool)
         in_vocab[draft.vocab_ids.cpu()] = True
         self.register_buffer("in_draft_vocab", in_vocab, persistent=False)
+        self.block_objective: BlockObjective | None = None
+        if isinstance(draft, BlockDraft):
+            draft.copy_head(self.teacher_head().draft_weight)
+            self.block_objective = BlockObjective(
+                base, draft, options.blocks(), self.budgets, self._mask_embedding
+            )
 
     def forward(
-        self, batch: EagleBatch, base_outputs: BaseOutputs | None = None
+        self, batch: AnyBatch, base_outputs: BaseOutputs | None = None
     ) -> tuple[Tensor, Tensor]:
         """Return the micro-batch's loss (a sum over tokens and weighted steps) and its metric sums,
         see :func:`~megatron_eagle.objective.metrics.reduce_metrics`.
@@ -92,6 +104,8 @@ class EagleGPTModel(MegatronModule):
         target positions at a time.
         """
         base = base_outputs or batch.base_outputs or self.base(batch.tokens, batch.packing)
+        if isinstance(batch, BlockBatch):
+            return self.train_blocks(batch, base)
         inputs = self.draft_inputs(batch, base.features)
         hidden = unroll(
             self.draft, inputs, batch.step_rows, detach_steps=self.options.train.detach_steps
@@ -112,6 +126,13 @@ class EagleGPTModel(MegatronModule):
         prefixes = prefix_hits(hits, batch.step_rows, batch.live.index.numel())
         return loss + extra, metric_sums(sums, prefixes, regression)
 
+    def train_blocks(self, batch: BlockBatch, base: BaseOutputs) -> tuple[Tensor, Tensor]:
+        """Return loss and metric sums of a block draft, see
+        :func:`~megatron_eagle.objective.block_metrics.reduce_block_metrics`."""
+        assert self.block_objective is not None
+        teacher = self.teach(self.target_hidden(base.final_hidden, batch.target_rows))
+        return self.block_objective(batch, base.features, teacher, self.in_draft_vocab)
+
     def draft_inputs(self, batch: EagleBatch, features: Tensor) -> DraftInputs:
         """Return what the draft reads of the batch, beside this rank's features [S', B, A * H]."""
         return DraftInputs.of(
@@ -127,12 +148,18 @@ class EagleGPTModel(MegatronModule):
     def target_hidden(self, final_hidden: Tensor, target_rows: Tensor) -> Tensor:
         """Return the base's final hidden state at the target positions, [M, H], the same on every
         TP rank; ``target_rows`` [M] as in :class:`~megatron_eagle.objective.batch.EagleBatch`."""
-        rows = self.base.gather_final(final_hidden, self.options.train.ttt_steps)
+        rows = self.base.gather_final(final_hidden, self.options.steps)
         return rows.flatten(0, 1)[target_rows]
 
     @torch.no_grad()
     def teach(self, target_hidden: Tensor) -> TeacherTargets:
         """Return the teacher of these target positions [M, H]; nothing is evaluated yet."""
+        with nvtx_range("teacher"):
+            return self.teacher_head().targets(target_hidden)
+
+    @torch.no_grad()
+    def teacher_head(self) -> TeacherHead:
+        """Return the teacher's rows of both vocabularies, fetched when they are first needed."""
         if self.teacher is None:
             self.teacher = TeacherHead(
                 self.base.output_weight,
@@ -140,8 +167,7 @@ class EagleGPTModel(MegatronModule):
                 self.draft.vocab_ids,
                 self.base.tp_group,
             )
-        with nvtx_range("teacher"):
-            return self.teacher.targets(target_hidden)
+        return self.teacher
 
     def loss_rows(self, batch: EagleBatch) -> LossRows:
         """Return masks and weights of the target positions."""

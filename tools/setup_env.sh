@@ -47,5 +47,11 @@ if ! wait "$pip" || ! "$python" -c 'import torch, megatron.core' >>"$log" 2>&1 <
     echo "error: the packages could not be installed; the whole log is in $log" >&2
     exit 1
 fi
+# Python files alone, for tests on a CPU. Beside the packages, not among them: Megatron would take
+# them for an installation, whose kernels are missing.
+engine=$(grep -E '^transformer-engine==' constraints.txt)
+"$python" -m pip install --disable-pip-version-check --no-input --quiet --no-deps --no-compile \
+    --upgrade --target "$venv/transformer-engine" "$engine" >>"$log" 2>&1 ||
+    say "$engine is not there: its tests will be skipped"
 say "$venv is ready: $("$python" --version), $(grep -E '^(torch|megatron-core)==' constraints.txt |
     tr '\n' ' ')"

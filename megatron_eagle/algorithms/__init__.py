@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from megatron_eagle.algorithms.base import Algorithm, DraftBlocks, Schedule
+from megatron_eagle.algorithms.dflash import DFlash
+from megatron_eagle.algorithms.dspark import DSpark
 from megatron_eagle.algorithms.eagle1 import Eagle1
 from megatron_eagle.algorithms.eagle3 import Eagle3
 from megatron_eagle.algorithms.eagle31 import Eagle31
 from megatron_eagle.algorithms.p_eagle import PEagle
 
 ALGORITHMS: dict[str, Algorithm] = {
-    algorithm.name: algorithm for algorithm in (Eagle1(), Eagle3(), Eagle31(), PEagle())
+    algorithm.name: algorithm
+    for algorithm in (Eagle1(), Eagle3(), Eagle31(), PEagle(), DFlash(), DSpark())
 }
 """Every algorithm by its name."""
 
@@ -20,6 +23,8 @@ __all__ = [
     "ALGORITHMS",
     "SPECIAL_OPTIONS",
     "Algorithm",
+    "DFlash",
+    "DSpark",
     "DraftBlocks",
     "Eagle1",
     "Eagle3",

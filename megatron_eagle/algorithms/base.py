@@ -33,6 +33,12 @@ class DraftBlocks(Protocol):
         ...
 
 
+UNROLLED: frozenset[str] = frozenset(
+    {"ttt_steps", "step_decay", "loss", "attention", "num_experts"}
+)
+"""Options of every draft that is unrolled step by step, which block drafts do not have."""
+
+
 @dataclass(frozen=True)
 class Schedule[Result]:
     """Two ways to run all steps of a draft; an algorithm chooses one in :meth:`Algorithm.run`.
@@ -77,6 +83,12 @@ class Algorithm(ABC):
     regresses_hidden: ClassVar[bool] = False
     """A smooth-L1 loss pulls the draft's hidden state to the base's final one."""
 
+    drafts_blocks: ClassVar[bool] = False
+    """Drafts a block of tokens in one pass, beside anchors, and is not unrolled (draft/block.py).
+    Shares the base's head even where it has fewer ids, and norms its queries and keys."""
+    slot_zero_predicts: ClassVar[bool] = False
+    """Slot 0 of a block, the anchor, is judged too: slot k says the token after its own."""
+
     # What an exported draft must say (megatron_eagle/hf/draft).
     server_method: ClassVar[str] = "eagle3"
     """The method's name in the servers' own flags."""
@@ -99,6 +111,16 @@ class Algorithm(ABC):
     def layer_input(self, draft: DraftBlocks, embedding: Tensor, hidden: Tensor) -> Tensor:
         """Return the first layer's input at every step, from [S', B, H] each."""
         return draft.concatenate(embedding, hidden)
+
+    def default_aux_layers(self, base_layers: int) -> tuple[int, ...]:
+        """Return the aux layers beside a base of ``base_layers`` layers if none are chosen; empty
+        if the formula, :attr:`aux_formula`, does not suit so few."""
+        if base_layers < 7:
+            return ()
+        return (1, base_layers // 2 - 1, base_layers - 4)
+
+    aux_formula: ClassVar[str] = "1, n//2 - 1 and n - 4 need at least 7"
+    """What :meth:`default_aux_layers` needs, for the error line."""
 
     def run[Result](self, schedule: Schedule[Result]) -> Result:
         """Run all steps in the way that suits this algorithm."""

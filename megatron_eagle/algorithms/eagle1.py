@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar
 
-from megatron_eagle.algorithms.base import Algorithm, DraftBlocks
+from megatron_eagle.algorithms.base import UNROLLED, Algorithm, DraftBlocks
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -18,7 +18,7 @@ class Eagle1(Algorithm):
 
     name = "eagle1"
     title = "EAGLE-1"
-    options = frozenset({"regression_weight", "detach_steps"})
+    options = UNROLLED | {"regression_weight", "detach_steps"}
     reasons: ClassVar = {
         "aux_layers": _READS_FINAL,
         "norm_before_fc": _READS_FINAL,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from megatron_eagle.algorithms.base import Algorithm
+from megatron_eagle.algorithms.base import UNROLLED, Algorithm
 
 
 class Eagle3(Algorithm):
@@ -12,7 +12,7 @@ class Eagle3(Algorithm):
 
     name = "eagle3"
     title = "EAGLE-3"
-    options = frozenset(
+    options = UNROLLED.union(
         {
             "aux_layers",
             "norm_before_fc",

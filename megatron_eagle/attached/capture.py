@@ -11,7 +11,7 @@ import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -62,6 +62,8 @@ class ForwardCapture:
     backward, are outside the model's forward, and nothing is kept of them. A forward with an
     inference context is a rollout and passes unseen.
     """
+
+    _measuring: ClassVar[bool] = False
 
     def __init__(self, gpt: Any, aux_layers: Sequence[int]) -> None:
         self._gpt = gpt
@@ -115,16 +117,16 @@ class ForwardCapture:
 
     @contextmanager
     def aux_hidden(self) -> Iterator[AuxCapture]:
-        """Keep the aux hidden states of a forward inside the context, and nothing else."""
-        with self.paused():
-            self.aux.enabled = True
-            try:
-                yield self.aux
-            finally:
-                self.aux.enabled = False
+        """Keep the aux hidden states of a forward inside the context, and nothing else; other
+        drafts beside the same model do not see it."""
+        self.aux.enabled = ForwardCapture._measuring = True
+        try:
+            yield self.aux
+        finally:
+            self.aux.enabled = ForwardCapture._measuring = False
 
     def _before(self, _module: Any, args: Any, kwargs: Any) -> None:
-        if self._paused:
+        if self._paused or self._measuring:
             return
         call = self._signature.bind(*args, **kwargs).arguments
         if call.get("inference_context") is None and call.get("inference_params") is None:

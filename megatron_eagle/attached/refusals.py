@@ -96,6 +96,11 @@ def _check_config(gpt: Any) -> None:
 def check_options(gpt: Any, options: EagleConfig, vocab_size: int, dtype: torch.dtype) -> None:
     """Raise ``UserError`` for an option that does not fit the model or would be ignored."""
     spec, train = options.spec, options.train
+    if spec.method.drafts_blocks:
+        raise UserError(
+            f"<algorithm> {spec.algorithm}: its anchors are drawn by the number of a sample, which "
+            "the trainer of <model> does not tell; train it with megatron-eagle train"
+        )
     for name, value in given(train).items():
         if name not in USED_OPTIONS:
             raise UserError(f"{shown(name, value)}: the trainer's own, no option of attach")

@@ -124,15 +124,27 @@ def blocks_forward(
     """
     if _is_whole(plan, q, k):
         return _forward(q, k, v, scale, plan[0])
-    out = q.new_empty(*q.shape[:-1], v.shape[-1])
-    lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    out = lse = None
     for (batch, queries), blocks in groupby(plan, lambda block: (block.batch, block.query)):
-        part: tuple[Tensor, Tensor] | None = None
-        for block in blocks:
-            new = _forward(*_cut(q, k, v, block), scale, block)
-            part = new if part is None else merge(*part, *new)
-        assert part is not None
+        part = _merged([(*_cut(q, k, v, block), block) for block in blocks], scale)
+        if part[1].shape == q.shape[:-1]:
+            return part
+        if out is None or lse is None:
+            rows = q.transpose(1, 2)  # positions before heads: what the layer reads next
+            out = q.new_empty(*rows.shape[:-1], v.shape[-1]).transpose(1, 2)
+            lse = q.new_empty(q.shape[:-1], dtype=torch.float32)
         out[batch, :, queries], lse[batch, :, queries] = part
+    assert out is not None and lse is not None
+    return out, lse
+
+
+def _merged(
+    blocks: list[tuple[Tensor, Tensor, Tensor, Block]], scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) of the union of blocks with the same queries."""
+    out, lse = _forward(*blocks[0][:3], scale, blocks[0][3])
+    for q, k, v, block in blocks[1:]:
+        out, lse = merge_(out, lse, *_forward(q, k, v, scale, block))
     return out, lse
 
 
@@ -153,7 +165,8 @@ def blocks_backward(
     """
     if _is_whole(plan, q, k):
         return _backward(grad_out, q, k, v, out, lse, scale, plan[0])
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    written = None
     for block in plan:
         batch, queries, keys = block.batch, block.query, block.key
         sequences = batch if block.keys_of is None else block.keys_of
@@ -165,18 +178,23 @@ def blocks_backward(
             scale,
             block,
         )
-        dq[batch, :, queries] += part_q
+        if written == (batch, queries):
+            dq[batch, :, queries] += part_q
+        else:
+            dq[batch, :, queries] = part_q
+            written = (batch, queries)
         dk[sequences, :, keys] += part_k
         dv[sequences, :, keys] += part_v
     return dq, dk, dv
 
 
-def merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge two softmaxes of the same queries over disjoint keys: (out, lse) of the union."""
+def merge_(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Merge two softmaxes of the same queries over disjoint keys: (out, lse) of the union, in the
+    memory of the first."""
     merged = torch.logaddexp(lse, other_lse)
-    weight = (lse - merged).exp().unsqueeze(-1).to(out.dtype)
-    other_weight = (other_lse - merged).exp().unsqueeze(-1).to(out.dtype)
-    return torch.addcmul(out * weight, other, other_weight), merged
+    weight = lse.sub_(merged).exp_().unsqueeze(-1).to(out.dtype)
+    other_weight = other_lse.sub_(merged).exp_().unsqueeze(-1).to(out.dtype)
+    return out.mul_(weight).addcmul_(other, other_weight), merged
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -241,7 +259,11 @@ def sink_attention(
     A sink has no value: it only takes its part of the probability. Not differentiable, since only
     frozen bases have sinks; no collective.
     """
-    out, lse = blocks_forward(query, key, value, scale, plan)
+    return beside_sink(*blocks_forward(query, key, value, scale, plan), sink)
+
+
+def beside_sink(out: Tensor, lse: Tensor, sink: Tensor) -> Tensor:
+    """Scale out [B, n, S, dv] of a softmax with lse [B, n, S] to what a sink [n] leaves of it."""
     left = torch.sigmoid(lse - sink.float().unsqueeze(-1))  # the keys' part of the probability
     return out * left.unsqueeze(-1).to(out.dtype)
 

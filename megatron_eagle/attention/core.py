@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_eagle.attention import flash
+from megatron_eagle.attention import flash, one_launch
 from megatron_eagle.attention.blocks import (
     CAUSAL,
     Plan,
+    beside_sink,
     block_attention,
     sink_attention,
     span_plan,
@@ -178,6 +179,9 @@ class EagleCoreAttention(MegatronModule):
         sink = self.softmax_offset
         if attention_mask is not None:
             out = attention_mask.attend(self.layer_number, q, k, v, scale, self.window, sink)
+        elif self._takes_one_launch(q):
+            out, lse = one_launch.forward(q, k, v, scale, window=self.window)
+            out = out if sink is None else beside_sink(out, lse, sink)
         elif self.window is not None or sink is not None or self.cp_group.size() > 1:
             k, v = gather_key_value(k, v, self.cp_group)
             plan = context_plan(k.shape[2], self.cp_group, self.window)
@@ -196,6 +200,11 @@ class EagleCoreAttention(MegatronModule):
                 enable_gqa=q.shape[1] != k.shape[1],
             )[..., : v.shape[-1]]
         return out.permute(2, 0, 1, 3).flatten(2).contiguous()
+
+    def _takes_one_launch(self, q: Tensor) -> bool:
+        """Return whether a window or a sink of a frozen base is an argument of a CUDA kernel."""
+        special = self.window is not None or self.softmax_offset is not None
+        return special and self.cp_group.size() == 1 and one_launch.applies(q)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None

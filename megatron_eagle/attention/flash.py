@@ -25,8 +25,10 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tupl
     """Return out [B, n, S, dv] and lse [B, n, S] of softmax(scale * q kᵀ) v."""
     assert not causal or q.shape[2] == k.shape[2]
     width, on_cpu = v.shape[-1], q.device.type == "cpu"
-    if not on_cpu and not _has_cuda_flash(q):
+    if not on_cpu and not has_cuda_flash(q):
         return _dense_forward(q, k, v, scale, causal)
+    if not on_cpu:
+        q, k = in_eighths(q), in_eighths(k)
     v = widened(v, q)
     if on_cpu:
         run = _aten._scaled_dot_product_flash_attention_for_cpu
@@ -48,9 +50,11 @@ def backward(
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v; ``out`` and ``lse`` may be those of a larger softmax."""
-    width, on_cpu = v.shape[-1], q.device.type == "cpu"
-    if not on_cpu and not _has_cuda_flash(q):
+    size, width, on_cpu = q.shape[-1], v.shape[-1], q.device.type == "cpu"
+    if not on_cpu and not has_cuda_flash(q):
         return _dense_backward(grad_out, q, k, v, out, lse, scale, causal)
+    if not on_cpu:
+        q, k = in_eighths(q), in_eighths(k)
     grad_out, v, out = (widened(x, q) for x in (grad_out, v, out))
     if on_cpu:
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
@@ -62,7 +66,7 @@ def backward(
             grad_out, q, k, v, out, lse.contiguous(), None, None,  # lse is read without strides
             q.shape[2], k.shape[2], 0.0, causal, unused, unused, scale=scale,
         )  # fmt: skip
-    return dq, dk, dv[..., :width]
+    return dq[..., :size], dk[..., :size], dv[..., :width]
 
 
 def widened(x: Tensor, q: Tensor) -> Tensor:
@@ -71,12 +75,15 @@ def widened(x: Tensor, q: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, missing)) if missing else x
 
 
-def _has_cuda_flash(q: Tensor) -> bool:
-    """Return whether CUDA's flash kernels take the dtype and width of q."""
-    size = q.shape[-1]
-    return (
-        q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and size <= 256 and size % 8 == 0
-    )
+def in_eighths(x: Tensor) -> Tensor:
+    """Pad the channels of x [..., d] with zeros to a multiple of 8, as CUDA's flash kernels ask."""
+    missing = -x.shape[-1] % 8
+    return torch.nn.functional.pad(x, (0, missing)) if missing else x
+
+
+def has_cuda_flash(q: Tensor) -> bool:
+    """Return whether CUDA's flash kernels take the dtype and width of q, padded if need be."""
+    return q.is_cuda and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] <= 256
 
 
 def _repeat_groups(q: Tensor, k: Tensor) -> Tensor:

@@ -50,18 +50,20 @@ class MLARotary(torch.nn.Module):
             self._angles = None
 
 
-def patch_mla_layers(gpt: Any, rope: Rope, theta: float, norm: Callable[..., Any]) -> None:
+def patch_mla_layers(gpt: Any, rope: Rope, theta: float, norm: Callable[..., Any] | None) -> None:
     """Replace the rotary module of a GPTModel's MLA layers and set the norms of their latents.
 
     All layers share one new ``MLARotary``, which is also kept as ``gpt.mla_rotary``. Where queries
     have no low-rank projection, Megatron leaves out the norm of the key/value latent, too: it is
-    added. The epsilon of all these norms becomes ``NORM_EPS``.
+    added. The epsilon of all these norms becomes ``NORM_EPS``. That is how published models are; of
+    a base that Megatron trained, the norms stay as they are.
 
     Args:
         gpt: the model, changed in place.
         rope: the base's description, empty for unscaled frequencies of ``theta``.
         theta: base of the frequencies.
-        norm: builder of a norm, called with ``config``, ``hidden_size`` and ``eps``.
+        norm: builder of a norm, called with ``config``, ``hidden_size`` and ``eps``; None for a
+            base that Megatron trained.
     """
     config = gpt.config
     rotary = RotaryEmbedding(
@@ -77,6 +79,8 @@ def patch_mla_layers(gpt: Any, rope: Rope, theta: float, norm: Callable[..., Any
     for layer in gpt.decoder.layers:
         attention = layer.self_attention
         attention.rotary_pos_emb = gpt.mla_rotary
+        if norm is None:
+            continue
         if config.q_lora_rank is None:
             attention.kv_layernorm = norm(config=config, hidden_size=config.kv_lora_rank, eps=0.0)
         # Transformer Engine fuses the norms into the projections after them.
@@ -87,5 +91,7 @@ def patch_mla_layers(gpt: Any, rope: Rope, theta: float, norm: Callable[..., Any
 
 
 def position_rotary(gpt: Any) -> Any:
-    """Return the Megatron RotaryEmbedding of a GPTModel's layers, MLA or not."""
-    return gpt.mla_rotary.rotary if gpt.config.multi_latent_attention else gpt.rotary_pos_emb
+    """Return the Megatron RotaryEmbedding of a GPTModel's layers, MLA or not; None without rope."""
+    if gpt.config.multi_latent_attention:
+        return gpt.mla_rotary.rotary
+    return gpt.rotary_pos_emb if gpt.position_embedding_type == "rope" else None

@@ -17,7 +17,15 @@ from itertools import pairwise
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_eagle.attention.blocks import Plan, block_attention, sink_attention, span_plan
+from megatron_eagle.attention import one_launch
+from megatron_eagle.attention.blocks import (
+    Plan,
+    beside_sink,
+    block_attention,
+    sink_attention,
+    span_plan,
+)
+from megatron_eagle.attention.one_launch import Bounds
 from megatron_eagle.parallel.context import ContextShard, gather_key_value
 
 Spans = tuple[tuple[int, int], ...]
@@ -76,6 +84,7 @@ class DocumentAttention:
 
     def __init__(self, packing: Packing, group: ProcessGroup) -> None:
         self._plan = cache(partial(packing.plan, group))  # by window
+        self._bounds = cache(partial(Bounds.of, packing.documents, packing.positions.shape[1]))
         self._group = group
 
     def attend(
@@ -89,6 +98,10 @@ class DocumentAttention:
         sink: Tensor | None = None,
     ) -> Tensor:
         """See ``AttentionState``."""
+        if self._group.size() == 1 and one_launch.applies(query):
+            bounds = self._bounds(query.device)
+            out, lse = one_launch.forward(query, key, value, scale, bounds, window)
+            return out if sink is None else beside_sink(out, lse, sink)
         key, value = gather_key_value(key, value, self._group)
         if sink is not None:
             return sink_attention(query, key, value, scale, self._plan(window), sink)

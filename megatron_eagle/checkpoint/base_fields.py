@@ -68,6 +68,12 @@ def _pattern(value: Any) -> str | None:
     return None if fits else "a list of 0 and 1"
 
 
+def _frequency(value: Any) -> str | None:
+    """Take a pattern, or the number of layers in which one is of the other kind."""
+    fits = _size(MOST_LAYERS)(value) is None or _pattern(value) is None
+    return None if fits else "a positive integer or a list of 0 and 1"
+
+
 def _window(value: Any) -> str | None:
     fits = (
         isinstance(value, list) and len(value) == 2 and _size()(value[0]) is None and value[1] == 0
@@ -84,9 +90,9 @@ REQUIRED: dict[str, Check] = {
     "num_query_groups": _size(),
     "kv_channels": _size(),
     "max_position_embeddings": _size(2**31),
-    "normalization": _among("RMSNorm"),
+    "normalization": _among("RMSNorm", "LayerNorm"),
     "norm_epsilon": _positive,
-    "position_embedding_type": _among("rope"),
+    "position_embedding_type": _among("rope", "learned_absolute", "none"),
     "rotary_base": _whole,
     "rotary_percent": _positive,
     "add_bias_linear": _switch,
@@ -100,6 +106,14 @@ REQUIRED: dict[str, Check] = {
 }
 OPTIONAL: dict[str, Check] = {
     "swiglu": _switch,
+    "squared_relu": _switch,
+    "bias_gelu_fusion": _switch,
+    "apply_layernorm_1p": _switch,
+    "apply_residual_connection_post_layernorm": _switch,
+    "attention_output_gate": _switch,
+    "qk_l2_norm": _switch,
+    "rotary_interleaved": _switch,
+    "no_rope_freq": _frequency,
     "quick_geglu": _switch,
     "glu_linear_offset": _number,
     "activation_func_clamp_value": _positive,
@@ -107,13 +121,16 @@ OPTIONAL: dict[str, Check] = {
     "use_rope_scaling": _switch,
     "rope_scaling_factor": _positive,
     "window_size": _window,
-    "window_attn_skip_freq": _pattern,
+    "window_attn_skip_freq": _frequency,
     "num_experts": _size(),
-    "moe_layer_freq": _pattern,
+    "moe_layer_freq": _frequency,
     "moe_ffn_hidden_size": _size(),
     "moe_shared_expert_intermediate_size": _size(),
     "moe_router_topk": _size(),
-    "moe_router_score_function": _among("softmax", "sigmoid"),
+    "moe_shared_expert_gate": _switch,
+    "moe_apply_probs_on_input": _switch,
+    "moe_latent_size": _size(),
+    "moe_router_score_function": _among("softmax", "sigmoid", "sqrtsoftplus"),
     "moe_router_pre_softmax": _switch,
     "moe_router_enable_expert_bias": _switch,
     "moe_router_topk_scaling_factor": _positive,

@@ -15,6 +15,7 @@ from megatron_eagle.checkpoint.base_fields import (
     check_rope,
     check_token_ids,
 )
+from megatron_eagle.checkpoint.native.formats import refuse_other_formats
 from megatron_eagle.errors import UserError, literal
 from megatron_eagle.user_files import read_json, reading, reading_file
 
@@ -34,10 +35,12 @@ class BaseInfo:
 
     ``fingerprint`` identifies the weights among bases of the same dimensions; ``vocab_size`` is
     unpadded; ``hf_config`` is the Hugging Face config.json, without the ``quantization_config`` of
-    weights that were unpacked, with all end tokens, and with some of generation_config.json under
-    that name (see ``hf/base/import_base.py``); ``megatron_args`` maps the argparse names of all
-    architecture flags that training needs to values; ``rope`` holds the properties of the rotary
-    embedding that have no Megatron flag (see ``attention/rope.py``).
+    weights that were unpacked and with the end tokens of generation_config.json; ``megatron_args``
+    maps the argparse names of all architecture flags that training needs to values; ``rope`` holds
+    the properties of the rotary embedding that have no Megatron flag (see ``attention/rope.py``).
+    Of a base that Megatron itself trained, ``family`` is ``megatron-gpt``, ``hf_config`` holds the
+    fields that its arguments know, ``source`` says who saved it and when, and ``tokenizer`` names
+    the one it was trained with.
     """
 
     family: str
@@ -47,6 +50,13 @@ class BaseInfo:
     hf_config: dict[str, Any]
     megatron_args: dict[str, Any]
     rope: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_native(self) -> bool:
+        """Return whether Megatron trained it: then all conventions are Megatron's own."""
+        return self.family.startswith("megatron-")
 
     def as_dict(self) -> dict[str, Any]:
         """Return the JSON object of eagle_base.json, format and version included."""
@@ -65,14 +75,6 @@ def token_ids(hf_config: dict[str, Any], key: str) -> list[int]:
     return list(value) if isinstance(value, list) else [value]
 
 
-def end_ids(hf_config: dict[str, Any]) -> list[int]:
-    """Return the ids that end an answer in a server: those in ``eos_token_id`` of config.json and
-    of generation_config.json."""
-    generation = hf_config.get("generation_config") or {}
-    ids = [*token_ids(hf_config, "eos_token_id"), *token_ids(generation, "eos_token_id")]
-    return list(dict.fromkeys(ids))
-
-
 def resolve_checkpoint(directory: str | Path) -> Path:
     """Return the ``torch_dist`` directory that the tracker file in ``directory`` names.
 
@@ -84,6 +86,7 @@ def resolve_checkpoint(directory: str | Path) -> Path:
         if not root.is_dir():
             raise UserError(f"{literal(root)}: no such checkpoint directory")
         path = root / _tracked(root)
+        refuse_other_formats(path)
         for name in ("metadata.json", ".metadata"):
             if not (path / name).is_file():
                 raise UserError(
@@ -111,6 +114,22 @@ def _tracked(root: Path) -> str:
             f"{literal(repr(text[:40]))}"
         )
     return f"iter_{int(text):07d}"
+
+
+def checkpoint_directory(path: str | Path) -> Path:
+    """Return the directory with ``.metadata``: ``path`` or the iteration in its tracker file.
+
+    Raises ``UserError`` when it is missing, incomplete, or in another format than torch_dist.
+    """
+    directory = Path(path)
+    if not (directory.name.startswith("iter_") or (directory / ".metadata").is_file()):
+        return resolve_checkpoint(directory)
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such checkpoint directory")
+    if not (directory / ".metadata").is_file():
+        refuse_other_formats(directory)
+        raise UserError(f"{directory}: incomplete torch_dist checkpoint, .metadata is missing")
+    return directory
 
 
 def load_base_json(directory: str | Path) -> BaseInfo:
@@ -147,8 +166,10 @@ def parse_base(value: Any, source: str) -> BaseInfo:
         "hf_config": dict,
         "megatron_args": dict,
         "rope": dict,
+        "source": str,
+        "tokenizer": dict,
     }
-    value = {"rope": {}, **value}
+    value = {"rope": {}, "source": "", "tokenizer": {}, **value}
     if unknown := sorted(set(value) - set(kinds) - {"format", "version"}):
         raise UserError(f"{source}: unknown field {literal(repr(unknown[0]))}")
     for key, kind in kinds.items():

@@ -15,24 +15,13 @@ from typing import IO, Any
 import torch
 from torch import Tensor
 
-from megatron_eagle.checkpoint.directory import resolve_checkpoint
+from megatron_eagle.checkpoint.directory import checkpoint_directory
 from megatron_eagle.checkpoint.entry_checksums import entry_fault
+from megatron_eagle.checkpoint.native.formats import refused_backend
 from megatron_eagle.checkpoint.safe_metadata import StoredChunk, StoredTensor, read_metadata
 from megatron_eagle.checkpoint.safe_reading import load_object
 from megatron_eagle.errors import UserError, literal
 from megatron_eagle.user_files import read_json, reading_file
-
-
-def _iteration_directory(path: str | Path) -> Path:
-    """Return the directory with ``.metadata``: ``path`` or the iteration in its tracker file."""
-    directory = Path(path)
-    if not (directory.name.startswith("iter_") or (directory / ".metadata").is_file()):
-        return resolve_checkpoint(directory)
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such checkpoint directory")
-    if not (directory / ".metadata").is_file():
-        raise UserError(f"{directory}: incomplete torch_dist checkpoint, .metadata is missing")
-    return directory
 
 
 def _check_backend(path: Path) -> None:
@@ -44,10 +33,7 @@ def _check_backend(path: Path) -> None:
     if backend is None:
         raise UserError(f"{literal(path)}: not Megatron's description of a checkpoint")
     if backend != "torch_dist":
-        raise UserError(
-            f"{literal(path)}: sharded_backend {literal(repr(backend))} is not supported, only "
-            "'torch_dist'"
-        )
+        raise refused_backend(path, backend)
 
 
 class CheckpointReader:
@@ -69,7 +55,7 @@ class CheckpointReader:
     def open(cls, path: str | Path) -> CheckpointReader:
         """Open the latest iteration in the save directory ``path``, or an ``iter_`` directory."""
         with reading_file(path):
-            directory = _iteration_directory(path)
+            directory = checkpoint_directory(path)
             _check_backend(directory / "metadata.json")
             return cls(directory, *read_metadata(directory / ".metadata"))
 
@@ -197,6 +183,13 @@ class CheckpointReader:
                 with (self.directory / chunk.file).open("rb") as stream:
                     return self._read(stream, key, chunk)
         raise UserError(f"{self.directory}: {key} is not stored in blocks of rows")
+
+    def first_chunk(self, key: str) -> StoredChunk:
+        """Return the block of ``key`` at offset 0, whose file holds it. Raises what ``load``
+        raises."""
+        chunk = next(c for c in self._checked_chunks(key) if not any(c.offsets))
+        self._check_file(chunk.file, [(key, chunk)])
+        return chunk
 
     def _record(self, key: str) -> StoredTensor:
         if key not in self._tensors:

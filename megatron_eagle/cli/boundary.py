@@ -83,6 +83,19 @@ def flags_of(args: argparse.Namespace, **aliases: str) -> FlagOf:
     return flag_of
 
 
+def add_base_flags(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Declare the flags that name a base and, if need be, the file that describes it."""
+    parser.add_argument(
+        "--base", required=required, metavar="CKPT",
+        help="base checkpoint, saved by Megatron as torch_dist or by `megatron-eagle import-base`",
+    )  # fmt: skip
+    parser.add_argument(
+        "--base-description", metavar="FILE",
+        help="description that is believed instead of what the checkpoint says "
+        "(`megatron-eagle describe-base` writes one)",
+    )  # fmt: skip
+
+
 def at_least_one(args: argparse.Namespace, *names: str) -> None:
     """Raise ``UserError`` unless the options ``names`` are counts from 1 on, or left out
     (``None``)."""

@@ -49,6 +49,7 @@ def _convert(args: argparse.Namespace) -> int:
         data=args.data,
         base_name=args.base_name,
         base_note=args.base_note,
+        hf_config=args.hf_config,
         evaluation=read_evaluation(args.eval) if args.eval else None,
         check=partial(_verify, args.load) if args.verify else (lambda directory: None),
     )
@@ -67,14 +68,15 @@ def _verify(load: Path, exported: Path) -> None:
     enable()
     from megatron_eagle.cli.process_groups import start
     from megatron_eagle.decode.load import read_draft
-    from megatron_eagle.decode.verify import STEPS, check_export
+    from megatron_eagle.decode.verify import check_export, compared
 
     groups = start(seed=0)
     try:
-        difference = check_export(read_draft(load, f"<load> {load}"), load, exported, groups)
+        about = read_draft(load, f"<load> {load}")
+        difference = check_export(about, load, exported, groups)
     finally:
         torch.distributed.destroy_process_group()
-    print(f"verified: {STEPS} steps equal the checkpoint's draft to {difference:.1e}")
+    print(f"verified: {compared(about)} equal the checkpoint's draft to {difference:.1e}")
 
 
 def _parser(prog: str | None) -> argparse.ArgumentParser:
@@ -112,6 +114,13 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
         metavar="TEXT",
         help="for the model card: which files of the base go with the draft, if not those that the "
         "name stands for",
+    )
+    parser.add_argument(
+        "--hf-config",
+        type=Path,
+        metavar="DIR",
+        help="Hugging Face directory of the base, for what the arguments of a base that Megatron "
+        "trained do not say; where both speak they must agree",
     )
     parser.add_argument(
         "--eval",

@@ -16,8 +16,17 @@ from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
-from megatron_eagle.checkpoint.directory import BaseInfo, load_base_json
-from megatron_eagle.cli.boundary import at_least_one, end_process_groups, flags_of, names_of, run
+from megatron_eagle.checkpoint.directory import BaseInfo
+from megatron_eagle.cli.boundary import (
+    add_base_flags,
+    at_least_one,
+    end_process_groups,
+    flags_of,
+    names_of,
+    run,
+)
+from megatron_eagle.cli.layers import IMPLEMENTATIONS, check_device
+from megatron_eagle.cli.slurm import adopt_slurm
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.errors import UserError
 
@@ -46,9 +55,7 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
 
 def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--base", metavar="CKPT", help="base checkpoint (`megatron-eagle import-base`)"
-    )
+    add_base_flags(parser, required=False)
     parser.add_argument(
         "--data", metavar="FILE_OR_PREFIX",
         help="answers JSONL, or a data set of `megatron-eagle prepare-data`",
@@ -65,6 +72,10 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--store", choices=STORED_DTYPES, help="of the files (default: the one it computes in)"
     )
+    parser.add_argument(
+        "--transformer-impl", choices=IMPLEMENTATIONS, default=IMPLEMENTATIONS[0],
+        help="modules that the base is made of",
+    )  # fmt: skip
     for flag, text in LAYOUT.items():
         parser.add_argument(flag, type=int, default=1, metavar="N", help=text)
     parser.add_argument("--shard-mib", type=int, default=1024, help="size of a shard, about")
@@ -91,12 +102,14 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _extract(args: argparse.Namespace) -> int:
     _check(args)
+    adopt_slurm()
     from megatron_eagle.platform import enable
 
-    enable()
+    check_device(args.transformer_impl, on_cpu=enable())
     import torch
 
     from megatron_eagle.checkpoint.atomic import owned_output
+    from megatron_eagle.checkpoint.base_description import read_base
     from megatron_eagle.cli.process_groups import start
     from megatron_eagle.data.documents import FittedDocuments, open_documents
     from megatron_eagle.data.features.base_rows import BaseRows
@@ -105,12 +118,13 @@ def _extract(args: argparse.Namespace) -> int:
     from megatron_eagle.pipeline.exchange import StageExchange
     from megatron_eagle.training.layout import sizes_without_trainer
 
-    info = load_base_json(args.base)
+    info = read_base(args.base, args.base_description)
     sizes = sizes_without_trainer(info, **{name: getattr(args, name) for name in SIZES})
     layers = _aux_layers(args, info)
     documents = FittedDocuments(open_documents(args.data, info.vocab_size), args.seq_length)
     groups = start(0, **sizes)
-    base = load_base(args.base, info, groups, layers).to(getattr(torch, args.dtype))
+    implementation, dtype = args.transformer_impl, getattr(torch, args.dtype)
+    base = load_base(args.base, info, groups, layers, implementation=implementation, dtype=dtype)
     exchange = StageExchange.of(base, groups.pp)
     stored = args.store or args.dtype
     plan, total = plan_features(

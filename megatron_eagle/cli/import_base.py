@@ -26,8 +26,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser.add_argument(
         "--base-name",
         metavar="NAME",
-        help="what users of the base type for it, for drafts' model cards and files (default: "
-        "ORG/NAME of a hub cache's snapshot, else the directory's name)",
+        help="of the base in exported drafts, by which vLLM and speculators find it (default: its "
+        "id if DIR is in the hub's cache, else the path of DIR)",
     )
     args = parser.parse_args(argv)
     return run(partial(_import_base, args), flags_of(args))
@@ -42,7 +42,7 @@ def _import_base(args: argparse.Namespace) -> int:
     def progress(line: str) -> None:
         print(f"[{time.monotonic() - started:6.1f} s] {line}", flush=True)
 
-    base = import_base(args.hf, args.save, progress, name=args.base_name)
+    base = import_base(args.hf, args.save, progress, args.base_name)
     progress(f"{base.family} base {base.name!r} is in {args.save}")
     print("Megatron flags for this base:")
     print(shlex.join(megatron_flags(base.megatron_args)))

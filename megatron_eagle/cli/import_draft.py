@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from megatron_eagle.checkpoint.directory import load_base_json
-from megatron_eagle.cli.boundary import flags_of, run
+from megatron_eagle.cli.boundary import add_base_flags, flags_of, run
 
 
 def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
@@ -28,9 +27,7 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
         "--hf", type=Path, required=True, metavar="DIR",
         help="draft written by SafeAILab, SpecForge, ModelOpt, speculators, vLLM or this project",
     )  # fmt: skip
-    parser.add_argument(
-        "--base", required=True, metavar="CKPT", help="its base (`megatron-eagle import-base`)"
-    )
+    add_base_flags(parser)
     parser.add_argument("--save", type=Path, required=True, help="checkpoint directory to create")
     parser.add_argument(
         "--aux-layers", type=int, nargs="+", metavar="LAYER",
@@ -45,10 +42,11 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
 
 
 def _import_draft(args: argparse.Namespace) -> int:
+    from megatron_eagle.checkpoint.base_description import read_base
     from megatron_eagle.hf.draft.checkpoint import write_draft_checkpoint
     from megatron_eagle.hf.draft.import_hf import open_hf_draft
 
-    base = load_base_json(args.base)
+    base = read_base(args.base, args.base_description)
     stored = open_hf_draft(
         args.hf,
         base,

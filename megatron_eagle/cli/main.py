@@ -15,9 +15,12 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 
+from megatron_eagle.cli.slurm import several_tasks
+
 PROGRAM = "megatron-eagle"
 COMMANDS = {
     "train": ("train", "Train a draft on a frozen base inside Megatron's trainer"),
+    "describe-base": ("describe_base", "Say what a checkpoint of Megatron's is as a base"),
     "import-base": ("import_base", "Convert a Hugging Face model to the checkpoint of a base"),
     "import-draft": ("import_draft", "Convert a Hugging Face draft to a draft checkpoint"),
     "prepare-data": ("prepare_data", "Tokenize chats or texts for training"),
@@ -28,6 +31,8 @@ COMMANDS = {
     "eval": ("evaluate", "Decode speculatively and measure accepted length and speed"),
 }
 """Subcommand: its module in this package, and one line for the help."""
+PARALLEL = ("train", "extract-features", "eval")
+"""Subcommands that run on several processes."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         choices = ", ".join(COMMANDS)
         print(f"error: {name}: no such subcommand, choose from {choices}", file=sys.stderr)
+        return 2
+    tasks = several_tasks()
+    if tasks is not None and name not in PARALLEL:
+        print(f"error: {name} runs in one process, srun started {tasks}", file=sys.stderr)
         return 2
     command = import_module(f"megatron_eagle.cli.{COMMANDS[name][0]}")
     return command.main(words[1:], f"{PROGRAM} {name}")

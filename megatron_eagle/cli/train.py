@@ -18,6 +18,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from megatron_eagle.cli.boundary import flag, run
+from megatron_eagle.cli.slurm import adopt_slurm
 from megatron_eagle.config.eagle_config import OPTIONS
 from megatron_eagle.config.flags import parse_eagle_flags
 from megatron_eagle.config.option import flag_name
@@ -66,6 +67,7 @@ def _is_mistake(error: Exception) -> bool:
 
 
 def _train(argv: Sequence[str]) -> int:
+    adopt_slurm()
     asks_for_help = not {"-h", "--help"}.isdisjoint(argv)
     if asks_for_help:
         logging.getLogger("megatron_eagle").setLevel(logging.WARNING)  # the help alone
@@ -100,6 +102,7 @@ def _pretrain(
     from megatron.training.argument_utils import pretrain_cfg_container_from_args
 
     from megatron_eagle.compat import configure_nvtx_profiling
+    from megatron_eagle.kernels.choice import choose_kernels
     from megatron_eagle.platform.compiler import compile_regions
     from megatron_eagle.training.builder import ModelBuilder
     from megatron_eagle.training.data import DatasetProvider
@@ -109,24 +112,39 @@ def _pretrain(
     from megatron_eagle.training.nan_stop import noted_iterations, stop_at_nan
     from megatron_eagle.training.resume import name_checkpoints_in_errors
     from megatron_eagle.training.step import ForwardStep, replace_schedule
+    from megatron_eagle.training.throughput import Throughput
     from megatron_eagle.training.vocab import draft_vocab_ids
 
     compile_regions(options.train.compile)
+    choose_kernels(options.train.kernels)
     configure_nvtx_profiling(options.train.nvtx)
-    replace_schedule(options)
+    schedule = replace_schedule(options)
     name_checkpoints_in_errors()
     name_tokenizer_in_errors()
     stop_at_nan(noted_iterations(args.save))
-    log = None if options.train.log_file is None else MetricsLog(options.train.log_file)
-    if log is not None:
+    throughput, log = Throughput(), None
+    if options.train.log_file is not None:
+        log = MetricsLog(options.train.log_file, throughput)
         log.attach()
+    throughput.attach()
     if options.train.eval_prompts is not None:
         AcceptanceEvaluation(args, options, base, log).attach()
     vocab_ids = draft_vocab_ids(args, options, base, stored)
-    pretrain(
-        pretrain_cfg_container_from_args(args),
-        DatasetProvider(options, base),
-        ModelType.encoder_or_decoder,
-        ForwardStep(options, base.vocab_size),
-        model_provider=ModelBuilder(options, base, vocab_ids, stored),
+    step = ForwardStep(
+        options,
+        base.vocab_size,
+        args.global_batch_size,
+        throughput,
+        rejects_spikes=args.check_for_spiky_loss,
     )
+    try:
+        pretrain(
+            pretrain_cfg_container_from_args(args),
+            DatasetProvider(options, base, vocab_ids),
+            ModelType.encoder_or_decoder,
+            step,
+            model_provider=ModelBuilder(options, base, vocab_ids, stored, throughput),
+        )
+    except SystemExit:  # at an interval, after a time or by a signal, on all ranks together
+        schedule.finish()
+        raise

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_eagle.config.block_options import BlockOptions
 from megatron_eagle.config.option import given, names, shown
 from megatron_eagle.config.spec import DraftSpec, check_algorithm_has
 from megatron_eagle.config.train_options import MOE_BALANCE, REGRESSION_WEIGHT, TrainOptions
@@ -28,6 +29,8 @@ class EagleConfig:
 
     def __post_init__(self) -> None:
         check_algorithm_has(self.spec.method, given(self.train))
+        if self.spec.method.drafts_blocks:
+            self.blocks()
         if self.train.init_from_base and self.spec.num_experts is not None:
             raise UserError(
                 f"<init_from_base>: {shown('num_experts', self.spec.num_experts)} starts otherwise"
@@ -68,9 +71,19 @@ class EagleConfig:
         weight = self.train.moe_aux_loss_coeff
         return MOE_BALANCE if weight is None else weight
 
+    @property
+    def steps(self) -> int:
+        """K: TTT steps, or the judged slots of a block."""
+        spec = self.spec
+        return spec.block_drafts if spec.method.drafts_blocks else self.train.ttt_steps
+
+    def blocks(self) -> BlockOptions:
+        """Return the options of a block draft's training, with their defaults filled in."""
+        return BlockOptions.of(self.spec, self.train)
+
     def check_against_base(self, base_layers: int, vocab_size: int, seq_length: int) -> None:
         """Raise :class:`UserError` for options that a base of these dimensions cannot honour."""
-        spec, steps = self.spec, self.train.ttt_steps
+        spec, steps = self.spec, self.steps
         for layer in spec.aux_layers_of(base_layers):
             if layer >= base_layers:
                 raise UserError(
@@ -87,6 +100,11 @@ class EagleConfig:
                 f"<mask_token> {spec.mask_token} is outside the base's 0 to {vocab_size - 1}"
             )
         if seq_length < steps + 2:
+            if spec.method.drafts_blocks:
+                raise UserError(
+                    f"<seq_length> {seq_length} is too short: <block_size> {spec.slots} needs at "
+                    f"least {steps + 2} tokens"
+                )
             raise UserError(
                 f"<seq_length> {seq_length} is too short: <ttt_steps> {steps} needs at least "
                 f"{steps + 2} tokens"

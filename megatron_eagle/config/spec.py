@@ -12,6 +12,9 @@ from megatron_eagle.errors import UserError
 
 ATTENTIONS = ("gqa", "mla")
 MOE_TOPK = 2
+BLOCK_SIZE = 8
+MARKOV_HEADS = ("vanilla", "gated", "rnn")
+MARKOV_RANK = 256
 GQA_WIDTHS = ("num_query_groups", "kv_channels")
 MLA_WIDTHS = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 _MOE = ("moe_router_topk", "moe_ffn_hidden_size")
@@ -29,13 +32,14 @@ class DraftSpec:
         "eagle3",
         "eagle1 (also EAGLE-2: reads the base's final hidden state, shares its output layer, "
         "regresses the hidden state), eagle3, eagle3.1 (a norm per aux layer, the normed output is "
-        "fed back) or p-eagle (all steps in one pass, later ones from a learned mask hidden state)",
+        "fed back), p-eagle (all steps in one pass, later ones from a learned mask hidden state), "
+        "dflash (a block of tokens in one pass) or dspark (the same, with a Markov head)",
         choices=tuple(ALGORITHMS),
     )
     aux_layers: tuple[int, ...] | None = option(
         None,
         "0-based base layers whose outputs the draft reads (auxiliary hidden states), ascending "
-        "(default: 1, n//2 - 1 and n - 4 of n layers)",
+        "(default: 1, n//2 - 1 and n - 4 of n layers; for dflash and dspark five from 1 to n - 3)",
         type=int,
         nargs="+",
         metavar="LAYER",
@@ -47,7 +51,13 @@ class DraftSpec:
         type=int,
         least=1,
     )
-    num_layers: int = option(1, "transformer layers of the draft", type=int, least=1, most=1000)
+    num_layers: int = option(
+        1,
+        "transformer layers of the draft (published dflash and dspark drafts have 5)",
+        type=int,
+        least=1,
+        most=1000,
+    )
     norm_before_fc: bool = option(
         False, "EAGLE-3: one RMSNorm over the concatenated aux layers, in front of fc"
     )
@@ -60,7 +70,30 @@ class DraftSpec:
         "alone reads such drafts",
     )
     mask_token: int | None = option(
-        None, "P-EAGLE: mask token id; choose a token that texts do not use", type=int, least=0
+        None,
+        "p-eagle, dflash, dspark: mask token id; choose a token that texts do not use",
+        type=int,
+        least=0,
+    )
+    block_size: int | None = option(
+        None,
+        "dflash, dspark: B, slots of a block, the anchor's included; dflash drafts B - 1 tokens, "
+        f"dspark B (default: {BLOCK_SIZE})",
+        type=int,
+        least=2,
+    )
+    markov_head: str | None = option(
+        None,
+        "dspark: what the Markov head reads of the token before: vanilla (its embedding alone), "
+        f"gated (by the hidden state) or rnn (a state along the block) (default: "
+        f"{MARKOV_HEADS[0]})",
+        choices=MARKOV_HEADS,
+    )
+    markov_rank: int | None = option(
+        None, f"dspark: rank of the Markov head (default: {MARKOV_RANK})", type=int, least=1
+    )
+    confidence_head: bool = option(
+        False, "dspark: learn how likely each slot's token is accepted, with a head of its own"
     )
     attention: str = option(
         "gqa",
@@ -146,12 +179,35 @@ class DraftSpec:
             return ()
         if self.aux_layers is not None:
             return self.aux_layers
-        if base_layers < 7:
+        layers = self.method.default_aux_layers(base_layers)
+        if not layers:
             raise UserError(
                 f"<aux_layers> must be given for a base of {base_layers} layers: "
-                "the defaults 1, n//2 - 1 and n - 4 need at least 7"
+                f"the defaults {self.method.aux_formula}"
             )
-        return (1, base_layers // 2 - 1, base_layers - 4)
+        return layers
+
+    @property
+    def norms_heads(self) -> bool:
+        """Whether the draft norms each head's queries and keys: by option, block drafts always."""
+        return self.qk_layernorm or self.method.drafts_blocks
+
+    @property
+    def slots(self) -> int:
+        """B, the slots of a block draft's block."""
+        return self.block_size or BLOCK_SIZE
+
+    @property
+    def block_drafts(self) -> int:
+        """How many tokens a block draft drafts in one pass: all slots, or all but the anchor's."""
+        return self.slots if self.method.slot_zero_predicts else self.slots - 1
+
+    @property
+    def markov(self) -> tuple[str, int] | None:
+        """Kind and rank of the Markov head; None without one."""
+        if "markov_head" not in self.method.options:
+            return None
+        return self.markov_head or MARKOV_HEADS[0], self.markov_rank or MARKOV_RANK
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> DraftSpec:

@@ -12,6 +12,9 @@ LOSSES = ("kl", "ce", "reverse-kl", "tv", "lk-alpha", "lk-lambda")
 REGRESSION_WEIGHT = 10.0
 LK_DECAY = 3.0
 MOE_BALANCE = 0.01
+ANCHORS = 512
+POSITION_WEIGHTS = ("decay", "d-pace")
+POSITION_DECAY = 4.0
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,16 @@ class TrainOptions:
 
     base_checkpoint: str | None = option(
         None,
-        "Megatron checkpoint of the frozen base, the target (verifier) model (megatron-eagle "
-        "import-base writes one)",
+        "Megatron checkpoint of the frozen base, the target (verifier) model: one that "
+        "Megatron-LM or Megatron-Bridge saved as torch_dist, or that megatron-eagle import-base "
+        "wrote",
         metavar="DIR",
+    )
+    base_description: str | None = option(
+        None,
+        "description of the base that is believed instead of what its checkpoint says "
+        "(megatron-eagle describe-base writes one)",
+        metavar="FILE",
     )
     ttt_steps: int = option(
         3, "K: test-time-training steps the draft is unrolled for", type=int, least=1, most=1000
@@ -39,8 +49,8 @@ class TrainOptions:
     warm_start: str | None = option(
         None,
         "start from this draft's weights and vocabulary: a Hugging Face directory (EAGLE-1, 3 or "
-        "3.1 in the format of SafeAILab, SpecForge, ModelOpt, speculators or vLLM) or a draft "
-        "checkpoint; the optimizer starts afresh",
+        "3.1 in the format of SafeAILab, SpecForge, ModelOpt, speculators or vLLM; DFlash or "
+        "DSpark) or a draft checkpoint; the optimizer starts afresh",
         metavar="DIR",
     )
     init_from_base: bool = option(
@@ -82,6 +92,49 @@ class TrainOptions:
     )
     mask_out_of_vocab: bool = option(
         False, "leave out tokens where the base's argmax lies outside the draft vocabulary"
+    )
+    anchors: int | None = option(
+        None,
+        "dflash, dspark: blocks that each sequence is trained on, their anchors drawn anew for "
+        f"every sample (default: {ANCHORS})",
+        type=int,
+        least=1,
+    )
+    position_weights: str | None = option(
+        None,
+        "dflash, dspark: weights of a block's slots: decay (exp(-t / position_decay) for the t-th "
+        "judged slot) or d-pace (by how likely the slots before it are right, arXiv 2605.18810) "
+        "(default: decay)",
+        choices=POSITION_WEIGHTS,
+    )
+    position_decay: float | None = option(
+        None,
+        "dflash, dspark: how slowly the weights of a block's slots decay (default: "
+        f"{POSITION_DECAY:g})",
+        type=float,
+    )
+    ce_weight: float | None = option(
+        None,
+        "dflash, dspark: weight of the cross-entropy with the data's tokens (default: dflash 1, "
+        "dspark 0.1)",
+        type=float,
+        least=0,
+    )
+    kl_weight: float | None = option(
+        None,
+        "dflash, dspark: weight of the cross-entropy with the base's distribution (default: 0)",
+        type=float,
+        least=0,
+    )
+    l1_weight: float | None = option(
+        None,
+        "dflash, dspark: weight of the L1 distance from the base's distribution (default: dflash "
+        "0, dspark 0.9)",
+        type=float,
+        least=0,
+    )
+    confidence_weight: float | None = option(
+        None, "dspark: weight of the confidence head's loss (default: 1)", type=float, least=0
     )
     train_data: str | None = option(
         None,
@@ -153,6 +206,12 @@ class TrainOptions:
     compile: bool = option(
         False, "torch.compile the draft's collective-free regions; falls back to eager if it fails"
     )
+    kernels: str = option(
+        "auto",
+        "what runs the passes over logits and branch attention: Triton kernels on a GPU if Triton "
+        "is installed, else eager functions (auto); Triton or an error; eager functions",
+        choices=("auto", "triton", "eager"),
+    )
     nvtx: bool = option(False, "mark base, teacher, unroll, loss and step with NVTX ranges")
 
     def __post_init__(self) -> None:
@@ -169,6 +228,13 @@ class TrainOptions:
             )
         if self.init_from_base and self.warm_start is not None:
             raise UserError(f"<init_from_base>: <warm_start> {self.warm_start} starts otherwise")
+        if self.position_decay is not None:
+            if self.position_decay <= 0:
+                raise UserError(f"<position_decay> must be above 0, not {self.position_decay}")
+            if self.position_weights == "d-pace":
+                raise UserError(
+                    f"<position_decay> {self.position_decay}: <position_weights> d-pace has none"
+                )
         self._check_evaluation()
 
     def _check_evaluation(self) -> None:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from megatron_eagle.checkpoint.directory import end_ids, token_ids
+from megatron_eagle.checkpoint.directory import token_ids
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
@@ -30,10 +30,9 @@ def special_and_byte_ids(tokenizer: Any) -> set[int]:
 
 
 def config_token_ids(hf_config: dict[str, Any]) -> set[int]:
-    """Return the ids of bos, eos (also generation_config.json's) and pad of a base's
-    ``hf_config``."""
-    keys = ("bos_token_id", "pad_token_id")
-    return {i for key in keys for i in token_ids(hf_config, key)} | set(end_ids(hf_config))
+    """Return the ids of bos, eos and pad of a base's ``hf_config``."""
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {i for key in keys for i in token_ids(hf_config, key)}
 
 
 def _unwrap(tokenizer: Any) -> Iterator[Any]:

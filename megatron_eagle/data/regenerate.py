@@ -83,14 +83,7 @@ def regenerate(
     template, for a prompt that is too long, and for an ``output`` of another model, of other
     settings or prompts.
     """
-    template = PromptTemplate(tokenizer)
-    if not template.is_there:
-        raise UserError("<model>: its tokenizer has no chat template")
-    items = [
-        (name, prompt, template.ids(prompt, f"prompt {literal(repr(name))}"))
-        for name, prompt in prompts.items()
-    ]
-    items.sort(key=lambda item: len(item[2]))
+    items = _items(tokenizer, prompts, progress)
     _drop_generation_defaults(model, progress)
     _check_lengths(model, items, generation)
     done = finished_answers(output, progress)
@@ -116,6 +109,20 @@ def regenerate(
                 f"{pace * (left - answered) / 60:.1f} min left"
             )
     return written
+
+
+def _items(tokenizer: Any, prompts: dict[str, Conversation], progress: Progress) -> list[Item]:
+    """Return the prompts with their token ids, the shortest first."""
+    template = PromptTemplate(tokenizer)
+    if not template.is_there:
+        raise UserError("<model>: its tokenizer has no chat template")
+    items = [
+        (name, prompt, template.ids(prompt, f"prompt {literal(repr(name))}"))
+        for name, prompt in prompts.items()
+    ]
+    for note in template.notes():
+        progress(f"note: {note}")
+    return sorted(items, key=lambda item: len(item[2]))
 
 
 def _settings(generation: Generation, items: list[Item], identity: str | None) -> dict[str, Any]:

@@ -15,11 +15,13 @@ from typing import Any
 import torch
 
 from megatron_eagle.decode.base import CachedBase
+from megatron_eagle.decode.block import BlockProposer, check_draft_tokens
 from megatron_eagle.decode.chain import DraftChain
 from megatron_eagle.decode.greedy import greedy_steps
 from megatron_eagle.decode.interleave import Steps, interleave
 from megatron_eagle.decode.prompt_shards import PromptShard
-from megatron_eagle.decode.speculative import ChainCounts, speculative_steps
+from megatron_eagle.decode.speculative import ChainCounts, Proposer, speculative_steps
+from megatron_eagle.draft.block import BlockDraft
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.errors import UserError
 from megatron_eagle.pipeline.exchange import StageExchange
@@ -141,10 +143,13 @@ def evaluate_acceptance(
         compare: false decodes with the draft only, which must be given.
 
     Raises:
-        UserError: an answer would exceed the base's positions.
+        UserError: an answer would exceed the base's positions, or a block draft has fewer tokens
+            in a block than ``draft_tokens``.
     """
     assert compare or draft is not None
     check_lengths(prompts, max_new_tokens, base.gpt.max_sequence_length)
+    if isinstance(draft, BlockDraft):
+        check_draft_tokens(draft, draft_tokens)
     stops, report = list(stop_ids), AcceptanceReport(ChainCounts(draft_tokens))
     cached, plain = CachedBase(base, exchange), CachedBase(base, exchange, read_aux=False)
 
@@ -153,9 +158,11 @@ def evaluate_acceptance(
 
     def speculative(batch: Batch) -> Steps[list[list[int]]]:
         assert draft is not None
-        chain_of = partial(DraftChain, draft, cached, draft_tokens)
+        proposer: Callable[[int], Proposer] = partial(DraftChain, draft, cached, draft_tokens)
+        if isinstance(draft, BlockDraft):
+            proposer = partial(BlockProposer, draft, cached, draft_tokens)
         return speculative_steps(
-            cached, chain_of, batch, max_new_tokens, draft_tokens, report.counts, stops
+            cached, proposer, batch, max_new_tokens, draft_tokens, report.counts, stops
         )
 
     ways = [("greedy", greedy)] if compare else []

@@ -113,7 +113,7 @@ class CachedBase:
 
     def _run_stage(self, tokens: Tensor, positions: Tensor, cache: KeyValueCache) -> Tensor:
         """Run this stage's layers; return this rank's part of [n, B, H]."""
-        angles = self.rotary(positions, cache.capacity)
+        angles = self.rotary(positions, cache.capacity) if self.base.has_rotary else None
         hidden = None
         shape = (tokens.shape[1] // self.padding.parts, tokens.shape[0])
         message = self.exchange.receive_hidden(shape)
@@ -122,7 +122,7 @@ class CachedBase:
         else:
             self.gpt.decoder.set_input_tensor(message.wait())
         mla = self.gpt.config.multi_latent_attention
-        with self.gpt.mla_rotary.at(angles) if mla else nullcontext():
+        with self.gpt.mla_rotary.at(angles) if mla and angles is not None else nullcontext():
             return self.gpt.decoder(
                 hidden_states=hidden,
                 attention_mask=cache,

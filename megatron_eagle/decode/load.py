@@ -1,7 +1,7 @@
 """Loading of base and draft from their checkpoints, in any layout, without the trainer.
 
-They are fp32, without sequence parallelism, and made of Megatron-Core's own modules, so that
-speculative and greedy answers can be compared token by token.
+They are without sequence parallelism, and by default in fp32 and made of Megatron-Core's own
+modules, so that speculative and greedy answers can be compared token by token.
 """
 
 from __future__ import annotations
@@ -18,18 +18,20 @@ from megatron_eagle.checkpoint.base_fields import check_complete
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.checkpoint.loading import load_sharded
 from megatron_eagle.checkpoint.reader import CheckpointReader
+from megatron_eagle.draft.block import BlockDraft
 from megatron_eagle.draft.build import build_draft
 from megatron_eagle.draft.layer_config import Rotary, draft_rotary
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.draft.vocab import check_vocab_ids
 from megatron_eagle.errors import UserError, literal
 from megatron_eagle.hf.draft.info import BASE_SIZES, DraftInfo, parse_draft_info
-from megatron_eagle.layers.backend import local_backend
+from megatron_eagle.layers.backend import LOCAL, LayerBackend, backend_of, local_backend
 from megatron_eagle.pipeline.exchange import StageExchange
 from megatron_eagle.pipeline.replicas import as_replica, equal_start
 from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.build import base_config, build_base
 from megatron_eagle.teacher.build import load_base as load_base_weights
+from megatron_eagle.teacher.targets import TeacherHead
 from megatron_eagle.teacher.vocab_shards import VocabShards
 from megatron_eagle.user_files import reading
 
@@ -44,14 +46,21 @@ class DraftCheckpointInfo:
 
 
 def load_base(
-    directory: str | Path, base: BaseInfo, pg_collection: Any, aux_layers: Sequence[int] = ()
+    directory: str | Path,
+    base: BaseInfo,
+    pg_collection: Any,
+    aux_layers: Sequence[int] = (),
+    *,
+    implementation: str = LOCAL,
+    dtype: torch.dtype = torch.float32,
 ) -> FrozenBase:
     """Load the base, on a pipeline stage that stage's layers. Collective over all ranks.
 
     Layers that the stages do not divide evenly go to the first one. ``aux_layers``: ids of the
-    layers whose outputs the draft reads. Raises ``UserError`` when the tensor-parallel ranks do
-    not divide its heads, when it has fewer layers than there are stages, or naming the directory
-    when it cannot be loaded.
+    layers whose outputs the draft reads. ``implementation`` is what the layers of base and draft
+    are made of, see ``layers.backend``, and ``dtype`` their precision. Raises ``UserError`` when
+    the tensor-parallel ranks do not divide its heads, when it has fewer layers than there are
+    stages, or naming the directory when it cannot be loaded.
     """
     args, groups = base.megatron_args, pg_collection
     check_complete(args, f"<base_checkpoint> {literal(directory)}")
@@ -76,18 +85,21 @@ def load_base(
         base,
         ranks,
         pipeline_model_parallel_size=stages,
-        pipeline_dtype=torch.float32,
+        pipeline_dtype=dtype,
+        params_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
         num_layers_in_first_pipeline_stage=_first_stage(args["num_layers"], stages),
         context_parallel_size=groups.cp.size(),
         expert_model_parallel_size=experts,
     )
     config.perform_initialization = False
+    config.transformer_impl = implementation
     ends = (groups.pp.rank() == 0, groups.pp.rank() == stages - 1)
-    gpt = build_base(config, base, local_backend(), groups, *ends)
+    gpt = build_base(config, base, backend_of(implementation), groups, *ends)
     shards = VocabShards(gpt)
     load_base_weights(gpt, directory, shards)
     frozen = FrozenBase(gpt, aux_layers, base.vocab_size, shards)
-    return frozen.cuda(torch.cuda.current_device())
+    return frozen.to(dtype).cuda(torch.cuda.current_device())  # torch's norms begin in fp32
 
 
 def _first_stage(layers: int, stages: int) -> int | None:
@@ -129,6 +141,12 @@ def fresh_draft(
     from this process's generators (on pipeline stages the first one's), aux layers scaled to one
     size."""
     draft = _build(about, base, initialize=True)
+    if isinstance(draft, BlockDraft):
+        draft.copy_head(
+            TeacherHead(
+                base.output_weight, base.vocab_size, draft.vocab_ids, base.tp_group
+            ).draft_weight
+        )
     draft.start_evenly(lambda: base.layer_sizes(exchange or StageExchange(base)))
     if exchange is not None and exchange.stages > 1:
         equal_start(draft, base.gpt.pg_collection.pp)
@@ -152,8 +170,7 @@ def restore(draft: EagleDraft, directory: str | Path, stage: int = 0) -> EagleDr
     sharded = as_replica(draft.sharded_state_dict(prefix="draft."), stage)
     state = load_sharded(sharded, path, f"<draft> {literal(directory)}")
     own = {key.removeprefix("draft."): value for key, value in state.items()}
-    missing, _ = draft.load_state_dict(own, strict=False)
-    lacking = [key for key in missing if not key.endswith("_extra_state")]
+    lacking, _ = draft.load_state_dict(own, strict=False)
     if lacking:
         raise UserError(f"<draft> {directory}: lacks {lacking[0]}")
     return draft
@@ -167,15 +184,17 @@ def _build(about: DraftCheckpointInfo, base: FrozenBase, initialize: bool) -> Ea
             f"<expert_model_parallel_size> {ranks} does not divide the draft's "
             f"{spec.num_experts} experts"
         )
-    return frozen_draft(
+    draft = frozen_draft(
         about,
         base.config,
         base.gpt.pg_collection,
+        backend=backend_of(base.config.transformer_impl),
         base_head=lambda: base.output_weight,
         base_head_rows=base.output_weight.shape[0],
         rotary=draft_rotary(base.rotary, about.info.base, spec, device),
         initialize=initialize,
     )
+    return draft.to(base.config.params_dtype)
 
 
 def frozen_draft(
@@ -187,14 +206,16 @@ def frozen_draft(
     base_head_rows: int,
     rotary: Rotary,
     initialize: bool,
+    backend: LayerBackend | None = None,
 ) -> EagleDraft:
     """Build a draft of the checkpoint's shape, frozen, on this rank's device; the arguments are
-    those of :func:`~megatron_eagle.draft.build.build_draft`."""
+    those of :func:`~megatron_eagle.draft.build.build_draft`, ``backend`` by default the local one.
+    """
     draft = build_draft(
         spec=about.info.spec,
         num_aux=len(about.info.aux_layers),
         base_config=base_config,
-        backend=local_backend(),
+        backend=backend or local_backend(),
         vocab_ids=about.vocab_ids,
         vocab_size=about.info.base.vocab_size,
         base_head=base_head,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_eagle.checkpoint.directory import BaseInfo, end_ids
+from megatron_eagle.checkpoint.directory import BaseInfo, token_ids
 from megatron_eagle.data.chat.conversations import CHAT_NAMES
 from megatron_eagle.data.chat.prompts import PromptTemplate, read_prompt
 from megatron_eagle.data.jsonl import ids, read_records
@@ -48,8 +48,9 @@ def digest(prompts: Sequence[Sequence[int]]) -> str:
 
 
 def stop_ids(base: BaseInfo) -> list[int]:
-    """Return the ids at which a server ends an answer of ``base``."""
-    return end_ids(base.hf_config)
+    """Return the ids that end the base's answers: those of config.json and generation_config.json
+    when the base was imported."""
+    return token_ids(base.hf_config, "eos_token_id")
 
 
 class _TextReader:

@@ -6,6 +6,7 @@ The checkpoint's draft runs in Megatron's modules, the exported files in ``Plain
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from torch import Tensor
 from megatron_eagle.attention.live_rows import LiveRows
 from megatron_eagle.attention.rope import attention_factor, set_attention_factor
 from megatron_eagle.decode.load import DraftCheckpointInfo, frozen_draft, restore
+from megatron_eagle.decode.verify_block import largest_block_difference
+from megatron_eagle.draft.block import BlockDraft
 from megatron_eagle.draft.layer_config import own_rotary
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.errors import UserError
@@ -40,12 +43,13 @@ def checkpoint_draft(
     if not config.multi_latent_attention:
         set_attention_factor(config, attention_factor(base.rope))
     multiple = base.megatron_args["make_vocab_size_divisible_by"]
+    rows = -(-base.vocab_size // multiple) * multiple
     draft = frozen_draft(
         about,
         config,
         pg_collection,
-        base_head=lambda: torch.empty(0),
-        base_head_rows=-(-base.vocab_size // multiple) * multiple,
+        base_head=lambda: torch.empty(rows, 0),
+        base_head_rows=rows,
         rotary=own_rotary(base, about.info.spec, torch.device("cpu")),
         initialize=False,
     )
@@ -61,6 +65,8 @@ def largest_difference(draft: EagleDraft, exported: Path, dtype: torch.dtype) ->
     """
     for parameter in draft.parameters():
         parameter.copy_(parameter.to(dtype))
+    if isinstance(draft, BlockDraft):
+        return largest_block_difference(draft, exported)
     generator = torch.Generator().manual_seed(0)
     width = draft.config.hidden_size
     algorithm = draft.algorithm
@@ -95,13 +101,19 @@ def _run(
     return [output.float().cpu() for output in outputs]
 
 
+def compared(about: DraftCheckpointInfo) -> str:
+    """Name what :func:`check_export` compares."""
+    return "a block's outputs" if about.info.spec.method.drafts_blocks else f"{STEPS} steps"
+
+
 def check_export(
     about: DraftCheckpointInfo, checkpoint: str | Path, exported: Path, pg_collection: Any
 ) -> float:
     """Return ``largest_difference``; raise ``ValueError`` if it is more than rounding."""
     draft = checkpoint_draft(about, checkpoint, pg_collection)
-    weights = PlainDraft(exported).layer_config
-    dtype = getattr(torch, weights.get("torch_dtype") or "float32")
+    config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
+    layers = config.get("transformer_layer_config", config)
+    dtype = getattr(torch, layers.get("torch_dtype") or "float32")
     difference = largest_difference(draft, exported, dtype)
     if not difference <= TOLERANCE:
         raise UserError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.config import DraftSpec
+from megatron_eagle.draft.block import BlockDraft
 from megatron_eagle.draft.layer_config import Rotary, draft_config
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.layers.backend import LayerBackend
@@ -54,7 +55,8 @@ def build_draft(
     config = draft_config(base_config, spec, moe_aux_loss_coeff)
     config.perform_initialization = initialize
     shard = draft_vocab_shard(vocab_ids.numel(), vocab_size, base_head_rows, pg_collection.tp)
-    draft = EagleDraft(
+    kind = BlockDraft if spec.method.drafts_blocks else EagleDraft
+    draft = kind(
         config=config,
         backend=backend,
         spec=spec,

@@ -5,6 +5,7 @@ H hidden, Dp and Vp this rank's shards of the draft's and the base's vocabulary.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,9 @@ class VocabParallelHead(ColumnParallelLinear):
     """
 
     def __init__(self, config: Any, shard: VocabShard, tp_group: Any) -> None:
+        config = copy.copy(config)
+        # Megatron asks for Apex's kernel, which the loss does not use.
+        config.gradient_accumulation_fusion = False
         super().__init__(
             config.hidden_size,
             shard.padded_rows * shard.world,
@@ -32,6 +36,8 @@ class VocabParallelHead(ColumnParallelLinear):
             tp_group=tp_group,
         )
         self.rows = shard.rows
+        # As Megatron marks its own head: --decoupled-lr and Muon treat it apart.
+        self.weight.is_embedding_or_output_parameter = True
 
     def forward(self) -> Tensor:
         """Return this rank's rows [Dp, H], padding sliced off. No collective."""

@@ -19,26 +19,51 @@ from megatron_eagle.compat import RotaryEmbedding
 from megatron_eagle.config import DraftSpec
 from megatron_eagle.config.widths import expert_config, layer_widths
 
+_PLAIN: dict[str, Any] = {
+    "activation_func_clamp_value": None,
+    "apply_residual_connection_post_layernorm": False,
+    "attention_output_gate": False,
+    "glu_linear_offset": 0.0,
+    "layernorm_zero_centered_gamma": False,
+    "no_rope_freq": None,
+    "normalization": "RMSNorm",
+    "qk_l2_norm": False,
+    "rotary_interleaved": False,
+    "softmax_type": "vanilla",
+    "window_attn_skip_freq": None,
+    "window_size": None,
+}
+"""What a base's layers may have and a draft's never do."""
+
 
 def draft_config(base_config: Any, spec: DraftSpec, moe_aux_loss_coeff: float = 0.0) -> Any:
     """Return the base's TransformerConfig with the draft's depth, widths and experts.
 
-    The hidden size is the base's; the MLP is SwiGLU, and there is nothing that EAGLE-3 readers do
-    not know: no biases, windows or sinks, and query and key norms only as the spec says.
-    "core_attn" of ``recompute_modules`` is dropped: the kernels keep no scores for backward, and
-    Megatron's own checkpointing cannot carry an attention state.
+    The hidden size is the base's; norms are RMSNorm, the MLP is SwiGLU, and there is nothing that
+    EAGLE-3 readers do not know (``_PLAIN``): no biases, windows or sinks, and query and key norms
+    only as the spec says. "core_attn" of ``recompute_modules`` is dropped: the kernels keep no
+    scores for backward, and Megatron's own checkpointing cannot carry an attention state.
     """
     config = copy.copy(base_config)
     if config.recompute_granularity == "selective":
         config.recompute_modules = [m for m in config.recompute_modules if m != "core_attn"]
     config.num_layers = spec.num_layers
     config.pipeline_model_parallel_size = 1  # every stage has all of it
-    config.qk_layernorm = spec.qk_layernorm
+    # Transformer Engine would let the first pass of a micro-batch overwrite a gradient that is
+    # accumulated elsewhere; a draft runs K passes, and the first one's backward comes last.
+    config.disable_parameter_transpose_cache = True
+    config.qk_layernorm = spec.norms_heads
+    if spec.method.drafts_blocks:
+        # linear_qkv's weight is used twice, and a fused gradient would hide the second use's.
+        config.gradient_accumulation_fusion = False
     config.add_qkv_bias = False
     config.add_bias_linear = False
+    if config.activation_func is not torch.nn.functional.silu:
+        config.bias_activation_fusion = False  # it was chosen for the base's activation
     config.activation_func = torch.nn.functional.silu
-    config.activation_func_clamp_value, config.glu_linear_offset = None, 0.0
-    config.softmax_type, config.window_size = "vanilla", None
+    config.gated_linear_unit = True
+    for name, value in _PLAIN.items():
+        setattr(config, name, value)
     for name, width in layer_widths(spec, vars(base_config)).items():
         setattr(config, name, width)
     config.multi_latent_attention = spec.uses_mla
@@ -91,9 +116,10 @@ def draft_rotary(
 
     A draft rotates all channels of its heads, also beside a base that rotates a part of its own. A
     draft of grouped queries beside a base of multi-latent attention has plain RoPE of the base's
-    rope_theta: servers give a Llama-type draft no other.
+    rope_theta: servers give a Llama-type draft no other. So has a draft beside a base without RoPE,
+    and no draft interleaves its channels.
     """
-    same_kind = spec.uses_mla == _has_mla(base)
+    same_kind = spec.uses_mla == _has_mla(base) and _rotates_halves(base)
     if same_kind and rotary_channels(base, spec) == _base_channels(base):
         return Rotary(base_rotary, attention_factor(base.rope))
     return own_rotary(base, spec, device)
@@ -125,6 +151,13 @@ def rotary_channels(base: BaseInfo, spec: DraftSpec) -> int:
 def _base_channels(base: BaseInfo) -> int:
     width = base.megatron_args[ROTARY_WIDTHS["mla" if _has_mla(base) else "gqa"]]
     return int(width * base.megatron_args["rotary_percent"])
+
+
+def _rotates_halves(base: BaseInfo) -> bool:
+    """Return whether the base's angles are laid out as a draft's are."""
+    args = base.megatron_args
+    interleaved = args.get("rotary_interleaved") and not _has_mla(base)
+    return args["position_embedding_type"] == "rope" and not interleaved
 
 
 def _has_mla(base: BaseInfo) -> bool:

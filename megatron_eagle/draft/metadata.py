@@ -98,7 +98,7 @@ def run_metadata(
     return draft_metadata(
         spec,
         base,
-        ttt_steps=config.train.ttt_steps,
+        ttt_steps=config.steps,
         training=config.train.to_mapping(),
         expert_parallel=expert_parallel,
     )

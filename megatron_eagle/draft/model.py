@@ -38,6 +38,8 @@ from megatron_eagle.draft.narrowing import Narrowing
 from megatron_eagle.layers.backend import LayerBackend
 from megatron_eagle.parallel.vocab import VocabShard
 
+_EXTRA_STATE = "_extra_state"
+
 
 class EagleDraft(MegatronModule):
     """A draft over one pipeline stage's tensor-parallel group. ``draft.build`` builds one.
@@ -76,7 +78,7 @@ class EagleDraft(MegatronModule):
         self.rotary = rotary
         self.tp_group, self.cp_group = pg_collection.tp, pg_collection.cp
         self.shard, self.num_aux = shard, num_aux
-        self._build_inputs()
+        self._build_inputs(backend)
         self.layers = torch.nn.ModuleList(
             build_module(
                 layer,
@@ -85,12 +87,19 @@ class EagleDraft(MegatronModule):
                 pg_collection=pg_collection,
                 add_layer_offset=False,
             )
-            for number, layer in enumerate(draft_layer_specs(backend, config, spec), start=1)
+            for number, layer in enumerate(self._layer_specs(backend), start=1)
         )
         self.narrowing = Narrowing(self.layers[-1], self.tp_group, config.sequence_parallel)
         self.mla_rotary: MLARotary | None = None
         if config.multi_latent_attention:
             self.mla_rotary = share_rotary(self.layers, rotary.factor)
+        self._build_head(backend, base_head)
+        self.register_buffer("vocab_ids", vocab_ids, persistent=True)
+        self.register_buffer("metadata", metadata, persistent=True)
+
+    def _build_head(self, backend: LayerBackend, base_head: Callable[[], Tensor]) -> None:
+        """Build the final norm and the head."""
+        config, shard = self.config, self.shard
         self.norm: torch.nn.Module
         self.lm_head: VocabParallelHead | SharedHead
         if self.algorithm.shares_base_head:
@@ -101,10 +110,12 @@ class EagleDraft(MegatronModule):
                 config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon
             )
             self.lm_head = VocabParallelHead(config, shard, self.tp_group)
-        self.register_buffer("vocab_ids", vocab_ids, persistent=True)
-        self.register_buffer("metadata", metadata, persistent=True)
 
-    def _build_inputs(self) -> None:
+    def _layer_specs(self, backend: LayerBackend) -> list[Any]:
+        """Return the specs of the layers."""
+        return draft_layer_specs(backend, self.config, self.spec)
+
+    def _build_inputs(self, backend: LayerBackend) -> None:
         """Build fc, the norms in front of it and the mask hidden state."""
         config, hidden = self.config, self.config.hidden_size
         blocks = 2 if self.algorithm.joins_by_fc else self.num_aux
@@ -203,7 +214,8 @@ class EagleDraft(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
-        """Return the draft's sharded tensors: the same in every layout but for head padding."""
+        """Return the draft's sharded tensors: the same in every layout but for head padding, and
+        for layers of Megatron-Core and of Transformer Engine."""
         sharded = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         # Megatron takes a ModuleList for a plain module, all of it replicated over TP.
         layer: Any
@@ -211,9 +223,30 @@ class EagleDraft(MegatronModule):
             own = f"{prefix}layers.{index}."
             sharded = {key: value for key, value in sharded.items() if not key.startswith(own)}
             sharded |= layer.sharded_state_dict(own, sharded_offsets, metadata)
-        if not self.algorithm.shares_base_head:
+        if isinstance(self.lm_head, VocabParallelHead):
             sharded[f"{prefix}lm_head.weight"].allow_shape_mismatch = True
         for name in ("vocab_ids", "metadata"):  # a load in place would change what this draft is
             entry = sharded[f"{prefix}{name}"]
             entry.data = entry.data.clone()
-        return sharded
+        return without_extra_states(sharded)
+
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load the draft's tensors. Extra states are neither expected nor loaded.
+
+        Raises ``RuntimeError`` naming tensors that are missing or too many, if ``strict``.
+        """
+        result = super().load_state_dict(
+            without_extra_states(state_dict), strict=False, assign=assign
+        )
+        missing = [key for key in result.missing_keys if _EXTRA_STATE not in key]
+        if strict and (missing or result.unexpected_keys):
+            raise RuntimeError(f"missing {missing}, unexpected {result.unexpected_keys}")
+        return type(result)(missing, result.unexpected_keys)
+
+
+def without_extra_states(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return ``state_dict`` without the states that linear layers and Transformer Engine's norms
+    keep for FP8, which a draft never is: the two kinds of layers have different ones."""
+    return {key: value for key, value in state_dict.items() if _EXTRA_STATE not in key}

@@ -11,13 +11,16 @@ from megatron_eagle.attention.core import with_eagle_attention
 from megatron_eagle.compat import (
     MLP,
     LocalSpecProvider,
-    get_gpt_decoder_block_spec,
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
     require,
 )
 from megatron_eagle.errors import UserError
-from megatron_eagle.layers.base_spec import checkpoint_names, local_base_spec
+from megatron_eagle.layers.base_spec import (
+    checkpoint_names,
+    local_base_spec,
+    transformer_engine_base_spec,
+)
 from megatron_eagle.layers.lean_layers import GatedMLP, RMSNorm
 
 
@@ -26,16 +29,30 @@ class LayerBackend:
     """Builders of one implementation.
 
     Attributes:
-        base_spec: (config, pp_rank) -> spec of the base's block on a pipeline stage.
+        base_spec: (config, pp_rank, native) -> spec of the base's block on a pipeline stage;
+            ``native``: Megatron trained it.
         layer_spec: config -> TransformerLayer spec of the draft.
         norm: builds a norm.
         column_linear: builds a column-parallel linear without a norm in front.
     """
 
-    base_spec: Callable[[Any, int], Any]
+    base_spec: Callable[[Any, int, bool], Any]
     layer_spec: Callable[[Any], Any]
     norm: Callable[..., Any]
     column_linear: Callable[..., Any]
+
+
+LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"
+"""The implementations, as ``TransformerConfig.transformer_impl`` names them."""
+
+
+def backend_of(implementation: str, *, keeps_states: bool = True) -> LayerBackend:
+    """Return the builders of ``implementation``; ``keeps_states`` and errors as those of
+    ``transformer_engine_backend``."""
+    if implementation == LOCAL:
+        return local_backend()
+    assert implementation == TRANSFORMER_ENGINE, implementation
+    return transformer_engine_backend(keeps_states=keeps_states)
 
 
 def local_backend() -> LayerBackend:
@@ -61,8 +78,12 @@ def local_backend() -> LayerBackend:
     )
 
 
-def transformer_engine_backend() -> LayerBackend:
+def transformer_engine_backend(*, keeps_states: bool = True) -> LayerBackend:
     """Return the builders of Transformer Engine's modules.
+
+    Args:
+        keeps_states: the base will be given attention states (packed documents, decoding); its core
+            attention is then ours.
 
     Raises:
         UserError: Transformer Engine is not installed.
@@ -83,9 +104,7 @@ def transformer_engine_backend() -> LayerBackend:
         return with_eagle_attention(spec)
 
     return LayerBackend(
-        base_spec=lambda config, pp_rank: get_gpt_decoder_block_spec(
-            config, use_transformer_engine=True, pp_rank=pp_rank
-        ),
+        base_spec=partial(transformer_engine_base_spec, keeps_states=keeps_states),
         layer_spec=layer_spec,
         norm=provider.layer_norm(),
         column_linear=provider.column_parallel_linear(),

@@ -1,16 +1,18 @@
-"""Specify the base's layers from Megatron-Core's own modules: dense or MoE, our core attention.
+"""Specify the base's layers, dense or MoE: of Megatron-Core's own modules or Transformer Engine's.
 
-Checkpoint keys are the same as with Transformer Engine's layers. Transformer Engine fuses a norm
-into the linear layer after it, so the norm's key starts with that layer's name.
+Checkpoint keys are the same for both. Transformer Engine fuses a norm into the linear layer after
+it, so the norm's key starts with that layer's name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from megatron_eagle.attention.core import with_eagle_attention
-from megatron_eagle.compat import get_gpt_decoder_block_spec
+from megatron_eagle.compat import WrappedTorchNorm, get_gpt_decoder_block_spec
 from megatron_eagle.layers.group_router import GroupLimitedRouter
+from megatron_eagle.layers.zero_centered_norm import ZeroCenteredNorm, use_zero_centered_norms
 
 NORM_BEFORE_QKV = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 MLA_NORMS = {
@@ -20,17 +22,56 @@ MLA_NORMS = {
 NORM_BEFORE_FC1 = {"pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_"}
 
 
-def local_base_spec(config: Any, pp_rank: int) -> Any:
-    """Return the TransformerBlockSubmodules of the layers of pipeline stage ``pp_rank``."""
+def local_base_spec(config: Any, pp_rank: int, native: bool = False) -> Any:
+    """Return the TransformerBlockSubmodules of the layers of pipeline stage ``pp_rank``, made of
+    Megatron-Core's own modules and our core attention.
+
+    ``native``: Megatron trained the base, so experts are routed as Megatron routes them.
+    """
     block = get_gpt_decoder_block_spec(
-        config, use_transformer_engine=False, normalization="RMSNorm", pp_rank=pp_rank
+        config,
+        use_transformer_engine=False,
+        normalization=config.normalization,
+        qk_l2_norm=config.qk_l2_norm,
+        pp_rank=pp_rank,
     )
-    # Equal layers share one spec object: change each object once.
-    for spec in {id(spec): spec for spec in block.layer_specs}.values():
+    # Where Apex is installed, Megatron takes its layer norm here, which is no RMSNorm.
+    block.layer_norm = WrappedTorchNorm
+    for spec in _distinct_layers(block):
         with_eagle_attention(spec)
         spec.submodules.sharded_state_dict_keys_map = checkpoint_names(config, spec)
-        if config.moe_router_num_groups is not None and _is_moe(spec):
-            spec.submodules.mlp.keywords["submodules"].router = GroupLimitedRouter
+        if config.layernorm_zero_centered_gamma:
+            use_zero_centered_norms(spec.submodules)
+        _limit_groups(config, spec, native)
+    if config.layernorm_zero_centered_gamma:
+        block.layer_norm = ZeroCenteredNorm
+    return block
+
+
+def transformer_engine_base_spec(
+    config: Any, pp_rank: int, native: bool = False, *, keeps_states: bool
+) -> Any:
+    """Return the TransformerBlockSubmodules of the layers of pipeline stage ``pp_rank``, made of
+    Transformer Engine's modules.
+
+    Its own core attention is causal and no more. Ours takes its place if it ``keeps_states`` (an
+    ``AttentionState`` for packed documents or decoding), and for windows and sinks. ``native``: as
+    for :func:`local_base_spec`.
+    """
+    block = get_gpt_decoder_block_spec(
+        config, use_transformer_engine=True, qk_l2_norm=config.qk_l2_norm, pp_rank=pp_rank
+    )
+    ours = keeps_states or config.window_size is not None or config.softmax_type != "vanilla"
+    for spec in _distinct_layers(block):
+        if ours:
+            with_eagle_attention(spec)
+        if config.multi_latent_attention and config.q_lora_rank is None:
+            # ``attention.mla`` adds the norm of the key/value latent, fused into nothing.
+            spec.submodules.sharded_state_dict_keys_map = {
+                **spec.submodules.sharded_state_dict_keys_map,
+                **MLA_NORMS,
+            }
+        _limit_groups(config, spec, native)
     return block
 
 
@@ -40,6 +81,18 @@ def checkpoint_names(config: Any, layer_spec: Any) -> dict[str, str]:
         **(MLA_NORMS if config.multi_latent_attention else NORM_BEFORE_QKV),
         **({} if _is_moe(layer_spec) else NORM_BEFORE_FC1),
     }
+
+
+def _distinct_layers(block: Any) -> Iterator[Any]:
+    """Yield each layer's spec once: equal layers share an object."""
+    yield from {id(spec): spec for spec in block.layer_specs}.values()
+
+
+def _limit_groups(config: Any, layer_spec: Any, native: bool) -> None:
+    """Give a MoE layer of an imported base that routes to groups of experts the router that scores
+    groups as its family does; Megatron's own scores them as Megatron trained a ``native`` one."""
+    if config.moe_router_num_groups is not None and _is_moe(layer_spec) and not native:
+        layer_spec.submodules.mlp.keywords["submodules"].router = GroupLimitedRouter
 
 
 def _is_moe(layer_spec: Any) -> bool:

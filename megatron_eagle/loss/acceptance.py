@@ -15,6 +15,7 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
+from megatron_eagle.kernels.choice import with_kernel
 from megatron_eagle.loss.reduction import ReducedStats, ShardMass
 from megatron_eagle.loss.row_loss import TINY, RowLoss, RowValues
 
@@ -42,13 +43,28 @@ class AcceptanceLoss(RowLoss):
     def gradient_(
         self, draft: Tensor, teacher: Tensor, mass: ShardMass, terms: tuple[Tensor, ...]
     ) -> None:
-        p = teacher * mass.teacher.unsqueeze(-1)
-        full = p * mass.coverage.unsqueeze(-1)
-        steps = zip(draft, mass.draft, *terms, strict=True)
-        for step, step_mass, below, kl_factor, alpha_factor in steps:
-            q = step.float() * step_mass.unsqueeze(-1)
-            slope = q * (below.unsqueeze(-1) - (q < full).float())
-            step.copy_(kl_factor.unsqueeze(-1) * (q - p) + alpha_factor.unsqueeze(-1) * slope)
+        _gradient_(draft, teacher, *mass, *terms)
+
+
+@with_kernel("megatron_eagle.kernels.acceptance:acceptance_gradient_")
+def _gradient_(
+    draft: Tensor,
+    teacher: Tensor,
+    mass: Tensor,
+    teacher_mass: Tensor,
+    coverage: Tensor,
+    below: Tensor,
+    kl_factor: Tensor,
+    alpha_factor: Tensor,
+) -> None:
+    """Overwrite the softmax ``draft`` with kl_factor (q - p) - alpha_factor d alpha / d z."""
+    p = teacher * teacher_mass.unsqueeze(-1)
+    full = p * coverage.unsqueeze(-1)
+    steps = zip(draft, mass, below, kl_factor, alpha_factor, strict=True)
+    for step, step_mass, step_below, step_kl, step_alpha in steps:
+        q = step.float() * step_mass.unsqueeze(-1)
+        slope = q * (step_below.unsqueeze(-1) - (q < full).float())
+        step.copy_(step_kl.unsqueeze(-1) * (q - p) + step_alpha.unsqueeze(-1) * slope)
 
 
 class TotalVariation(AcceptanceLoss):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_eagle.kernels.choice import with_kernel
 from megatron_eagle.loss.statistics import LossSums, ShardStats, TeacherStats, gather_statistics
 from megatron_eagle.parallel.vocab import combine_argmax, combine_log_sum_exp
 
@@ -90,14 +91,19 @@ def reduce_shards(draft: ShardStats, teacher: TeacherStats, group: ProcessGroup)
 
     One all-gather over ``group``, none for a single rank. Not differentiable.
     """
-    drafts, teachers = gather_statistics(draft, teacher, group)
+    rank = 0 if group.size() == 1 else group.rank()
+    return reduce_gathered(*gather_statistics(draft, teacher, group), rank)
+
+
+def reduce_gathered(drafts: ShardStats, teachers: TeacherStats, rank: int) -> ReducedStats:
+    """Reduce the statistics of all shards, [T, K, N] and [T, N]. No collective."""
     log_z = combine_log_sum_exp(drafts.max, drafts.sum_exp)
     teacher_log_z = combine_log_sum_exp(teachers.max, teachers.sum_exp)
     full_log_z = combine_log_sum_exp(teachers.full_max, teachers.full_sum_exp)
     teacher_argmax = combine_argmax(teachers.full_max, teachers.full_argmax)
     teacher_log_mass = _log_mass(teachers.max, teachers.sum_exp, teacher_log_z)
     return ReducedStats(
-        rank=0 if group.size() == 1 else group.rank(),
+        rank=rank,
         cross_entropy=log_z - (drafts.dot * teacher_log_mass.exp().unsqueeze(1)).sum(0),
         log_z=log_z,
         hit=combine_argmax(drafts.max, drafts.argmax) == teacher_argmax,
@@ -123,9 +129,16 @@ def shard_mass(draft: ShardStats, teacher: TeacherStats, reduced: ReducedStats) 
 def shard_overlap(draft: Tensor, teacher: Tensor, mass: ShardMass) -> Tensor:
     """Return this shard's part of :class:`Overlap`, [2, K, N], from its softmaxes ``draft``
     [K, N, Dp] and ``teacher`` [N, Dp]; the sum over all shards is the whole. No collective."""
-    full = teacher * (mass.teacher * mass.coverage).unsqueeze(-1)
+    return _overlap(draft, teacher, mass.draft, mass.teacher, mass.coverage)
+
+
+@with_kernel("megatron_eagle.kernels.acceptance:overlap")
+def _overlap(
+    draft: Tensor, teacher: Tensor, mass: Tensor, teacher_mass: Tensor, coverage: Tensor
+) -> Tensor:
+    full = teacher * (teacher_mass * coverage).unsqueeze(-1)
     parts = []
-    for softmax, step_mass in zip(draft, mass.draft, strict=True):
+    for softmax, step_mass in zip(draft, mass, strict=True):
         q = softmax.float() * step_mass.unsqueeze(-1)
         parts.append(torch.stack([torch.minimum(q, full).sum(-1), (q * (q < full)).sum(-1)]))
     return torch.stack(parts, dim=1)

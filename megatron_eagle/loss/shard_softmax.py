@@ -2,7 +2,8 @@
 
 A shard's softmax is normalised over the shard alone; times sum * exp(max - log Z) it is the shard's
 part of the softmax over the whole vocabulary. On a CPU the passes go over a few positions at a
-time, which stay in a core's cache from the first pass to the last.
+time, which stay in a core's cache from the first pass to the last. On a GPU Triton kernels stand in
+for them (megatron_eagle/kernels).
 
 Shape letters: K TTT steps, N target positions, Dp columns of this rank's shard of a vocabulary.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_eagle.kernels.choice import with_kernel
 from megatron_eagle.loss.statistics import ShardStats
 from megatron_eagle.parallel.vocab import EMPTY_SHARD_MAX, row_chunks
 from megatron_eagle.platform.compiler import compilable, is_compiling
@@ -26,7 +28,7 @@ def shard_softmax_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns fp32 [N] each: maximum, sum of exp(z - max), and the position of the maximum (the first
     of equals). An empty shard gives ``EMPTY_SHARD_MAX``, 0 and 0, which vanish in any combination.
     """
-    top, sum_exp, _, position = _by_blocks(logits.unsqueeze(0), None, False)[:, 0]
+    top, sum_exp, _, position = _softmax_(logits.unsqueeze(0), None, False)[:, 0]
     return top, sum_exp, position
 
 
@@ -36,9 +38,10 @@ def draft_softmax_(logits: Tensor, teacher: Tensor, subtract: bool) -> ShardStat
 
     Returns the statistics [K, N], their ``argmax`` as the position in this shard.
     """
-    return ShardStats(*_by_blocks(logits, teacher, subtract))
+    return ShardStats(*_softmax_(logits, teacher, subtract))
 
 
+@with_kernel("megatron_eagle.kernels.softmax:rescale_")
 def rescale_(softmax: Tensor, mass: Tensor, teacher: Tensor, teacher_mass: Tensor) -> None:
     """Turn ``softmax`` [K, N, Dp] into softmax * ``mass`` [K, N] - ``teacher`` [N, Dp] *
     ``teacher_mass`` [N], in place."""
@@ -48,13 +51,21 @@ def rescale_(softmax: Tensor, mass: Tensor, teacher: Tensor, teacher_mass: Tenso
             _rescale_block_(step[rows], step_mass[rows], teacher[rows], teacher_mass[rows])
 
 
+def _softmax_(logits: Tensor, teacher: Tensor | None, subtract: bool) -> Tensor:
+    """Turn logits [K, N, Dp] into their softmax in place; returns the statistics [4, K, N] of
+    :func:`_softmax_block_`."""
+    if logits.shape[-1]:
+        return _by_blocks(logits, teacher, subtract)
+    statistics = logits.new_zeros(4, *logits.shape[:2], dtype=torch.float32)
+    statistics[0] = EMPTY_SHARD_MAX
+    return statistics
+
+
+@with_kernel("megatron_eagle.kernels.softmax:softmax_")
 def _by_blocks(logits: Tensor, teacher: Tensor | None, subtract: bool) -> Tensor:
     """Run :func:`_softmax_block_` over logits [K, N, Dp]; returns its statistics [4, K, N]."""
     steps, count, columns = logits.shape
-    statistics = logits.new_zeros(4, steps, count, dtype=torch.float32)
-    if columns == 0:
-        statistics[0] = EMPTY_SHARD_MAX
-        return statistics
+    statistics = logits.new_empty(4, steps, count, dtype=torch.float32)
     for rows in _blocks(count, columns, logits.is_cuda):
         block_teacher = None if teacher is None else teacher[rows]
         for step in range(steps):
@@ -75,7 +86,7 @@ def _softmax_block_(logits: Tensor, teacher: Tensor | None, subtract: bool) -> T
     exp(z - max), Σ teacher z (without a teacher the maximum), position of the maximum."""
     top, index = row_max(logits)
     wide = logits.float()  # fp32 logits themselves
-    dot = top if teacher is None else torch.linalg.vecdot(wide, teacher)
+    dot = top if teacher is None else _row_dots(wide, teacher)
     softmax = torch.softmax(wide, -1, out=wide)
     total = softmax.gather(-1, index.unsqueeze(-1)).squeeze(-1).reciprocal()
     if subtract:
@@ -84,6 +95,13 @@ def _softmax_block_(logits: Tensor, teacher: Tensor | None, subtract: bool) -> T
     elif softmax is not logits:
         logits.copy_(softmax)
     return torch.stack([top.float(), total, dot, index.float()])
+
+
+def _row_dots(rows: Tensor, others: Tensor) -> Tensor:
+    """Return the dot product of each row of ``rows`` and ``others`` [N, Dp]: [N]."""
+    if rows.is_cuda and not is_compiling():  # there vecdot writes the products and reads them again
+        return torch.bmm(rows.unsqueeze(1), others.unsqueeze(2)).flatten()
+    return torch.linalg.vecdot(rows, others)
 
 
 @compilable

@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from megatron_eagle.platform.cpu import products as cpu_products
 
@@ -63,6 +64,17 @@ def default_output_bytes(device: torch.device) -> int:
     is asked what its kernel needs, on the first call and not at import.
     """
     return _GPU_OUTPUT_BYTES if device.type == "cuda" else cpu_products.default_output_bytes()
+
+
+def agreed_output_bytes(device: torch.device, group: ProcessGroup) -> int:
+    """Return the least :func:`default_output_bytes` of the ranks of ``group``, whose processors may
+    differ. One all-reduce of a number on CPUs, none on GPUs or for a single rank."""
+    size = default_output_bytes(device)
+    if device.type == "cuda" or group.size() == 1:
+        return size
+    least = torch.tensor(size)
+    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN, group=group)
+    return int(least)
 
 
 @cache

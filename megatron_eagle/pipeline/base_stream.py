@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from megatron_eagle.objective.batch import EagleBatch
+from megatron_eagle.objective.block_batch import AnyBatch
 from megatron_eagle.pipeline.aux_router import AuxRouter
 from megatron_eagle.pipeline.exchange import Shape, StageExchange
 from megatron_eagle.pipeline.in_flight import InFlight
@@ -44,7 +44,7 @@ class BaseStream:
     def __init__(
         self,
         exchange: StageExchange,
-        read: Callable[[Iterator[Any]], EagleBatch],
+        read: Callable[[Iterator[Any]], AnyBatch],
         observer: Observer,
         samples: Sequence[Any] = (),
         in_flight: InFlight | None = None,
@@ -119,7 +119,7 @@ class BaseStream:
             self.expect_hidden(micro_batch + 1)
         return hidden
 
-    def collect(self, micro_batch: int) -> tuple[EagleBatch, BaseOutputs]:
+    def collect(self, micro_batch: int) -> tuple[AnyBatch, BaseOutputs]:
         """Wait for the base's outputs for a micro-batch that this stage owns; return both, which
         are not held any longer."""
         with self.observer("wait", micro_batch):

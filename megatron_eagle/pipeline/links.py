@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import torch
@@ -58,14 +58,18 @@ class StageLinks:
         self._connect()
 
     def _connect(self) -> None:
-        """Exchange a number between every two stages in every group.
+        """Exchange a number between any two stages that a group has messages for: neighbours where
+        the base's hidden states go on, every two for aux hidden states.
 
         NCCL connects two ranks at their first message, and the host waits there for the other one:
         unless all ranks post their first messages in one common order, those can deadlock.
         """
         number = torch.zeros(1, device=torch.cuda.current_device())
-        for group in (self._hidden, self._later, self._earlier):
-            for early, late in combinations(range(self.stages), 2):
+        every_two = list(combinations(range(self.stages), 2))
+        neighbors = list(pairwise(range(self.stages)))
+        links = (self._hidden, neighbors), (self._later, every_two), (self._earlier, every_two)
+        for group, pairs in links:
+            for early, late in pairs:
                 if self.stage == early:
                     torch.distributed.send(number, self.ranks[late], group=group)
                 elif self.stage == late:

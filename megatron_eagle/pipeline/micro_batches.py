@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from megatron_eagle.objective.batch import EagleBatch
+from megatron_eagle.objective.block_batch import AnyBatch
 from megatron_eagle.pipeline.read_ahead import peek
 
 
@@ -18,14 +18,14 @@ class MicroBatches:
     """
 
     def __init__(
-        self, read: Callable[[Iterator[Any]], EagleBatch], samples: Sequence[Any] = ()
+        self, read: Callable[[Iterator[Any]], AnyBatch], samples: Sequence[Any] = ()
     ) -> None:
         self.read, self.samples = read, list(samples)
         self.iterator: Iterator[Any] = iter(())
         self._count = 0
-        self._held: dict[int, EagleBatch] = {}
+        self._held: dict[int, AnyBatch] = {}
 
-    def get(self, micro_batch: int) -> EagleBatch:
+    def get(self, micro_batch: int) -> AnyBatch:
         """Return a micro-batch that was not dropped, reading it and those before it if need be."""
         while self._count <= micro_batch:
             self._take_samples(self._count + 1)
@@ -34,12 +34,12 @@ class MicroBatches:
             self._count += 1
         return self._held[micro_batch]
 
-    def move(self, micro_batch: int, device: Any) -> EagleBatch:
+    def move(self, micro_batch: int, device: Any) -> AnyBatch:
         """Move a micro-batch to ``device``, where it is held from now on, and return it."""
         self._held[micro_batch] = self.get(micro_batch).to(device)
         return self._held[micro_batch]
 
-    def drop(self, micro_batch: int) -> EagleBatch:
+    def drop(self, micro_batch: int) -> AnyBatch:
         """Return a micro-batch, and hold it no longer."""
         return self._held.pop(micro_batch)
 

@@ -78,6 +78,14 @@ class PipelineSchedule:
             config.timers("forward-backward").stop()
         return reports
 
+    def finish(self) -> None:
+        """Wait for the messages of forwards that were run ahead, and forget what they brought. All
+        ranks call it when training ends early, by a signal or after a time: messages that are still
+        under way must not meet the end of their process groups."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            ahead.finish()
+
     def _stream(self, iterator: Iterator[Any], new: Callable[..., BaseStream]) -> BaseStream:
         """Return the stream that the last call ran ahead, if its samples are still the next ones,
         and else a ``new`` one."""

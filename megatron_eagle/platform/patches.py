@@ -20,9 +20,12 @@ from megatron_eagle.platform.adam import FusedAdam
 
 
 def apply() -> None:
-    """Set one environment variable and make the patches of this module."""
+    """Set two environment variables and make the patches of this module."""
     # validate_args insists on it for tensor, sequence and context parallelism.
     os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    # Micro-batches differ in length: blocks of ever new sizes would fragment the memory. Read when
+    # the allocator is first used.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     skip_helper_build_without_makefile()
     allow_sequence_parallel_torch_norm()
     use_checkpointable_adam()

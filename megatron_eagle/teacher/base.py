@@ -54,9 +54,10 @@ class FrozenBase(MegatronModule):
         self.tp_group, self.cp_group = gpt.pg_collection.tp, gpt.pg_collection.cp
         self._angles: Tensor | None = None
         # GPTModel counts positions from the sequence's start, packed documents from their own.
-        position_rotary(gpt).register_forward_hook(
-            lambda _module, _inputs, angles: angles if self._angles is None else self._angles
-        )
+        if (rotary := position_rotary(gpt)) is not None:
+            rotary.register_forward_hook(
+                lambda _module, _inputs, angles: angles if self._angles is None else self._angles
+            )
         # Without post-processing, GPTModel returns the decoder's output instead of logits; the
         # decoder's own final norm is not affected.
         gpt.post_process = False
@@ -97,6 +98,8 @@ class FrozenBase(MegatronModule):
         """
         shard = ContextShard.of(tokens.shape[1], self.cp_group)
         positions = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        if packing is not None:  # learned positions restart with every document, too
+            positions = packing.positions
         self.gpt.set_input_tensor(hidden)
         with nvtx_range("base"), self._inside_documents(packing) as attention:
             out = self.gpt(
@@ -117,8 +120,9 @@ class FrozenBase(MegatronModule):
         if packing is None:
             yield None
             return
-        rotary = self.rotary(packing.positions.shape[1])
-        self._angles = packing.angles(rotary, self.cp_group)
+        if self.has_rotary:
+            rotary = self.rotary(packing.positions.shape[1])
+            self._angles = packing.angles(rotary, self.cp_group)
         try:
             yield DocumentAttention(packing, self.cp_group)
         finally:
@@ -129,9 +133,15 @@ class FrozenBase(MegatronModule):
         parallel = self.tp_group if self.config.sequence_parallel else None
         return gather_final(final, halo, parallel, self.cp_group)
 
+    @property
+    def has_rotary(self) -> bool:
+        """Return whether the base has RoPE, not learned positions or none."""
+        return position_rotary(self.gpt) is not None
+
     @torch.no_grad()
     def rotary(self, length: int) -> Tensor:
-        """Return the RoPE angles of positions 0 .. length - 1, [length, 1, 1, d]."""
+        """Return the RoPE angles of positions 0 .. length - 1, [length, 1, 1, d]; of a base that
+        has RoPE."""
         # packed_seq: not cut over CP.
         return position_rotary(self.gpt)(length, packed_seq=True)
 

@@ -22,6 +22,7 @@ from megatron_eagle.config.option import flag_name
 from megatron_eagle.config.widths import layer_widths
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.base.moe_args import moe_layers
+from megatron_eagle.teacher.stored_names import is_numbered, stored_name
 
 QKV = "self_attention.linear_qkv.weight"
 _INPUT_NORM = "self_attention.linear_qkv.layer_norm_weight"
@@ -32,6 +33,16 @@ _COPIED = (
     "mlp.linear_fc2.weight",
 )
 _HEAD_NORMS = ("self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight")
+_OF_DRAFTS: dict[str, object] = {
+    "normalization": "RMSNorm",
+    "apply_layernorm_1p": False,
+    "swiglu": True,
+    "apply_residual_connection_post_layernorm": False,
+    "attention_output_gate": False,
+    "rotary_interleaved": False,
+    "qk_l2_norm": False,
+}
+"""Properties of a draft's layers, without which a copy would compute something else."""
 Tensors = Mapping[str, Callable[[], Tensor]]
 """Checkpoint keys of a draft, and functions that read the whole, unsharded tensor."""
 
@@ -52,6 +63,9 @@ def check_base_start(options: EagleConfig, base: BaseInfo) -> None:
         raise UserError(
             f"{flag}: {flag_name('qk_layernorm')}, but the base does not norm queries and keys"
         )
+    for name, value in _OF_DRAFTS.items():
+        if args.get(name, value) != value:
+            raise UserError(f"{flag}: the base has {name} = {args[name]}, a draft {value}")
     if any(moe_layers(args)[-options.spec.num_layers :]):
         raise UserError(f"{flag}: the base's last layer has experts, a dense draft has not")
     for name, width in layer_widths(options.spec, args).items():
@@ -114,9 +128,10 @@ class BaseStart:
         return self.checkpoint.load_rows(key, rows)
 
     def _of_layer(self, layer: int, name: str) -> Tensor:
-        if "moe_layer_freq" in self.args:  # the layers differ in kind
-            return self._whole(f"decoder.layers.{layer}.{name}")
-        return self._rows(f"decoder.layers.{name}", [layer])[0]
+        keys = self.checkpoint.keys()
+        if is_numbered(keys):
+            return self._whole(stored_name(f"decoder.layers.{layer}.{name}", keys))
+        return self._rows(stored_name(f"decoder.layers.{name}", keys), [layer])[0]
 
     def _qkv(self, layer: int, first: bool, init_std: float) -> Tensor:
         weight = self._of_layer(layer, QKV)

@@ -65,6 +65,7 @@ class BestCheckpoint:
         draft is in place and before the old one is deleted. The exception is a resumed run that
         replaces a draft of the same iteration: there is an instant between two renames.
         """
+        self._ask_first_rank()
         if figures["accepted_length"] <= self.accepted_length:
             return False
         self.accepted_length, self.iteration = figures["accepted_length"], figures["iteration"]
@@ -83,6 +84,13 @@ class BestCheckpoint:
             self._put_in_place(scratch, name)
         torch.distributed.barrier()
         return True
+
+    def _ask_first_rank(self) -> None:
+        """Take over what the first rank knows of the best draft: a file system that lags, or a
+        directory of each node's own, must not let ranks disagree on whether to save."""
+        best: list[tuple[float, int]] = [(self.accepted_length, self.iteration)]
+        torch.distributed.broadcast_object_list(best, src=0)
+        self.accepted_length, self.iteration = best[0]
 
     def _put_in_place(self, scratch: Path, name: str) -> None:
         target = self.directory / name

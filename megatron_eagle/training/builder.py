@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -25,11 +24,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.checkpoint import StoredDraft
 from megatron_eagle.hf.draft.info import DraftInfo
 from megatron_eagle.hf.draft.servers import serving_notes
-from megatron_eagle.layers.backend import (
-    LayerBackend,
-    local_backend,
-    transformer_engine_backend,
-)
+from megatron_eagle.layers.backend import LayerBackend, backend_of
 from megatron_eagle.loss.inputs import teacher_bytes
 from megatron_eagle.model import EagleGPTModel
 from megatron_eagle.pipeline.exchange import StageExchange
@@ -39,7 +34,9 @@ from megatron_eagle.teacher.build import build_base, load_base
 from megatron_eagle.teacher.offline import OfflineBase, config_without_layers, without_layers
 from megatron_eagle.teacher.vocab_shards import VocabShards
 from megatron_eagle.training.base_start import BaseStart, left_out
+from megatron_eagle.training.frozen_config import frozen_config
 from megatron_eagle.training.save_place import warn_if_disk_is_small
+from megatron_eagle.training.throughput import Throughput
 from megatron_eagle.training.warm_start import load_base_start, load_warm_start
 
 
@@ -52,9 +49,10 @@ class ModelBuilder:
         base: BaseInfo,
         vocab_ids: Tensor,
         warm_start: StoredDraft | None = None,
+        throughput: Throughput | None = None,
     ) -> None:
         self.options, self.base, self.vocab_ids = options, base, vocab_ids
-        self.warm_start = warm_start
+        self.warm_start, self.throughput = warm_start, throughput
 
     def __call__(
         self,
@@ -69,13 +67,14 @@ class ModelBuilder:
         config = config or core_transformer_config_from_args(args)
         if not config.multi_latent_attention:
             set_attention_factor(config, attention_factor(self.base.rope))
-        base_config = copy.copy(config)
+        base_config = frozen_config(config, self.base)
         base_config.recompute_granularity = None  # it keeps nothing for a backward
         # Its weights are loaded; and so the draft's start does not depend on the base's size.
         base_config.perform_initialization = False
+        base_config.gradient_accumulation_fusion = False  # Megatron's own head asks for Apex
         aux_layers = self.options.spec.aux_layers_of(config.num_layers)
-        use_te = args.transformer_impl == "transformer_engine"
-        backend = transformer_engine_backend() if use_te else local_backend()
+        states = self.options.train.pack or self.options.train.eval_prompts is not None
+        backend = backend_of(args.transformer_impl, keeps_states=states)
         if pg_collection.pp.size() > 1:
             base_config.finalize_model_grads_func = FinalizeReplicas(pg_collection.pp)
         plan = self._features(aux_layers)
@@ -112,19 +111,22 @@ class ModelBuilder:
             f"{self.options.spec.algorithm}, aux layers {numbers}, "
             f"{self.vocab_ids.numel():,} of {self.base.vocab_size:,} token ids"
         )
-        whole = sum(p.numel() for p in draft.parameters()) * draft.tp_group.size()
-        warn_if_disk_is_small(args.save, whole)
         for note in serving_notes(self._info(aux_layers)):
             print_rank_0(f"> to be served: {note}")
+        whole = sum(p.numel() for p in draft.parameters()) * draft.tp_group.size()
+        warn_if_disk_is_small(args.save, whole)
         if draft.tp_group.size() > 1:
             print_rank_0(self._teacher_size(args, draft.shard.padded_rows))
-        return EagleGPTModel(base, draft, self.options, exchange)
+        model = EagleGPTModel(base, draft, self.options, exchange)
+        if self.throughput is not None and not self.options.spec.method.drafts_blocks:
+            self.throughput.saw(model)
+        return model
 
     def _info(self, aux_layers: tuple[int, ...]) -> DraftInfo:
         """Return the description of the draft that this run trains."""
         options = self.options
         spec = resolved_spec(options.spec, self.base, aux_layers, self.vocab_ids.numel())
-        return DraftInfo(spec, self.base, options.train.ttt_steps)
+        return DraftInfo(spec, self.base, options.steps)
 
     def _start_as_base(self, draft: EagleDraft, layer_sizes: Callable[[], Tensor]) -> None:
         assert self.options.train.base_checkpoint is not None

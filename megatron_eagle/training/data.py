@@ -27,11 +27,17 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.parallel.context import ContextShard
 from megatron_eagle.teacher.aux_hidden import BaseOutputs
+from megatron_eagle.training.agreement import (
+    check_agreement,
+    digest_data_sets,
+    digest_tensor,
+)
 from megatron_eagle.training.data_record import (
     document_record,
     indexed_record,
     note_training_data,
 )
+from megatron_eagle.training.numbered import NumberedSamples
 from megatron_eagle.training.token_counts import TrainingBlend, count_tokens
 
 
@@ -40,8 +46,8 @@ class DatasetProvider:
 
     is_distributed = True
 
-    def __init__(self, options: EagleConfig, base: BaseInfo) -> None:
-        self.options, self.base = options, base
+    def __init__(self, options: EagleConfig, base: BaseInfo, vocab_ids: Tensor) -> None:
+        self.options, self.base, self.vocab_ids = options, base, vocab_ids
 
     def __call__(self, num_samples: Sequence[int], vp_stage: int | None = None) -> tuple:
         args, (train, valid, test) = get_args(), self._datasets(num_samples)
@@ -51,6 +57,8 @@ class DatasetProvider:
                 f"--train-iters {args.train_iters}"
             )
             train = None
+        if self.options.spec.method.drafts_blocks:
+            train, valid, test = map(NumberedSamples.of, (train, valid, test))
         return train, valid, test
 
     def _datasets(self, num_samples: Sequence[int]) -> tuple:
@@ -58,8 +66,11 @@ class DatasetProvider:
         if self.options.train.reads_documents:
             documents = training_documents(self.options, self.base)
             fitted = FittedDocuments(documents, args.seq_length)
+            source = "train_data" if self.options.train.train_data else "offline_features"
+            record = document_record(fitted)
+            self._check_agreement(f"<{source}>", record["sha256"])
             _tell_what_is_cut(fitted, len(documents.lengths))
-            note_training_data(args, document_record(fitted))
+            note_training_data(args, record)
             train = DocumentDataset(fitted, num_samples[0], args.seed, self.options.train.pack)
             if self.options.train.pack:
                 filled = fitted.lengths.sum() / (train.samples_per_epoch * args.seq_length)
@@ -69,11 +80,23 @@ class DatasetProvider:
                 )
             return train, None, None
         _refuse_masks_that_would_be_ignored(args)
+        prefixes = [] if args.mock_data else TrainingBlend.of(args).prefixes
+        self._check_agreement("--data-path", digest_data_sets(prefixes))
         if not args.mock_data:
-            note_training_data(args, indexed_record(TrainingBlend.of(args).prefixes))
+            note_training_data(args, indexed_record(prefixes))
         kind = MockGPTDataset if args.mock_data else GPTDataset
         config = gpt_dataset_config(args)
         return tuple(BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config).build())
+
+    def _check_agreement(self, source: str, digest: str) -> None:
+        """Check that all ranks have the same base, draft vocabulary and data. A collective."""
+        check_agreement(
+            {
+                "<base_checkpoint>": self.base.fingerprint,
+                "the draft's vocabulary": digest_tensor(self.vocab_ids),
+                source: digest,
+            }
+        )
 
 
 def _tell_what_is_cut(fitted: FittedDocuments, documents: int) -> None:
@@ -116,7 +139,29 @@ def gpt_dataset_config(args: Any) -> GPTDatasetConfig:
 
 
 def next_batch(iterator: Any, steps: int, vocab_size: int, every_row: bool = False) -> EagleBatch:
-    """Take the iterator's next micro-batch, on the host; ``every_row`` as in ``EagleBatch.build``.
+    """Take the iterator's next micro-batch, on the host; raise as :func:`next_sample`.
+    ``every_row`` as in ``EagleBatch.build``."""
+    sample, tokens, multiple, context = next_sample(iterator, vocab_size)
+    args = get_args()
+    batch = EagleBatch.build(
+        tokens,
+        sample["loss_mask"],
+        steps,
+        multiple=multiple,
+        parts=args.tensor_model_parallel_size if args.sequence_parallel else 1,
+        every_row=every_row,
+        trim=True,
+        context=context,
+        positions=sample["positions"] if args.eagle_pack else None,
+    )
+    if "aux_hidden" not in sample:
+        return batch
+    return replace(batch, base_outputs=stored_outputs(sample, batch.tokens.shape[1]))
+
+
+def next_sample(iterator: Any, vocab_size: int) -> tuple[Any, Tensor, int, tuple[int, int]]:
+    """Take the iterator's next micro-batch as its data set gives it: all of it, its tokens [B, S],
+    what a length must be a multiple of, and rank and size of the context-parallel group.
 
     Raises ``UserError`` for ids that the base does not have: a vocabulary-parallel embedding would
     look them up in another rank's rows without a word.
@@ -130,27 +175,19 @@ def next_batch(iterator: Any, steps: int, vocab_size: int, every_row: bool = Fal
             f"--data-path: token id {least if least < 0 else most} is outside the base's "
             f"0 to {vocab_size - 1}; was the data made with another tokenizer?"
         )
-    parts = multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
+    multiple = args.tensor_model_parallel_size if args.sequence_parallel else 1
     context = (mpu.get_context_parallel_rank(), args.context_parallel_size)
     if args.context_parallel_size > 1:
         multiple *= 2 * args.context_parallel_size
-    positions = sample["positions"] if args.eagle_pack else None
-    batch = EagleBatch.build(
-        tokens,
-        sample["loss_mask"],
-        steps,
-        multiple=multiple,
-        parts=parts,
-        every_row=every_row,
-        trim=True,
-        context=context,
-        positions=positions,
-    )
-    if "aux_hidden" not in sample:
-        return batch
-    shard = ContextShard(batch.tokens.shape[1], *context)
+    return sample, tokens, multiple, context
+
+
+def stored_outputs(sample: Any, length: int) -> BaseOutputs:
+    """Return this rank's part of a micro-batch's stored hidden states, cut at ``length``."""
+    args = get_args()
+    shard = ContextShard(length, mpu.get_context_parallel_rank(), args.context_parallel_size)
     outputs = [_local_rows(sample[name], shard, args) for name in ("aux_hidden", "final_hidden")]
-    return replace(batch, base_outputs=BaseOutputs(*outputs))
+    return BaseOutputs(*outputs)
 
 
 def _local_rows(hidden: Tensor, shard: ContextShard, args: Any) -> Tensor:

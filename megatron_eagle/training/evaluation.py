@@ -28,7 +28,6 @@ from megatron_eagle.config import EagleConfig
 from megatron_eagle.decode.acceptance import AcceptanceReport, check_lengths, evaluate_acceptance
 from megatron_eagle.decode.prompt_shards import PromptShard, lockstep_groups
 from megatron_eagle.decode.prompts import digest, read_prompt_ids, stop_ids
-from megatron_eagle.errors import UserError
 from megatron_eagle.model import EagleGPTModel
 from megatron_eagle.platform.profiling import nvtx_range
 from megatron_eagle.training.best_checkpoint import BestCheckpoint
@@ -42,19 +41,14 @@ HF_TOKENIZER = "HuggingFaceTokenizer"
 class AcceptanceEvaluation:
     """Measures the draft after the iterations that the options name, logs it, and keeps the best.
 
-    Raises ``ValueError`` for prompts that cannot be read or continued, a base of Transformer
-    Engine's layers, and a best draft in ``--save`` that was measured otherwise.
+    Raises ``ValueError`` for prompts that cannot be read or continued, and a best draft in
+    ``--save`` that was measured otherwise.
     """
 
     def __init__(
         self, args: Any, options: EagleConfig, base: BaseInfo, log: MetricsLog | None
     ) -> None:
         assert options.train.eval_prompts is not None
-        if args.transformer_impl != "local":
-            # Only our core attention takes a cache of keys and values.
-            raise UserError(
-                f"--eagle-eval-prompts needs --transformer-impl local, not {args.transformer_impl}"
-            )
         self.options, self.base, self.log = options, base, log
         tokenizer = args.tokenizer_model if args.tokenizer_type == HF_TOKENIZER else None
         self.prompts = read_prompt_ids(Path(options.train.eval_prompts), tokenizer, base.vocab_size)
@@ -64,7 +58,7 @@ class AcceptanceEvaluation:
             "base": base.fingerprint,
             "prompts_sha256": digest(self.prompts),
             "max_new_tokens": options.train.eval_new_tokens,
-            "draft_tokens": options.train.eval_draft_tokens or options.train.ttt_steps,
+            "draft_tokens": options.train.eval_draft_tokens or options.steps,
         }
         self.best = None
         if args.save is not None:

@@ -16,10 +16,6 @@ from megatron_eagle.config.option import flag_name
 from megatron_eagle.config.widths import TP_WIDTHS, layer_widths
 from megatron_eagle.errors import UserError
 
-_VIRTUAL_FLAGS = (
-    "--num-layers-per-virtual-pipeline-stage",
-    "--num-virtual-stages-per-pipeline-rank",
-)
 _UNEVEN_FLAGS = ("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers")
 
 
@@ -59,7 +55,7 @@ def check_layout(argv: Sequence[str], base: BaseInfo, options: EagleConfig) -> N
     _check_layers(layout, base.megatron_args["num_layers"])
     _check_base_experts(layout, base.megatron_args.get("num_experts"))
     if layout.seq_length is not None:
-        _check_sequence(layout, options.train.ttt_steps)
+        _check_sequence(layout, options)
 
 
 def check_micro_batches(args: argparse.Namespace) -> None:
@@ -121,7 +117,7 @@ def _layout(argv: Sequence[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}-parallel-size", type=int, default=1)
     parser.add_argument("--expert-tensor-parallel-size", type=int)
     parser.add_argument("--moe-token-dispatcher-type")
-    for flag in ("--seq-length", *_VIRTUAL_FLAGS, *_UNEVEN_FLAGS, "--ddp-bucket-size"):
+    for flag in ("--seq-length", *_UNEVEN_FLAGS, "--ddp-bucket-size"):
         parser.add_argument(flag, type=int)
     parser.add_argument("--pipeline-model-parallel-layout")
     parser.add_argument("--sequence-parallel", action="store_true")
@@ -189,13 +185,6 @@ def _processes() -> int:
 
 
 def _check_pipeline(layout: argparse.Namespace) -> None:
-    for flag in _VIRTUAL_FLAGS:
-        value = _value(layout, flag)
-        if value is not None:
-            raise UserError(
-                f"{flag} {value}: the base only runs forward, so its pipeline has no bubbles that "
-                "virtual stages could fill; leave the flag out, checkpoints load without it"
-            )
     if layout.pipeline_model_parallel_size > 1 and layout.ddp_bucket_size is not None:
         raise UserError(
             f"--ddp-bucket-size {layout.ddp_bucket_size}: with --pipeline-model-parallel-size "
@@ -252,7 +241,7 @@ def _value(layout: argparse.Namespace, flag: str) -> int | None:
     return getattr(layout, flag.removeprefix("--").replace("-", "_"))
 
 
-def _check_sequence(layout: argparse.Namespace, steps: int) -> None:
+def _check_sequence(layout: argparse.Namespace, options: EagleConfig) -> None:
     context = layout.context_parallel_size
     pieces = 2 * context if context > 1 else 1
     parts = layout.tensor_model_parallel_size if layout.sequence_parallel else 1
@@ -263,8 +252,12 @@ def _check_sequence(layout: argparse.Namespace, steps: int) -> None:
             f"--seq-length {layout.seq_length} is not a multiple of {pieces * parts} "
             f"({' times '.join(why)})"
         )
+    blocks, steps = options.spec.method.drafts_blocks, options.steps
     if context > 1 and layout.seq_length // pieces < steps:
+        flag = (
+            f"--eagle-block-size {options.spec.slots}" if blocks else f"--eagle-ttt-steps {steps}"
+        )
         raise UserError(
             f"--context-parallel-size {context} cuts --seq-length {layout.seq_length} into pieces "
-            f"of {layout.seq_length // pieces} tokens, fewer than --eagle-ttt-steps {steps}"
+            f"of {layout.seq_length // pieces} tokens, fewer than {flag}"
         )

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+_OFF = {"add_bias_linear": "--disable-bias-linear", "bias_gelu_fusion": "--no-bias-gelu-fusion"}
+"""Arguments that are on by default -> the flag that turns them off."""
+
 
 def megatron_flags(args: Mapping[str, Any]) -> list[str]:
     """Return the flags that make Megatron's parser give ``args``; values that are off need none."""
     words: list[str] = []
     for name, value in args.items():
-        if name == "add_bias_linear":
-            words += [] if value else ["--disable-bias-linear"]
+        if name in _OFF:
+            words += [] if value else [_OFF[name]]
         elif isinstance(value, bool):
             words += [_flag(name)] if value else []
         elif name == "window_size":

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from megatron_eagle.compat import patch, require
 from megatron_eagle.errors import UserError
+from megatron_eagle.training.throughput import RATE, Throughput
 
 logger = logging.getLogger("megatron_eagle")
 _TRAINING_LOG = "megatron.training.training:training_log"
@@ -23,13 +24,14 @@ class MetricsLog:
     """Listens to Megatron's ``training_log``; the host reads values at the log interval only.
 
     A line holds ``iteration``, ``consumed_samples``, ``learning_rate``, ``grad_norm``, ``seconds``
-    since the start, ``supervised_rows`` summed since the start of this run, and the means over the
-    interval of every other metric. Lines of --eagle-eval-prompts are of another kind: they have
-    ``eval_accepted_length`` and no loss. Written by the last rank.
+    since the start, ``supervised_rows`` summed since the start of this run, the interval's
+    ``supervised_tokens_per_second_per_gpu``, and the means over the interval of every other metric.
+    Lines of --eagle-eval-prompts are of another kind: they have ``eval_accepted_length`` and no
+    loss. Written by the last rank.
     """
 
-    def __init__(self, file: str) -> None:
-        self.path = Path(file)
+    def __init__(self, file: str, throughput: Throughput | None = None) -> None:
+        self.path, self.throughput = Path(file), throughput
         self._start = time.monotonic()
         self._interval: list[dict[str, Tensor]] = []
         self._rows = 0
@@ -73,6 +75,7 @@ class MetricsLog:
             "grad_norm": None if grad_norm is None else float(grad_norm),
             "seconds": round(time.monotonic() - self._start, 3),
             "supervised_rows": self._rows,
+            RATE: 0.0 if self.throughput is None else round(self.throughput.rate, 1),
             **{key: value / len(self._interval) for key, value in sums.items()},
         }
         self._interval.clear()

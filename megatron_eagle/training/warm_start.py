@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eagle.checkpoint.directory import BaseInfo, load_base_json
+from megatron_eagle.checkpoint.base_description import read_base
+from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.compat import ShardedTensor, apply_factories, nested_values
 from megatron_eagle.config import DraftSpec, EagleConfig
 from megatron_eagle.config.flags import given_options
@@ -39,8 +40,7 @@ def adopt_warm_start(
     """
     if options.train.warm_start is None:
         return options, None
-    assert options.train.base_checkpoint is not None
-    stored = _open(options, _base_info(options.train.base_checkpoint))
+    stored = _open(options, _base_info(options))
     if options.train.vocab_map is not None:
         raise UserError(
             f"<vocab_map> {options.train.vocab_map}: the draft of <warm_start> "
@@ -108,9 +108,10 @@ def _copy(whole: Tensor, shard: Any) -> None:
     shard.data[: part.shape[0]].copy_(part)
 
 
-def _base_info(directory: str) -> BaseInfo:
+def _base_info(options: EagleConfig) -> BaseInfo:
+    assert options.train.base_checkpoint is not None
     with naming("base_checkpoint"):
-        return load_base_json(directory)
+        return read_base(options.train.base_checkpoint, options.train.base_description)
 
 
 def _open(options: EagleConfig, base: BaseInfo) -> StoredDraft:

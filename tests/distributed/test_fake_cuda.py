@@ -13,6 +13,7 @@ from tests.helpers.fake_cuda import DEVICE, RecordedFunctions, fake_cuda
 
 VOCAB, HIDDEN = 61, 64
 BASE_ARGS = {
+    "num_layers": 7,
     "make_vocab_size_divisible_by": 4,
     "max_position_embeddings": 64,
     "untie_embeddings_and_output_weights": True,
@@ -48,11 +49,13 @@ def _train_forward(rank: int, _: int, world: int, sequence_parallel: bool, dtype
 
     from megatron_eagle.checkpoint.directory import BaseInfo
     from megatron_eagle.config import EagleConfig
+    from megatron_eagle.kernels.choice import choose_kernels
     from megatron_eagle.objective.batch import EagleBatch
     from megatron_eagle.platform import enable
     from megatron_eagle.training import builder
 
     assert not enable()
+    choose_kernels("eager")  # a kernel has no fake
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=world, create_gloo_process_groups=False
     )
@@ -66,6 +69,7 @@ def _train_forward(rank: int, _: int, world: int, sequence_parallel: bool, dtype
         seq_length=16,
         context_parallel_size=1,
         distributed_timeout_minutes=10,
+        save=None,
     )
     mask = torch.ones(2, 16)
     mask[:, 3:9] = 0

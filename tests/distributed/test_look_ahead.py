@@ -80,6 +80,35 @@ def train(rank: int, world: int, case: PipelineCase, ahead: bool) -> dict[str, A
     return {"results": results, "kinds": kinds, "exhausted": next(iterator, None) is None}
 
 
+def end_early(rank: int, world: int, case: PipelineCase) -> list[bool]:
+    """Run an iteration that believes in another, and end there: what is under way, before and
+    after."""
+    from megatron.core.rerun_state_machine import RerunDataIterator
+
+    from megatron_eagle.pipeline.schedule import PipelineSchedule
+
+    model, step, groups = build_pipeline(case)
+    schedule = PipelineSchedule(another_follows=lambda: True)
+    model.zero_grad_buffer()
+    schedule(
+        forward_step_func=step,
+        data_iterator=RerunDataIterator(iter(case.micro_batches[0])),
+        model=[model],
+        num_microbatches=5,
+        pg_collection=groups,
+    )
+    began = schedule._ahead is not None
+    schedule.finish()
+    schedule.finish()  # nothing is left
+    torch.distributed.barrier()
+    return [began, schedule._ahead is None]
+
+
+def test_a_run_that_ends_early_ends_what_it_began(bases: Path) -> None:
+    case = make_case(bases, "untied", 8, 1, pp=3, first=3)
+    assert run_distributed(end_early, 3, case) == [[True, True]] * 3
+
+
 def test_looking_ahead_changes_nothing(bases: Path) -> None:
     """Bit-equal losses and gradients; every sample is taken exactly once."""
     case = make_case(bases, "untied", sum(MICRO_BATCHES), 1, pp=3, first=3)

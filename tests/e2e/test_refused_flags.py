@@ -21,12 +21,11 @@ REFUSED = [
     (["--hidden-size", 64], "--hidden-size 64 contradicts the base checkpoint"),
     (
         ["--num-layers-per-virtual-pipeline-stage", 1],
-        "--num-layers-per-virtual-pipeline-stage 1: the base only runs forward",
+        "--num-layers-per-virtual-pipeline-stage 1 is not supported: the base only runs forward",
     ),
     (["--multi-latent-attention"], "--multi-latent-attention contradicts the base"),
     (["--reset-attention-mask"], "--reset-attention-mask is not supported"),
     (["--init-model-with-meta-device"], "--init-model-with-meta-device is not supported"),
-    (["--eval-iters", 3], "--eval-iters 3: --eagle-train-data has no validation"),
     (
         ["--recompute-granularity", "full", "--recompute-method", "uniform"],
         "--recompute-granularity full is not supported",

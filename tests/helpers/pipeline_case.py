@@ -147,7 +147,9 @@ def _one_iteration(case: PipelineCase, groups: Any) -> dict[str, Any]:
     return {
         "micro_batches": len(reports),
         "sums": sums,
-        "grads": {name: p.main_grad.clone() for name, p in draft.named_parameters()},
+        "grads": {
+            name: p.main_grad.clone() for name, p in draft.named_parameters() if p.requires_grad
+        },
         "shared": {getattr(p, "shared", False) for p in draft.parameters()},
         "vocab": (draft.shard.start, draft.shard.rows),
         "tp": (groups.tp.rank(), groups.tp.size()),

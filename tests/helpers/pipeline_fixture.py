@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.testing.harness import megatron_parallel
+from tests.helpers import block_case
+from tests.helpers.block_case import BlockCase
 from tests.helpers.draft_fixture import Case, draft_options, load_reference_weights
 
 
@@ -21,7 +23,7 @@ class PipelineCase:
     data-parallel rank the (tokens, loss mask) of each, and the positions in their documents if they
     are packed."""
 
-    draft: Case
+    draft: Case | BlockCase
     base: str
     aux_layers: tuple[int, ...]
     micro_batches: list[list[tuple[Tensor, ...]]]
@@ -51,12 +53,34 @@ class GivenStep:
 
         tokens, mask, *positions = next(iterator)
         multiple = self.case.tp * (2 * self.case.cp if self.case.cp > 1 else 1)
+        if isinstance(self.case.draft, BlockCase):
+            return block_case.micro_batch(
+                self.case.draft, tokens, mask, positions[0] if positions else None,
+                multiple=multiple, anchor_multiple=self.case.tp,
+                context=(self.cp_rank, self.case.cp),
+            )  # fmt: skip
         return EagleBatch.build(
             tokens, mask, self.case.draft.config.ttt_steps, multiple=multiple, trim=True,
             context=(self.cp_rank, self.case.cp), positions=positions[0] if positions else None,
             parts=self.case.tp if self.case.sequence_parallel else 1,
             every_row=self.case.draft.config.num_experts > 0,
         )  # fmt: skip
+
+
+def options_of(draft: Case | BlockCase) -> Any:
+    """The package's options of the draft and its training."""
+    from megatron_eagle.config import EagleConfig
+
+    if isinstance(draft, BlockCase):
+        return block_case.block_options(draft)
+    reference = draft.config
+    return EagleConfig.of(
+        ttt_steps=reference.ttt_steps,
+        step_decay=reference.step_decay,
+        mask_out_of_vocab=reference.mask_out_of_vocab,
+        detach_steps=reference.detach_steps,
+        **draft_options(reference),
+    )
 
 
 def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tuple[Any, Any, Any]:
@@ -68,7 +92,6 @@ def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tu
     from megatron.core.enums import ModelType
 
     from megatron_eagle.checkpoint.directory import load_base_json
-    from megatron_eagle.config import EagleConfig
     from megatron_eagle.draft.build import build_draft
     from megatron_eagle.draft.layer_config import draft_rotary
     from megatron_eagle.draft.metadata import encode_metadata
@@ -96,14 +119,7 @@ def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tu
         load_base(gpt, case.base, shards)
     base = FrozenBase(gpt, case.aux_layers, info.vocab_size, shards)
     exchange = StageExchange.of(base, groups.pp)
-    reference = case.draft.config
-    options = EagleConfig.of(
-        ttt_steps=reference.ttt_steps,
-        step_decay=reference.step_decay,
-        mask_out_of_vocab=reference.mask_out_of_vocab,
-        detach_steps=reference.detach_steps,
-        **draft_options(reference),
-    )
+    options = options_of(case.draft)
     device = base.output_weight.device
     draft = build_draft(
         spec=options.spec,
@@ -120,7 +136,9 @@ def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tu
         device=device,
         moe_aux_loss_coeff=options.moe_aux_loss_coeff,
     )
-    if exchange.is_first:
+    if exchange.is_first and isinstance(case.draft, BlockCase):
+        block_case.load_weights(draft, case.draft)
+    elif exchange.is_first:
         load_reference_weights(draft, case.draft)
     if exchange.stages > 1:
         equal_start(draft, groups.pp)

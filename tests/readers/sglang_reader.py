@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import DeepseekV3Config, LlamaConfig
 
+from tests.readers import sglang_block_reader as blocks
 from tests.readers import stand_in_layers as layers
 from tests.readers import stand_in_mla
 from tests.readers.wheel_modules import WheelModules
@@ -88,13 +90,18 @@ STAND_INS: dict[str, dict[str, Any]] = {
         "add_prefix": lambda name, prefix: f"{prefix}.{name}" if prefix else name,
         "is_npu": lambda: False,
         "is_xpu": lambda: False,
+        "is_gfx95_supported": lambda: False,
     },
 }
 
 
 def install(wheels: Path) -> None:
-    real = [f"{MODELS}.{name}" for name in ("llama", *FILES.values())]
-    WheelModules(wheels / "sglang", "sglang", real, STAND_INS).install()
+    """Answer imports of SGLang; a second call does nothing."""
+    if importlib.util.find_spec("sglang") is not None:
+        return
+    blocks.install_msgspec()
+    real = [*(f"{MODELS}.{name}" for name in ("llama", *FILES.values())), *blocks.REAL]
+    WheelModules(wheels / "sglang", "sglang", real, {**STAND_INS, **blocks.MORE}).install()
 
 
 class SglangReader:

@@ -46,6 +46,7 @@ MLA: dict[str, Any] = {
     "kv_lora_rank": 512,
     "qk_nope_head_dim": 32,
     "qk_rope_head_dim": 64,
+    "head_dim": 64,  # what transformers turns
     "v_head_dim": 32,
     "n_group": 1,
     "topk_group": 1,
@@ -119,8 +120,11 @@ def make(folder: Path, name: str) -> Base:
     family, fields = BASES[name]
     model = make_base(folder / "hf", family, **{**SIZES, **fields})
     rng = random.Random(5)
-    prompts = [[rng.randrange(VOCABULARY) for _ in range(rng.randint(3, 9))] for _ in range(60)]
-    answers = [_greedy(model, ids, MAX_TOKENS) for ids in prompts]
+    prompts, answers = [], []
+    for length in (3, 6, 9):
+        group = [[rng.randrange(VOCABULARY) for _ in range(length)] for _ in range(20)]
+        prompts += group
+        answers += _greedy(model, group, MAX_TOKENS)
     ends = Counter(token for answer in answers for token in set(answer[8:]) - set(answer[:8]))
     stop = ends.most_common(1)[0][0]
     for file in ("config.json", "generation_config.json"):
@@ -156,11 +160,13 @@ def _write_tokenizer(directory: Path) -> None:
 
 
 @torch.no_grad()
-def _greedy(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
-    ids = list(prompt)
+def _greedy(model: torch.nn.Module, prompts: list[list[int]], count: int) -> list[list[int]]:
+    """Answers to prompts of one length."""
+    ids = torch.tensor(prompts)
     for _ in range(count):
-        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[len(prompt) :]
+        best = model(ids).logits[:, -1].argmax(-1, keepdim=True)
+        ids = torch.cat([ids, best], dim=1)
+    return ids[:, -count:].tolist()
 
 
 def trained(folder: Path, kind: Kind, base: Base) -> tuple[Path, dict[str, Any]]:
@@ -168,7 +174,7 @@ def trained(folder: Path, kind: Kind, base: Base) -> tuple[Path, dict[str, Any]]
     run = train(
         1, folder / "log.jsonl", "--eagle-base-checkpoint", base.checkpoint,
         "--eagle-train-data", base.answers, "--eagle-ttt-steps", DRAFT_TOKENS,
-        "--train-iters", 60, "--save", folder / "draft", "--save-interval", 60, *kind.flags,
+        "--train-iters", 40, "--save", folder / "draft", "--save-interval", 40, *kind.flags,
     )  # fmt: skip
     assert run.returncode == 0, run.output[-3000:]
     export_draft(folder / "draft", folder / "hf", fmt=FORMATS[kind.fmt])

@@ -36,7 +36,7 @@ def served(
     artifacts: Artifacts, serve: Serve, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """Each kind's result, and each base's own greedy answers."""
-    names = {kind.base for kind in KINDS.values()}
+    names = sorted({kind.base for kind in KINDS.values()})
     jobs = {("base", name): job(artifacts.base(name), None) for name in names}
     for name, kind in KINDS.items():
         speculative = {

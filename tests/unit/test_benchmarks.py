@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -13,6 +14,9 @@ import pytest
 import torch
 
 from benchmarks import report
+from benchmarks.floors import floor_ms, step_tera_flops
+from benchmarks.gpu import LLAMA_1B
+from benchmarks.gpu_report import Report
 from benchmarks.measure import _saved
 from benchmarks.plain_modelopt import DECAY, PlainModelOpt
 from benchmarks.problem import Problem
@@ -26,16 +30,49 @@ TINY = Problem(
 )  # fmt: skip
 
 
-def test_the_gpu_command_runs_on_a_cpu() -> None:
+def test_the_gpu_command_runs_on_a_cpu(tmp_path: Path) -> None:
     command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--tiny", "--iters", "1"]
     done = subprocess.run(
-        [*command, "--skip-compiled"], cwd=ROOT, capture_output=True, text=True,
+        [*command, "--skip-compiled", "--report", tmp_path / "gpu.md"],
+        cwd=ROOT, capture_output=True, text=True,
         env={**os.environ, "TORCHDYNAMO_DISABLE": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert '"right": true' in done.stdout
     for name in ("ours", "plain ModelOpt before", "plain ModelOpt after"):
-        assert f'"part": "{name}"' in done.stdout
+        assert done.stdout.count(f'"part": "{name}"') == 4
+    text = (tmp_path / "gpu.md").read_text()
+    assert text.count("| ours |") == 4 and "no floor for this device" in text
+    assert "## half masked" in text and "## Profile: whole vocabulary" in text
+    assert len(json.loads((tmp_path / "gpu.json").read_text())["findings"]) == 2 + 4 * 4
+
+
+@pytest.mark.parametrize(
+    ("vocab", "draft_vocab", "tera_flops", "floor"),
+    [(128256, 128256, 216, 309), (128256, 32000, 104, 149), (32000, 32000, 87, 124)],
+)
+def test_floors_of_a_1b_base(vocab: int, draft_vocab: int, tera_flops: int, floor: int) -> None:
+    problem = dataclasses.replace(LLAMA_1B, vocab=vocab, draft_vocab=draft_vocab)
+    assert round(step_tera_flops(problem)) == tera_flops
+    found = floor_ms(problem, "NVIDIA H100 80GB HBM3")
+    assert found is not None and abs(found - floor) < 1
+    assert floor_ms(problem, "a device of next year") is None
+
+
+def test_the_verdict_compares_the_fastest_of_ours() -> None:
+    found = Report("NVIDIA H100 80GB HBM3", {"torch": "2"})
+    common = {"case": "c", "batch": 16, "peak_mib": 1.0}
+    for part, ms in (
+        ("ours", 200.0),
+        ("ours, compiled", 160.0),
+        ("plain ModelOpt compiled", 320.0),
+    ):
+        found.say(part, wall_ms=ms, wall_ms_per_sequence=ms / 16, **common)
+    found.say("plain ModelOpt before", case="c", batch=1, failed="OutOfMemoryError: no")
+    text = found.markdown({"c": dataclasses.replace(LLAMA_1B, draft_vocab=32000)})
+    assert "| ours, compiled | 16 | 160.0 | 1.07 |" in text
+    assert "takes 2.00 times as long as ours (goal: 1.5)" in text
+    assert "| plain ModelOpt before | 1 | OutOfMemoryError: no |" in text
 
 
 @pytest.mark.parametrize("before", [False, True])
@@ -76,6 +113,31 @@ def saved_bytes(rank: int, world: int) -> dict[tuple[int, int], int]:
     return found
 
 
+def masked_steps(rank: int, world: int) -> dict[float, tuple[int, int, int, int]]:
+    """By masked fraction: what a step saves, its FLOP of matrix products, and what the arithmetic
+    of the GPU model says of them, with and without narrowing."""
+    megatron_parallel()
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from benchmarks.draft_step import build
+    from benchmarks.gpu_model import product_flop
+    from megatron_eagle.platform.cpu import products
+
+    products.onednn_is_faster = lambda: False  # the counter does not know oneDNN's operator
+    found = {}
+    for fraction in (0.0, 0.6):
+        problem = dataclasses.replace(TINY, hidden=64, seq=256, mask_fraction=fraction)
+        forward, resting = build(problem, "cpu", {})
+        forward().backward()
+        with FlopCounterMode(display=False) as counter:
+            forward().backward()
+        counted = counter.get_flop_counts()["Global"]
+        flop = sum(n for op, n in counted.items() if "mm" in str(op))
+        said = [round(sum(product_flop(problem, narrow).values())) for narrow in (True, False)]
+        found[fraction] = (_saved(forward, resting), flop, *said)
+    return found
+
+
 def losses_with_and_without_given_logits(rank: int, world: int) -> list[tuple[float, ...]]:
     megatron_parallel()
     from benchmarks.draft_step import build
@@ -107,6 +169,15 @@ def test_what_a_step_keeps_is_linear_in_length_and_steps() -> None:
     assert found[64, 6] - found[64, 4] == pytest.approx(found[64, 4] - found[64, 2], rel=0.02)
 
 
+def test_masked_rows_cost_neither_products_nor_memory() -> None:
+    (found,) = run_distributed(masked_steps, 1)
+    for _, flop, said, _ in found.values():
+        assert flop == pytest.approx(said, rel=0.01)
+    (all_saved, _, _, _), (saved, flop, _, every_row) = found[0.0], found[0.6]
+    assert flop < 0.7 * every_row, "the layers would run every row"
+    assert saved < 0.62 * all_saved, "40 % of the rows, and what step 0 keeps of all"
+
+
 @pytest.mark.parametrize(
     ("peer", "loss"),
     # Steps' means of 4 and 3, the second over half of the rows; an entropy of 1 left out.
@@ -129,5 +200,7 @@ def test_a_step_never_asks_the_device() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         start_megatron(0, 1, f"{scratch}/store")
         problem = dataclasses.replace(TINY, hidden=64, seq=64, dtype="bf16")
-        check_no_synchronisation(build(problem, "cuda", {})[0])
+        found = Report("cuda", {})
+        check_no_synchronisation(found, build(problem, "cuda", {})[0])
+        assert found.findings == [{"part": "synchronisations", "found": 0}]
         torch.distributed.destroy_process_group()

@@ -37,12 +37,15 @@ def test_a_stored_spec_comes_back_and_is_read_strictly() -> None:
     spec = DraftSpec(algorithm="p-eagle", mask_token=3, aux_layers=(1, 2, 5), ffn_hidden_size=8)
     assert DraftSpec.from_mapping(spec.to_mapping()) == spec
     for changes, message in (
-        ({"block_size": 4}, "unknown field 'block_size'"),
+        ({"tree_size": 4}, "unknown field 'tree_size'"),
         ({"num_layers": "1"}, "num_layers must be of type int, found '1'"),
         ({"num_layers": True}, "num_layers must be of type int, found True"),
         ({"norm_before_fc": 1}, "norm_before_fc must be of type bool, found 1"),
         ({"aux_layers": [1, "2"]}, "aux_layers must be of type int"),
-        ({"algorithm": "eagle4"}, "algorithm must be one of eagle1, eagle3, eagle3.1, p-eagle"),
+        (
+            {"algorithm": "eagle4"},
+            "must be one of eagle1, eagle3, eagle3.1, p-eagle, dflash, dspark",
+        ),
         ({"mask_token": None}, "mask_token: algorithm p-eagle needs it"),
     ):
         with pytest.raises(UserError, match=message):
@@ -55,6 +58,9 @@ def test_default_aux_layers_follow_from_the_base_s_depth() -> None:
     assert DraftSpec(algorithm="eagle1").aux_layers_of(2) == ()
     with pytest.raises(UserError, match="aux_layers must be given for a base of 6 layers"):
         DraftSpec().aux_layers_of(6)
+
+
+BLOCKS = {"algorithm": "dflash", "mask_token": 1}
 
 
 @pytest.mark.parametrize(
@@ -106,6 +112,22 @@ def test_default_aux_layers_follow_from_the_base_s_depth() -> None:
         ({"eval_prompts": "p", "eval_draft_tokens": 0}, "eval_draft_tokens must be at least 1"),
         ({"eval_prompts": "p", "offline_features": "f"}, "eval_prompts: .* no base"),
         ({"pack": True}, "pack needs train_data"),
+        ({"algorithm": "dflash"}, "mask_token: algorithm dflash needs it"),
+        ({**BLOCKS, "block_size": 1}, "block_size must be at least 2, not 1"),
+        ({**BLOCKS, "anchors": 0}, "anchors must be at least 1, not 0"),
+        ({**BLOCKS, "ttt_steps": 5}, "ttt_steps 5: algorithm dflash drafts a block in one pass"),
+        ({**BLOCKS, "loss": "tv"}, "loss tv: algorithm dflash mixes its losses by ce_weight"),
+        ({**BLOCKS, "ce_weight": 0.0}, "ce_weight, kl_weight and l1_weight are all 0"),
+        ({**BLOCKS, "position_decay": 0.0}, "position_decay must be above 0"),
+        (
+            {**BLOCKS, "position_decay": 2.0, "position_weights": "d-pace"},
+            "position_decay 2.0: position_weights d-pace has none",
+        ),
+        ({**BLOCKS, "markov_rank": 8}, "markov_rank 8: algorithm dflash drafts all slots at once"),
+        (
+            {**BLOCKS, "algorithm": "dspark", "confidence_weight": 1.0},
+            "confidence_weight 1.0: the draft has no confidence_head",
+        ),
         ({"train_data": "t", "offline_features": "f"}, "train_data and offline_features: feat"),
     ],
 )
@@ -119,11 +141,17 @@ def test_an_algorithm_refuses_every_option_that_it_does_not_have(name: str) -> N
     """An option without effect is a mistake, whichever algorithm lacks it."""
     values = {"aux_layers": (1,), "draft_vocab_size": 5, "mask_token": 3, "regression_weight": 1.0}
     flags = ("norm_before_fc", "norm_before_residual", "detach_steps", "mask_out_of_vocab")
-    values |= dict.fromkeys((*flags, "init_from_base"), True)
+    values |= dict.fromkeys((*flags, "init_from_base", "confidence_head"), True)
+    values |= {"ttt_steps": 4, "step_decay": 0.5, "loss": "ce", "attention": "mla", "anchors": 3}
+    values |= {"num_experts": 4, "block_size": 4, "markov_head": "rnn", "markov_rank": 4}
+    values |= {"position_weights": "d-pace", "position_decay": 2.0}
+    values |= dict.fromkeys(("ce_weight", "kl_weight", "l1_weight", "confidence_weight"), 0.5)
     for algorithm in ALGORITHMS.values():
         options = {"algorithm": algorithm.name, name: values.get(name, "a-file")}
         if "mask_token" in algorithm.required:
             options.setdefault("mask_token", 3)
+        if name == "confidence_weight" and "confidence_head" in algorithm.options:
+            options["confidence_head"] = True
         if name in algorithm.options:
             EagleConfig.of(**options)
         else:
@@ -138,6 +166,13 @@ def test_an_algorithm_refuses_every_option_that_it_does_not_have(name: str) -> N
         ({"draft_vocab_size": 101}, "draft_vocab_size 101 exceeds"),
         ({"algorithm": "p-eagle", "mask_token": 100}, "mask_token 100 is outside"),
         ({"ttt_steps": 7}, "seq_length 8 is too short: ttt_steps 7"),
+        (
+            {"algorithm": "dspark", "mask_token": 1, "block_size": 7, "aux_layers": (1,)},
+            "seq_length 8 is too short: block_size 7",
+        ),
+        ({"algorithm": "dflash", "mask_token": 100, "aux_layers": (1,)}, "mask_token 100 is out"),
+        ({"algorithm": "dflash", "mask_token": 1}, "aux_layers must be given for a base of 8"),
+        ({"algorithm": "dflash", "mask_token": 1, "aux_layers": (8,)}, "aux_layers 8 is out of r"),
     ],
 )
 def test_options_that_the_base_cannot_honour_are_refused(
@@ -189,3 +224,20 @@ def test_an_error_names_parameters_until_a_command_names_its_flags() -> None:
     assert str(caught.value) == "pack needs train_data: data_path has no documents"
     shown = caught.value.named(lambda name: flag_name(name) if name in OPTIONS else f"--{name}")
     assert shown == "--eagle-pack needs --eagle-train-data: --data_path has no documents"
+
+
+@pytest.mark.parametrize(
+    ("layers", "expected"),
+    [
+        (28, (1, 7, 13, 19, 25)), (30, (1, 8, 14, 20, 27)), (32, (1, 8, 15, 22, 29)),
+        (36, (1, 9, 17, 25, 33)), (48, (1, 12, 23, 34, 45)), (61, (1, 15, 30, 44, 58)),
+        (62, (1, 16, 30, 44, 59)),
+    ],
+)  # fmt: skip
+def test_a_block_draft_reads_five_layers(layers: int, expected: tuple[int, ...]) -> None:
+    assert DraftSpec(algorithm="dflash", mask_token=1).aux_layers_of(layers) == expected
+
+
+def test_how_many_tokens_a_block_drafts() -> None:
+    assert EagleConfig.of(algorithm="dflash", mask_token=1, block_size=16).steps == 15
+    assert EagleConfig.of(algorithm="dspark", mask_token=1, block_size=7).steps == 7

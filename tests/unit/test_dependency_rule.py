@@ -20,7 +20,7 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("config", "user_files"),
     ("checkpoint",),
     ("platform",),
-    ("parallel",),
+    ("parallel", "kernels"),
     ("attention", "loss"),
     ("layers",),
     ("teacher", "draft"),
@@ -44,7 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 MAY_IMPORT["__init__"] = {"config", "attached"}  # the second when ``attach`` is asked for
 MAY_IMPORT["testing"] = {"platform"}
-IMPORTS_THE_TRAINER = {"training", "cli", "platform"}
+IMPORTS_THE_TRAINER = {"training", "cli", "platform", "compat"}
+"""``compat`` lends the lower floors Megatron's parser and model builder, which hold no state."""
 READS_GLOBAL_STATE = {"training", "cli", "testing"}
 GLOBAL_STATE = {"get_args", "parallel_state", "mpu"}
 

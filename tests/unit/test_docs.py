@@ -168,6 +168,8 @@ def test_no_line_of_the_readme_is_long() -> None:
 
 def test_the_flag_reference_is_what_its_script_prints() -> None:
     assert flag_reference.PAGE.read_text() == flag_reference.render(), "run `make docs`"
+    page = flag_reference.MEGATRON_PAGE.read_text()
+    assert page == flag_reference.render_megatron(), "run `make docs`"
 
 
 def test_documents_mention_only_what_exists() -> None:

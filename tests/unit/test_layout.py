@@ -57,12 +57,6 @@ LAYOUTS = [
         "--decoder-first-pipeline-num-layers and --decoder-last-pipeline-num-layers, or",
     ),
     (
-        ["--num-layers-per-virtual-pipeline-stage", 1],
-        "--num-layers-per-virtual-pipeline-stage 1: the base only runs forward, so its pipeline "
-        "has no bubbles that virtual stages could fill; leave the flag out, checkpoints load "
-        "without it",
-    ),
-    (
         [*PP3, "--decoder-first-pipeline-num-layers", 3, "--ddp-bucket-size", 7],
         "--ddp-bucket-size 7: with --pipeline-model-parallel-size 3 the draft's gradients are one",
     ),

@@ -107,17 +107,19 @@ def test_batched_answers_are_the_greedy_ones(
 
 
 def test_tools_and_text_parts_reach_the_template(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     tool = {"type": "function", "function": {"name": "weather", "parameters": {}}}
     chat = [
         {"from": "human", "value": [{"type": "text", "text": "hi"}], "role": None},
         {"from": "gpt", "value": "hello", "tool_calls": []},
     ]
     asked = write_lines(
-        tmp_path / "p.jsonl", [{"conversations": chat, "tools": [json.dumps(tool)]}]
+        tmp_path / "p.jsonl", [{"conversations": chat, "tools": [json.dumps(tool)], "mood": 1}]
     )
     assert run(monkeypatch, base, asked, tmp_path / "a.jsonl", "--max-new-tokens", "2") == 0
+    assert "chat template reads: mood (1)" in capsys.readouterr().out
     [record] = read_lines(tmp_path / "a.jsonl").values()
     text = AutoTokenizer.from_pretrained(base).decode(record["prompt_ids"])
     assert "weather" in text and text.endswith("<s>user hi</s><s>assistant ")

@@ -27,8 +27,7 @@ _MEDIA_NAMES = ("image", "images", "video", "videos", "audio", "audios")
 _VARIABLES = {"enable_thinking": bool, "thinking": bool, "reasoning_effort": str}
 """Variables of templates that records are known to hold by themselves."""
 _SETTINGS = (*_SYSTEM_NAMES, *_TOOL_NAMES, *_VARIABLES, "chat_template_kwargs")
-_OTHER_FORMS = ("id", "prompt", "text", "prompt_ids", "answer_ids")
-_READ = {*CHAT_NAMES, *_SETTINGS, *_OTHER_FORMS}
+_READ = {*CHAT_NAMES, *_SETTINGS, "id", "prompt_ids", "answer_ids"}
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,10 @@ def parse_prompt(record: Mapping[str, Any]) -> Conversation:
             prompt = [{"role": "user", "content": prompt}]
         if not isinstance(prompt, list):
             raise ValueError("'prompt' is neither a text nor a list of messages")
-        record = {**record, "messages": prompt, "conversations": None}
+        rest = {
+            name: value for name, value in record.items() if name not in ("prompt", *CHAT_NAMES)
+        }
+        record = {**rest, "messages": prompt}
     elif not is_chat(record):
         raise ValueError("has neither a 'prompt' text nor a list of 'messages'")
     conversation = _parse(record)

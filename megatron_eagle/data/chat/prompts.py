@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from megatron_eagle.data.chat.conversations import Conversation, parse_prompt
+from megatron_eagle.data.chat.notes import notes
 from megatron_eagle.data.chat.template import ChatTemplate
 from megatron_eagle.data.chat.tokenizer import special_names
 from megatron_eagle.errors import UserError, message_of
@@ -35,6 +37,13 @@ class PromptTemplate:
     def is_there(self) -> bool:
         """Return whether the tokenizer has a chat template."""
         return bool(self._tokenizer.chat_template)
+
+    def notes(self) -> Iterator[str]:
+        """Yield what was rendered otherwise than the prompts so far say."""
+        counts: Counter[str] = Counter()
+        for template in self._templates.values():
+            counts.update(template.counts)
+        yield from notes(counts)
 
     def ids(self, prompt: Conversation, where: str) -> list[int]:
         """Return the ids of ``prompt`` up to where its answer begins.

@@ -10,7 +10,7 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cache, cached_property
 from types import FrameType
 from typing import Any
 
@@ -82,14 +82,19 @@ def _time_limit(seconds: float) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
-    def stop(signum: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"it does not end ({seconds:.0f} s of processor time)")
-
-    earlier = signal.signal(signal.SIGVTALRM, stop)
+    _handle_the_alarm()
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        signal.signal(signal.SIGVTALRM, earlier)
+
+
+@cache
+def _handle_the_alarm() -> None:
+    """Turn this process's SIGVTALRM into an exception: once, for it costs more than a timer."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"it does not end ({SECONDS:g} s of processor time)")
+
+    signal.signal(signal.SIGVTALRM, stop)

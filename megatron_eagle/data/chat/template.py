@@ -38,6 +38,9 @@ from megatron_eagle.data.chat.notes import (
 from megatron_eagle.data.chat.rendering import Renderer, Span
 from megatron_eagle.data.chat.turns import answer_turn
 
+_SHAPES = 10_000
+"""Shapes of conversations that are remembered; those of long agents' ones hardly recur."""
+
 
 @dataclass
 class RenderedSample:
@@ -233,6 +236,8 @@ class ChatTemplate:
             repr(conversation.variables),
         )
         if shape not in self._short_texts:
+            if len(self._short_texts) == _SHAPES:
+                self._short_texts.clear()
             self._short_texts[shape] = _complaint(check, _with_words(conversation))
         complaint = self._short_texts[shape]
         if complaint is not None:

@@ -30,31 +30,38 @@ from megatron_eagle.hf.base.megatron_args import facts_of, megatron_args
 from megatron_eagle.hf.base.rope_args import rope_beyond_args
 from megatron_eagle.hf.files.generation_config import with_all_ends
 from megatron_eagle.hf.files.weights_dir import WeightsDir
-from megatron_eagle.user_files import read_json_object, reading
+from megatron_eagle.user_files import reading
 
 RELEASE = "release"
+_HUB = "models--"
 COMMON_STATE = {"checkpoint_version": 3.0, "iteration": 0}
 """Without a version Megatron takes the checkpoint for one of 2019 and permutes linear_qkv."""
-GENERATION_FIELDS = ("eos_token_id", "do_sample", "temperature", "top_k", "top_p")
-"""What is kept of generation_config.json: where servers end an answer, and how they sample."""
 
 
 def import_base(
-    hf_dir: Path,
-    save: Path,
-    progress: Progress = lambda line: None,
-    *,
-    name: str | None = None,
+    hf_dir: Path, save: Path, progress: Progress = lambda line: None, name: str | None = None
 ) -> BaseInfo:
     """Write checkpoint directory ``save`` from the model in ``hf_dir``; return its description.
 
-    ``name`` is what users of the base type for it (default: see ``name_of``). Everything is checked
-    from headers before the first byte is written; ``save`` appears by rename when complete. Raises
-    UserError for an unsupported or corrupt ``hf_dir``, or a ``save`` in use.
+    ``name`` is what the base is called in the description and in exported drafts, by which servers
+    find it; by default ``model_name(hf_dir)``.
+
+    Everything is checked from headers before the first byte is written; ``save`` appears by rename
+    when complete. Raises UserError for an unsupported or corrupt ``hf_dir``, or a ``save`` in use.
     """
     with owned_output(save, "save"):
         check_unused(save, "save")
-        return _import(hf_dir, save, progress, name or name_of(hf_dir))
+        return _import(hf_dir, save, progress, name or model_name(hf_dir))
+
+
+def model_name(directory: Path) -> str:
+    """Return a name by which servers find the model in ``directory``: its id on the hub if it lies
+    in the hub's cache (``models--ORG--NAME/snapshots/COMMIT``), else its absolute path."""
+    resolved = directory.resolve()
+    folder, above = resolved.parent.name, resolved.parent.parent.name
+    if folder == "snapshots" and above.startswith(_HUB):
+        return above.removeprefix(_HUB).replace("--", "/", 1)
+    return str(resolved)
 
 
 def _import(hf_dir: Path, save: Path, progress: Progress, name: str) -> BaseInfo:
@@ -64,7 +71,6 @@ def _import(hf_dir: Path, save: Path, progress: Progress, name: str) -> BaseInfo
         family = family_of(weights.config, config_path)
         args = megatron_args(weights.config, family, config_path)
         config = with_all_ends(weights.config, hf_dir, args["vocab_size"])
-        config = {**config, **_generation_settings(hf_dir)}
         check_token_ids(config, args["vocab_size"], config_path)
         rope = rope_beyond_args({**family.defaults, **weights.config}, config_path)
         check_megatron_args(args, config_path)
@@ -93,26 +99,6 @@ def _import(hf_dir: Path, save: Path, progress: Progress, name: str) -> BaseInfo
         text = json.dumps(base.as_dict(), indent=1)
         (scratch / BASE_JSON_NAME).write_text(text + "\n", encoding="utf-8")
     return base
-
-
-def name_of(hf_dir: Path) -> str:
-    """Return the name of the model in ``hf_dir``: ORG/NAME for a snapshot in a hub cache
-    (``models--ORG--NAME/snapshots/HASH``), otherwise the directory's name."""
-    path = hf_dir.resolve()
-    repository = path.parent.parent.name
-    if path.parent.name == "snapshots" and repository.startswith("models--"):
-        return repository.removeprefix("models--").replace("--", "/", 1)
-    return path.name
-
-
-def _generation_settings(hf_dir: Path) -> dict[str, Any]:
-    """Return the field ``generation_config`` of the description, if the model has such a file."""
-    path = hf_dir / "generation_config.json"
-    if not path.is_file():
-        return {}
-    settings = read_json_object(path)
-    kept = {key: settings[key] for key in GENERATION_FIELDS if settings.get(key) is not None}
-    return {"generation_config": kept}
 
 
 def _digested(chunk: Chunk, digest: Any) -> Chunk:

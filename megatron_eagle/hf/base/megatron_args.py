@@ -37,6 +37,13 @@ ABSENT = {
     "window_size": None,
     "window_attn_skip_freq": None,
     "use_rope_scaling": False,
+    "rotary_seq_len_interpolation_factor": None,
+    "rotary_interleaved": False,
+    "no_rope_freq": None,
+    "add_position_embedding": True,
+    "spec": None,
+    "squared_relu": False,
+    "apply_layernorm_1p": False,
     "qk_l2_norm": False,
     "mtp_num_layers": None,
 }

@@ -102,7 +102,9 @@ def moe_layers(args: Mapping[str, Any]) -> list[bool]:
     """Return for each layer whether its MLP is a MoE."""
     if args.get("num_experts") is None:
         return [False] * args["num_layers"]
-    pattern = args.get("moe_layer_freq", [1] * args["num_layers"])
+    pattern = args.get("moe_layer_freq", 1)
+    if isinstance(pattern, int):
+        return [layer % pattern == 0 for layer in range(args["num_layers"])]
     return [bool(layer) for layer in pattern]
 
 

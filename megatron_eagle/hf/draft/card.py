@@ -47,7 +47,7 @@ tags:
 - {info.spec.algorithm}
 - speculative-decoding
 ---
-# {algorithm_name(info)} draft for {info.base.name}
+# {algorithm_name(info)} draft for {_base_name(info)}
 
 | | |
 |---|---|
@@ -73,11 +73,11 @@ def _rows(info: DraftInfo, facts: CardFacts, dtype: torch.dtype) -> list[tuple[s
         else f"the base's {info.base.vocab_size:,} token ids"
     )
     rows = [
-        ("base", f"{info.base.name} ({info.base.family})"),
+        ("base", f"{_base_name(info)} ({info.base.source or info.base.family})"),
         *([("serve beside", facts.base_note)] if facts.base_note else []),
         ("captured layers (outputs, 0-based)", ", ".join(map(str, info.aux_layers)) or "none"),
         ("draft layers", f"{info.num_layers}, {_attention(info)}"),
-        ("trained for", f"{info.ttt_steps} draft steps"),
+        ("trained for", _trained_for(info)),
         ("training data", _data(info, facts)),
         ("draft vocabulary", vocabulary),
         ("dtype", str(dtype).removeprefix("torch.")),
@@ -91,8 +91,20 @@ def algorithm_name(info: DraftInfo) -> str:
     return info.spec.method.title
 
 
+def _base_name(info: DraftInfo) -> str:
+    """Return the base's name for a reader elsewhere: of a path its last part."""
+    path = Path(info.base.name)
+    return path.name if path.is_absolute() else info.base.name
+
+
 def _attention(info: DraftInfo) -> str:
     return "multi-latent attention" if info.spec.uses_mla else "grouped queries"
+
+
+def _trained_for(info: DraftInfo) -> str:
+    if info.spec.method.drafts_blocks:
+        return f"blocks of {info.spec.slots} slots, {info.ttt_steps} drafts"
+    return f"{info.ttt_steps} draft steps"
 
 
 def _data(info: DraftInfo, facts: CardFacts) -> str:

@@ -22,8 +22,6 @@ from megatron_eagle.hf.draft.formats import FORMATS, Format
 from megatron_eagle.hf.draft.info import DraftInfo, parse_draft_info
 from megatron_eagle.hf.draft.names import METADATA, PREFIX, VOCAB_IDS, DraftEntry, draft_entries
 
-LINEAR_LAYERS = ("self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
-
 
 @dataclass(frozen=True)
 class StoredDraft:
@@ -124,8 +122,7 @@ def write_draft_checkpoint(stored: StoredDraft, save: Path) -> None:
     with owned_output(save, "save"):
         check_unused(save, "save")
         with atomic_dir(save) as scratch:
-            states = {f"{name}/shard_0_1": None for name in _extra_states(stored.info)}
-            write_torch_dist(scratch / RELEASE, list(_chunks(stored)), COMMON_STATE, states)
+            write_torch_dist(scratch / RELEASE, list(_chunks(stored)), COMMON_STATE, {})
             (scratch / TRACKER_NAME).write_text(RELEASE, encoding="utf-8")
 
 
@@ -155,22 +152,6 @@ def _same(tensor: Tensor) -> Tensor:
 
 def _cast(load: Callable[[], Tensor], dtype: torch.dtype) -> Tensor:
     return load().to(dtype)
-
-
-def _extra_states(info: DraftInfo) -> list[str]:
-    """Return the keys of the (empty) extra states that Megatron's linear layers load."""
-    inputs = ["linear_qkv"]
-    if info.spec.uses_mla:
-        low_rank = info.layer_args["q_lora_rank"]
-        inputs = ["linear_q_up_proj" if low_rank else "linear_q_proj", "linear_kv_up_proj"]
-    modules = [*(f"self_attention.{name}" for name in inputs), *LINEAR_LAYERS]
-    layers = [
-        f"draft.layers.{i}.{module}._extra_state"
-        for i in range(info.num_layers)
-        for module in modules
-    ]
-    head = [] if info.spec.method.shares_base_head else ["draft.lm_head._extra_state"]
-    return [*head, *layers]
 
 
 def _listed(names: list[str]) -> str:

@@ -24,14 +24,17 @@ def server_paragraph(server: str, info: DraftInfo) -> str:
     """Return the paragraph of the card that starts ``server`` with this draft."""
     steps = info.ttt_steps
     method = info.spec.method.server_method
+    # SGLang counts the tokens that it verifies: the newest one and the drafts.
+    chain = f"--speculative-num-draft-tokens {steps + 1}"
+    if not info.spec.method.drafts_blocks:
+        chain = f"--speculative-num-steps {steps} --speculative-eagle-topk 1 \\\n      {chain}"
     command = {
         "vllm": f"""    vllm serve BASE --speculative-config \\
       '{speculative_config(info, "DRAFT")}'
 """,
         "sglang": f"""    python -m sglang.launch_server --model-path BASE \\
       --speculative-algorithm {method.upper()} --speculative-draft-model-path DRAFT \\
-      --speculative-num-steps {steps} --speculative-eagle-topk 1 \\
-      --speculative-num-draft-tokens {steps + 1}
+      {chain}
 """,
         "trtllm": f"""    cat > draft.yaml <<END
     speculative_config:

@@ -12,26 +12,23 @@ from typing import Any
 import torch
 
 from megatron_eagle.algorithms import ALGORITHMS
-from megatron_eagle.checkpoint.directory import BaseInfo
+from megatron_eagle.hf.draft.block_config import block_config
+from megatron_eagle.hf.draft.draft_rope import draft_rope
 from megatron_eagle.hf.draft.formats import Format
-from megatron_eagle.hf.draft.info import DraftInfo
+from megatron_eagle.hf.draft.info import SPECULATORS_VERSION, DraftInfo
 from megatron_eagle.hf.draft.servers import sglang_ids
-from megatron_eagle.hf.tables.rope import (
-    ORIGINAL_LENGTH,
-    both_spellings,
-    rope_fields,
-    rope_kind,
-)
+from megatron_eagle.hf.tables.rope import ORIGINAL_LENGTH, rope_kind
 
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 MLA = "Eagle3DeepseekV2ForCausalLM"
 QWEN3 = "Eagle3Qwen3ForCausalLM"
 SPECULATOR = "Eagle3DraftModel"
-SPECULATORS_VERSION = "0.9.0"
 
 
 def draft_config_json(info: DraftInfo, fmt: Format, dtype: torch.dtype) -> dict[str, Any]:
     """Return config.json of a draft in ``fmt`` with weights of ``dtype``."""
+    if info.spec.method.drafts_blocks:
+        return block_config(info, fmt, dtype)
     if architecture := info.spec.method.architectures.get(fmt.name):
         return {"architectures": [architecture], **_layer_config(info, dtype)}
     if fmt.name == "speculators":
@@ -195,17 +192,6 @@ def _mla_fields(info: DraftInfo) -> dict[str, Any]:
         "v_head_dim": args["v_head_dim"],
         "first_k_dense_replace": info.num_layers,
     }
-
-
-def draft_rope(base: BaseInfo, mla: bool) -> dict[str, Any]:
-    """Return the rope fields of a draft of ``base``, in both spellings.
-
-    ``mla``: whether the draft has multi-latent attention. A grouped-query draft beside an MLA base
-    has plain rope (see ``draft.layer_config``).
-    """
-    plain = base.megatron_args.get("multi_latent_attention") and not mla
-    fields = {} if plain else rope_fields(base.hf_config, f"base {base.name}")
-    return both_spellings(fields, float(base.megatron_args["rotary_base"]))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -24,6 +24,7 @@ from megatron_eagle.checkpoint.atomic import atomic_dir, checked_output, owned_o
 from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.draft.vocab import check_vocab_ids
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf.draft.base_config import with_hf_config
 from megatron_eagle.hf.draft.card import CardFacts, model_card
 from megatron_eagle.hf.draft.checkpoint import read_entries, read_info
 from megatron_eagle.hf.draft.config_json import draft_config_json, is_exported_draft
@@ -49,6 +50,7 @@ def export_draft(
     data: str | None = None,
     base_name: str | None = None,
     base_note: str | None = None,
+    hf_config: Path | None = None,
     evaluation: dict[str, Any] | None = None,
     check: Check = lambda directory: None,
 ) -> DraftInfo:
@@ -67,6 +69,8 @@ def export_draft(
         data: description of the training data, for the model card.
         base_name: what users of the base type for it; None keeps the name of its import.
         base_note: which files of the base go with the draft, for the model card.
+        hf_config: Hugging Face directory of a base that Megatron trained, for what its arguments do
+            not say; None does without.
         evaluation: figures for the model card; None takes those measured while training.
         check: gets the directory of the finished files before the rename; if it raises, nothing is
             left behind.
@@ -82,6 +86,8 @@ def export_draft(
             info = read_info(checkpoint)
             if base_name is not None:
                 info = replace(info, base=replace(info.base, name=base_name))
+            if hf_config is not None:
+                info = replace(info, base=with_hf_config(info.base, hf_config))
             check_convertible(info, f"{checkpoint.directory}: {METADATA}")
             check_servers(fmt, info)
             evaluation = evaluation or measured_in_training(checkpoint.directory)

@@ -12,6 +12,7 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.info import DraftInfo
 from megatron_eagle.hf.draft.servers import (
     SERVERS,
+    architecture_of,
     base_reason,
     capture_reason,
     needs_own_ids,
@@ -36,9 +37,17 @@ class Format:
     single_layer: str = "midlayer."
     later_norms: tuple[str, ...] = ("input_layernorm", "hidden_norm")
 
+    def readers(self, info: DraftInfo) -> tuple[str, ...]:
+        """Return the servers that are to read this draft: of a format that several read, those that
+        know its algorithm at all."""
+        if len(self.servers) == 1 or not info.spec.method.drafts_blocks:
+            return self.servers
+        return tuple(name for name in self.servers if name not in info.spec.method.refusals)
+
     def layer_prefix(self, index: int, info: DraftInfo) -> str:
         """Return the prefix of the tensors of layer ``index``."""
-        single = info.num_layers == 1 and not info.spec.method.joins_by_fc
+        method = info.spec.method
+        single = info.num_layers == 1 and not (method.joins_by_fc or method.drafts_blocks)
         return self.single_layer if single else f"layers.{index}."
 
 
@@ -57,6 +66,9 @@ FORMATS = {
         ),
     )
 }
+WITHOUT_BLOCKS = {"sglang": ("Qwen2ForCausalLM", "MixtralForCausalLM", "Glm4MoeForCausalLM")}
+"""Server -> bases that it captures hidden states of for EAGLE drafts, if at all, and not for block
+drafts."""
 
 
 def check_servers(fmt: Format, info: DraftInfo) -> None:
@@ -74,7 +86,7 @@ def _refusal(fmt: Format, info: DraftInfo) -> str | None:
         return reason
     if spec.uses_mla and (reason := _mla_refusal(fmt, info)):
         return reason
-    for server in fmt.servers:
+    for server in fmt.readers(info):
         if reason := spec.method.refusals.get(server):
             return reason
         if reason := _server_refusal(server, info):
@@ -86,7 +98,7 @@ def servers_of(fmt: Format, info: DraftInfo) -> tuple[tuple[str, ...], list[str]
     """Return the readers of ``fmt`` that serve this draft beside its base, and what keeps the
     others from it."""
     usable, reasons = [], []
-    for server in fmt.servers:
+    for server in fmt.readers(info):
         reason = base_reason(server, info) or capture_reason(server, info)
         if reason is None and len(fmt.servers) > 1 and needs_own_ids(server, info):
             reason = (
@@ -103,7 +115,7 @@ def servers_of(fmt: Format, info: DraftInfo) -> tuple[tuple[str, ...], list[str]
 def format_notes(fmt: Format, info: DraftInfo) -> list[str]:
     """Return what to know before serving this draft from ``fmt``, one line each."""
     reasons = servers_of(fmt, info)[1]
-    return list(dict.fromkeys([*reasons, *serving_notes(info, fmt.servers)]))
+    return list(dict.fromkeys([*reasons, *serving_notes(info, fmt.readers(info))]))
 
 
 def _mla_refusal(fmt: Format, info: DraftInfo) -> str | None:
@@ -122,8 +134,22 @@ def _mla_refusal(fmt: Format, info: DraftInfo) -> str | None:
     return None
 
 
+def _block_refusal(server: str, info: DraftInfo) -> str | None:
+    """Return the reason why ``server`` cannot run a block draft, or None."""
+    architecture = architecture_of(info.base)
+    if architecture in WITHOUT_BLOCKS.get(server, ()):
+        return f"captures nothing for block drafts of a {architecture} base"
+    if server == "vllm" and info.spec.markov and info.spec.markov[0] != "vanilla":
+        return f"knows no <markov_head> {info.spec.markov[0]}, only vanilla"
+    if server == "sglang" and info.compressed:
+        return "has no vocabulary map for block drafts: it would draft other tokens"
+    return None
+
+
 def _server_refusal(server: str, info: DraftInfo) -> str | None:
     """Return the reason why ``server`` cannot run a draft that reads aux layers, or None."""
+    if info.spec.method.drafts_blocks:
+        return _block_refusal(server, info)
     if server == "vllm" or info.spec.method.reads_final_hidden:
         return None
     if info.spec.qk_layernorm:

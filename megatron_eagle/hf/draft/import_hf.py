@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -18,10 +17,11 @@ from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.config import DraftSpec, TrainOptions
 from megatron_eagle.config.widths import layer_widths
 from megatron_eagle.errors import UserError, message_of
+from megatron_eagle.hf.draft.check_base import check_base, widths_of
 from megatron_eagle.hf.draft.checkpoint import StoredDraft
-from megatron_eagle.hf.draft.config_json import draft_rope
 from megatron_eagle.hf.draft.embedding import check_embedding
 from megatron_eagle.hf.draft.files import DraftFiles
+from megatron_eagle.hf.draft.import_block import open_block_draft
 from megatron_eagle.hf.draft.import_tensors import (
     check_tensors,
     fmt_of,
@@ -30,9 +30,9 @@ from megatron_eagle.hf.draft.import_tensors import (
 )
 from megatron_eagle.hf.draft.info import DraftInfo
 from megatron_eagle.hf.draft.names import draft_entries
+from megatron_eagle.hf.draft.parse_block import is_block_config
 from megatron_eagle.hf.draft.parse_config import HfDraft, parse_hf_draft
 from megatron_eagle.hf.draft.servers import outputs_of_inner_ids
-from megatron_eagle.hf.tables.rope import comparable_rope
 from megatron_eagle.user_files import reading
 
 
@@ -60,8 +60,13 @@ def open_hf_draft(
         UserError: with the file at fault.
     """
     with reading(parameter, directory):
+        files = DraftFiles.open(directory)
+        if is_block_config(files.config):
+            return open_block_draft(
+                files, base, aux_layers=aux_layers, adapt=adapt, base_directory=base_directory
+            )
         return _open(
-            DraftFiles.open(directory),
+            files,
             base,
             chosen=aux_layers,
             adapt=adapt,
@@ -79,7 +84,7 @@ def _open(
 ) -> StoredDraft:
     source = str(files.path / "config.json")
     draft = parse_hf_draft(files.config, files.shapes, source)
-    _check_base(draft, base, source=source, adapt=adapt)
+    check_base(draft, base, source=source, adapt=adapt)
     algorithm = _algorithm(draft, source)
     aux_layers = _aux_layers(draft, base, algorithm=algorithm, chosen=chosen, source=source)
     info = _info(draft, base, algorithm=algorithm, aux_layers=aux_layers, source=source)
@@ -100,30 +105,6 @@ def _open(
         shapes={entry.megatron: entry.sizes(info.dims) for entry in entries},
         dtype=next(iter(dtypes)) if len(dtypes) == 1 else torch.float32,
     )
-
-
-def _check_base(draft: HfDraft, base: BaseInfo, *, source: str, adapt: bool) -> None:
-    args = base.megatron_args
-    sizes = {
-        "hidden_size": (draft.hidden_size, args["hidden_size"]),
-        "target_hidden_size": (draft.target_hidden_size, args["hidden_size"]),
-        "vocab_size": (draft.vocab_size, base.vocab_size),
-    }
-    for name, (size, expected) in sizes.items():
-        if size != expected:
-            raise UserError(f"{source}: {name} is {size}, the base {base.name} has {expected}")
-    longest = {"max_position_embeddings": base.hf_config["max_position_embeddings"]}
-    own_rope = draft_rope(base, draft.mla is not None)
-    rope = comparable_rope({**longest, **own_rope}, f"base {base.name}")
-    for name, value, expected in (
-        ("rotary embedding", draft.rope, rope),
-        ("rms_norm_eps", draft.norm_epsilon, args["norm_epsilon"]),
-    ):
-        if value != expected and not adapt:
-            raise UserError(
-                f"{source}: the draft's {name} {value} is not the base's {expected}, with which "
-                "training would run it (<adapt> accepts that)"
-            )
 
 
 def _aux_layers(
@@ -194,28 +175,12 @@ def _info(
             norm_before_fc=draft.norm_before_fc,
             norm_before_residual=draft.norm_before_residual,
             qk_layernorm=draft.qk_layernorm,
-            **_widths(draft, base),
+            **widths_of(draft, base),
         )
         layer_widths(spec, base.megatron_args)
     except UserError as error:
         raise UserError(f"{source}: {message_of(error)}") from None
     return DraftInfo(spec, base, TrainOptions().ttt_steps)
-
-
-def _widths(draft: HfDraft, base: BaseInfo) -> dict[str, Any]:
-    """Return the widths of the draft's layers, unless they are all the base's."""
-    widths = {
-        "ffn_hidden_size": draft.intermediate_size,
-        "num_attention_heads": draft.num_heads,
-        **(
-            {"num_query_groups": draft.num_kv_heads, "kv_channels": draft.head_dim}
-            if draft.mla is None
-            else draft.mla
-        ),
-    }
-    args = base.megatron_args
-    same = all((args.get(name) or 0) == value for name, value in widths.items())
-    return {} if same else widths
 
 
 def _algorithm(draft: HfDraft, source: str) -> Algorithm:

@@ -74,7 +74,7 @@ def check_tensors(files: DraftFiles, entries: list[DraftEntry], info: DraftInfo)
     if missing := sorted(set(expected) - set(files.shapes)):
         raise UserError(f"{files.path}: incomplete draft, {', '.join(missing[:3])} missing")
     extra = set(files.shapes) - set(expected) - {"d2t", "t2d"}
-    if info.spec.method.shares_base_head:
+    if not info.stores_head:
         extra -= {"lm_head.weight"}  # a copy of the base's
     if info.spec.method.zero_fc_bias:
         _check_bias(files)
@@ -113,4 +113,4 @@ def read_tensor(
         if entry.join is first and not part.equal(parts[0]):
             raise UserError(f"{files.path}: {entry.sources[0].name} and {source.name} differ")
     tensor = entry.join(parts, info.dims)
-    return tensor if order is None or not entry.padded else tensor[order]
+    return tensor if order is None or entry.shape[0] != "D" else tensor[order]

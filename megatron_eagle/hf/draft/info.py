@@ -16,6 +16,8 @@ from megatron_eagle.errors import UserError, message_of
 from megatron_eagle.hf.base.megatron_args import dims_of
 from megatron_eagle.hf.tables.entries import Dims, with_symbols
 
+SPECULATORS_VERSION = "0.9.0"
+"""Release of the speculators library whose format is written."""
 BASE_SIZES = (
     "num_layers",
     "hidden_size",
@@ -63,6 +65,12 @@ class DraftInfo:
         return self.draft_vocab_size < self.base.vocab_size
 
     @property
+    def stores_head(self) -> bool:
+        """Return whether the checkpoint holds a head, and not the base's whole one."""
+        method = self.spec.method
+        return self.compressed if method.drafts_blocks else not method.shares_base_head
+
+    @property
     def layer_args(self) -> dict[str, Any]:
         """Return the base's Megatron arguments with the widths of the draft's layers."""
         args = self.base.megatron_args
@@ -79,6 +87,7 @@ class DraftInfo:
             "AH": len(self.aux_layers) * dims["H"],
             "QKV": dims["Q"] + 2 * dims["KV"],
             "F2": 2 * dims["F"],
+            "MR": self.spec.markov[1] if self.spec.markov else 0,
         }
         return with_symbols(dims, more)
 
@@ -100,6 +109,11 @@ def parse_draft_info(tensor: Tensor, source: str) -> DraftInfo:
         training=training if isinstance(training, dict) else {},
     )
     _check_aux_layers(info, source)
+    if info.spec.method.drafts_blocks and info.ttt_steps != info.spec.block_drafts:
+        raise UserError(
+            f"{source}: ttt_steps {info.ttt_steps}, but a block of {info.spec.slots} slots drafts "
+            f"{info.spec.block_drafts} tokens"
+        )
     if info.draft_vocab_size > base.vocab_size:
         raise UserError(
             f"{source}: draft_vocab_size {info.draft_vocab_size} exceeds the base's vocabulary "

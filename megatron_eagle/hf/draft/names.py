@@ -2,7 +2,8 @@
 
 Shapes are written with: H draft hidden, H2 = 2H, AH = A aux layers x base hidden, HD head_dim,
 Q heads x head_dim, KV groups x head_dim, QKV = Q + 2 KV, F ffn hidden, F2 = 2F, D draft vocabulary;
-of multi-latent attention QR, KR, P, LQ, LKV, LV as in ``hf/tables/entries.py``.
+MR rank of a Markov head; of multi-latent attention QR, KR, P, LQ, LKV, LV as in
+``hf/tables/entries.py``.
 Linear weights are [out, in] on both sides.
 """
 
@@ -123,6 +124,8 @@ FIRST_NORMS = (
 
 def draft_entries(info: DraftInfo, fmt: Format) -> list[DraftEntry]:
     """Return the entry of every tensor of a draft, under full names on both sides."""
+    if info.spec.method.drafts_blocks:
+        return _block_entries(info)
     joins_by_fc = info.spec.method.joins_by_fc
     entries = [entry.named(PREFIX, "") for entry in _outside_layers(info)]
     for i in range(info.num_layers):
@@ -200,3 +203,47 @@ def _outside_layers(info: DraftInfo) -> list[DraftEntry]:
     if method.learns_mask_hidden:
         entries += [_one("mask_hidden.weight", "mask_hidden", "1", "AH")]
     return entries if method.shares_base_head else [*entries, *HEAD]
+
+
+def _block_entries(info: DraftInfo) -> list[DraftEntry]:
+    """Return the entries of a block draft, whose layers are all alike."""
+    names = [
+        ("fc.weight", "fc.weight", "H", "AH"),
+        ("hidden_norm.weight", "hidden_norm.weight", "H"),
+    ]
+    entries = [*(_one(*name) for name in names), *(HEAD if info.stores_head else HEAD[:1])]
+    if info.spec.markov is not None:
+        entries += _markov(info.spec.markov[0])
+    if info.spec.confidence_head:
+        to = "confidence_head.proj"
+        entries.append(_one("confidence.weight", f"{to}.weight", "1", "H+MR"))
+        entries.append(_one("confidence.bias", f"{to}.bias", "1"))
+    layer = (
+        _one("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "H"),
+        *_grouped_attention("H"),
+        _one("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "HD"),
+        _one("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "HD"),
+        *MLP,
+    )
+    return [entry.named(PREFIX, "") for entry in entries] + [
+        entry.named(f"{PREFIX}layers.{i}.", f"layers.{i}.")
+        for i in range(info.num_layers)
+        for entry in layer
+    ]
+
+
+def _markov(kind: str) -> list[DraftEntry]:
+    entries = [
+        _one("markov.w1.weight", "markov_head.markov_w1.weight", "V", "MR", padded=True),
+        _one("markov.w2.weight", "markov_head.markov_w2.weight", "D", "MR", padded=True),
+    ]
+    projections = {
+        "gated": ("gate_proj", "MR", "H+MR"),
+        "rnn": ("joint_proj", "MR+MR+MR", "MR+MR+H"),
+    }
+    if kind in projections:
+        name, rows, columns = projections[kind]
+        to = f"markov_head.{name}"
+        entries.append(_one("markov.projection.weight", f"{to}.weight", rows, columns))
+        entries.append(_one("markov.projection.bias", f"{to}.bias", rows))
+    return entries

@@ -119,7 +119,7 @@ def capture_reason(server: str, info: DraftInfo) -> str | None:
     last = info.base.megatron_args["num_layers"] - 1
     if outputs[-1] == last and architecture not in GIVES_LAST_OUTPUT:
         return f"{release} never captures the output of a base's last layer, {last} here"
-    if sglang_ids(info.base, outputs) is None:
+    if not info.spec.method.drafts_blocks and sglang_ids(info.base, outputs) is None:
         return (
             f"{release} cannot be told to capture the output of layer 0 first beside a "
             f"{architecture} base"
@@ -129,7 +129,8 @@ def capture_reason(server: str, info: DraftInfo) -> str | None:
 
 def needs_own_ids(server: str, info: DraftInfo) -> bool:
     """Return whether ``server`` must be given other layer ids than those that the rest take."""
-    if server != "sglang" or not info.aux_layers:
+    # Of block drafts, SGLang takes all ids for outputs of layers.
+    if server != "sglang" or not info.aux_layers or info.spec.method.drafts_blocks:
         return False
     return sglang_ids(info.base, info.aux_layers) != list(info.aux_layers)
 

@@ -5,7 +5,9 @@ Nothing here is used where there is a CUDA device. ``apply`` does what needs pat
 * ``devices``: device arguments that name a CUDA device mean the CPU.
 * ``cuda_surface``: device queries, streams, events and random generators of ``torch.cuda``.
 * ``megatron_patches``: Megatron code that takes a CUDA device for granted.
-* ``linear``, ``products``: fp32 products by oneDNN where that is faster than MKL.
+* ``linear``, ``products``, ``kernel_choice``: fp32 products by oneDNN where that is faster than
+  MKL.
+* ``rotary``: rotary embedding without copies.
 * ``environment``: variables that a launcher should set for its processes.
 """
 
@@ -22,6 +24,7 @@ from megatron_eagle.platform.cpu.megatron_patches import (
     exchange_uneven_splits,
     pass_alltoall_splits_as_numpy,
 )
+from megatron_eagle.platform.cpu.rotary import speed_up_rotary
 
 
 def silence_cuda_search() -> None:
@@ -32,6 +35,7 @@ def silence_cuda_search() -> None:
 def apply() -> None:
     """Patch Megatron and PyTorch; the modules of the functions say why each patch is needed."""
     speed_up_linears()
+    speed_up_rotary()
     pass_alltoall_splits_as_numpy()
     exchange_uneven_splits()
     allow_trainer_without_cuda()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.compat import patch, require
-from megatron_eagle.platform.cpu.products import linear, onednn_is_faster
+from megatron_eagle.platform.cpu.kernel_choice import onednn_is_faster
+from megatron_eagle.platform.cpu.products import linear
 
 _LAYERS = "megatron.core.tensor_parallel.layers"
 

@@ -1,17 +1,17 @@
 """Matrix products by the fastest kernel that the processor has.
 
-PyTorch hands fp32 products on a CPU to MKL, which leaves AVX-512 unused on processors that are not
-Intel's; oneDNN, also part of PyTorch, uses it: 1.3 to 2 times as fast on an AMD EPYC.
+PyTorch hands fp32 products on a CPU to MKL. oneDNN, also part of PyTorch, takes from 1.2 times as
+long to half as long, depending on the processor: ``kernel_choice`` measures it.
 """
 
 from __future__ import annotations
 
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from megatron_eagle.platform.cpu.kernel_choice import onednn_is_faster
 
 _CACHED_BYTES = 4 << 20
 
@@ -72,15 +72,3 @@ def default_output_bytes() -> int:
     MKL needs more rows in a product than oneDNN does before it comes near the processor's speed.
     """
     return (32 if onednn_is_faster() else 56) << 20
-
-
-@cache
-def onednn_is_faster() -> bool:
-    """Tell whether fp32 products should go to oneDNN: on a CPU with AVX-512 that MKL does not
-    use."""
-    if not torch.backends.mkldnn.is_available():
-        return False
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return False
-    cpuinfo = Path("/proc/cpuinfo")
-    return cpuinfo.is_file() and "GenuineIntel" not in cpuinfo.read_text()

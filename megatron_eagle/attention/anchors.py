@@ -1,0 +1,276 @@
+"""Attend from blocks: to the context before each block's anchor, and to the block itself.
+
+A block has B rows and no causal order: all of them see each other, and the context rows before the
+anchor, in the anchor's document. One softmax over both. The context is cut into windows of W keys,
+from the start of each document on. The blocks whose anchor follows a row of window j see
+
+* all keys of the windows 0 .. j - 1: one rectangle for all these blocks;
+* the keys of window j up to the row before the anchor: with the B rows of a block folded into the
+  heads, that is causal attention of the W rows of a window. ``SLAB`` windows go together.
+
+Each part is a flash kernel, merged by log-sum-exp; backward feeds the merged pair to each. There is
+no mask tensor, and memory is linear in the context and in the number of blocks.
+
+Shape letters: Q sequences of S context rows, N blocks of B rows, of which the first R have a
+context, n query heads and g key/value heads of this TP rank (g divides n), d channels of a key, dv
+of a value, w windows of a slab, W rows of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from megatron_eagle.attention import flash
+from megatron_eagle.attention.blocks import merge_
+
+WINDOW = 128
+"""Context rows of a window. A wide one has fewer rectangles, and more rows that are no anchor's."""
+SLAB = 16
+"""Windows whose causal parts are computed at a time: W * B rows of queries each."""
+
+
+class Anchor(NamedTuple):
+    """Where a block's context ends: its last row, its sequence, and its document's first row."""
+
+    sequence: int
+    document: int
+    row: int
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Windows that are computed together.
+
+    Attributes:
+        blocks: the blocks of all of them.
+        rectangles: (blocks, sequence, keys) of each window with whole windows before it.
+        keys: [w, W] int64, flat rows [Q * S] of each window.
+        place: [blocks] int64, index of each block in [w * W].
+    """
+
+    blocks: slice
+    rectangles: Sequence[tuple[slice, int, slice]]
+    keys: Tensor
+    place: Tensor
+
+
+@dataclass(frozen=True)
+class AnchorPlan:
+    """Who sees what of N blocks: the first ``count`` have a context, the others are padding."""
+
+    count: int
+    slabs: Sequence[Slab]
+
+    @classmethod
+    def of(
+        cls, anchors: Sequence[Anchor], length: int, window: int = WINDOW, slab: int = SLAB
+    ) -> AnchorPlan:
+        """Plan for ``anchors``, whose equal windows must be neighbours, in sequences of ``length``
+        context rows."""
+
+        def key(item: tuple[int, Anchor]) -> tuple[int, int]:
+            _, (sequence, document, row) = item
+            return sequence, document + (row - document) // window * window
+
+        groups = [(where, list(items)) for where, items in groupby(enumerate(anchors), key)]
+        slabs = [
+            _slab(groups[first : first + slab], length, window)
+            for first in range(0, len(groups), slab)
+        ]
+        return cls(len(anchors), slabs)
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> AnchorPlan:
+        """Return the plan with ``move`` applied to its tensors."""
+        slabs = [replace(slab, keys=move(slab.keys), place=move(slab.place)) for slab in self.slabs]
+        return replace(self, slabs=slabs)
+
+
+def _slab(
+    groups: Sequence[tuple[tuple[int, int], list[tuple[int, Anchor]]]], length: int, window: int
+) -> Slab:
+    keys, place, rectangles = [], [], []
+    for number, ((sequence, start), items) in enumerate(groups):
+        first, last = items[0][0], items[-1][0] + 1
+        document = items[0][1].document
+        if start > document:
+            rectangles.append((slice(first, last), sequence, slice(document, start)))
+        # Keys behind the last anchor's are seen by no block; any row will do.
+        rows = torch.arange(start, start + window).clamp(max=length - 1)
+        keys.append(rows + sequence * length)
+        place += [number * window + anchor.row - start for _, anchor in items]
+    blocks = slice(groups[0][1][0][0], groups[-1][1][-1][0] + 1)
+    return Slab(blocks, rectangles, torch.stack(keys), torch.tensor(place))
+
+
+def anchor_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    context_key: Tensor,
+    context_value: Tensor,
+    scale: float,
+    plan: AnchorPlan,
+) -> Tensor:
+    """Return softmax(scale * q [context ; block]ᵀ) [context ; block], [N, n, B, dv].
+
+    query [N, n, B, d], key [N, g, B, d] and value [N, g, B, dv] of the blocks, context_key
+    [Q, g, S, d] and context_value [Q, g, S, dv]. Differentiable in all of them, also where no block
+    has a context; no collective.
+    """
+    return _AnchorAttention.apply(scale, plan, query, key, value, context_key, context_value)
+
+
+class _AnchorAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        scale: float,
+        plan: AnchorPlan,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        context_k: Tensor,
+        context_v: Tensor,
+    ) -> Tensor:
+        out, lse = flash.forward(q, k, v, scale, causal=False)
+        out, lse = out.contiguous(), lse.contiguous()
+        for slab in plan.slabs:
+            blocks = slab.blocks
+            part = _window_forward(q[blocks], context_k, context_v, scale, slab)
+            out[blocks], lse[blocks] = merge_(out[blocks], lse[blocks], *part)
+            for rows, sequence, keys in slab.rectangles:
+                cut = (x[sequence : sequence + 1, :, keys] for x in (context_k, context_v))
+                wide, wide_lse = flash.forward(_side_by_side(q[rows]), *cut, scale, causal=False)
+                part = _apart(wide, q.shape[2]), _apart(wide_lse, q.shape[2])
+                out[rows], lse[rows] = merge_(out[rows], lse[rows], *part)
+        ctx.save_for_backward(q, k, v, context_k, context_v, out, lse)
+        ctx.scale, ctx.plan = scale, plan
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, context_k, context_v, out, lse = ctx.saved_tensors
+        grad, scale, slots = grad_outputs[0].contiguous(), ctx.scale, q.shape[2]
+        dq, dk, dv = flash.backward(grad, q, k, v, out, lse, scale, causal=False)
+        dq = dq.contiguous()
+        context_dk, context_dv = torch.zeros_like(context_k), torch.zeros_like(context_v)
+        for slab in ctx.plan.slabs:
+            blocks = slab.blocks
+            dq[blocks] += _window_backward(
+                (grad[blocks], q[blocks], out[blocks], lse[blocks]),
+                (context_k, context_v),
+                (context_dk, context_dv),
+                scale,
+                slab,
+            )
+            for rows, sequence, keys in slab.rectangles:
+                one = slice(sequence, sequence + 1)
+                wide = [_side_by_side(x[rows]) for x in (grad, q, out)]
+                wide_lse = _side_by_side(lse[rows])
+                part_q, part_k, part_v = flash.backward(
+                    *wide[:2], context_k[one, :, keys], context_v[one, :, keys], wide[2], wide_lse,
+                    scale, causal=False,
+                )  # fmt: skip
+                dq[rows] += _apart(part_q, slots)
+                context_dk[one, :, keys] += part_k
+                context_dv[one, :, keys] += part_v
+        return None, None, dq, dk, dv, context_dk, context_dv
+
+
+def _window_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, slab: Slab
+) -> tuple[Tensor, Tensor]:
+    """Return (out, lse) of a slab's blocks over the keys of their own windows."""
+    keys, values = (_windows(x, slab.keys) for x in (k, v))
+    out, lse = flash.forward(_folded(q, slab), keys, values, scale, causal=True)
+    return _unfolded(out, slab, q.shape[2]), _unfolded(lse.contiguous(), slab, q.shape[2])
+
+
+def _window_backward(
+    blocks: tuple[Tensor, Tensor, Tensor, Tensor],
+    context: tuple[Tensor, Tensor],
+    gradients: tuple[Tensor, Tensor],
+    scale: float,
+    slab: Slab,
+) -> Tensor:
+    """Return the queries' gradient, and add the context's to ``gradients``."""
+    grad, q, out, lse = (_folded(x, slab) for x in blocks)
+    keys, values = (_windows(x, slab.keys) for x in context)
+    dq, *parts = flash.backward(grad, q, keys, values, out, lse, scale, causal=True)
+    for total, part in zip(gradients, parts, strict=True):
+        sequences, _, length, _ = total.shape
+        flat = slab.keys.flatten()
+        rows = part.transpose(1, 2).flatten(0, 1)  # [w * W, g, d]
+        summed = rows.new_zeros(sequences * length, *rows.shape[1:]).index_add_(0, flat, rows)
+        total += summed.unflatten(0, (sequences, length)).transpose(1, 2)
+    return _unfolded(dq, slab, q.shape[1] // blocks[1].shape[1])
+
+
+def _windows(context: Tensor, rows: Tensor) -> Tensor:
+    """Take the windows' flat ``rows`` [w, W] of context [Q, g, S, d]: [w, g, W, d]."""
+    length = context.shape[2]
+    return context[rows // length, :, rows % length].transpose(1, 2)
+
+
+def _folded(x: Tensor, slab: Slab) -> Tensor:
+    """Put blocks [R, n, B, ...] at their rows of the windows, their slots beside the heads:
+    [w, n * B, W, ...]. Rows without a block are zeros, and give no gradient to any key."""
+    windows, rows = slab.keys.shape
+    wide = x.new_zeros(windows * rows, *x.shape[1:])
+    wide[slab.place] = x
+    return wide.flatten(1, 2).unflatten(0, (windows, rows)).transpose(1, 2).contiguous()
+
+
+def _unfolded(x: Tensor, slab: Slab, slots: int) -> Tensor:
+    """Undo :func:`_folded`: [w, n * B, W, ...] -> [R, n, B, ...]."""
+    rows = x.transpose(1, 2).flatten(0, 1)[slab.place]
+    return rows.unflatten(1, (-1, slots))
+
+
+def _side_by_side(x: Tensor) -> Tensor:
+    """Put the rows of blocks [R, n, B, ...] one after another: [1, n, R * B, ...]."""
+    return x.transpose(0, 1).flatten(1, 2).unsqueeze(0).contiguous()
+
+
+def _apart(x: Tensor, slots: int) -> Tensor:
+    """Undo :func:`_side_by_side`: [1, n, R * B, ...] -> [R, n, B, ...]."""
+    return x[0].unflatten(1, (-1, slots)).transpose(0, 1)
+
+
+class AnchorState:
+    """Attention of one pass over a micro-batch's blocks; an ``AttentionState``.
+
+    ``context`` returns a layer's keys [Q, g, S, d] and values [Q, g, S, dv] of the context. It is
+    asked once per layer and pass, inside the layer: what it sends is the layer's.
+    """
+
+    def __init__(
+        self, plan: AnchorPlan, slots: int, context: Callable[[int], tuple[Tensor, Tensor]]
+    ) -> None:
+        self._plan, self._slots, self._context = plan, slots, context
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None = None,
+        sink: Tensor | None = None,
+    ) -> Tensor:
+        """Attend with the rows of all blocks: query [1, n, N * B, d], key and value likewise."""
+        assert window is None and sink is None, "drafts have neither"
+        context_key, context_value = self._context(layer)
+        blocks = (
+            x[0].unflatten(1, (-1, self._slots)).transpose(0, 1).contiguous()
+            for x in (query, key, value)
+        )
+        out = anchor_attention(*blocks, context_key, context_value, scale, self._plan)
+        return out.transpose(0, 1).flatten(1, 2).unsqueeze(0)

@@ -1,0 +1,87 @@
+"""Refuse flags that are honoured only beside others, or only where a package is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+
+from megatron_eagle.config import EagleConfig
+from megatron_eagle.errors import UserError
+from megatron_eagle.training.flag_table.check import CommandLine
+
+_DATA_SOURCES = (
+    "--data-path", "--train-data-path", "--valid-data-path", "--test-data-path",
+    "--data-args-path", "--per-split-data-args-path", "--mock-data",
+)  # fmt: skip
+_DATA_DETAILS = (
+    "--split", "--data-cache-path", "--no-mmap-bin-files", "--eod-mask-loss",
+    "--num-dataset-builder-threads", "--mid-level-dataset-surplus",
+)  # fmt: skip
+_VALIDATION = (
+    "--eval-iters", "--eval-interval", "--start-eval-at-iter", "--eval-global-batch-size",
+    "--eval-micro-batch-size",
+)  # fmt: skip
+_NEEDS_TRANSFORMER_ENGINE = ("--use-precision-aware-optimizer", "--optimizer-cpu-offload")
+_PACKAGES = {
+    "--wandb-project": ("wandb", "pip install 'megatron-eagle[tracking]'"),
+    "--tensorboard-dir": ("tensorboard", "pip install 'megatron-eagle[tracking]'"),
+    "--num-distributed-optimizer-instances": ("einops", "pip install einops"),
+}
+"""Flags whose value other than the default needs a package, and how to get it."""
+
+
+def check_conditions(
+    line: CommandLine,
+    options: EagleConfig,
+    layers: str,
+    installed: Callable[[str], bool] = lambda package: find_spec(package) is not None,
+) -> list[str]:
+    """Check the flags of ``line`` against each other, the ``--eagle-*`` options, the
+    implementation of the ``layers`` and the packages that are ``installed``.
+
+    Returns lines of text on flags without effect. Raises ``UserError`` naming a flag.
+    """
+    _check_packages(line, installed)
+    if layers == "local":
+        _refuse(line, ["--moe-grouped-gemm"], "needs --transformer-impl transformer_engine")
+    stages = line.values.pipeline_model_parallel_size
+    if stages > 1:
+        why = f"is not supported with --pipeline-model-parallel-size {stages}: stages run ahead"
+        _refuse(line, ["--check-for-spiky-loss"], why)
+    return list(_documents(line, options))
+
+
+def _check_packages(line: CommandLine, installed: Callable[[str], bool]) -> None:
+    for name, (package, remedy) in _PACKAGES.items():
+        flag = line.flag(name)
+        if flag is not None and flag.value != flag.default and not installed(package):
+            raise UserError(f"{flag} needs the package {package}: {remedy}")
+    if not installed("transformer_engine"):
+        _refuse(line, _NEEDS_TRANSFORMER_ENGINE, "needs Transformer Engine's Adam")
+    optimizer = line.flag("--optimizer")
+    emerging = optimizer is not None and optimizer.value not in ("adam", "sgd")
+    if emerging and not installed("emerging_optimizers"):
+        raise UserError(f"{optimizer} needs the package emerging-optimizers")
+
+
+def _documents(line: CommandLine, options: EagleConfig) -> Iterator[str]:
+    """Yield what has no effect where ``--eagle-train-data`` or features hold the documents."""
+    if not options.train.reads_documents:
+        return
+    source = "train-data" if options.train.offline_features is None else "offline-features"
+    _refuse(line, _DATA_SOURCES, f"contradicts --eagle-{source}, which holds the documents")
+    details = [str(flag) for flag in line.given if flag.name in _DATA_DETAILS]
+    if details:
+        yield f"no effect: {', '.join(details)} (--eagle-{source} holds the documents)"
+    validation = [str(flag) for flag in line.given if flag.name in _VALIDATION]
+    if validation:
+        yield (
+            f"no effect: {', '.join(validation)} (documents have no validation split; "
+            "--eagle-eval-prompts measures the draft)"
+        )
+
+
+def _refuse(line: CommandLine, names: list[str] | tuple[str, ...], why: str) -> None:
+    for flag in line.given:
+        if flag.name in names and flag.value != flag.default:
+            raise UserError(f"{flag} {why}")

@@ -1,0 +1,110 @@
+"""Bases that Megatron's own trainer saved, in another layout than it trained them in."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_eagle.checkpoint.base_description import read_base
+from megatron_eagle.testing.harness import megatron_parallel, run_distributed
+from tests.e2e.launch import ROOT, launch, train
+from tests.helpers.native_base import FAMILIES, Trained, pretrain
+from tests.helpers.random_answers import write_answers
+
+CAPTURED = (0, 3, 5)
+WHOLE, TENSOR, PIPELINE, EXPERT = {}, {"tp": 2}, {"pp": 2}, {"ep": 2}
+OTHER_LAYOUTS: dict[str, list[dict[str, int]]] = {
+    "llama": [PIPELINE],
+    "gpt2": [TENSOR],
+    "mixtral": [TENSOR, WHOLE],
+    "deepseek": [TENSOR, EXPERT],
+}
+
+
+MLA = ["--eagle-attention", "mla"]
+
+
+@pytest.mark.parametrize(
+    "family",
+    ["llama", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f != "llama")],
+)
+def test_a_base_that_megatron_trained(family: str, tmp_path: Path) -> None:
+    """Logits and captured states equal those of the model that trained, at another layout; a draft
+    trains, converts, and decodes what the base alone would write. The base's files stay."""
+    trained = pretrain(family, tmp_path)
+    before = listing(trained.directory)
+    for layout in OTHER_LAYOUTS.get(family, [WHOLE, TENSOR]):
+        world = 2 if layout else 1
+        results = run_distributed(outputs, world, trained.directory, trained.tokens, layout)
+        check(results, trained)
+    write_answers(tmp_path / "answers.jsonl")
+    flags = {"deepseek": MLA, "llama": ["--eagle-init-from-base"]}.get(family, [])
+    run = train(
+        1, tmp_path / "log.jsonl", "--eagle-base-checkpoint", trained.directory,
+        "--eagle-train-data", tmp_path / "answers.jsonl", "--eagle-draft-vocab-size", 32,
+        "--save", tmp_path / "draft", "--save-interval", 20, *flags,
+    )  # fmt: skip
+    assert run.returncode == 0, run.output[-3000:]
+    assert run.metrics[20]["loss"] < run.metrics[1]["loss"]
+    prompts = [{"prompt_ids": row.tolist()} for row in trained.tokens[:, :7]]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
+    decoded = launch(
+        ROOT / "tools" / "eval_acceptance.py", 2, "--base", trained.directory,
+        "--draft", tmp_path / "draft", "--prompts", tmp_path / "prompts.jsonl",
+        "--max-new-tokens", 12,
+    )  # fmt: skip
+    assert decoded.returncode == 0, decoded.output[-3000:]
+    assert "speculative answers equal the greedy ones" in decoded.output
+    converted = launch(
+        ROOT / "tools" / "convert_to_hf.py", 1, "--load", tmp_path / "draft",
+        "--output", tmp_path / "draft_hf", "--verify",
+    )  # fmt: skip
+    assert converted.returncode == 0, converted.output[-3000:]
+    card = (tmp_path / "draft_hf" / "README.md").read_text()
+    assert "Megatron-LM checkpoint, iteration 4" in card
+    assert listing(trained.directory) == before
+
+
+def listing(directory: Path) -> dict[str, int]:
+    """The files under ``directory``, with the times at which they changed."""
+    return {str(f): f.stat().st_mtime_ns for f in directory.rglob("*")}
+
+
+def check(results: list[dict[str, Any]], trained: Trained) -> None:
+    for result in results:
+        for layer, hidden in result["layers"].items():
+            torch.testing.assert_close(hidden, trained.layers[layer], rtol=1e-5, atol=1e-5)
+        if "logits" in result:
+            torch.testing.assert_close(result["logits"], trained.logits, rtol=1e-5, atol=1e-5)
+    assert any("logits" in result for result in results)
+    assert {layer for result in results for layer in result["layers"]} == set(CAPTURED)
+
+
+@torch.no_grad()
+def outputs(
+    rank: int, world: int, directory: Path, tokens: Tensor, layout: dict[str, int]
+) -> dict[str, Any]:
+    """This rank's captured layers and, on the last stage, the logits over the whole vocabulary."""
+    groups = megatron_parallel(**layout)
+    from megatron_eagle.decode.load import load_base
+
+    info = read_base(directory)
+    base = load_base(directory, info, groups, CAPTURED)
+    hidden = None
+    if groups.pp.rank() > 0:
+        hidden = torch.empty(tokens.shape[1], len(tokens), info.megatron_args["hidden_size"])
+        torch.distributed.recv(hidden, 0)
+    layers, final = base.run_stage(tokens, hidden)
+    if groups.pp.rank() < groups.pp.size() - 1:
+        torch.distributed.send(final.contiguous(), 1)
+        return {"layers": layers}
+    logits = final @ base.output_weight.t()
+    parts = [torch.empty_like(logits) for _ in range(groups.tp.size())]
+    torch.distributed.all_gather(parts, logits.contiguous(), group=groups.tp)
+    whole = torch.cat(parts, -1)[..., : info.vocab_size]
+    return {"layers": layers, "logits": whole.transpose(0, 1)}

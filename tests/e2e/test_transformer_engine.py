@@ -1,0 +1,57 @@
+"""Transformer Engine's real modules, their kernels computed in torch, beside Megatron's own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from tests.e2e.launch import ROOT, cpu_environment
+from tests.helpers.te_python import te_folder
+
+pytestmark = pytest.mark.skipif(
+    te_folder() is None, reason="transformer-engine's Python is not beside the environment"
+)
+FEW = ("llama:gqa", "deepseek_v2_lite:mla", "gpt_oss:gqa")
+OTHERS = (
+    "qwen2:gqa", "qwen3:gqa", "mixtral:gqa", "qwen3_moe:gqa", "glm4_moe:gqa", "deepseek_v2:mla",
+    "deepseek_v3:gqa", "deepseek_v3:mla",
+)  # fmt: skip
+
+
+def _compare(cases: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.te_case", *cases]
+    result = subprocess.run(
+        command, env=cpu_environment(1), cwd=ROOT, capture_output=True, text=True, timeout=280,
+        check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
+    lines = [line for line in result.stdout.splitlines() if line.startswith("{")]
+    return dict(zip(cases, map(json.loads, lines), strict=True))
+
+
+def _check(case: str, found: dict[str, Any]) -> None:
+    local, engine = found["routers"]
+    assert local == engine
+    ours, with_states, without = found["core_attention"]
+    assert ours == with_states == ["EagleCoreAttention"]
+    has_window = case.startswith("gpt_oss")
+    assert without == ["EagleCoreAttention" if has_window else "TEDotProductAttention"]
+    assert found["base_weights_equal"] and found["draft_keys_differ"] == []
+    assert found["te_to_local"] == found["local_to_te"] == "loads"
+    assert found["calls"] > 0 and not found["draft_overwrites"]
+    assert found["compared"] > 10 and found["error"] < 1e-4, found
+
+
+def test_layers_of_both_kinds_have_the_same_weights_checkpoints_losses_and_gradients() -> None:
+    for case, found in _compare(FEW).items():
+        _check(case, found)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OTHERS)
+def test_so_do_those_of_every_other_base(case: str) -> None:
+    _check(case, _compare((case,))[case])

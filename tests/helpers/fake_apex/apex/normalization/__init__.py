@@ -1,0 +1,1 @@
+"""The normalizations of the fake Apex."""

@@ -1,0 +1,223 @@
+"""Base and draft of Transformer Engine's layers beside those of Megatron-Core's, in one process.
+
+    python -m tests.helpers.te_case FAMILY:ATTENTION ...
+
+prints a JSON object per case. It has to be a process of its own: Megatron looks for Transformer
+Engine when it is imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from tests.helpers.te_python import FIRST_MICROBATCH, install_te
+
+STEPS = 3
+LAYERS = 7
+
+
+def main(cases: list[str]) -> None:
+    install_te()
+    os.environ |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    import torch
+
+    from megatron_eagle.platform import enable
+
+    with tempfile.TemporaryDirectory() as folder:
+        rendezvous = f"file://{folder}/rendezvous"
+        torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=0, world_size=1)
+        enable()
+        from megatron.core import parallel_state
+        from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+        parallel_state.initialize_model_parallel()
+        model_parallel_cuda_manual_seed(1)
+        for number, case in enumerate(cases):
+            family, attention = case.split(":")
+            fields = {"num_hidden_layers": LAYERS}
+            if family == "deepseek_v2_lite":
+                family, fields = "deepseek_v2", {**fields, "q_lora_rank": None}
+            print(json.dumps(compare(Path(folder) / str(number), family, attention, fields)))
+        torch.distributed.destroy_process_group()
+
+
+def compare(folder: Path, family: str, attention: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """Build one model of each kind of layers from one base, and compare what they are and do."""
+    from megatron_eagle.checkpoint.directory import load_base_json
+    from megatron_eagle.hf.base.import_base import import_base
+    from tests.helpers.tiny_hf import make_base
+
+    make_base(folder / "hf", family, **fields)
+    import_base(folder / "hf", folder / "base")
+    info = load_base_json(folder / "base")
+    local, own, engine = (
+        Built.of(folder / "base", info, attention, kind) for kind in ("local", "te-own", "te")
+    )
+    found = {
+        "routers": [sorted(model.routers()) for model in (local, engine)],
+        "core_attention": [sorted(model.core_attentions()) for model in (local, engine, own)],
+        "base_weights_equal": local.base_weights() == engine.base_weights(),
+        "draft_keys_differ": sorted(local.keys() ^ engine.keys()),
+        "te_to_local": transfer(engine, local, folder / "te"),
+        "local_to_te": transfer(local, engine, folder / "local"),
+    }
+    FIRST_MICROBATCH.clear()
+    numbers, expected = engine.step(), local.step()
+    found["calls"] = len(FIRST_MICROBATCH)
+    base_linears = engine.base_linears()
+    found["draft_overwrites"] = any(x is not None for x in FIRST_MICROBATCH[base_linears:])
+    found["error"] = max(
+        float((numbers[name] - expected[name]).abs().max() / (expected[name].abs().max() + 1e-9))
+        for name in expected
+    )
+    found["compared"] = len(expected)
+    return found
+
+
+@dataclasses.dataclass
+class Built:
+    """A base and a draft of one kind of layers: local, te, or te with its own core attention."""
+
+    model: Any
+    kind: str
+
+    @classmethod
+    def of(cls, directory: Path, info: Any, attention: str, kind: str) -> Built:
+        import torch
+        from megatron.core.process_groups_config import ProcessGroupCollection
+
+        from megatron_eagle.config import EagleConfig
+        from megatron_eagle.draft.build import build_draft
+        from megatron_eagle.draft.layer_config import draft_rotary
+        from megatron_eagle.draft.metadata import draft_metadata, encode_metadata, resolved_spec
+        from megatron_eagle.layers.backend import local_backend, transformer_engine_backend
+        from megatron_eagle.model import EagleGPTModel
+        from megatron_eagle.teacher.base import FrozenBase
+        from megatron_eagle.teacher.build import base_config, build_base, load_base
+        from megatron_eagle.teacher.vocab_shards import VocabShards
+
+        groups = ProcessGroupCollection.use_mpu_process_groups()
+        options = EagleConfig.of(
+            base_checkpoint=str(directory),
+            attention=attention,
+            aux_layers=(1, 2, 3),
+            ttt_steps=STEPS,
+        )
+        config = base_config(info, 1, use_cpu_initialization=True)
+        config.perform_initialization = False
+        config.calculate_per_token_loss = True
+        on_gpu = mock.patch("torch.cuda.is_available", lambda: True)
+        backend = local_backend()
+        if kind != "local":
+            config.transformer_impl = "transformer_engine"
+            backend = transformer_engine_backend(keeps_states=kind == "te")
+        with contextlib.nullcontext() if kind == "local" else on_gpu:
+            gpt = build_base(config, info, backend, groups)
+            shards = VocabShards(gpt)
+            load_base(gpt, directory, shards)
+            base = FrozenBase(gpt, (1, 2, 3), info.vocab_size, shards)
+            vocab_ids = torch.arange(0, info.vocab_size, 2)
+            spec = resolved_spec(options.spec, info, (1, 2, 3), vocab_ids.numel())
+            metadata = draft_metadata(spec, info, ttt_steps=STEPS, training={})
+            torch.manual_seed(3)
+            draft = build_draft(
+                spec=spec,
+                num_aux=3,
+                base_config=config,
+                backend=backend,
+                vocab_ids=vocab_ids,
+                vocab_size=info.vocab_size,
+                base_head=lambda: base.output_weight,
+                base_head_rows=base.output_weight.shape[0],
+                rotary=draft_rotary(base.rotary, info, spec, torch.device("cpu")),
+                metadata=encode_metadata(metadata),
+                pg_collection=groups,
+                device=torch.device("cpu"),
+            )
+        with torch.no_grad():
+            for parameter in draft.parameters():
+                if parameter.dim() == 1:
+                    parameter.add_(torch.rand_like(parameter))  # norms at 1 would hide a swap
+        return cls(EagleGPTModel(base, draft, options), kind)
+
+    def routers(self) -> set[str]:
+        from megatron_eagle.compat import TopKRouter
+
+        return {type(m).__name__ for m in self.model.base.modules() if isinstance(m, TopKRouter)}
+
+    def core_attentions(self) -> set[str]:
+        layers = self.model.base.gpt.decoder.layers
+        return {type(layer.self_attention.core_attention).__name__ for layer in layers}
+
+    def base_weights(self) -> list[int]:
+        """The base's weights whatever their names, as hashes."""
+        weights = self.model.base.gpt.state_dict().items()
+        return sorted(
+            hash(value.float().numpy().tobytes())
+            for name, value in weights
+            if hasattr(value, "float") and not name.endswith("_extra_state")
+        )
+
+    def base_linears(self) -> int:
+        """How many linear layers of Transformer Engine one pass of the base calls at least."""
+        return 0 if self.kind == "local" else self._base_calls
+
+    def keys(self) -> set[str]:
+        """The keys of the draft's checkpoint."""
+        from megatron_eagle.compat import apply_factories, nested_values
+
+        sharded = self.model.sharded_state_dict()
+        apply_factories(sharded)
+        return {value.key for value in nested_values(sharded)}
+
+    def step(self) -> dict[str, Any]:
+        """Loss, metrics and the gradient of every parameter, by its key in a checkpoint."""
+        import torch
+
+        from megatron_eagle.compat import nested_values
+        from megatron_eagle.objective.batch import EagleBatch
+
+        generator = torch.Generator().manual_seed(5)
+        tokens = torch.randint(61, (2, 16), generator=generator)
+        batch = EagleBatch.build(tokens, torch.ones(2, 16), STEPS)
+        outputs = self.model.base(batch.tokens, batch.packing)
+        self._base_calls = len(FIRST_MICROBATCH)
+        loss, sums = self.model(batch, outputs)
+        loss.backward()
+        found = {"loss": loss.detach(), "sums": sums.detach()}
+        parameters = {p.data_ptr(): p for p in self.model.draft.parameters()}
+        for value in nested_values(self.model.draft.sharded_state_dict("draft.")):
+            data = getattr(value, "data", None)
+            if isinstance(data, torch.Tensor) and data.data_ptr() in parameters:
+                found[value.key] = parameters[data.data_ptr()].grad
+        self.model.zero_grad()
+        return found
+
+
+def transfer(source: Built, target: Built, path: Path) -> str:
+    """Save a draft and load it into another, strictly; "loads", or why not."""
+    from megatron_eagle.compat import dist_checkpointing
+
+    path.mkdir()
+    saved = {"checkpoint_version": 3.0, **source.model.sharded_state_dict()}
+    dist_checkpointing.save(saved, str(path))
+    try:
+        state = dist_checkpointing.load(target.model.sharded_state_dict(), str(path))
+        target.model.load_state_dict(
+            {key: value for key, value in state.items() if key.startswith("draft.")}, strict=True
+        )
+    except Exception as error:
+        return f"{type(error).__name__}: {str(getattr(error, 'failures', error))[:300]}"
+    return "loads"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,148 @@
+"""Every flag of Megatron's parser is judged, and the judgements hold for a command line."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from megatron_eagle.config import EagleConfig
+from megatron_eagle.errors import UserError
+from megatron_eagle.training.flag_table.check import CommandLine, check_flags
+from megatron_eagle.training.flag_table.conditions import check_conditions
+from megatron_eagle.training.flag_table.judgement import Verdict
+from megatron_eagle.training.flag_table.table import BY_FLAG, PARTS, judgement_of, megatron_parser
+
+OF_OTHER_PACKAGES = {"--kitchen-config-file", "--kitchen-recipe-number"}
+"""Flags that the parser has only where a package of NVIDIA's is installed."""
+BASE = ["--hidden-size", "48", "--num-layers", "7", "--swiglu", "--attention-dropout", "0.0"]
+
+
+def test_every_flag_of_the_parser_is_judged() -> None:
+    actions = [a for a in megatron_parser()._actions if a.option_strings]
+    assert len(actions) > 700
+    unjudged = [
+        a.option_strings
+        for a in actions
+        if judgement_of(a) is None and not a.option_strings[0].startswith("--eagle-")
+    ]
+    assert not unjudged, "judge these flags in megatron_eagle/training/flag_table"
+
+
+def test_every_judgement_is_of_a_flag_that_exists_once() -> None:
+    names = {name for a in megatron_parser()._actions for name in a.option_strings}
+    assert set(BY_FLAG) - names <= OF_OTHER_PACKAGES
+    flags = Counter(f for part in PARTS.values() for judgement in part for f in judgement.flags)
+    assert max(flags.values()) == 1
+    whys = [judgement.why for part in PARTS.values() for judgement in part]
+    assert all(why.strip() for why in whys)
+
+
+REFUSED = [
+    (["--fp8-format", "hybrid"], "--fp8-format hybrid is not supported: the base runs without"),
+    (["--fp4-format", "e2m1"], "--fp4-format e2m1 is not supported"),
+    (["--te-precision-config-file", "x"], "--te-precision-config-file x is not supported"),
+    (["--tp-comm-overlap"], "--tp-comm-overlap needs buffers of one shape"),
+    (["--cuda-graph-impl", "local"], "--cuda-graph-impl local captures static shapes"),
+    (["--enable-cuda-graph"], "--enable-cuda-graph captures static shapes"),
+    (["--fine-grained-activation-offloading"], "is not supported: the base keeps no activations"),
+    (["--cpu-offloading-num-layers", "2"], "--cpu-offloading-num-layers 2 is not supported"),
+    (["--overlap-moe-expert-parallel-comm"], "reorders the passes of a layer"),
+    (["--delay-wgrad-compute"], "--delay-wgrad-compute reorders the passes of a layer"),
+    (["--transformer-impl", "inference_optimized"], "inference_optimized chooses layers that are"),
+    (["--attention-backend", "local"], "--attention-backend local is not supported"),
+    (["--mla-down-proj-fusion"], "--mla-down-proj-fusion stores experts"),
+    (["--ckpt-format", "torch"], "--ckpt-format torch is not supported: only torch_dist"),
+    (["--ddp-average-in-collective"], "--ddp-average-in-collective is not supported: the loss"),
+    (["--cp-comm-type", "a2a"], "--cp-comm-type a2a is not supported"),
+    (["--mtp-num-layers", "1"], "--mtp-num-layers 1 is not supported yet"),
+    (["--perform-rl-step"], "--perform-rl-step belongs to reinforcement learning"),
+    (["--rotary-interleaved"], "--rotary-interleaved contradicts the base checkpoint"),
+    (["--apply-layernorm-1p"], "--apply-layernorm-1p contradicts the base checkpoint"),
+    (["--moe-router-force-load-balancing"], "contradicts the base checkpoint"),
+    (["--moe-expert-capacity-factor", "0.5"], "factor 0.5 contradicts the base checkpoint"),
+    (["--hidden-size=64"], "--hidden-size 64 contradicts the base checkpoint, which has 48"),
+    (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
+    (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), REFUSED, ids=lambda value: str(value)[:40])
+def test_a_flag_is_refused_in_one_line(words: list[str], message: str) -> None:
+    with pytest.raises(UserError) as error:
+        check_flags(CommandLine.parse(words), BASE)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_changes_nothing_is_said_and_the_rest_passes() -> None:
+    words = [
+        *BASE, "--lr", "1e-4", "--ckpt-format", "torch_dist", "--cuda-graph-impl", "none",
+        "--attention-backend", "flash", "--cp-comm-type", "p2p", "--use-mcore-models",
+        "--cross-entropy-loss-fusion", "--eagle-ttt-steps", "2",
+    ]  # fmt: skip
+    lines = check_flags(CommandLine.parse(words), BASE)
+    assert [line.split(" (")[0] for line in lines] == [
+        "no effect: --use-mcore-models",
+        "no effect: --cross-entropy-loss-fusion",
+    ]
+
+
+DOCUMENTS = EagleConfig.of(base_checkpoint="base", train_data="answers.jsonl")
+MEGATRON_DATA = EagleConfig.of(base_checkpoint="base")
+
+
+def _conditions(words: list[str], installed: set[str] = frozenset(), **kw: object) -> list[str]:
+    options = kw.get("options", MEGATRON_DATA)
+    layers = kw.get("layers", "local")
+    return check_conditions(
+        CommandLine.parse(words), options, layers, installed=lambda package: package in installed
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "package", "message"),
+    [
+        (["--wandb-project", "p"], "wandb", "--wandb-project p needs the package wandb"),
+        (["--tensorboard-dir", "d"], "tensorboard", "--tensorboard-dir d needs the package"),
+        (["--optimizer", "muon"], "emerging_optimizers", "--optimizer muon needs the package"),
+        (
+            ["--num-distributed-optimizer-instances", "2"],
+            "einops",
+            "--num-distributed-optimizer-instances 2 needs the package einops",
+        ),
+        (
+            ["--use-precision-aware-optimizer"],
+            "transformer_engine",
+            "--use-precision-aware-optimizer needs Transformer Engine's Adam",
+        ),
+    ],
+)
+def test_a_flag_needs_its_package(words: list[str], package: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        _conditions(words)
+    assert _conditions(words, {package}) == []
+
+
+def test_flags_are_refused_beside_others() -> None:
+    with pytest.raises(UserError, match="--moe-grouped-gemm needs --transformer-impl"):
+        _conditions(["--moe-grouped-gemm"])
+    assert _conditions(["--moe-grouped-gemm"], layers="transformer_engine") == []
+    spiky = ["--check-for-spiky-loss"]
+    assert _conditions(spiky) == []
+    with pytest.raises(UserError, match="--pipeline-model-parallel-size 2"):
+        _conditions([*spiky, "--pipeline-model-parallel-size", "2"])
+
+
+def test_documents_take_the_place_of_megatrons_data() -> None:
+    with pytest.raises(UserError, match="--data-path d contradicts --eagle-train-data"):
+        _conditions(["--data-path", "d"], options=DOCUMENTS)
+    words = ["--split", "99,1,0", "--eval-iters", "32"]
+    assert [line.split(" (")[0] for line in _conditions(words, options=DOCUMENTS)] == [
+        "no effect: --split 99,1,0",
+        "no effect: --eval-iters 32",
+    ]
+    assert _conditions(words) == []
+
+
+def test_all_verdicts_are_used() -> None:
+    assert {judgement.verdict for judgement in BY_FLAG.values()} == set(Verdict)
