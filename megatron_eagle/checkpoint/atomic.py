@@ -59,6 +59,14 @@ def take_back(target: Path) -> None:
             _delete(path)
 
 
+def delete_scratch(directory: Path) -> None:
+    """Delete what a killed run was writing by ``atomic_file`` into ``directory``, whose lock the
+    caller holds before any rank of the run writes there."""
+    for path in directory.glob(".*.part"):
+        if re.fullmatch(r"\..+\.\d+\.part", path.name):
+            _delete(path)
+
+
 @contextmanager
 def atomic_file(target: Path) -> Iterator[Path]:
     """Yield a path to write a file to, which replaces ``target`` on success and vanishes on error.

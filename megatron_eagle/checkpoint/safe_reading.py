@@ -51,9 +51,9 @@ def _read_metadata(self: Any, *args: Any, **kwargs: Any) -> metadata.Metadata:
     path = self._get_metadata_path(kwargs.get("rank"))
     with self.fs.create_stream(path, "rb") as stream:
         content = load_metadata(stream, literal(path))
-    if getattr(content, "storage_meta", None) is None:
-        content.storage_meta = metadata.StorageMeta()
-    content.storage_meta.load_id = self.load_id
+    storage = getattr(content, "storage_meta", None) or metadata.StorageMeta()
+    storage.load_id = self.load_id
+    content.storage_meta = storage
     return content
 
 

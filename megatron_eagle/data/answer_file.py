@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megatron_eagle.checkpoint.atomic import write_json
+from megatron_eagle.checkpoint.atomic import take_back, write_json
 from megatron_eagle.data.chat.conversations import Conversation
 from megatron_eagle.data.chat.messages import as_record
 from megatron_eagle.errors import UserError, literal
@@ -58,6 +58,7 @@ def go_on(
     """Check that the answers ``done`` in ``file`` are what this run would write, and note its
     ``settings`` beside them. Raises ``UserError`` naming what differs."""
     beside = settings_file(file)
+    take_back(beside)  # the caller has the lock on the answers
     with reading("output", file):
         if done:
             _check_settings(file, beside, settings)

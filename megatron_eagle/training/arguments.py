@@ -36,7 +36,7 @@ from megatron_eagle.training.implied_flags import (
 )
 from megatron_eagle.training.layout import check_layout, check_micro_batches
 from megatron_eagle.training.megatron_flags import megatron_flags
-from megatron_eagle.training.megatron_refusals import check_megatron_flags, in_one_line
+from megatron_eagle.training.megatron_refusals import check_save, in_one_line
 from megatron_eagle.user_files import naming
 
 RECOMPUTABLE = ("core_attn", "mlp")
@@ -53,9 +53,9 @@ def parse_eagle_args(
     Raises ``UserError`` naming the flag for a mistake that every rank sees alike.
     """
     base = _base_info(options)
-    check_megatron_flags(argv)
     line = CommandLine.parse(argv)
     without_effect = check_flags(line, megatron_flags(base.megatron_args))
+    check_save(argv)
     check_layout(argv, base, options)
     check_base_start(options, base)
     layers = layer_implementation(argv)

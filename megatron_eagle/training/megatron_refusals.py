@@ -1,4 +1,4 @@
-"""Refusals of Megatron's flags: ours before its parser acts on them, and its own as one line.
+"""What Megatron asserts about flags and files, as one line: ours before its own, and its own.
 
 Megatron's ``validate_args`` is a list of assertions, many without words.
 """
@@ -17,31 +17,15 @@ from megatron_eagle.errors import UserError, literal
 from megatron_eagle.user_files import first_line, reading
 
 _TOKENIZER = "megatron.training.global_vars:build_tokenizer"
-CHECKPOINT_FORMAT = "torch_dist"
 
 
-def check_megatron_flags(argv: Sequence[str]) -> None:
-    """Raise ``UserError`` naming the flag for one that would end in a checkpoint nobody reads, in a
-    run whose end is lost, or in code of somebody else's."""
+def check_save(argv: Sequence[str]) -> None:
+    """Raise ``UserError`` for a ``--save`` that would save nothing before the run ends."""
     given = _parse(argv)
-    if given.ckpt_format not in (None, CHECKPOINT_FORMAT):
-        raise UserError(
-            f"--ckpt-format {literal(given.ckpt_format)}: only {CHECKPOINT_FORMAT} is supported: "
-            "no command reads another, and --load does not either"
-        )
     if given.save is not None and given.save_interval is None:
         raise UserError(
             f"--save {literal(given.save)} needs --save-interval, after how many iterations"
         )
-    if given.trust_remote_code:
-        raise UserError(
-            "--trust-remote-code: Python code beside a tokenizer is never run; give the token ids "
-            "that a program you trust has made"
-        )
-    if given.enable_msc:
-        raise UserError("--enable-msc is not supported: checkpoints are read from a file system")
-    if given.non_persistent_ckpt_type == "local":
-        raise UserError("--non-persistent-ckpt-type local is not supported, only global")
 
 
 def saved_to(argv: Sequence[str]) -> tuple[str | None, int]:
@@ -52,11 +36,9 @@ def saved_to(argv: Sequence[str]) -> tuple[str | None, int]:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    for flag in ("--ckpt-format", "--save", "--save-interval", "--non-persistent-ckpt-type"):
+    for flag in ("--save", "--save-interval"):
         parser.add_argument(flag)
     parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
-    for flag in ("--trust-remote-code", "--enable-msc"):
-        parser.add_argument(flag, action="store_true")
     return parser.parse_known_args(argv)[0]
 
 

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_eagle.checkpoint.atomic import delete_scratch
 from megatron_eagle.checkpoint.lock import OutputLock
 from megatron_eagle.user_files import reading
 
@@ -33,6 +34,7 @@ def own_save(args: Any) -> Iterator[None]:
         directory = Path(args.save).resolve()
     lock = OutputLock.take(directory / LOCK_NAME, "save", Path(args.save))
     try:
+        delete_scratch(directory)
         yield
     finally:
         lock.release()

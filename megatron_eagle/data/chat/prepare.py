@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_eagle.checkpoint.atomic import owned_output, write_json, write_text
+from megatron_eagle.checkpoint.atomic import owned_output, take_back, write_json, write_text
 from megatron_eagle.checkpoint.atomic import part as part_of
 from megatron_eagle.data.chat.notes import notes
 from megatron_eagle.data.chat.parts import Part, make_parts
@@ -53,6 +53,8 @@ def prepare(
     parts are kept for the next run.
     """
     with owned_output(Path(prefix), "output_prefix"):
+        for beside in (Path(f"{prefix}.json"), _listing(prefix)):
+            take_back(beside)
         finished = _finished(inputs, prefix, options)
         if finished is not None and not overwrite:
             shutil.rmtree(_scratch(prefix))

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from megatron_eagle.checkpoint.atomic import take_back, write_json
+from megatron_eagle.checkpoint.atomic import delete_scratch, write_json
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.data.bin_packing import pack
 from megatron_eagle.data.documents import FittedDocuments
@@ -112,8 +112,7 @@ def begin(plan: FeaturePlan, directory: Path, total: int, progress: Progress) ->
     Raises ``UserError`` when the disk is too small or the directory holds another extraction.
     """
     directory.mkdir(parents=True, exist_ok=True)
-    take_back(directory / "plan.json")  # what a killed run was writing
-    take_back(directory / "index.json")
+    delete_scratch(directory)
     if (directory / "plan.json").is_file():
         begun = read_plan(directory, "plan.json")
         # Layer sizes measured in another layout differ in their last digits.

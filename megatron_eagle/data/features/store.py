@@ -117,12 +117,10 @@ def _checked_plan(content: dict[str, Any], source: str) -> FeaturePlan:
         raise UserError(f"{source}: cannot be read: stored is {literal(content['stored'])}")
     if any(count < 1 for count in content["shards"]):
         raise UserError(f"{source}: cannot be read: a shard without documents")
-    return FeaturePlan(
-        **{
-            key: tuple(value) if isinstance(value, list) else value
-            for key, value in content.items()
-        }
-    )
+    fields: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in content.items()
+    }
+    return FeaturePlan(**fields)
 
 
 def checksum(file: Path) -> str:
