@@ -30,8 +30,7 @@ EXPERTS = [
 ]
 HARMLESS = [
     *("--moe-aux-loss-coeff", 0.01, "--moe-z-loss-coeff", 0.001, "--moe-permute-fusion"),
-    *("--moe-token-dispatcher-type", "alltoall", "--attention-dropout", 0.1),
-    *("--hidden-dropout", 0.1, "--init-method-std", 0.01),
+    *("--moe-token-dispatcher-type", "alltoall", "--init-method-std", 0.01),
 ]
 """Flags of MoE recipes that a frozen base does not read."""
 
