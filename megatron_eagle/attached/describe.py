@@ -9,23 +9,14 @@ import torch
 
 from megatron_eagle.attention.rope import inverse_frequencies
 from megatron_eagle.checkpoint.directory import BaseInfo
+from megatron_eagle.checkpoint.native.describe import FAMILY
 from megatron_eagle.compat import TransformerConfig
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, literal
 from megatron_eagle.hf.base.rope_args import rope_args, rope_beyond_args
+from megatron_eagle.hf.draft.base_config import SIZES
 from megatron_eagle.hf.tables.rope import complete_rope
 
-FAMILY = "megatron"
-"""Family of a base that is known by its model in memory."""
-
 _SOURCE = "<hf_config>"
-_SAME_FACTS = {
-    "hidden_size": "hidden_size",
-    "num_hidden_layers": "num_layers",
-    "num_attention_heads": "num_attention_heads",
-    "vocab_size": "vocab_size",
-}
-"""Fields of a config.json -> Megatron's arguments that must have the same value."""
-
 _SIZES = (
     "num_layers",
     "hidden_size",
@@ -80,9 +71,11 @@ def describe_model(
         "multi_latent_attention": config.multi_latent_attention,
         "vocab_size": vocab_size,
     }
-    for key, argument in _SAME_FACTS.items():
+    for key, argument in SIZES.items():
         if fields.get(key, args[argument]) != args[argument]:
-            raise UserError(f"{_SOURCE}: {key} is {fields[key]}, <model> has {args[argument]}")
+            raise UserError(
+                f"{_SOURCE}: {key} is {literal(fields[key])}, <model> has {args[argument]}"
+            )
     _check_rope(gpt, fields, theta)
     return BaseInfo(
         family=FAMILY,
@@ -92,6 +85,7 @@ def describe_model(
         hf_config=fields,
         megatron_args=args,
         rope=rope_beyond_args(fields, _SOURCE),
+        source="a model in memory, beside which the draft was trained",
     )
 
 

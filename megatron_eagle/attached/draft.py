@@ -17,7 +17,7 @@ from megatron_eagle.attached.export import export_tensors
 from megatron_eagle.attached.live_base import DraftBeside, LiveBase
 from megatron_eagle.attached.micro_batch import read_micro_batch
 from megatron_eagle.compat import finalize_model_grads
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, literal
 from megatron_eagle.hf.draft.config_json import draft_config_json
 from megatron_eagle.hf.draft.formats import FORMATS, Format, check_servers
 from megatron_eagle.hf.draft.info import DraftInfo
@@ -153,5 +153,5 @@ class AttachedDraft:
 
 def _format(name: str) -> Format:
     if name not in FORMATS:
-        raise UserError(f"<format> {name}: not one of {', '.join(FORMATS)}")
+        raise UserError(f"<format> {literal(name)}: not one of {', '.join(FORMATS)}")
     return FORMATS[name]
