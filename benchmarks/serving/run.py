@@ -32,6 +32,12 @@ def main() -> int:
     lines = args.prompts.read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line)["prompt_ids"] for line in lines][: args.limit]
     ours = json.loads(args.eval.read_text(encoding="utf-8"))
+    if "server_accepted" not in ours:
+        print(
+            f"error: --eval {args.eval}: an earlier release wrote it; run eval again",
+            file=sys.stderr,
+        )
+        return 2
     spec = {
         "method": args.method,
         "model": str(args.draft),
