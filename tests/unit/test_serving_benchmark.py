@@ -1,0 +1,99 @@
+"""`make serve` against a stand-in for the server: requests, counters, the tables, the end of it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from benchmarks.serving.measure import Load, load
+from benchmarks.serving.run import table
+from benchmarks.serving.server import Server
+
+STUB = """
+import json, sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+asked = 0
+
+
+class Handler(BaseHTTPRequestHandler):
+    def reply(self, text):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def do_GET(self):
+        lines = [f"vllm:spec_decode_num_drafts_total{{}} {2.0 * asked}"]
+        for i, each in enumerate((2, 1)):
+            name = "vllm:spec_decode_num_accepted_tokens_per_pos_total"
+            lines.append(f'{name}{{position="{i}"}} {float(each * asked)}')
+        self.reply("\\n".join(lines))
+
+    def do_POST(self):
+        global asked
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert body["temperature"] == 0
+        asked += 1
+        self.reply(json.dumps({"choices": [{"token_ids": body["prompt"][::-1]}]}))
+
+    def log_message(self, *words):
+        pass
+
+
+words = sys.argv
+assert words[words.index("--host") + 1] == "127.0.0.1"
+ThreadingHTTPServer(("127.0.0.1", int(words[words.index("--port") + 1])), Handler).serve_forever()
+"""
+OURS: dict[str, Any] = {
+    "verifications": 6,
+    "accepted": [6, 2],
+    "server_accepted": [6, 3],
+    "accepted_length": 1 + 8 / 6,
+    "server_accepted_length": 2.5,
+}
+
+
+def server(folder: Path, stub: str) -> Server:
+    (folder / "stub.py").write_text(stub)
+    interpreter = folder / "bin" / "python"
+    interpreter.parent.mkdir()
+    interpreter.write_text(f'#!/bin/sh\nexec {sys.executable} {folder}/stub.py "$@"\n')
+    interpreter.chmod(0o755)
+    return Server(
+        python=interpreter, base=folder, speculative={"method": "eagle3"}, device="cpu",
+        dtype="float32", requests=8, log=folder / "log",
+    )  # fmt: skip
+
+
+def test_a_server_is_asked_counted_and_ended(tmp_path: Path) -> None:
+    prompts = [[1, 2], [3], [4, 5, 6]]
+    with server(tmp_path, STUB) as running:
+        assert running.process is not None
+        number = running.process.pid
+        result = load(running, prompts, at_a_time=2, max_tokens=4, repetitions=3)
+        assert result.answers == [[2, 1], [3], [6, 5, 4]] and len(result.seconds) == 3
+        assert result.counts == {"verifications": 6, "accepted_0": 6, "accepted_1": 3}
+        assert running.cpu_seconds() > 0
+    assert not psutil.pid_exists(number)
+    text, wrong = table({2: result}, {2: result}, OURS, whole=True)
+    assert wrong == [] and "| 2 at a time: equal answers |  | 3 of 3 |" in text
+    assert "6; 6, 3 | 6; 6, 3 | 6; 6, 2 |" in text
+
+
+def test_a_server_that_fails_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)ended with 1.*no such model"):
+        server(tmp_path, "raise SystemExit('no such model')").__enter__()
+
+
+def test_differences_are_named() -> None:
+    plain = Load([[1, 2]], [1.0], [1.0])
+    drafted = Load([[1, 3]], [1.0], [1.0], {"verifications": 6, "accepted_0": 6, "accepted_1": 2})
+    _, wrong = table({1: plain}, {1: drafted}, OURS, whole=True)
+    assert wrong == [
+        "one prompt at a time, 1 of 1 answers differ with the draft",
+        "1 at a time, the server counts otherwise than we do",
+    ]
