@@ -44,11 +44,7 @@ def merge_branch_(
         rows,
         heads,
         heads // keys[0].shape[1],
-        *q.stride()[:3],
-        *out.stride()[:3],
-        *lse.stride(),
-        *keys[0].stride()[:3],
-        *values[0].stride()[:3],
+        *_strides(q, out, lse, keys[0], values[0]),
         STEPS=len(keys),
         D=size,
         DV=out.shape[-1],
@@ -94,15 +90,7 @@ def branch_backward(
         scale,
         rows,
         groups,
-        *grad_out.stride()[:3],
-        *q.stride()[:3],
-        *out.stride()[:3],
-        *lse.stride(),
-        *keys[0].stride()[:3],
-        *values[0].stride()[:3],
-        *dq.stride()[:3],
-        *branch_dk[0].stride()[:3],
-        *branch_dv[0].stride()[:3],
+        *_strides(grad_out, q, out, lse, keys[0], values[0], dq, branch_dk[0], branch_dv[0]),
         STEPS=len(keys),
         HEADS=heads // groups,
         D=size,
@@ -112,6 +100,11 @@ def branch_backward(
         ROWS=_ROWS,
     )
     return branch_dk, branch_dv
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    """Return the strides of each tensor's sequences, heads and positions, one after the other."""
+    return [stride for x in tensors for stride in x.stride()[:3]]
 
 
 def _with_unit_channels(x: Tensor) -> Tensor:

@@ -105,9 +105,9 @@ class EagleBatch:
             for index, span in enumerate(shard.spans)
         ]
         target_rows, judged, step_mask = (torch.cat(x, -1) for x in zip(*pieces, strict=True))
-        needed = torch.full((length // world, batch), every_row)
-        needed.view(-1)[judged[step_mask]] = True
-        live = LiveRows.of(needed, shard.spans, parts)
+        is_judged = torch.full((length // world, batch), every_row)
+        is_judged.view(-1)[judged[step_mask]] = True
+        live = LiveRows.of(is_judged, shard.spans, parts)
         return cls(
             tokens=tokens[:, :length],
             target_rows=target_rows,
