@@ -100,10 +100,12 @@ def check_no_synchronisation(report: Report, forward: Callable[[], Tensor]) -> N
 
 
 def implementations(problem: Problem, device: str) -> dict[str, Callable[[], Run]]:
+    from megatron_eagle.kernels.choice import choose_kernels
     from megatron_eagle.platform.compiler import compile_regions
 
-    def ours(compiled: bool, **options: int) -> Run:
+    def ours(compiled: bool, kernels: str = "auto", **options: int) -> Run:
         compile_regions(compiled)
+        choose_kernels(kernels)
         return build(problem, device, options)
 
     def plain(before: bool, compiled: bool) -> Run:
@@ -112,6 +114,7 @@ def implementations(problem: Problem, device: str) -> dict[str, Callable[[], Run
 
     return {
         "ours": lambda: ours(False),
+        "ours, eager passes": lambda: ours(False, kernels="eager"),
         "ours, chunks of 512 MiB": lambda: ours(False, loss_chunk_mib=512),
         "ours, compiled": lambda: ours(True),
         "plain ModelOpt before": lambda: plain(True, False),

@@ -157,7 +157,7 @@ def _rotates_halves(base: BaseInfo) -> bool:
     """Return whether the base's angles are laid out as a draft's are."""
     args = base.megatron_args
     interleaved = args.get("rotary_interleaved") and not _has_mla(base)
-    return args["position_embedding_type"] == "rope" and not interleaved
+    return args.get("position_embedding_type", "rope") == "rope" and not interleaved
 
 
 def _has_mla(base: BaseInfo) -> bool:

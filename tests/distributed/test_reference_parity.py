@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_eagle.testing.harness import run_distributed
 from tests.helpers.reference_case import (
@@ -98,6 +100,26 @@ CASES = [
 @pytest.mark.parametrize(("world", "changes"), CASES)
 def test_equals_reference(world: int, changes: dict[str, Any]) -> None:
     case, reference = make_case(**changes)
+    compare(case, reference, run_distributed(run_case, world, case))
+
+
+PROMPTS = [
+    pytest.param(1, {"num_layers": 2, "ttt_steps": 5}, id="tp1-two-layers"),
+    pytest.param(4, {"sequence_parallel": True}, id="tp4-sp"),
+    pytest.param(4, {"sequence_parallel": True, "mask_token": 7, "num_layers": 2}, id="tp4-sp-p"),
+    pytest.param(4, {"cp": 2, "sequence_parallel": True, **MLA}, id="tp2-sp-cp2-mla"),
+    pytest.param(2, {**EAGLE1, "cp": 2}, id="cp2-eagle1"),
+]
+
+
+@pytest.mark.parametrize(("world", "changes"), PROMPTS)
+def test_prompts_may_fill_whole_ranks(world: int, changes: dict[str, Any]) -> None:
+    """Only the last three tokens are supervised: with CP 2 one rank has no row to judge, and with
+    sequence parallelism most ranks' own rows are prompts."""
+    case, reference = make_case(**changes)
+    mask = torch.zeros_like(case.loss_mask)
+    mask[0, 20:] = mask[1, 21] = 1
+    case = dataclasses.replace(case, loss_mask=mask)
     compare(case, reference, run_distributed(run_case, world, case))
 
 

@@ -27,6 +27,7 @@ OTHER_LAYOUTS: dict[str, list[dict[str, int]]] = {
 
 
 MLA = ["--eagle-attention", "mla"]
+TP2 = ["--tensor-model-parallel-size", 2]
 
 
 @pytest.mark.parametrize(
@@ -108,3 +109,33 @@ def outputs(
     torch.distributed.all_gather(parts, logits.contiguous(), group=groups.tp)
     whole = torch.cat(parts, -1)[..., : info.vocab_size]
     return {"layers": layers, "logits": whole.transpose(0, 1)}
+
+
+@pytest.mark.slow
+def test_a_native_base_serves_every_way_of_training(tmp_path: Path) -> None:
+    """Features on disk train as the base beside the draft does, at another layout; documents pack
+    with learned positions that restart; a trained draft is a warm start."""
+    trained = pretrain("gpt2", tmp_path)
+    write_answers(tmp_path / "answers.jsonl")
+    data = ["--eagle-train-data", tmp_path / "answers.jsonl"]
+    base = ["--eagle-base-checkpoint", trained.directory, "--eagle-draft-vocab-size", 32]
+    extracted = launch(
+        ROOT / "tools" / "extract_features.py", 2, "--base", trained.directory,
+        "--data", tmp_path / "answers.jsonl", "--output", tmp_path / "features",
+        "--seq-length", 32, "--pipeline-model-parallel-size", 2,
+    )  # fmt: skip
+    assert extracted.returncode == 0, extracted.output[-3000:]
+    features = ["--eagle-offline-features", tmp_path / "features"]
+    saved = ["--save", tmp_path / "draft", "--save-interval", 20]
+    beside = train(1, tmp_path / "beside.jsonl", *base, *data, *saved)
+    offline = train(2, tmp_path / "offline.jsonl", *base, *features, *TP2)
+    packed = train(1, tmp_path / "packed.jsonl", *base, *data, "--eagle-pack")
+    warm = train(
+        2, tmp_path / "warm.jsonl", *base, *data, *TP2, "--eagle-warm-start", tmp_path / "draft"
+    )
+    for run in (beside, offline, packed, warm):
+        assert run.returncode == 0, run.output[-3000:]
+        assert run.metrics[20]["loss"] < beside.metrics[1]["loss"]
+    for iteration, line in beside.metrics.items():
+        assert offline.metrics[iteration]["loss"] == pytest.approx(line["loss"], rel=1e-5)
+    assert warm.metrics[1]["loss"] < beside.metrics[10]["loss"]

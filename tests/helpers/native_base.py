@@ -17,7 +17,7 @@ from tests.helpers.tiny_hf import SIZES
 SCRIPT = ROOT / "tests" / "helpers" / "pretrain_gpt.py"
 VOCAB = SIZES["vocab_size"]
 COMMON: list[object] = [
-    *("--num-layers", 6, "--hidden-size", 32, "--ffn-hidden-size", 48),
+    *("--num-layers", 8, "--hidden-size", 32, "--ffn-hidden-size", 48),
     *("--num-attention-heads", 4, "--max-position-embeddings", 64, "--seq-length", 32),
     *("--micro-batch-size", 2, "--global-batch-size", 4, "--train-iters", 4),
     *("--lr", "2e-2", "--lr-decay-style", "constant", "--weight-decay", 0, "--seed", 5),
@@ -69,7 +69,7 @@ FAMILIES: dict[str, list[object]] = {
         *ROPE, "--swiglu", UNTIED, "--multi-latent-attention", "--qk-layernorm",
         *("--q-lora-rank", 16, "--kv-lora-rank", 8, "--qk-head-dim", 8),
         *("--qk-pos-emb-head-dim", 4, "--v-head-dim", 8, *EXPERTS),
-        *("--moe-layer-freq", "[0,1,1,1,1,1]", "--moe-shared-expert-intermediate-size", 16),
+        *("--moe-layer-freq", "[0,1,1,1,1,1,1,1]", "--moe-shared-expert-intermediate-size", 16),
         *("--moe-router-score-function", "sigmoid", "--moe-router-enable-expert-bias"),
         *("--moe-router-num-groups", 2, "--moe-router-group-topk", 1, *PIPELINE),
         *("--rotary-scaling-factor", 4, "--mscale-all-dim", 0.8, "--moe-router-dtype", "fp32"),

@@ -42,6 +42,20 @@ class OnePlusNorm(torch.nn.LayerNorm):
         return centered * scale * (1 + self.weight) + self.bias
 
 
+class PlainAttention(torch.nn.Module):
+    """Causal attention whose values may be narrower than its keys, which Megatron's own lacks."""
+
+    def __init__(self, softmax_scale: float, **_: Any) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(self, q: Any, k: Any, v: Any, _mask: Any, **_kwargs: Any) -> torch.Tensor:
+        scores = torch.einsum("sbnd,tbnd->bnst", q, k) * self.scale
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+        return torch.einsum("bnst,tbnd->sbnd", weights, v).flatten(2)
+
+
 def provide_model(
     pre_process: bool = True,
     post_process: bool = True,
@@ -130,6 +144,10 @@ def main() -> None:
         for module in (backends, gpt_layer_specs, transformer_block):
             module.LNImpl = OnePlusNorm  # type: ignore[attr-defined]
             module.LayerNormImpl = OnePlusNorm  # type: ignore[attr-defined]
+    if "--multi-latent-attention" in words:
+        from megatron.core.models.backends import LocalSpecProvider
+
+        LocalSpecProvider.core_attention = lambda self: PlainAttention  # type: ignore
     args = parse_and_validate_args()
     pretrain(
         pretrain_cfg_container_from_args(args),

@@ -43,7 +43,7 @@ def with_hf_config(base: BaseInfo, directory: Path) -> BaseInfo:
                 f"<hf_config> {literal(path)}: {field} is {literal(config.get(field))}, the base "
                 f"of this draft has {value}{hint}"
             )
-    if base.megatron_args["position_embedding_type"] == "rope":
+    if base.megatron_args.get("position_embedding_type", "rope") == "rope":
         _check_rope(base, config, path)
     return replace(base, hf_config={**base.hf_config, **config})
 

@@ -160,7 +160,7 @@ def _grouped_attention(info: DraftInfo, columns: str) -> tuple[DraftEntry, ...]:
         split=split_query_groups,
         join=join_query_groups,
     )
-    norms = ("q", "k") if info.spec.qk_layernorm else ()
+    norms = ("q", "k") if info.spec.norms_heads else ()
     return (
         qkv,
         *(
@@ -220,9 +220,7 @@ def _block_entries(info: DraftInfo) -> list[DraftEntry]:
         entries.append(_one("confidence.bias", f"{to}.bias", "1"))
     layer = (
         _one("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight", "H"),
-        *_grouped_attention("H"),
-        _one("self_attention.q_layernorm.weight", "self_attn.q_norm.weight", "HD"),
-        _one("self_attention.k_layernorm.weight", "self_attn.k_norm.weight", "HD"),
+        *_grouped_attention(info, "H"),
         *MLP,
     )
     return [entry.named(PREFIX, "") for entry in entries] + [

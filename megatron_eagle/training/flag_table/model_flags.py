@@ -51,7 +51,7 @@ JUDGEMENTS = (
         --moe-router-bias-update-rate --moe-router-quantile-balancing-ema
         --moe-per-layer-logging""",
     ),
-    no_effect("every base here has rotary positions", "--use-rotary-position-embeddings"),
+    no_effect("the base says which positions it has", "--use-rotary-position-embeddings"),
     no_effect(
         "the base's own number of positions is the limit",
         "--max-position-embeddings",
