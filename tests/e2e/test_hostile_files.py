@@ -52,6 +52,7 @@ def reached(run: Run, trap: Path, what: str) -> None:
     assert run.error_line, what
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS[:3])
 def test_a_base_runs_no_code(call: str, inputs: Inputs, tmp_path: Path) -> None:
@@ -75,6 +76,7 @@ def test_a_base_runs_no_code(call: str, inputs: Inputs, tmp_path: Path) -> None:
         reached(attempt(), trap, f"{name}, {call}")
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 @pytest.mark.parametrize("call", CALLS[:3])
 def test_a_draft_runs_no_code(call: str, inputs: Inputs, tmp_path: Path) -> None:
@@ -97,6 +99,7 @@ def test_a_draft_runs_no_code(call: str, inputs: Inputs, tmp_path: Path) -> None
     reached(launch(TOOLS / "eval_acceptance.py", 1, *words), trap, f"eval, {call}")
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_a_draft_in_a_pickle_runs_no_code(inputs: Inputs, tmp_path: Path) -> None:
     trap, directory = tmp_path / "trap", tmp_path / "hf"
@@ -111,6 +114,7 @@ def test_a_draft_in_a_pickle_runs_no_code(inputs: Inputs, tmp_path: Path) -> Non
     reached(run, trap, "train --eagle-warm-start")
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_python_beside_a_tokenizer_or_model_is_not_run(inputs: Inputs, tmp_path: Path) -> None:
     trap = tmp_path / "trap"
@@ -144,6 +148,7 @@ def test_python_beside_a_tokenizer_or_model_is_not_run(inputs: Inputs, tmp_path:
         assert "Do you wish to run" not in run.output, name
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 def test_flags_in_the_description_of_a_base_are_refused(inputs: Inputs, tmp_path: Path) -> None:
     shutil.copytree(inputs.base, tmp_path / "base")

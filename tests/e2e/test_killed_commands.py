@@ -15,7 +15,7 @@ from tests.helpers.hf_directories import byte_tokenizer, chat_model
 from tests.helpers.killed import run_killed
 from tests.helpers.trained_draft import TrainedDraft
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 CHATS = json.dumps({"messages": [{"role": r, "content": "hi"} for r in ("user", "assistant")]})
 
 

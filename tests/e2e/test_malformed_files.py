@@ -29,7 +29,7 @@ from tests.helpers.random_answers import write_answers
 from tests.helpers.tiny_hf import make_base
 from tests.helpers.trained_draft import TrainedDraft
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 SECONDS = 60
 CHATS = (
     '{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}\n'

@@ -16,7 +16,7 @@ from megatron_eagle.checkpoint.lock import OutputLock
 from tests.e2e.conftest import Inputs
 from tests.e2e.launch import EXAMPLE, RECIPE, cpu_environment, train
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 DRAFT = ["--eagle-draft-vocab-size", 32]
 
 
