@@ -118,7 +118,7 @@ def masked_steps(rank: int, world: int) -> dict[float, tuple[int, int, int, int]
     """By masked fraction: what a step saves, its FLOP of matrix products, and what the arithmetic
     of the GPU model says of them, with and without narrowing."""
     megatron_parallel()
-    from torch.utils.flop_counter import FlopCounterMode
+    from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 
     from benchmarks.draft_step import build
     from benchmarks.gpu_model import product_flop
@@ -130,7 +130,8 @@ def masked_steps(rank: int, world: int) -> dict[float, tuple[int, int, int, int]
         problem = dataclasses.replace(TINY, hidden=64, seq=256, mask_fraction=fraction)
         forward, resting = build(problem, "cpu", {})
         forward().backward()
-        with FlopCounterMode(display=False) as counter:
+        in_place = {torch.ops.aten.addmm_: addmm_flop}  # the head's gradient
+        with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
             forward().backward()
         counted = counter.get_flop_counts()["Global"]
         flop = sum(n for op, n in counted.items() if "mm" in str(op))
