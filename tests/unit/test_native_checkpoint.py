@@ -18,7 +18,7 @@ import yaml
 from megatron_eagle.checkpoint.base_description import read_base, with_vocab_size
 from megatron_eagle.checkpoint.native.architecture import architecture_args
 from megatron_eagle.checkpoint.native.objects import read_common_state
-from megatron_eagle.checkpoint.native.positions import rope_description
+from megatron_eagle.checkpoint.native.positions import rope_description, rope_of_config
 from megatron_eagle.checkpoint.writer import Chunk, write_torch_dist
 from megatron_eagle.cli.describe_base import main as describe_base
 from megatron_eagle.errors import UserError
@@ -247,6 +247,14 @@ def test_yarn_and_interpolation_become_descriptions() -> None:
     assert linear == {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
     scaled = architecture_args({**ARGS, "use_rope_scaling": True, "rope_scaling_factor": 32.0}, "x")
     assert scaled["rope_scaling_factor"] == 8.0, "Megatron-LM's trainer ignores its own flag"
+
+
+def test_latent_attention_keeps_the_scale_of_its_scores() -> None:
+    """Readers of an exported draft find mscale and mscale_all_dim where Megatron had them."""
+    latent = {"multi_latent_attention": True, "mscale_all_dim": 0.8, "rotary_base": 10000}
+    rope = rope_description({**ARGS, **latent, "rotary_scaling_factor": 4.0}, "x")
+    scaling = rope_of_config(latent, rope, 0.7)["rope_scaling"]
+    assert (scaling["mscale"], scaling["mscale_all_dim"]) == (0.7, 0.8)
 
 
 def test_describe_base_writes_what_training_reads(

@@ -50,7 +50,7 @@ def describe_checkpoint(directory: str | Path) -> BaseInfo:
         name=_name(Path(directory), checkpoint.directory),
         fingerprint=fingerprint(checkpoint),
         vocab_size=vocab_size,
-        hf_config=_config(architecture, rope),
+        hf_config=_config(architecture, rope, args.get("mscale", 1.0)),
         megatron_args=architecture,
         rope=rope,
         source=_origin(saved, checkpoint.directory),
@@ -74,14 +74,14 @@ def _tokenizer(args: Mapping[str, Any]) -> dict[str, str]:
     return {name: args[name] for name in names if isinstance(args.get(name), str)}
 
 
-def _config(args: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, Any]:
+def _config(args: Mapping[str, Any], rope: Mapping[str, Any], mscale: float) -> dict[str, Any]:
     """Return the fields of a config.json that the arguments know."""
     return {
         "vocab_size": args["vocab_size"],
         "hidden_size": args["hidden_size"],
         "num_hidden_layers": args["num_layers"],
         "max_position_embeddings": args["max_position_embeddings"],
-        **rope_of_config(args, rope),
+        **rope_of_config(args, rope, mscale),
     }
 
 

@@ -66,12 +66,18 @@ def rope_description(args: Args, source: str) -> dict[str, Any]:
     return _yarn(args, theta, "yarn_") if kind == "yarn" and not mla else {}
 
 
-def rope_of_config(megatron_args: Args, rope: Args) -> dict[str, Any]:
-    """Return the rope fields of a config.json: ``rope_theta``, and ``rope_scaling`` if scaled."""
+def rope_of_config(megatron_args: Args, rope: Args, mscale: float = 1.0) -> dict[str, Any]:
+    """Return the rope fields of a config.json: ``rope_theta``, and ``rope_scaling`` if scaled.
+
+    Readers of latent attention take the scale of its scores from ``mscale`` and
+    ``mscale_all_dim``, as Megatron does.
+    """
     theta = float(megatron_args["rotary_base"])
     if megatron_args.get("use_rope_scaling"):
         rope = {"rope_type": "llama3", "factor": megatron_args["rope_scaling_factor"], **LLAMA3}
     scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+    if scaling and megatron_args.get("multi_latent_attention"):
+        scaling |= {"mscale": mscale, "mscale_all_dim": megatron_args["mscale_all_dim"]}
     return {"rope_theta": theta, **({"rope_scaling": scaling} if scaling else {})}
 
 
@@ -91,6 +97,9 @@ def _mla_args(args: Args, kind: Any, source: str) -> dict[str, Any]:
         raise UserError(f"{source}: multi_latent_attention without rope is not supported")
     if args.get("rotary_percent", 1.0) != 1.0 or args.get("no_rope_freq") is not None:
         raise UserError(f"{source}: rotary_percent and no_rope_freq beside latent attention")
+    scaled = args.get("mscale_all_dim") and (args.get("rotary_scaling_factor") or 1.0) > 1.0
+    if args.get("rope_type") == "rope" and scaled:
+        raise UserError(f"{source}: mscale_all_dim beside rope_type rope is not supported")
     return {
         "rope_type": "yarn",
         "rotary_scaling_factor": float(args.get("rotary_scaling_factor", 1.0)),
