@@ -60,9 +60,8 @@ def base_arguments(info: BaseInfo, **parallelism: Any) -> argparse.Namespace:
     values = _parser_defaults() | _PLAIN_KERNELS
     for name, value in info.megatron_args.items():
         values[STORED_AS.get(name, name)] = value
-    for name in ("window_size",):
-        if values[name] is not None:
-            values[name] = tuple(values[name])
+    if values["window_size"] is not None:
+        values["window_size"] = tuple(values["window_size"])
     values |= {_PARALLELISM.get(name, name): value for name, value in parallelism.items()}
     return argparse.Namespace(**values)
 

@@ -13,6 +13,7 @@ from functools import cache
 from typing import Any
 
 from megatron.training.arguments import add_megatron_arguments
+from torch.nn.functional import gelu
 
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.compat import ModelParallelConfig
@@ -151,7 +152,7 @@ def run_fields(config: Any) -> set[str]:
     """Return the fields of ``config`` that a run may choose, whatever base it has."""
     named = {*KERNELS, *LAYOUT, *TRAINING, *EXPERTS}
     named |= {field.name for field in fields(ModelParallelConfig)}
-    if config.activation_func is not _gelu():
+    if config.activation_func is not gelu:
         named.add("bias_activation_fusion")  # of GELU, Megatron fuses another function
     return named | {field.name for field in fields(config) if field.name.startswith(PREFIXES)}
 
@@ -173,12 +174,6 @@ def frozen_config(parsed: Any, base: BaseInfo) -> Any:
                 f"base checkpoint, which has {literal(_shown(ours))}"
             )
     return described
-
-
-def _gelu() -> Any:
-    from torch.nn.functional import gelu
-
-    return gelu
 
 
 def _plain(value: Any) -> Any:

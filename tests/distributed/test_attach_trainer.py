@@ -13,9 +13,9 @@ from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.export import export_draft
 from megatron_eagle.objective.metrics import MetricSums
 from megatron_eagle.testing.harness import run_distributed
-from tests.distributed.test_attach import expected_of, reference_of
 from tests.helpers.attached_case import AttachedCase, Data, begin, in_ddp, make_gpt, oracle_inputs
 from tests.helpers.attached_mistakes import SAID, mistakes
+from tests.helpers.attached_reference import expected_of, reference_of
 from tests.helpers.attached_run import attach_case, train_step, trained_base
 from tests.helpers.reference_case import close
 

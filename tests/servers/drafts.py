@@ -174,7 +174,8 @@ def trained(folder: Path, kind: Kind, base: Base) -> tuple[Path, dict[str, Any]]
     run = train(
         1, folder / "log.jsonl", "--eagle-base-checkpoint", base.checkpoint,
         "--eagle-train-data", base.answers, "--eagle-ttt-steps", DRAFT_TOKENS,
-        "--train-iters", 40, "--save", folder / "draft", "--save-interval", 40, *kind.flags,
+        "--train-iters", 80, "--lr", "4e-3",
+        "--save", folder / "draft", "--save-interval", 80, *kind.flags,
     )  # fmt: skip
     assert run.returncode == 0, run.output[-3000:]
     export_draft(folder / "draft", folder / "hf", fmt=FORMATS[kind.fmt])

@@ -79,7 +79,7 @@ def test_a_config_with_an_unsupported_field_is_refused(
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"speculators_model_type": "dflash"}, "speculators_model_type 'dflash' is not supported"),
+        ({"speculators_model_type": "medusa"}, "speculators_model_type 'medusa' is not supported"),
         ({"transformer_layer_config": None}, "transformer_layer_config is missing"),
         ({"transformer_layer_config": {"model_type": "qwen2"}}, "of type 'qwen2' is not"),
     ],

@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eagle.compat import patch, require
+from megatron_eagle.compat import patch_all, require
 from megatron_eagle.platform.cpu.kernel_choice import onednn_is_faster
 from megatron_eagle.platform.cpu.products import linear
 
 _LAYERS = "megatron.core.tensor_parallel.layers"
+_EXPORTED = "megatron.core.tensor_parallel:linear_with_grad_accumulation_and_async_allreduce"
 
 
 def speed_up_linears() -> None:
@@ -26,9 +27,16 @@ def speed_up_linears() -> None:
     """
     if not onednn_is_faster():
         return
-    for name in ("linear_with_grad_accumulation_and_async_allreduce", "linear_with_frozen_weight"):
-        path = f"{_LAYERS}:{name}"
-        patch(path, _fast_linear(require(path)), "fp32 products by oneDNN")
+    trained, frozen = (
+        f"{_LAYERS}:{name}"
+        for name in (
+            "linear_with_grad_accumulation_and_async_allreduce",
+            "linear_with_frozen_weight",
+        )
+    )
+    fast = _fast_linear(require(trained))
+    replacements = {trained: fast, _EXPORTED: fast, frozen: _fast_linear(require(frozen))}
+    patch_all(replacements, "fp32 products by oneDNN")
 
 
 def _fast_linear(original: Any) -> Any:

@@ -13,14 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eagle.compat import patch, require
+from megatron_eagle.compat import patch_all, require
 
-_ROTATE = "megatron.core.models.common.embeddings.rope_utils:_apply_rotary_pos_emb_bshd"
+_EMBEDDINGS = "megatron.core.models.common.embeddings"
+_ROTATE = f"{_EMBEDDINGS}.rope_utils:_apply_rotary_pos_emb_bshd"
+_EXPORTED = f"{_EMBEDDINGS}.rotary_pos_embedding:_apply_rotary_pos_emb_bshd"
 
 
 def speed_up_rotary() -> None:
     """Replace Megatron's unfused rotary embedding of [S, B, n, d] tensors."""
-    patch(_ROTATE, _lean_rotary(require(_ROTATE)), "rotary embedding without copies")
+    lean = _lean_rotary(require(_ROTATE))
+    patch_all({_ROTATE: lean, _EXPORTED: lean}, "rotary embedding without copies")
 
 
 def _lean_rotary(original: Any) -> Any:
