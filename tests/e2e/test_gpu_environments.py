@@ -80,7 +80,7 @@ def test_apex_changes_neither_training_nor_evaluation(inputs: Inputs, tmp_path: 
         pythonpath=ROOT / "tests" / "helpers" / "fake_apex",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-2000:]
-    assert result.stdout.count("accepted length") == 2
+    assert result.stdout.count("accepted length") >= 2
     assert "--max-new-tokens 4, fp32" in result.stdout
     assert "--max-new-tokens 4, bf16" in result.stdout
     assert len(log.read_text().splitlines()) == 2

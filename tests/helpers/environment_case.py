@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 from unittest import mock
 
@@ -32,7 +33,10 @@ def train_and_evaluate(save: str, prompts: str, *words: str) -> int:
     from megatron_eagle.cli import evaluate, train
 
     assert "apex" in sys.modules or __import__("apex")
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     status = train.main([*words, "--save", save, "--save-interval", "1000"])
     from megatron.core import parallel_state
 
