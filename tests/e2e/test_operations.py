@@ -20,43 +20,42 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 DRAFT = ["--eagle-draft-vocab-size", 32]
 
 
-def started(*words: object) -> subprocess.Popen[str]:
-    """Start training on one rank, without a launcher."""
+def started(output: Path, *words: object) -> subprocess.Popen[bytes]:
+    """Start training on one rank, without a launcher; a pipe would fill up and stop it."""
     single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     return subprocess.Popen(
         [sys.executable, str(EXAMPLE), *RECIPE, *map(str, words)],
         env={**cpu_environment(1), **single, "MASTER_PORT": str(20000 + os.getpid() % 10000)},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        stdout=output.open("wb"), stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
-def wait_for_lines(file: Path, count: int) -> None:
-    for _ in range(1200):
-        if file.exists() and len(file.read_text().splitlines()) >= count:
-            return
+def wait_for_lines(file: Path, count: int, run: subprocess.Popen[bytes], output: Path) -> None:
+    deadline = time.monotonic() + 300
+    while not (file.exists() and len(file.read_text().splitlines()) >= count):
+        ended = run.poll() is not None or time.monotonic() > deadline
+        assert not ended, output.read_text()[-3000:]
         time.sleep(0.1)
-    raise AssertionError(f"{file} has no {count} lines")
 
 
 def test_sigterm_saves_and_ctrl_c_ends(inputs: Inputs, tmp_path: Path) -> None:
-    log, save = tmp_path / "log.jsonl", tmp_path / "draft"
+    log, save, printed = (tmp_path / name for name in ("log.jsonl", "draft", "printed"))
     words = [*inputs.flags, *DRAFT, "--train-iters", 5000, "--eagle-log-file", log]
     words += ["--save", save, "--load", save, "--save-interval", 100_000]
-    run = started(*words)
-    wait_for_lines(log, 3)
+    run = started(printed, *words)
+    wait_for_lines(log, 3, run, printed)
     second = train(1, None, *words)
     assert f"--save {save}: in use by process {run.pid} on " in second.error_line
     run.send_signal(signal.SIGTERM)
-    output = run.communicate(timeout=120)[0]
-    assert run.returncode == 0, output[-2000:]
+    assert run.wait(timeout=120) == 0, printed.read_text()[-2000:]
     done = int((save / "latest_checkpointed_iteration.txt").read_text())
     assert 3 <= done < 5000
     lines = len(log.read_text().splitlines())
-    run = started(*words)
-    wait_for_lines(log, lines + 2)
+    run = started(printed, *words)
+    wait_for_lines(log, lines + 2, run, printed)
     run.send_signal(signal.SIGINT)
-    output = run.communicate(timeout=120)[0]
-    assert run.returncode == 130 and "Traceback" not in output, output[-2000:]
+    status, text = run.wait(timeout=120), printed.read_text()
+    assert status == 130 and "Traceback" not in text, text[-2000:]
     assert json.loads(log.read_text().splitlines()[lines])["iteration"] == done + 1
     assert not (save / ".lock").exists() or OutputLock.take(save / ".lock", "save", save)
 
