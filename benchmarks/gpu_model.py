@@ -37,7 +37,7 @@ EAGER_TEACHER_BYTES, KERNEL_TEACHER_BYTES = 16, 12
 def rows_of(problem: Problem) -> tuple[int, int, int]:
     """Return how many rows there are, are live, and are judged per step."""
     prompt = round(problem.mask_fraction * problem.seq)
-    judged = problem.seq - max(prompt, 1)
+    judged = problem.seq - 1 - prompt
     live = min(problem.seq - 1, judged + problem.ttt - 1)
     return tuple(problem.batch * n for n in (problem.seq, live, judged))  # type: ignore[return-value]
 

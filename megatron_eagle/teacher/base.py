@@ -154,6 +154,8 @@ class FrozenBase(MegatronModule):
         the sequence, and one all-reduce over the pipeline ``stages``.
         """
         multiple = 2 * self.cp_group.size() * self.tp_group.size()
+        if self.gpt.position_embedding_type == "learned_absolute":
+            length = min(length, self.gpt.max_sequence_length // multiple * multiple)
         device = self.embedding_weight.device
         tokens = random_tokens(self.vocab_size, length, multiple).to(device)
         groups = [self.cp_group, *([self.tp_group] if self.config.sequence_parallel else [])]
