@@ -273,7 +273,7 @@ def own_part(
     vocab: tuple[int, int],
     rows: int,
 ) -> tuple[Tensor, int | None]:
-    """This rank's part, of ``rows`` rows, of the oracle's tensors, and how many of them are real."""
+    """This rank's part, of ``rows`` rows, of the oracle's tensors, and how many are real."""
     if kind in ("base", "vocab"):
         start, count = (tp[0] * rows, rows) if kind == "base" else vocab
         part = parts[0][start : start + count]
