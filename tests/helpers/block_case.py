@@ -266,11 +266,15 @@ def parameter_names(case: BlockCase) -> dict[str, tuple[list[str], str]]:
 
 
 def own_part(
-    parts: list[Tensor], kind: str, case: BlockCase, tp: tuple[int, int], vocab: tuple[int, int]
+    parts: list[Tensor],
+    kind: str,
+    case: BlockCase,
+    tp: tuple[int, int],
+    vocab: tuple[int, int],
+    rows: int,
 ) -> tuple[Tensor, int | None]:
-    """This rank's part of the oracle's tensors, and how many rows of it are real."""
+    """This rank's part, of ``rows`` rows, of the oracle's tensors, and how many are real."""
     if kind in ("base", "vocab"):
-        rows = -(-case.config.vocab_size // (4 * tp[1])) * 4
         start, count = (tp[0] * rows, rows) if kind == "base" else vocab
         part = parts[0][start : start + count]
         return part, len(part)
@@ -286,7 +290,8 @@ def load_weights(draft: Any, case: BlockCase) -> None:
     tp = draft.tp_group.rank(), draft.tp_group.size()
     for name, (sources, kind) in names.items():
         parts = [case.weights[source] for source in sources]
-        part, rows = own_part(parts, kind, case, tp, (draft.shard.start, draft.shard.rows))
+        vocab = draft.shard.start, draft.shard.rows
+        part, rows = own_part(parts, kind, case, tp, vocab, trained[name].shape[0])
         trained[name].zero_()
         trained[name][: rows if rows is not None else len(part)] = part
 
@@ -405,8 +410,9 @@ def compare_gradients(
     for rank, result in enumerate(results):
         for name, (sources, kind) in parameter_names(case).items():
             parts = [grads[source] for source in sources]
-            whole, rows = own_part(parts, kind, case, result["tp"], result["vocab"])
             found = result["grads"][name]
+            layout = result["tp"], result["vocab"], found.shape[0]
+            whole, rows = own_part(parts, kind, case, *layout)
             if rows is not None:
                 assert not found[rows:].any(), f"{name}: padding rows must get no gradient"
                 found = found[:rows]

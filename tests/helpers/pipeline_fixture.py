@@ -150,6 +150,7 @@ def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tu
         use_distributed_optimizer=case.distributed_optimizer,
         bucket_size=2**62,
     )
-    wrapped = DistributedDataParallel(config, ddp, model)
-    config.no_sync_func = wrapped.no_sync
+    # As Megatron's get_model does: by the model's own configuration, which is no longer the base's.
+    wrapped = DistributedDataParallel(model.config, ddp, model)
+    model.config.no_sync_func = wrapped.no_sync
     return wrapped, GivenStep(case, options, groups), groups
