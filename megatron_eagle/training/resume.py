@@ -115,6 +115,11 @@ def _check_schedule(args: Any, saved: Any, scheduler: Any) -> None:
         return
     for name in names:
         before, now = getattr(saved, name, None), getattr(args, name, None)
+        if before != now and name in ("lr", "min_lr"):
+            raise UserError(
+                f"<{name}> {now}: the run in <load> {literal(args.load)} had {before}, by which "
+                "Megatron finds its optimizer; give that, or <no_load_optim> for the weights alone"
+            )
         if before != now:
             raise UserError(
                 f"<{name}> {now}: the run in <load> {literal(args.load)} had {before}, which its "

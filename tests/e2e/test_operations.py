@@ -69,12 +69,11 @@ def test_a_full_disk_under_the_log_costs_its_lines(inputs: Inputs, tmp_path: Pat
 
 
 def test_a_nan_is_one_line_and_left_out_in_the_end(inputs: Inputs, tmp_path: Path) -> None:
-    """A learning rate that sends the weights to infinity, after a checkpoint that is good."""
+    """A learning rate that sends the weights to infinity."""
     save = tmp_path / "draft"
     words = [*inputs.flags, *DRAFT, "--save", save, "--load", save, "--save-interval", 2]
-    plan = ["--lr-decay-style", "constant", "--override-opt-param-scheduler"]
-    assert train(1, None, *words, *plan, "--exit-interval", 2).returncode == 0
-    wild = [*words, *plan, "--lr", "1e38", "--clip-grad", 0, "--train-iters", 6]
+    wild = [*words, "--lr-decay-style", "constant", "--lr", "1e38", "--clip-grad", 0]
+    wild += ["--train-iters", 6]
     statuses, texts = [], []
     for _ in range(4):
         run = train(1, None, *wild)
@@ -123,4 +122,4 @@ def test_a_place_that_cannot_be_written_is_refused_early(inputs: Inputs, tmp_pat
     words = ["--save", tmp_path / "file" / "draft", "--save-interval", 10]
     run = train(1, None, *inputs.flags, *words)
     assert f"--save {tmp_path / 'file' / 'draft'}: cannot be written" in run.error_line
-    assert "iteration" not in run.output.replace(run.error_line, "")
+    assert "loading the base" not in run.output
