@@ -145,8 +145,11 @@ class _AnchorAttention(torch.autograd.Function):
             part = _window_forward(q[blocks], context_k, context_v, scale, slab)
             out[blocks], lse[blocks] = merge_(out[blocks], lse[blocks], *part)
             for rows, sequence, keys in slab.rectangles:
-                cut = (x[sequence : sequence + 1, :, keys] for x in (context_k, context_v))
-                wide, wide_lse = flash.forward(_side_by_side(q[rows]), *cut, scale, causal=False)
+                one = slice(sequence, sequence + 1)
+                cut_k, cut_v = context_k[one, :, keys], context_v[one, :, keys]
+                wide, wide_lse = flash.forward(
+                    _side_by_side(q[rows]), cut_k, cut_v, scale, causal=False
+                )
                 part = _apart(wide, q.shape[2]), _apart(wide_lse, q.shape[2])
                 out[rows], lse[rows] = merge_(out[rows], lse[rows], *part)
         ctx.save_for_backward(q, k, v, context_k, context_v, out, lse)
@@ -171,11 +174,11 @@ class _AnchorAttention(torch.autograd.Function):
             )
             for rows, sequence, keys in slab.rectangles:
                 one = slice(sequence, sequence + 1)
-                wide = [_side_by_side(x[rows]) for x in (grad, q, out)]
+                wide_grad, wide_q, wide_out = (_side_by_side(x[rows]) for x in (grad, q, out))
                 wide_lse = _side_by_side(lse[rows])
                 part_q, part_k, part_v = flash.backward(
-                    *wide[:2], context_k[one, :, keys], context_v[one, :, keys], wide[2], wide_lse,
-                    scale, causal=False,
+                    wide_grad, wide_q, context_k[one, :, keys], context_v[one, :, keys], wide_out,
+                    wide_lse, scale, causal=False,
                 )  # fmt: skip
                 dq[rows] += _apart(part_q, slots)
                 context_dk[one, :, keys] += part_k
@@ -268,9 +271,9 @@ class AnchorState:
         """Attend with the rows of all blocks: query [1, n, N * B, d], key and value likewise."""
         assert window is None and sink is None, "drafts have neither"
         context_key, context_value = self._context(layer)
-        blocks = (
+        q, k, v = (
             x[0].unflatten(1, (-1, self._slots)).transpose(0, 1).contiguous()
             for x in (query, key, value)
         )
-        out = anchor_attention(*blocks, context_key, context_value, scale, self._plan)
+        out = anchor_attention(q, k, v, context_key, context_value, scale, self._plan)
         return out.transpose(0, 1).flatten(1, 2).unsqueeze(0)

@@ -42,8 +42,13 @@ class BlockRows:
 
     def map(self, move: Callable[[Tensor], Tensor]) -> BlockRows:
         """Return the rows with ``move`` applied to their tensors."""
-        names = ("steps", "blocks", "targets", "labels")
-        return replace(self, **{name: move(getattr(self, name)) for name in names})
+        return replace(
+            self,
+            steps=move(self.steps),
+            blocks=move(self.blocks),
+            targets=move(self.targets),
+            labels=move(self.labels),
+        )
 
     def chunks(self, most: int) -> list[RowChunk]:
         """Cut into chunks of at most ``most`` rows, or of one block, all of nearly the same size;

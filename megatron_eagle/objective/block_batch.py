@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -169,7 +170,7 @@ class _Blocks:
 
     def rows(
         self, tokens: Tensor, shape: BlockShape, first_target: Tensor, multiple: int
-    ) -> dict[str, Tensor | BlockRows]:
+    ) -> dict[str, Any]:
         """Return what ``BlockBatch`` holds of the blocks, padded; ``tokens`` are not cut."""
         count = len(self.anchor)
         padding = max(-count % multiple, multiple if count == 0 else 0)

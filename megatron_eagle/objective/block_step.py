@@ -45,7 +45,7 @@ class BlockObjective:
         draft: BlockDraft,
         options: BlockOptions,
         budgets: Budgets,
-        mask_embedding: Callable[[], Tensor],
+        mask_embedding: Callable[[], Tensor | None],
     ) -> None:
         self.base, self.draft, self.options, self.budgets = base, draft, options, budgets
         self.mask_embedding = mask_embedding
@@ -119,7 +119,9 @@ class BlockObjective:
             self.base.tp_group,
             self.draft.config.sequence_parallel,
         )
-        masks = self.mask_embedding().expand(len(anchors), self.draft.spec.slots - 1, -1)
+        mask = self.mask_embedding()
+        assert mask is not None, "a block draft has a mask token"
+        masks = mask.expand(len(anchors), self.draft.spec.slots - 1, -1)
         return torch.cat([anchors, masks], dim=1).flatten(0, 1).unsqueeze(1)
 
     def judged_rows(self, batch: BlockBatch, outputs: Tensor) -> Tensor:

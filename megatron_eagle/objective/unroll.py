@@ -20,6 +20,8 @@ of them under sequence parallelism (otherwise N).
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -58,9 +60,8 @@ def step_outputs(
     steps at once (:func:`parallel_steps`); under sequence parallelism one all-gather more, when the
     live rows are shared out (backward: one reduce-scatter).
     """
-    state = TrunkBranchState(
-        draft.cp_group, inputs.live, draft.layers[-1].layer_number, inputs.packing
-    )
+    last_layer = cast(int, draft.layers[-1].layer_number)
+    state = TrunkBranchState(draft.cp_group, inputs.live, last_layer, inputs.packing)
     schedule = Schedule(
         in_turn=lambda: _steps_in_turn(draft, inputs, state, detach_steps),
         at_once=lambda: parallel_steps(draft, inputs, state),

@@ -22,7 +22,8 @@ def next_block_batch(iterator: Any, options: EagleConfig, vocab_size: int) -> Bl
     """
     args, spec = get_args(), options.spec
     sample, tokens, multiple, context = next_sample(iterator, vocab_size)
-    if bool((tokens == spec.mask_token).any()):
+    assert spec.mask_token is not None
+    if bool(tokens.eq(spec.mask_token).any()):
         raise UserError(
             f"<mask_token> {spec.mask_token}: the data use this token; choose one that they do not"
         )

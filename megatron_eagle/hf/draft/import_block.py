@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def _info(
     named = parsed.aux_layers
     if named is not None and chosen not in (None, named):
         raise UserError(f"{source}: reads aux layers {list(named)}, not {list(chosen or ())}")
-    heads = {}
+    heads: dict[str, Any] = {}
     if parsed.markov is not None:
         heads = dict(zip(("markov_head", "markov_rank"), parsed.markov, strict=True))
         heads["confidence_head"] = parsed.confidence_head

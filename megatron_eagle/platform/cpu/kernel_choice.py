@@ -96,11 +96,8 @@ def measure_speeds() -> dict[str, float]:
 def _processor() -> str:
     """Return the processor's family, model and instruction sets, as far as the system tells."""
     lines = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    first = dict(
-        (part.strip() for part in line.split(":", 1))
-        for line in lines.split("\n\n")[0].splitlines()
-        if ":" in line
-    )
+    pairs = (line.partition(":") for line in lines.split("\n\n")[0].splitlines())
+    first = {name.strip(): value.strip() for name, _, value in pairs}
     named = [first.get(name, "") for name in ("vendor_id", "cpu family", "model", "model name")]
     return " ".join([platform.machine(), *named, torch.backends.cpu.get_cpu_capability()])
 
