@@ -48,7 +48,8 @@ def bridge_args(path: Path) -> dict[str, Any]:
     model = content.get("model") if isinstance(content, dict) else None
     if not isinstance(model, dict) or not all(isinstance(name, str) for name in model):
         raise UserError(f"{literal(path)}: has no section 'model'")
-    args: dict[str, Any] = {RENAMED.get(str(name), str(name)): value for name, value in model.items()}
+    named = {str(name): value for name, value in model.items()}
+    args: dict[str, Any] = {RENAMED.get(name, name): value for name, value in named.items()}
     args |= _sizes(args, str(path)) | _activation(model, literal(path))
     tokenizer = content.get("tokenizer")
     if isinstance(tokenizer, dict):
