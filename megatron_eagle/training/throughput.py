@@ -132,10 +132,11 @@ class Throughput:
             metrics: dict, totals: dict, rate: Any, iteration: int, *rest: Any, **kw: Any
         ) -> Any:
             self._iterations += 1
-            self._rows.append(metrics["supervised_rows"])
+            if "supervised_rows" in metrics:  # the last pipeline stage alone has metrics, and logs
+                self._rows.append(metrics["supervised_rows"])
             self._flops = self._work / self._iterations
             ends = iteration % get_args().log_interval == 0
-            if ends:
+            if ends and self._rows:
                 self._log(totals, iteration, advances=not rest[2])
             result = training_log(metrics, totals, rate, iteration, *rest, **kw)
             if ends:
