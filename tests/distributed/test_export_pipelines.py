@@ -19,7 +19,7 @@ from tests.helpers.trained_draft import metadata_tensor
 from tests.reference.eagle3 import ReferenceEagle3
 
 EXPERTS = {
-    "num_moe_experts": 4, "moe_ffn_hidden_size": 24, "moe_router_topk": 2,
+    "num_experts": 4, "moe_ffn_hidden_size": 24, "moe_router_topk": 2,
     "moe_token_dispatcher_type": "alltoall",
 }  # fmt: skip
 

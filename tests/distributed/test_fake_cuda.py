@@ -11,32 +11,29 @@ import torch
 from megatron_eagle.testing.harness import run_distributed
 from tests.helpers.fake_cuda import DEVICE, RecordedFunctions, fake_cuda
 
-VOCAB, HIDDEN = 61, 64
+VOCAB = 61
 BASE_ARGS = {
     "num_layers": 7,
-    "make_vocab_size_divisible_by": 4,
-    "max_position_embeddings": 64,
-    "untie_embeddings_and_output_weights": True,
+    "hidden_size": 64,
+    "ffn_hidden_size": 96,
+    "num_attention_heads": 8,
+    "group_query_attention": True,
+    "num_query_groups": 4,
+    "kv_channels": 8,
+    "normalization": "RMSNorm",
+    "norm_epsilon": 1e-5,
+    "swiglu": True,
+    "add_bias_linear": False,
     "position_embedding_type": "rope",
     "rotary_percent": 1.0,
     "rotary_base": 10000,
-    "ffn_hidden_size": 96,
-    "kv_channels": 8,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "vocab_size": VOCAB,
+    "make_vocab_size_divisible_by": 4,
+    "max_position_embeddings": 64,
+    "untie_embeddings_and_output_weights": True,
 }
-
-
-def _config(world: int, sequence_parallel: bool, dtype: torch.dtype):
-    from megatron.core.transformer import TransformerConfig
-
-    return TransformerConfig(
-        num_layers=7, hidden_size=HIDDEN, ffn_hidden_size=96, num_attention_heads=8,
-        num_query_groups=4, kv_channels=8, normalization="RMSNorm", gated_linear_unit=True,
-        activation_func=torch.nn.functional.silu, add_bias_linear=False, hidden_dropout=0.0,
-        attention_dropout=0.0, tensor_model_parallel_size=world, params_dtype=dtype,
-        sequence_parallel=sequence_parallel, bf16=dtype == torch.bfloat16,
-        gradient_accumulation_fusion=False, bias_activation_fusion=False,
-        calculate_per_token_loss=True,
-    )  # fmt: skip
 
 
 def _train_forward(rank: int, _: int, world: int, sequence_parallel: bool, dtype: str) -> tuple:
@@ -52,6 +49,7 @@ def _train_forward(rank: int, _: int, world: int, sequence_parallel: bool, dtype
     from megatron_eagle.kernels.choice import choose_kernels
     from megatron_eagle.objective.batch import EagleBatch
     from megatron_eagle.platform import enable
+    from megatron_eagle.teacher.build import base_config
     from megatron_eagle.training import builder
 
     assert not enable()
@@ -83,7 +81,11 @@ def _train_forward(rank: int, _: int, world: int, sequence_parallel: bool, dtype
         fake,
     ):
         build = builder.ModelBuilder(options, info, torch.arange(0, VOCAB, 2))
-        model = build(config=_config(world, sequence_parallel, kind), pg_collection=groups)
+        config = base_config(
+            info, world, sequence_parallel=sequence_parallel, params_dtype=kind,
+            bf16=kind == torch.bfloat16, calculate_per_token_loss=True,
+        )  # fmt: skip
+        model = build(config=config, pg_collection=groups)
         model.cuda(0)
         if kind == torch.bfloat16:
             model.bfloat16()

@@ -45,7 +45,7 @@ def train_beside_experts(rank: int, world: int, case: PipelineCase, router: dict
     from megatron_eagle.compat import require
 
     model, step, groups = build_pipeline(
-        case, num_moe_experts=4, moe_ffn_hidden_size=24, moe_router_topk=2,
+        case, num_experts=4, moe_ffn_hidden_size=24, moe_router_topk=2,
         moe_token_dispatcher_type="alltoall", **router,
     )  # fmt: skip
     eagle, schedule = model.module, schedule_of(model)

@@ -85,7 +85,7 @@ def options_of(draft: Case | BlockCase) -> Any:
 
 def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tuple[Any, Any, Any]:
     """Build (model wrapped for data parallelism, step, process groups) on this rank; ``groups`` are
-    made if they are not given. With ``experts``, fields of the TransformerConfig, the base is a
+    made if they are not given. With ``experts``, Megatron's arguments of experts, the base is a
     random MoE of the checkpoint's dimensions."""
     groups = groups or megatron_parallel(tp=case.tp, pp=case.pp, cp=case.cp, ep=case.ep)
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
