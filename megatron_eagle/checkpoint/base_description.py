@@ -14,7 +14,7 @@ from megatron_eagle.checkpoint.directory import (
 )
 from megatron_eagle.checkpoint.native.describe import describe_checkpoint
 from megatron_eagle.errors import UserError, literal
-from megatron_eagle.user_files import naming, read_json
+from megatron_eagle.user_files import naming, read_json, reading_file
 
 
 def read_base(directory: str | Path, description: str | Path | None = None) -> BaseInfo:
@@ -28,13 +28,14 @@ def read_base(directory: str | Path, description: str | Path | None = None) -> B
     if description is not None:
         return _read_file(Path(description))
     root = Path(directory)
-    if not root.is_dir():
-        raise UserError(f"{literal(root)}: no such base checkpoint directory")
-    if (root / BASE_JSON_NAME).exists():
-        return load_base_json(root)
-    if checkpoint_directory(root) == root and (root.parent / BASE_JSON_NAME).exists():
-        return load_base_json(root.parent)
-    return describe_checkpoint(root)
+    with reading_file(root):
+        if not root.is_dir():
+            raise UserError(f"{literal(root)}: no such base checkpoint directory")
+        if (root / BASE_JSON_NAME).exists():
+            return load_base_json(root)
+        if checkpoint_directory(root) == root and (root.parent / BASE_JSON_NAME).exists():
+            return load_base_json(root.parent)
+        return describe_checkpoint(root)
 
 
 def _read_file(path: Path) -> BaseInfo:
