@@ -204,6 +204,8 @@ def metadata_json(shape: Shape) -> dict[str, Any]:
     }
     if shape.mla:
         own |= mla_arguments(shape.mla, shape.heads)
+    of_base = {**own, **shape.base}
+    of_base["group_query_attention"] = of_base["num_query_groups"] != of_base["num_attention_heads"]
     scaled_mla = bool(shape.mla) and shape.rope.get("rope_scaling") == DEEPSEEK_YARN
     return {
         "format": "megatron_eagle.draft",
@@ -239,8 +241,7 @@ def metadata_json(shape: Shape) -> dict[str, Any]:
             "megatron_args": {
                 "num_layers": shape.base_layers,
                 "hidden_size": shape.hidden,
-                **own,
-                **shape.base,
+                **of_base,
                 "norm_epsilon": 1e-5,
                 "rotary_base": int(shape.rope.get("rope_theta", 50000)),
                 "vocab_size": shape.vocab,
