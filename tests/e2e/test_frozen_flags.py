@@ -29,7 +29,7 @@ EXPERTS = [
     (["--moe-input-jitter-eps", 0.1], "--moe-input-jitter-eps"),
 ]
 HARMLESS = [
-    *("--moe-aux-loss-coeff", 0.01, "--moe-z-loss-coeff", 0.001, "--moe-permute-fusion"),
+    *("--moe-aux-loss-coeff", 0.01, "--moe-z-loss-coeff", 0.001),
     *("--moe-token-dispatcher-type", "alltoall", "--init-method-std", 0.01),
 ]
 """Flags of MoE recipes that a frozen base does not read."""
