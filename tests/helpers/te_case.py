@@ -37,7 +37,9 @@ def main(cases: list[str]) -> None:
         enable()
         from megatron.core import parallel_state
         from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+        from megatron.core.transformer.moe import moe_utils
 
+        moe_utils.te_general_gemm = None  # a router's product, which Megatron also has in PyTorch
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)
         for number, case in enumerate(cases):
