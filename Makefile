@@ -25,7 +25,7 @@ $(READY): pyproject.toml constraints.txt tools/setup_env.sh
 	@PYTHON="$(PYTHON)" sh tools/setup_env.sh "$(VENV)"
 	@touch $@
 
-test: $(READY)  ## run the tests (under 15 minutes on two cores)
+test: $(READY)  ## run the tests that CI runs
 	$(CPU_PYTEST) -m "not slow and not gpu" tests/unit tests/distributed tests/e2e $(ARGS)
 
 test-readers: $(READERS_READY)  ## run exported drafts in vLLM's, SGLang's, SpecForge's and speculators' code
