@@ -15,6 +15,7 @@ from torch.distributed import ProcessGroup
 from megatron_eagle.config.block_options import BlockOptions
 from megatron_eagle.loss.block_plan import BlockValues
 from megatron_eagle.loss.block_rows import BlockRows
+from megatron_eagle.objective.metrics import add_up
 
 
 class BlockSums(NamedTuple):
@@ -96,11 +97,7 @@ def reduce_block_metrics(
     probability inside the draft vocabulary; ``supervised_rows`` of slot 0. One all-reduce over each
     of ``groups`` that has more than one rank.
     """
-    packed = torch.stack(sums).sum(0)
-    for group in groups:
-        if group.size() > 1:
-            torch.distributed.all_reduce(packed, group=group)
-    total = BlockSums.unpack(packed)
+    total = BlockSums.unpack(add_up(sums, groups))
     rows, blocks = total.rows.clamp(min=1), total.blocks.clamp(min=1)
     by = divisor(total, options).clamp(min=torch.finfo(torch.float32).tiny)
     metrics = {"loss": (total.weighted + options.confidence * total.confidence) / by}

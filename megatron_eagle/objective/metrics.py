@@ -87,6 +87,18 @@ def metric_sums(sums: LossSums, prefixes: Tensor, regression: Tensor | None = No
     ).pack()
 
 
+def add_up(sums: Sequence[Tensor], groups: Sequence[ProcessGroup]) -> Tensor:
+    """Add up the packed sums of an optimizer step's micro-batches, on all ranks of ``groups``.
+
+    One all-reduce over each of ``groups`` that has more than one rank.
+    """
+    packed = torch.stack(list(sums)).sum(0)
+    for group in groups:
+        if group.size() > 1:
+            torch.distributed.all_reduce(packed, group=group)
+    return packed
+
+
 def reduce_metrics(
     sums: list[Tensor],
     steps: int,
@@ -104,11 +116,7 @@ def reduce_metrics(
     vocabulary; ``supervised_rows`` of step 0. One all-reduce over each of ``groups`` that has more
     than one rank (data and context parallel; pipeline).
     """
-    packed = torch.stack(sums).sum(0)
-    for group in groups:
-        if group.size() > 1:
-            torch.distributed.all_reduce(packed, group=group)
-    total = MetricSums.unpack(packed)
+    total = MetricSums.unpack(add_up(sums, groups))
     rows, first_rows = total.rows.clamp(min=1), total.coverage_rows.clamp(min=1)
     losses, accuracies, regression = (
         field / rows for field in (total.loss, total.hits, total.regression)

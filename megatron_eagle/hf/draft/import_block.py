@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from megatron_eagle.hf.draft.checkpoint import StoredDraft
 from megatron_eagle.hf.draft.embedding import ATOL, RTOL, check_embedding
 from megatron_eagle.hf.draft.files import DraftFiles
 from megatron_eagle.hf.draft.formats import FORMATS
-from megatron_eagle.hf.draft.import_tensors import check_tensors, read_tensor, read_vocabulary
+from megatron_eagle.hf.draft.import_tensors import check_tensors, read_vocabulary, stored_draft
 from megatron_eagle.hf.draft.info import DraftInfo
 from megatron_eagle.hf.draft.names import draft_entries
 from megatron_eagle.hf.draft.parse_block import HfBlockDraft, parse_block_draft
@@ -56,18 +55,7 @@ def open_block_draft(
     if base_directory is not None and not adapt:
         check_embedding(files, base_directory)
         _check_head(files, base, base_directory, vocab_ids, order)
-    dtypes = {files.dtypes[part.name] for entry in entries for part in entry.sources}
-    return StoredDraft(
-        source=str(files.path),
-        info=info,
-        vocab_ids=vocab_ids,
-        tensors={
-            entry.megatron: partial(read_tensor, files, entry, info=info, order=order)
-            for entry in entries
-        },
-        shapes={entry.megatron: entry.sizes(info.dims) for entry in entries},
-        dtype=next(iter(dtypes)) if len(dtypes) == 1 else torch.float32,
-    )
+    return stored_draft(files, entries, info, order=order, vocab_ids=vocab_ids)
 
 
 def _info(

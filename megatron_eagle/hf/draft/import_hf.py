@@ -7,10 +7,7 @@ draft's description). ``checkpoint.py`` writes the result.
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
-
-import torch
 
 from megatron_eagle.algorithms import ALGORITHMS, Algorithm, Eagle1, Eagle3, Eagle31
 from megatron_eagle.checkpoint.directory import BaseInfo
@@ -25,8 +22,8 @@ from megatron_eagle.hf.draft.import_block import open_block_draft
 from megatron_eagle.hf.draft.import_tensors import (
     check_tensors,
     fmt_of,
-    read_tensor,
     read_vocabulary,
+    stored_draft,
 )
 from megatron_eagle.hf.draft.info import DraftInfo
 from megatron_eagle.hf.draft.names import draft_entries
@@ -93,18 +90,7 @@ def _open(
     check_tensors(files, entries, info)
     if base_directory is not None and not adapt:
         check_embedding(files, base_directory)
-    dtypes = {files.dtypes[part.name] for entry in entries for part in entry.sources}
-    return StoredDraft(
-        source=str(files.path),
-        info=info,
-        vocab_ids=vocab_ids,
-        tensors={
-            entry.megatron: partial(read_tensor, files, entry, info=info, order=order)
-            for entry in entries
-        },
-        shapes={entry.megatron: entry.sizes(info.dims) for entry in entries},
-        dtype=next(iter(dtypes)) if len(dtypes) == 1 else torch.float32,
-    )
+    return stored_draft(files, entries, info, order=order, vocab_ids=vocab_ids)
 
 
 def _aux_layers(

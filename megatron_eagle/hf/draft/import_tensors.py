@@ -5,11 +5,14 @@ Shapes: D draft vocabulary, V base vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from megatron_eagle.draft.vocab import check_vocab_ids
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf.draft.checkpoint import StoredDraft
 from megatron_eagle.hf.draft.files import DraftFiles
 from megatron_eagle.hf.draft.formats import Format
 from megatron_eagle.hf.draft.info import DraftInfo
@@ -100,6 +103,31 @@ def _check_bias(files: DraftFiles) -> None:
     """
     if "fc.bias" in files.shapes and files.tensor("fc.bias").any():
         raise UserError(f"{files.path}: fc.bias is not zero, and training has no bias there")
+
+
+def stored_draft(
+    files: DraftFiles,
+    entries: list[DraftEntry],
+    info: DraftInfo,
+    *,
+    order: Tensor | None,
+    vocab_ids: Tensor,
+) -> StoredDraft:
+    """Return the draft in ``files``, whose tensors :func:`check_tensors` has accepted and which are
+    read when they are asked for; ``order`` and ``vocab_ids`` as :func:`read_vocabulary` gives
+    them."""
+    dtypes = {files.dtypes[part.name] for entry in entries for part in entry.sources}
+    return StoredDraft(
+        source=str(files.path),
+        info=info,
+        vocab_ids=vocab_ids,
+        tensors={
+            entry.megatron: partial(read_tensor, files, entry, info=info, order=order)
+            for entry in entries
+        },
+        shapes={entry.megatron: entry.sizes(info.dims) for entry in entries},
+        dtype=next(iter(dtypes)) if len(dtypes) == 1 else torch.float32,
+    )
 
 
 def read_tensor(
