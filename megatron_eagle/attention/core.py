@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_eagle.attention import flash, one_launch
+from megatron_eagle.attention import flash, one_launch, varlen
 from megatron_eagle.attention.blocks import (
     CAUSAL,
     Plan,
@@ -29,6 +29,7 @@ from megatron_eagle.attention.blocks import (
 from megatron_eagle.attention.live_rows import LiveRows
 from megatron_eagle.attention.packing import Packing
 from megatron_eagle.attention.trunk_branch import trunk_branch_attention
+from megatron_eagle.attention.varlen import Segments
 from megatron_eagle.checkpoint.sharded_tensors import sharded_tensors
 from megatron_eagle.compat import MegatronModule, is_layer_window_attention
 from megatron_eagle.parallel.context import ContextShard, gather_key_value
@@ -83,6 +84,7 @@ class TrunkBranchState:
         self._packing, self._live_plan = packing, live.plan(packing)
         self._keys: dict[int, list[Tensor]] = {}
         self._values: dict[int, list[Tensor]] = {}
+        self._segments: dict[bool, Segments] = {}
 
     def attend(
         self,
@@ -107,7 +109,20 @@ class TrunkBranchState:
                 plan = self._full_plan(key.shape[2])
         keys.append(key)
         values.append(value.contiguous())  # a view would keep the whole of q, k and v
-        return trunk_branch_attention(query, keys[0], values[0], keys[1:], values[1:], scale, plan)
+        trunk = self._in_one_launch(plan, query, keys[0].shape[2])
+        return trunk_branch_attention(query, keys[0], values[0], keys[1:], values[1:], scale, trunk)
+
+    def _in_one_launch(self, plan: Plan, query: Tensor, length: int) -> Plan | Segments:
+        """Return ``plan`` as segments of ``length`` keys, where a CUDA kernel takes all at once."""
+        if len(plan) == 1 or self._group.size() > 1 or not varlen.applies(query):
+            return plan
+        narrow = plan is self._live_plan
+        if narrow not in self._segments:
+            runs = self._live.runs
+            whole = tuple(((0, length),) for _ in runs)
+            documents = whole if self._packing is None else self._packing.documents
+            self._segments[narrow] = Segments.of(runs if narrow else whole, documents, query.device)
+        return self._segments[narrow]
 
     def _full_plan(self, length: int) -> Plan:
         """Return the plan of all of this rank's queries against ``length`` keys."""
