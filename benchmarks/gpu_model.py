@@ -39,6 +39,8 @@ def rows_of(problem: Problem) -> tuple[int, int, int]:
     prompt = round(problem.mask_fraction * problem.seq)
     judged = problem.seq - 1 - prompt
     live = min(problem.seq - 1, judged + problem.ttt - 1)
+    if problem.seq - live <= problem.seq // 32:  # all rows go on, see attention/live_rows.py
+        live = problem.seq
     return tuple(problem.batch * n for n in (problem.seq, live, judged))  # type: ignore[return-value]
 
 
@@ -49,10 +51,11 @@ def product_flop(problem: Problem, narrow: bool) -> dict[str, float]:
     """
     rows, live, judged = rows_of(problem)
     hidden, kv = problem.hidden, problem.kv_heads * problem.head_dim
-    qkv = 2 * hidden * (hidden + 2 * kv)
-    after = hidden * hidden + 3 * hidden * problem.intermediate
+    keys_values = 2 * hidden * 2 * kv
+    others = 2 * hidden * hidden + hidden * hidden + 3 * hidden * problem.intermediate
     later = live if narrow else rows
-    layer_rows = rows * qkv + later * after + (problem.ttt - 1) * later * (qkv + after)
+    layer_rows = rows * keys_values + later * others
+    layer_rows += (problem.ttt - 1) * later * (keys_values + others)
     return {
         "fc": 2 * 2 * rows * problem.aux * hidden**2,
         "layer products": 3 * 2 * layer_rows,

@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     )
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
     from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+    from megatron.core.transformer.attention import SelfAttention
     from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.module import MegatronModule
@@ -104,6 +105,7 @@ _PATHS = {
     "RotaryEmbedding": (
         "megatron.core.models.common.embeddings.rotary_pos_embedding:RotaryEmbedding"
     ),
+    "SelfAttention": "megatron.core.transformer.attention:SelfAttention",
     "ShardedTensor": "megatron.core.dist_checkpointing.mapping:ShardedTensor",
     "ShardedTensorFactory": "megatron.core.dist_checkpointing.mapping:ShardedTensorFactory",
     "StrictHandling": "megatron.core.dist_checkpointing.validation:StrictHandling",
