@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,12 +23,16 @@ WITH_NAN = Path(__file__).with_name("train_with_nan.py")
 
 
 def started(output: Path, *words: object) -> subprocess.Popen[bytes]:
-    """Start training on one rank, without a launcher; a pipe would fill up and stop it."""
+    """Start training on one rank, without a launcher; a pipe would fill up and stop it.
+
+    It hears Ctrl-C also where these tests run in the background of a shell, which ignores it there.
+    """
     single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     return subprocess.Popen(
         [sys.executable, str(EXAMPLE), *RECIPE, *map(str, words)],
         env={**cpu_environment(1), **single, "MASTER_PORT": str(20000 + os.getpid() % 10000)},
         stdout=output.open("wb"), stderr=subprocess.STDOUT,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
