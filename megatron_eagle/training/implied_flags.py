@@ -45,8 +45,8 @@ def implied_flags(
     words += CPU_FLAGS if is_enabled() else []
     words += _layer_flags(options, layers)
     words += layout_flags(argv)
-    save, stages = saved_to(argv)
-    words += nan_flags(argv, noted_iterations(save), stages)
+    save = saved_to(argv)
+    words += nan_flags(argv, noted_iterations(save))
     if save is not None:
         words.append("--exit-signal-handler")  # SIGTERM, as schedulers send: save, then exit
     if options.train.reads_documents:

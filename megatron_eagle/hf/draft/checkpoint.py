@@ -119,19 +119,34 @@ def write_draft_checkpoint(stored: StoredDraft, save: Path) -> None:
     It holds no optimizer and loads at any parallel layout. Memory: the largest tensor. Raises
     ``UserError`` when ``save`` is in use.
     """
-    with owned_output(save, "save"):
+    with owned_output(save, "save") as was_killed:
+        if was_killed and _is_finished(stored, save):
+            return
         check_unused(save, "save")
         with atomic_dir(save) as scratch:
             write_torch_dist(scratch / RELEASE, list(_chunks(stored)), COMMON_STATE, {})
             (scratch / TRACKER_NAME).write_text(RELEASE, encoding="utf-8")
 
 
-def _chunks(stored: StoredDraft) -> Iterator[Chunk]:
+def _is_finished(stored: StoredDraft, save: Path) -> bool:
+    """Return whether ``save`` is described as ``stored`` is: a run was killed after its rename."""
+    if not (save / TRACKER_NAME).is_file():
+        return False
+    expected = _description(stored)
+    found = CheckpointReader.open(save).load(list(expected))
+    return all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+def _description(stored: StoredDraft) -> dict[str, Tensor]:
     info = stored.info
     metadata = draft_metadata(
         info.spec, info.base, ttt_steps=info.ttt_steps, training=dict(info.training)
     )
-    for key, tensor in {VOCAB_IDS: stored.vocab_ids, METADATA: encode_metadata(metadata)}.items():
+    return {VOCAB_IDS: stored.vocab_ids, METADATA: encode_metadata(metadata)}
+
+
+def _chunks(stored: StoredDraft) -> Iterator[Chunk]:
+    for key, tensor in _description(stored).items():
         yield _whole_tensor(key, tuple(tensor.shape), tensor.dtype, load=partial(_same, tensor))
     for key, load in stored.tensors.items():
         load_cast = partial(_cast, load, stored.dtype)

@@ -36,9 +36,9 @@ from megatron_eagle.user_files import reading
 def open_hf_draft(
     directory: str | Path,
     base: BaseInfo,
-    *,
     aux_layers: tuple[int, ...] | None = None,
     adapt: bool = False,
+    *,
     base_directory: str | Path | None = None,
     parameter: str = "hf",
 ) -> StoredDraft:
