@@ -85,8 +85,11 @@ def load(
     result = Load()
     for repetition in range(repetitions):
         counts, cpu, start = server.counters(), server.cpu_seconds(), time.perf_counter()
-        with concurrent.futures.ThreadPoolExecutor(at_a_time) as pool:
+        pool = concurrent.futures.ThreadPoolExecutor(at_a_time)
+        try:
             answers = list(pool.map(lambda prompt: ask(server, prompt, max_tokens), prompts))
+        finally:  # when interrupted, the answers on their way are waited for once the server ended
+            pool.shutdown(wait=False, cancel_futures=True)
         result.seconds.append(time.perf_counter() - start)
         result.cpu_seconds.append(server.cpu_seconds() - cpu)
         after = server.counters()

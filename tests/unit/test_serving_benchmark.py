@@ -95,22 +95,29 @@ def test_a_server_is_asked_counted_and_ended(tmp_path: Path) -> None:
 
 
 def test_a_terminated_run_ends_its_server(tmp_path: Path) -> None:
+    hanging = f"""
+        if asked > 1:
+            open({str(tmp_path / "waiting")!r}, "w").close()
+            time.sleep(300)
+"""
+    stub = STUB.replace("import json, sys", "import json, sys, time")
+    stub = stub.replace("asked += 1\n", "asked += 1" + hanging)
     ours = {**OURS, "draft_tokens": 2, "max_new_tokens": 4, "prompts": 40}
     (tmp_path / "ours.json").write_text(json.dumps(ours))
     words = [
-        *(sys.executable, str(RUN), "--python", str(interpreter(tmp_path, STUB))),
+        *(sys.executable, str(RUN), "--python", str(interpreter(tmp_path, stub))),
         *("--base", str(tmp_path), "--draft", str(tmp_path)),
         *("--eval", str(tmp_path / "ours.json"), "--output", str(tmp_path / "out.json")),
-        *("--repetitions", "100000"),
     ]
     with subprocess.Popen(words, stdout=subprocess.DEVNULL) as run:
         deadline = time.monotonic() + 60
-        while not (children := psutil.Process(run.pid).children()):
+        while not (tmp_path / "waiting").exists():
             assert time.monotonic() < deadline and run.poll() is None
             time.sleep(0.1)
+        children = psutil.Process(run.pid).children()
         run.terminate()
         assert run.wait(timeout=60) == 128 + signal.SIGTERM
-    assert not any(child.is_running() for child in children)
+    assert children and not any(child.is_running() for child in children)
 
 
 def test_a_server_that_fails_says_why(tmp_path: Path) -> None:
