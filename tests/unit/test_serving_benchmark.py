@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -109,15 +110,22 @@ def test_a_terminated_run_ends_its_server(tmp_path: Path) -> None:
         *("--base", str(tmp_path), "--draft", str(tmp_path)),
         *("--eval", str(tmp_path / "ours.json"), "--output", str(tmp_path / "out.json")),
     ]
-    with subprocess.Popen(words, stdout=subprocess.DEVNULL) as run:
+    run = psutil.Popen(words, stdout=subprocess.DEVNULL)
+    processes = [run]
+    try:
         deadline = time.monotonic() + 60
         while not (tmp_path / "waiting").exists():
             assert time.monotonic() < deadline and run.poll() is None
             time.sleep(0.1)
-        children = psutil.Process(run.pid).children()
+        (child,) = run.children()
+        processes.append(child)
         run.terminate()
-        assert run.wait(timeout=60) == 128 + signal.SIGTERM
-    assert children and not any(child.is_running() for child in children)
+        assert run.wait(timeout=30) == 128 + signal.SIGTERM
+        assert not child.is_running()
+    finally:
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
 
 def test_a_server_that_fails_says_why(tmp_path: Path) -> None:
