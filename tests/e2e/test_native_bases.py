@@ -17,16 +17,27 @@ from tests.helpers.native_base import FAMILIES, Trained, pretrain
 from tests.helpers.random_answers import write_answers
 
 CAPTURED = (0, 3, 5)
+HYBRIDS = {"hybrid": (0, 1, 2), "delta_net": (0, 1, 3)}
+"""Captured layers of hybrid models: of pairs, a mixer and an MLP or experts."""
 WHOLE, TENSOR, PIPELINE, EXPERT = {}, {"tp": 2}, {"pp": 2}, {"ep": 2}
 OTHER_LAYOUTS: dict[str, list[dict[str, int]]] = {
     "llama": [PIPELINE],
     "gpt2": [TENSOR],
     "mixtral": [TENSOR, WHOLE],
     "deepseek": [TENSOR, EXPERT],
+    "hybrid": [PIPELINE, WHOLE],
+    "delta_net": [TENSOR, WHOLE],
 }
 
 
 MLA = ["--eagle-attention", "mla"]
+AUX = "--eagle-aux-layers"
+FLAGS: dict[str, list[object]] = {
+    "deepseek": MLA,
+    "llama": ["--eagle-init-from-base"],
+    "hybrid": ["--eagle-init-from-base", AUX, 0, 1, 2],
+    "delta_net": [AUX, 0, 1, 3],
+}
 TP2 = ["--tensor-model-parallel-size", 2]
 
 
@@ -39,12 +50,15 @@ def test_a_base_that_megatron_trained(family: str, tmp_path: Path) -> None:
     trains, converts, and decodes what the base alone would write. The base's files stay."""
     trained = pretrain(family, tmp_path)
     before = listing(trained.directory)
+    captured = HYBRIDS.get(family, CAPTURED)
     for layout in OTHER_LAYOUTS.get(family, [WHOLE, TENSOR]):
         world = 2 if layout else 1
-        results = run_distributed(outputs, world, trained.directory, trained.tokens, layout)
-        check(results, trained)
+        results = run_distributed(
+            outputs, world, trained.directory, trained.tokens, layout, captured
+        )
+        check(results, trained, captured, 2 if family in HYBRIDS else 1)
     write_answers(tmp_path / "answers.jsonl")
-    flags = {"deepseek": MLA, "llama": ["--eagle-init-from-base"]}.get(family, [])
+    flags = FLAGS.get(family, [])
     run = train(
         1, tmp_path / "log.jsonl", "--eagle-base-checkpoint", trained.directory,
         "--eagle-train-data", tmp_path / "answers.jsonl", "--eagle-draft-vocab-size", 32,
@@ -76,26 +90,35 @@ def listing(directory: Path) -> dict[str, int]:
     return {str(f): f.stat().st_mtime_ns for f in directory.rglob("*")}
 
 
-def check(results: list[dict[str, Any]], trained: Trained) -> None:
+def check(
+    results: list[dict[str, Any]], trained: Trained, captured: tuple[int, ...], step: int
+) -> None:
+    """``step``: Megatron's layers in a layer of the base."""
     for result in results:
         for layer, hidden in result["layers"].items():
-            torch.testing.assert_close(hidden, trained.layers[layer], rtol=1e-5, atol=1e-5)
+            expected = trained.layers[step * layer + step - 1]
+            torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
         if "logits" in result:
             torch.testing.assert_close(result["logits"], trained.logits, rtol=1e-5, atol=1e-5)
     assert any("logits" in result for result in results)
-    assert {layer for result in results for layer in result["layers"]} == set(CAPTURED)
+    assert {layer for result in results for layer in result["layers"]} == set(captured)
 
 
 @torch.no_grad()
 def outputs(
-    rank: int, world: int, directory: Path, tokens: Tensor, layout: dict[str, int]
+    rank: int,
+    world: int,
+    directory: Path,
+    tokens: Tensor,
+    layout: dict[str, int],
+    captured: tuple[int, ...],
 ) -> dict[str, Any]:
     """This rank's captured layers and, on the last stage, the logits over the whole vocabulary."""
     groups = megatron_parallel(**layout)
     from megatron_eagle.decode.load import load_base
 
     info = read_base(directory)
-    base = load_base(directory, info, groups, CAPTURED)
+    base = load_base(directory, info, groups, captured)
     hidden = None
     if groups.pp.rank() > 0:
         hidden = torch.empty(tokens.shape[1], len(tokens), info.megatron_args["hidden_size"])
