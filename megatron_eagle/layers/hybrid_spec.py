@@ -89,7 +89,7 @@ def transformer_engine_hybrid_spec(config: Any, pattern: str, *, keeps_states: b
 
 def _stack(pattern: str) -> Any:
     """Return a copy of Megatron's specification in which recurrent layers can decode."""
-    stack = copy.deepcopy(hybrid_stack_spec)
+    stack = _copied(hybrid_stack_spec)
     layers = stack.submodules
     layers.mtp_block_spec = None
     if MAMBA in symbols(pattern):
@@ -99,6 +99,17 @@ def _stack(pattern: str) -> Any:
     for layer in (layers.gdn_layer, layers.mamba_layer):
         layer.module = remembering(layer.module)
     return stack
+
+
+def _copied(spec: Any) -> Any:
+    """Copy a ModuleSpec and those inside it, and none of the modules that they name."""
+    spec = copy.copy(spec)
+    if spec.submodules is not None:
+        spec.submodules = copy.copy(spec.submodules)
+        for name, value in vars(spec.submodules).items():
+            if isinstance(value, type(spec)):
+                setattr(spec.submodules, name, _copied(value))
+    return spec
 
 
 def _local_layer(config: Any, **kind: Any) -> Any:

@@ -35,9 +35,11 @@ class AuxCapture:
         self.enabled = True
         self.layers = tuple(layers)
         held = {layer.layer_number - 1: layer for layer in decoder.layers}
-        modules = {i: held.get(i if ends is None else ends[i]) for i in self.layers}
-        self.local_layers = tuple(i for i in self.layers if modules[i] is not None)
-        self.handles = [modules[i].register_forward_hook(self._hook(i)) for i in self.local_layers]
+        numbers = {i: i if ends is None else ends[i] for i in self.layers}
+        self.local_layers = tuple(i for i in self.layers if numbers[i] in held)
+        self.handles = [
+            held[numbers[i]].register_forward_hook(self._hook(i)) for i in self.local_layers
+        ]
 
     def _hook(self, index: int) -> Callable[[Any, Any, Any], None]:
         def capture(_module: Any, _inputs: Any, output: Any) -> None:

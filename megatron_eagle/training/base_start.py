@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.checkpoint.directory import BaseInfo
-from megatron_eagle.checkpoint.hybrid_pattern import layer_ends, pattern_of, symbols
+from megatron_eagle.checkpoint.hybrid_pattern import pattern_of, symbols
 from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.config import DraftSpec, EagleConfig
 from megatron_eagle.config.option import flag_name
@@ -140,8 +140,9 @@ class BaseStart:
 
     def _of_layer(self, layer: int, name: str) -> Tensor:
         keys = self.checkpoint.keys()
-        if (pattern := pattern_of(self.args)) is not None:
-            layer = layer_ends(pattern)[layer] - (not name.startswith("mlp."))
+        if (pattern := pattern_of(self.args)) is not None:  # which ends in pairs
+            mlp = len(symbols(pattern)) - 1 - 2 * (self.args["num_layers"] - 1 - layer)
+            layer = mlp if name.startswith("mlp.") else mlp - 1
         if is_numbered(keys):
             return self._whole(stored_name(f"decoder.layers.{layer}.{name}", keys))
         return self._rows(stored_name(f"decoder.layers.{name}", keys), [layer])[0]

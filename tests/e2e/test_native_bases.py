@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.checkpoint.base_description import read_base
+from megatron_eagle.parallel.context import ContextShard
 from megatron_eagle.testing.harness import megatron_parallel, run_distributed
 from tests.e2e.launch import ROOT, launch, train
 from tests.helpers.native_base import FAMILIES, Trained, pretrain
@@ -19,14 +20,14 @@ from tests.helpers.random_answers import write_answers
 CAPTURED = (0, 3, 5)
 HYBRIDS = {"hybrid": (0, 1, 2), "delta_net": (0, 1, 3)}
 """Captured layers of hybrid models: of pairs, a mixer and an MLP or experts."""
-WHOLE, TENSOR, PIPELINE, EXPERT = {}, {"tp": 2}, {"pp": 2}, {"ep": 2}
+WHOLE, TENSOR, PIPELINE, EXPERT, CONTEXT = {}, {"tp": 2}, {"pp": 2}, {"ep": 2}, {"cp": 2}
 OTHER_LAYOUTS: dict[str, list[dict[str, int]]] = {
     "llama": [PIPELINE],
     "gpt2": [TENSOR],
     "mixtral": [TENSOR, WHOLE],
     "deepseek": [TENSOR, EXPERT],
     "hybrid": [PIPELINE, WHOLE],
-    "delta_net": [TENSOR, WHOLE],
+    "delta_net": [TENSOR, CONTEXT],
 }
 
 
@@ -95,11 +96,13 @@ def check(
 ) -> None:
     """``step``: Megatron's layers in a layer of the base."""
     for result in results:
+        positions = result["positions"]
         for layer, hidden in result["layers"].items():
-            expected = trained.layers[step * layer + step - 1]
+            expected = trained.layers[step * layer + step - 1][positions]
             torch.testing.assert_close(hidden, expected, rtol=1e-5, atol=1e-5)
         if "logits" in result:
-            torch.testing.assert_close(result["logits"], trained.logits, rtol=1e-5, atol=1e-5)
+            expected = trained.logits[:, positions]
+            torch.testing.assert_close(result["logits"], expected, rtol=1e-5, atol=1e-5)
     assert any("logits" in result for result in results)
     assert {layer for result in results for layer in result["layers"]} == set(captured)
 
@@ -113,7 +116,8 @@ def outputs(
     layout: dict[str, int],
     captured: tuple[int, ...],
 ) -> dict[str, Any]:
-    """This rank's captured layers and, on the last stage, the logits over the whole vocabulary."""
+    """This rank's captured layers and, on the last stage, the logits over the whole vocabulary, at
+    the positions of this context-parallel rank."""
     groups = megatron_parallel(**layout)
     from megatron_eagle.decode.load import load_base
 
@@ -124,14 +128,16 @@ def outputs(
         hidden = torch.empty(tokens.shape[1], len(tokens), info.megatron_args["hidden_size"])
         torch.distributed.recv(hidden, 0)
     layers, final = base.run_stage(tokens, hidden)
+    length = tokens.shape[1]
+    positions = ContextShard.of(length, groups.cp).take(torch.arange(length), 0)
     if groups.pp.rank() < groups.pp.size() - 1:
         torch.distributed.send(final.contiguous(), 1)
-        return {"layers": layers}
+        return {"layers": layers, "positions": positions}
     logits = final @ base.output_weight.t()
     parts = [torch.empty_like(logits) for _ in range(groups.tp.size())]
     torch.distributed.all_gather(parts, logits.contiguous(), group=groups.tp)
     whole = torch.cat(parts, -1)[..., : info.vocab_size]
-    return {"layers": layers, "logits": whole.transpose(0, 1)}
+    return {"layers": layers, "positions": positions, "logits": whole.transpose(0, 1)}
 
 
 @pytest.mark.slow
@@ -162,3 +168,34 @@ def test_a_native_base_serves_every_way_of_training(tmp_path: Path) -> None:
     for iteration, line in beside.metrics.items():
         assert offline.metrics[iteration]["loss"] == pytest.approx(line["loss"], rel=1e-5)
     assert warm.metrics[1]["loss"] < beside.metrics[10]["loss"]
+
+
+@pytest.mark.slow
+def test_a_gpt_and_the_same_model_as_a_hybrid_train_the_same_draft(tmp_path: Path) -> None:
+    """Megatron itself loads the GPT's weights into a HybridModel and saves them as that."""
+    gpt = pretrain("llama", tmp_path / "gpt")
+    hybrid = pretrain(
+        "llama", tmp_path / "hybrid", f"--hybrid-layer-pattern={'*-' * 8}", "--load",
+        gpt.directory, "--finetune", "--no-load-optim", "--no-load-rng", "--lr", "1e-30",
+    )  # fmt: skip
+    torch.testing.assert_close(hybrid.logits, gpt.logits, rtol=1e-5, atol=1e-5)
+    write_answers(tmp_path / "answers.jsonl")
+    data = ["--eagle-train-data", tmp_path / "answers.jsonl", "--eagle-draft-vocab-size", 32]
+    runs = [
+        train(
+            1, tmp_path / f"{kind}.jsonl", "--eagle-base-checkpoint", base.directory, *data,
+            "--save", tmp_path / kind, "--save-interval", 20,
+        )
+        for kind, base in (("gpt", gpt), ("hybrid", hybrid))
+    ]  # fmt: skip
+    for run in runs:
+        assert run.returncode == 0, run.output[-3000:]
+    for iteration, line in runs[0].metrics.items():
+        assert runs[1].metrics[iteration]["loss"] == pytest.approx(line["loss"], rel=1e-6)
+    assert runs[0].metrics[20]["loss"] < runs[0].metrics[1]["loss"]
+    resumed = train(
+        1, tmp_path / "resumed.jsonl", "--eagle-base-checkpoint", hybrid.directory, *data,
+        "--load", tmp_path / "hybrid", "--train-iters", 22, "--override-opt_param-scheduler",
+    )  # fmt: skip
+    assert resumed.returncode == 0, resumed.output[-3000:]
+    assert resumed.metrics[22]["loss"] < runs[1].metrics[10]["loss"]

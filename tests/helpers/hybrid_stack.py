@@ -1,12 +1,11 @@
 """Megatron's HybridModel on a CPU: the stack of its trainer, with the names it has beside
-Engine, whose modules are stood in for by a norm and a linear layer in one.
+Transformer Engine, whose modules are stood in for by a norm and a linear layer in one.
 
 Nothing of it is the package's.
 """
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -40,8 +39,7 @@ def hybrid_stack(experts: int | None) -> Any:
     """The specification of RMSNorm layers; ``common`` and the final norm are made to run here."""
     hybrid_block.TENorm = WrappedTorchNorm  # type: ignore[misc]
     common.HAVE_FLA, common.l2norm = True, unit_length
-    stack = copy.deepcopy(hybrid_stack_spec)
-    layers = stack.submodules
+    layers = hybrid_stack_spec.submodules  # changed in place: this process trains one model
     attention = layers.attention_layer.submodules.self_attention.submodules
     attention.linear_qkv, attention.linear_proj = NormedLinear, RowParallelLinear
     attention.core_attention = DotProductAttention
@@ -53,4 +51,4 @@ def hybrid_stack(experts: int | None) -> Any:
     local = get_gpt_layer_local_spec(num_experts=experts, normalization="RMSNorm")
     layers.moe_layer.submodules.mlp = local.submodules.mlp
     layers.moe_layer.submodules.pre_mlp_layernorm = WrappedTorchNorm
-    return stack
+    return hybrid_stack_spec

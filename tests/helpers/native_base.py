@@ -102,6 +102,7 @@ class Trained:
 def pretrain(family: str, folder: Path, *flags: object) -> Trained:
     """Train a model of ``family`` and save it with its optimizer to ``folder``/base."""
     ranks = 1 if family == "mtp" else 2
+    folder.mkdir(exist_ok=True)
     words = [*COMMON, *FAMILIES[family], *flags, "--save", folder / "base"]
     run = launch(SCRIPT, ranks, "--reference", folder / "reference", *words)
     assert run.returncode == 0, run.output[-4000:]

@@ -92,12 +92,19 @@ def chunk(key: str, *shape: int) -> Chunk:
 
 
 def save(
-    folder: Path, common: dict[str, Any], *more: Chunk, name: str = "iter_0000010", old: bool = True
+    folder: Path,
+    common: dict[str, Any],
+    *more: Chunk,
+    name: str = "iter_0000010",
+    old: bool = True,
+    stacked: bool = True,
 ) -> Path:
-    """Write a checkpoint of tiny tensors, its common state in ``common.pt`` or in the shards."""
+    """Write a checkpoint of tiny tensors, its common state in ``common.pt`` or in the shards;
+    ``stacked``: a tensor of all layers is among them."""
+    layers = chunk("decoder.layers.self_attention.linear_proj.weight", LAYERS, HIDDEN, HIDDEN)
     chunks = [
         chunk("embedding.word_embeddings.weight", VOCAB, HIDDEN),
-        chunk("decoder.layers.self_attention.linear_proj.weight", LAYERS, HIDDEN, HIDDEN),
+        *([layers] if stacked else []),
         chunk("decoder.final_layernorm.weight", HIDDEN),
         chunk("output_layer.weight", VOCAB, HIDDEN),
         chunk("optimizer.state.exp_avg.output_layer.weight", VOCAB, HIDDEN),
@@ -184,7 +191,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"vocab_size": 25}, "vocab_size 25, but embedding.word_embeddings.weight has 24 rows"),
     ({"num_layers": 3}, "num_layers 3, but there are 2 layers"),
     ({"untie_embeddings_and_output_weights": False}, "but output_layer.weight is there"),
-    ({"hybrid_layer_pattern": "*-*-"}, "a HybridModel is not supported"),
+    (
+        {"heterogeneous_layers_config_encoded_json": '{"block_configs": []}'},
+        "heterogeneous_layers_config_encoded_json",
+    ),
     ({"experimental_attention_variant": "dsa"}, "experimental_attention_variant dsa"),
     ({"softmax_type": "off-by-one"}, "softmax_type off-by-one"),
     ({"position_embedding_type": "mrope"}, "position_embedding_type mrope"),
