@@ -18,7 +18,7 @@ from tests.helpers.native_base import FAMILIES, Trained, pretrain
 from tests.helpers.random_answers import write_answers
 
 CAPTURED = (0, 3, 5)
-HYBRIDS = {"hybrid": (0, 1, 2), "delta_net": (0, 1, 3)}
+HYBRIDS = {"hybrid": (0, 1, 2), "delta_net": (0, 1, 3), "latent_hybrid": (0, 1)}
 """Captured layers of hybrid models: of pairs, a mixer and an MLP or experts."""
 WHOLE, TENSOR, PIPELINE, EXPERT, CONTEXT = {}, {"tp": 2}, {"pp": 2}, {"ep": 2}, {"cp": 2}
 OTHER_LAYOUTS: dict[str, list[dict[str, int]]] = {
@@ -28,6 +28,7 @@ OTHER_LAYOUTS: dict[str, list[dict[str, int]]] = {
     "deepseek": [TENSOR, EXPERT],
     "hybrid": [PIPELINE, WHOLE],
     "delta_net": [TENSOR, CONTEXT],
+    "latent_hybrid": [TENSOR],
 }
 
 
@@ -38,6 +39,7 @@ FLAGS: dict[str, list[object]] = {
     "llama": ["--eagle-init-from-base"],
     "hybrid": ["--eagle-init-from-base", AUX, 0, 1, 2],
     "delta_net": [AUX, 0, 1, 3],
+    "latent_hybrid": [AUX, 0, 1],
 }
 TP2 = ["--tensor-model-parallel-size", 2]
 
@@ -181,6 +183,7 @@ def test_a_gpt_and_the_same_model_as_a_hybrid_train_the_same_draft(tmp_path: Pat
     torch.testing.assert_close(hybrid.logits, gpt.logits, rtol=1e-5, atol=1e-5)
     write_answers(tmp_path / "answers.jsonl")
     data = ["--eagle-train-data", tmp_path / "answers.jsonl", "--eagle-draft-vocab-size", 32]
+    data += ["--lr-decay-iters", 30]
     runs = [
         train(
             1, tmp_path / f"{kind}.jsonl", "--eagle-base-checkpoint", base.directory, *data,
@@ -195,7 +198,7 @@ def test_a_gpt_and_the_same_model_as_a_hybrid_train_the_same_draft(tmp_path: Pat
     assert runs[0].metrics[20]["loss"] < runs[0].metrics[1]["loss"]
     resumed = train(
         1, tmp_path / "resumed.jsonl", "--eagle-base-checkpoint", hybrid.directory, *data,
-        "--load", tmp_path / "hybrid", "--train-iters", 22, "--override-opt_param-scheduler",
+        "--load", tmp_path / "hybrid", "--train-iters", 22,
     )  # fmt: skip
     assert resumed.returncode == 0, resumed.output[-3000:]
     assert resumed.metrics[22]["loss"] < runs[1].metrics[10]["loss"]

@@ -43,6 +43,11 @@ def hybrid_stack(experts: int | None) -> Any:
     attention = layers.attention_layer.submodules.self_attention.submodules
     attention.linear_qkv, attention.linear_proj = NormedLinear, RowParallelLinear
     attention.core_attention = DotProductAttention
+    latent = layers.mla_layer.submodules
+    latent.self_attention = get_gpt_layer_local_spec(
+        multi_latent_attention=True, normalization="RMSNorm"
+    ).submodules.self_attention
+    latent.input_layernorm = WrappedTorchNorm
     delta_net = layers.gdn_layer.submodules.self_attention.submodules
     delta_net.in_proj, delta_net.out_proj = NormedLinear, RowParallelLinear
     delta_net.out_norm = WrappedTorchNorm

@@ -81,6 +81,12 @@ FAMILIES: dict[str, list[object]] = {
         *("--linear-key-head-dim", 8, "--linear-value-head-dim", 8, "--linear-num-key-heads", 2),
         *("--linear-num-value-heads", 4, "--linear-conv-kernel-dim", 3),
     ],
+    "latent_hybrid": [
+        *ROPE, "--swiglu", UNTIED, "--hybrid-layer-pattern=+-|+E", *EXPERTS, *PIPELINE,
+        *("--q-lora-rank", 16, "--kv-lora-rank", 8, "--qk-head-dim", 8),
+        *("--qk-pos-emb-head-dim", 4, "--v-head-dim", 8),
+        *("--rotary-scaling-factor", 4, "--mscale-all-dim", 0.8, "--multi-latent-attention"),
+    ],
     "mtp": [*LLAMA, "--mtp-num-layers", 1],
 }  # fmt: skip
 """Flags of each model and of the layout of two ranks (``mtp``: one) that trains it."""
