@@ -26,7 +26,7 @@ OTHER_LAYOUTS: dict[str, list[dict[str, int]]] = {
     "gpt2": [TENSOR],
     "mixtral": [TENSOR, WHOLE],
     "deepseek": [TENSOR, EXPERT],
-    "hybrid": [PIPELINE, WHOLE],
+    "hybrid": [PIPELINE, TENSOR],
     "delta_net": [TENSOR, CONTEXT],
     "latent_hybrid": [TENSOR],
 }

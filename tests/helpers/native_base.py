@@ -75,7 +75,7 @@ FAMILIES: dict[str, list[object]] = {
         *("--rotary-scaling-factor", 4, "--mscale-all-dim", 0.8, "--moe-router-dtype", "fp32"),
         *("--moe-aux-loss-coeff", 0, "--moe-router-topk-scaling-factor", 1.5),
     ],
-    "hybrid": [*LLAMA, *TENSOR, *EXPERTS, "--hybrid-layer-pattern=*-*E*-"],
+    "hybrid": [*LLAMA, *EXPERTS, *EXPERT, "--hybrid-layer-pattern=*-*E*-"],
     "delta_net": [
         *ROPE, "--swiglu", *PIPELINE, *EXPERTS, "--hybrid-layer-pattern=G-*-|GE*-",
         *("--linear-key-head-dim", 8, "--linear-value-head-dim", 8, "--linear-num-key-heads", 2),
