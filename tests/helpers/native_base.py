@@ -59,7 +59,7 @@ FAMILIES: dict[str, list[object]] = {
         *("--window-attn-skip-freq", 2, "--softmax-type", "learnable", *TENSOR),
     ],
     "no_positions": [*ROPE, "--position-embedding-type", "none", "--swiglu", *PIPELINE],
-    "scaled_rope": [*LLAMA, "--use-rope-scaling", "--no-rope-freq", 3, *TENSOR],
+    "scaled_rope": [*LLAMA, "--use-rope-scaling", "--no-rope-freq", 4, *TENSOR],
     "yarn": [
         *LLAMA, "--position-embedding-type", "yarn", "--rotary-scaling-factor", 4,
         *("--yarn-original-max-position-embeddings", 16, "--mscale", 0.7, *PIPELINE),
