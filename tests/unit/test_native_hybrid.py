@@ -18,7 +18,7 @@ from megatron_eagle.decode.cache import KeyValueCache
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.hybrid_flags import check_recurrent, run_pattern
 from megatron_eagle.training.megatron_flags import megatron_flags
-from tests.unit.test_native_checkpoint import HIDDEN, chunk, namespace, save
+from tests.helpers.native_files import HIDDEN, chunk, namespace, save
 
 DELTA_NET = {
     "linear_conv_kernel_dim": 4,

@@ -14,9 +14,9 @@ from megatron_eagle.cli.prepare_data import main as prepare_data
 from megatron_eagle.cli.verify import main
 from megatron_eagle.hf.base.import_base import import_base
 from tests.helpers.hf_directories import byte_tokenizer
+from tests.helpers.native_files import namespace, save
 from tests.helpers.tiny_hf import make_base
 from tests.helpers.trained_draft import TrainedDraft
-from tests.unit.test_native_checkpoint import namespace, save
 
 
 @pytest.fixture(scope="module")
