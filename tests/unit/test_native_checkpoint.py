@@ -20,7 +20,7 @@ from megatron_eagle.checkpoint.native.objects import read_common_state
 from megatron_eagle.checkpoint.native.positions import rope_description, rope_of_config
 from megatron_eagle.cli.describe_base import main as describe_base
 from megatron_eagle.errors import UserError
-from tests.helpers.native_files import ARGS, LAYERS, VOCAB, chunk, namespace, save
+from tests.helpers.native_files import ARGS, HIDDEN, LAYERS, VOCAB, chunk, namespace, save
 
 BRIDGE: dict[str, Any] = {
     "_target_": "megatron.bridge.models.llama.llama_provider.Llama32ModelProvider1B",
