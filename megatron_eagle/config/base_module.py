@@ -53,7 +53,7 @@ def beside_base(spec: DraftSpec, args: Mapping[str, Any]) -> DraftSpec:
         if field not in _CHOSEN and value != base_value:
             raise UserError(
                 f"{shown(field, value)}: an {name} draft is a layer of the base's kind, which has "
-                f"{base_value}"
+                f"{'none' if base_value is None else base_value}"
             )
     return replace(spec, **own)
 
