@@ -98,6 +98,8 @@ def _check_experts(layout: argparse.Namespace, base: BaseInfo, options: EagleCon
     """Check what Megatron's MoE layers need; a draft's experts are sharded as the base's are."""
     assert options.spec.num_experts is not None
     shown = f"--eagle-num-experts {options.spec.num_experts}"
+    if options.spec.method.is_base_module:
+        shown = f"--eagle-algorithm {options.spec.algorithm} beside a base with experts"
     if layout.tensor_model_parallel_size > 1 and not layout.sequence_parallel:
         raise UserError(f"{shown} needs --sequence-parallel with tensor parallelism")
     expert_tensor = layout.expert_tensor_parallel_size or base.megatron_args.get(

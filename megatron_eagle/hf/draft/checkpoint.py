@@ -18,9 +18,10 @@ from megatron_eagle.draft.metadata import draft_metadata, encode_metadata
 from megatron_eagle.draft.vocab import check_vocab_ids
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.base.import_base import COMMON_STATE, RELEASE
+from megatron_eagle.hf.draft.entry import DraftEntry
 from megatron_eagle.hf.draft.formats import FORMATS, Format
 from megatron_eagle.hf.draft.info import DraftInfo, parse_draft_info
-from megatron_eagle.hf.draft.names import METADATA, PREFIX, VOCAB_IDS, DraftEntry, draft_entries
+from megatron_eagle.hf.draft.names import METADATA, PREFIX, VOCAB_IDS, draft_entries
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def open_checkpoint_draft(directory: str | Path) -> StoredDraft:
     """
     checkpoint = CheckpointReader.open(directory)
     info = read_info(checkpoint)
-    if info.spec.num_experts is not None:
+    if not info.has_names:
         raise UserError(
             f"{checkpoint.directory}: a MoE draft is no warm start; <load> resumes its training"
         )
