@@ -12,6 +12,7 @@ from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.base.stitch import MARK
 from megatron_eagle.hf.draft.checkpoint import read_entries, read_info
+from megatron_eagle.hf.draft.commands import module_commands
 from megatron_eagle.hf.draft.figures import figure_rows
 from megatron_eagle.hf.draft.import_module import open_base_module
 from megatron_eagle.hf.draft.info import DraftInfo
@@ -48,6 +49,8 @@ def module_card(info: DraftInfo, checkpoint: str, evaluation: dict[str, Any] | N
         *figure_rows(evaluation),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    names = names_of_module(info)
+    vllm_differs = names.vllm_differs if names is not None else None
     return f"""---
 tags:
 - mtp
@@ -62,26 +65,9 @@ tags:
 Servers read the module from the base's own files. Put it into a copy of them, `BASE`, and serve
 that; embedding and output layer are the base's:
 
-    megatron-eagle stitch --hf BASE --module THIS_DIRECTORY --save BASE_WITH_MODULE
-
-{_commands(info)}
+{module_commands(info.ttt_steps, vllm_differs)}
 The conversion wrote and checked these files; it ran no server on them.
 """
-
-
-def _commands(info: DraftInfo) -> str:
-    steps = info.ttt_steps
-    sglang = f"""    python -m sglang.launch_server --model-path BASE_WITH_MODULE \\
-      --speculative-algorithm NEXTN --speculative-num-steps {steps} --speculative-eagle-topk 1 \\
-      --speculative-num-draft-tokens {steps + 1}
-"""
-    names = names_of_module(info)
-    if names is not None and names.vllm_differs:
-        return f"{sglang}\nvLLM 0.33.0 {names.vllm_differs}: there the module drafts worse.\n"
-    return f"""    vllm serve BASE_WITH_MODULE --speculative-config \\
-      '{{"method": "mtp", "num_speculative_tokens": {steps}}}'
-
-{sglang}"""
 
 
 def check_module(load: str | Path, exported: Path) -> None:
