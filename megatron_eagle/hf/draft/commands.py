@@ -91,7 +91,7 @@ def _is_plain(fmt: Format, info: DraftInfo) -> bool:
     )
 
 
-def module_commands(steps: int, vllm_differs: str | None) -> str:
+def module_commands(steps: int, vllm_differs: str) -> str:
     """Return the commands that put a next-token module into a copy of its base and serve that with
     ``steps`` drafted tokens; ``vllm_differs`` says what vLLM computes otherwise, if it does."""
     stitch = "    megatron-eagle stitch --hf BASE --module THIS_DIRECTORY --save BASE_WITH_MODULE\n"

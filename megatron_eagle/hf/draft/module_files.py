@@ -50,7 +50,7 @@ def module_card(info: DraftInfo, checkpoint: str, evaluation: dict[str, Any] | N
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     names = names_of_module(info)
-    vllm_differs = names.vllm_differs if names is not None else None
+    vllm_differs = names.vllm_differs if names is not None else ""
     return f"""---
 tags:
 - mtp
