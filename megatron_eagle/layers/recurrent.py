@@ -71,7 +71,8 @@ class TorchGatedDeltaNet(GatedDeltaNet):
 def delta_net() -> type:
     """Return the class of gated delta nets on this machine: Megatron's with its kernels, or the
     plain one, for which Megatron's check for the kernels' package is taken away."""
-    if require(f"{_COMMON}:HAVE_FLA") and torch.cuda.is_available():
+    has_kernels = require(f"{_COMMON}:chunk_gated_delta_rule") is not None
+    if has_kernels and torch.cuda.is_available():
         return GatedDeltaNet
     patch_all(
         {f"{_COMMON}:HAVE_FLA": True, f"{_COMMON}:l2norm": _l2norm},
