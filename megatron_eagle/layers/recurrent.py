@@ -50,8 +50,9 @@ class _RemembersInputs:
             return run(hidden_states=hidden_states, attention_mask=None, **kwargs)
         inputs = attention_mask.remember(self.layer_number, hidden_states)
         output = run(hidden_states=inputs, attention_mask=None, **kwargs)
-        hidden = output[0] if isinstance(output, tuple) else output
-        return attention_mask.at_positions(hidden)
+        if isinstance(output, tuple):  # a TransformerLayer's, which the stack unpacks
+            return attention_mask.at_positions(output[0]), *output[1:]
+        return attention_mask.at_positions(output)
 
 
 def remembering(layer: type) -> type:
