@@ -50,8 +50,9 @@ class _RemembersInputs:
             return run(hidden_states=hidden_states, attention_mask=None, **kwargs)
         inputs = attention_mask.remember(self.layer_number, hidden_states)
         output = run(hidden_states=inputs, attention_mask=None, **kwargs)
-        hidden = output[0] if isinstance(output, tuple) else output
-        return attention_mask.at_positions(hidden)
+        if isinstance(output, tuple):  # a TransformerLayer's, which the stack unpacks
+            return attention_mask.at_positions(output[0]), *output[1:]
+        return attention_mask.at_positions(output)
 
 
 def remembering(layer: type) -> type:
@@ -71,7 +72,8 @@ class TorchGatedDeltaNet(GatedDeltaNet):
 def delta_net() -> type:
     """Return the class of gated delta nets on this machine: Megatron's with its kernels, or the
     plain one, for which Megatron's check for the kernels' package is taken away."""
-    if require(f"{_COMMON}:HAVE_FLA") and torch.cuda.is_available():
+    has_kernels = require(f"{_COMMON}:chunk_gated_delta_rule") is not None
+    if has_kernels and torch.cuda.is_available():
         return GatedDeltaNet
     patch_all(
         {f"{_COMMON}:HAVE_FLA": True, f"{_COMMON}:l2norm": _l2norm},

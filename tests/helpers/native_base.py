@@ -80,6 +80,7 @@ FAMILIES: dict[str, list[object]] = {
         *ROPE, "--swiglu", *PIPELINE, *EXPERTS, "--hybrid-layer-pattern=G-*-|GE*-",
         *("--linear-key-head-dim", 8, "--linear-value-head-dim", 8, "--linear-num-key-heads", 2),
         *("--linear-num-value-heads", 4, "--linear-conv-kernel-dim", 3),
+        *("--moe-aux-loss-coeff", 0),
     ],
     "latent_hybrid": [
         *ROPE, "--swiglu", UNTIED, "--hybrid-layer-pattern=+-|+E", *EXPERTS, *PIPELINE,

@@ -69,11 +69,12 @@ def test_what_a_hybrid_ignores_is_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ignored = {"use_rope_scaling": True, "qk_layernorm": True, "qk_l2_norm": True}
+    ignored |= {"num_experts": 4, "moe_router_topk": 2}
     root = hybrid(tmp_path / "model", "*-*-/*-/*-", **ignored)
     base = read_base(root)
     args = base.megatron_args
     assert args["hybrid_layer_pattern"] == "*-*-" and not args["qk_layernorm"]
-    assert "use_rope_scaling" not in args and "qk_l2_norm" not in args
+    assert not {"use_rope_scaling", "qk_l2_norm", "num_experts", "moe_router_topk"} & set(args)
     assert describe_base([str(root)]) == 0
     shown = capsys.readouterr().out
     assert "counted from 0 to 1, each two symbols of *-*-" in shown

@@ -27,6 +27,7 @@ DELTA_NET_SIZES = (
 MAMBA_SIZES = ("mamba_state_dim", "mamba_head_dim", "mamba_num_groups")
 UNUSED = ("use_rope_scaling", "rope_scaling_factor", "qk_l2_norm", "moe_layer_freq")
 """Arguments of a GPT that a HybridModel does not look at."""
+_OF_EXPERTS = ("num_experts", "moe_", "expert_")
 _HEAD_NORMS = ("q_layernorm.", "k_layernorm.", "kv_layernorm.", "_up_proj.layer_norm_")
 
 
@@ -48,6 +49,8 @@ def as_hybrid(architecture: dict[str, Any], args: Args, source: str) -> dict[str
     kept |= {"num_layers": len(layer_ends(pattern)), "hybrid_layer_pattern": pattern}
     if EXPERTS in layers:
         size(args, "num_experts", source)
+    else:  # whatever the arguments say
+        kept = {name: value for name, value in kept.items() if not name.startswith(_OF_EXPERTS)}
     if DELTA_NET in layers:
         kept |= {name: size(args, name, source) for name in DELTA_NET_SIZES}
     if MAMBA in layers:
