@@ -60,7 +60,8 @@ def product_flop(problem: Problem, narrow: bool) -> dict[str, float]:
         "fc": 2 * 2 * rows * problem.aux * hidden**2,
         "layer products": 3 * 2 * layer_rows,
         "head": 3 * 2 * problem.ttt * judged * hidden * problem.draft_vocab,
-        "teacher": 2 * judged * hidden * _teacher_columns(problem),
+        # Before, the draft's columns were multiplied again instead of being picked out.
+        "teacher": 2 * judged * hidden * (problem.vocab if narrow else _teacher_columns(problem)),
     }
 
 
@@ -80,16 +81,17 @@ def pass_bytes(problem: Problem, narrow: bool, kernels: bool) -> dict[str, float
     logit = KERNEL_LOGIT_BYTES if kernels else EAGER_LOGIT_BYTES
     teacher = KERNEL_TEACHER_BYTES if kernels else EAGER_TEACHER_BYTES
     columns = _teacher_columns(problem)
+    picked = 8 * (columns - problem.vocab) if narrow else 0
     return {
         "passes over logits": judged * problem.draft_vocab * problem.ttt * logit
-        + judged * columns * teacher,
+        + judged * (columns * teacher + picked),
         # Norms, rotary embedding, residual sums: 40 H values; the gated MLP's: 8 F.
         "norms and the like": row_steps * 2 * (40 * problem.hidden + 8 * problem.intermediate),
     }
 
 
 def _teacher_columns(problem: Problem) -> int:
-    """Return the columns that the teacher multiplies: the draft's own again, if they are fewer."""
+    """Return the columns of the teacher's softmaxes: the draft's own again, if they are fewer."""
     compressed = problem.draft_vocab < problem.vocab
     return problem.vocab + (problem.draft_vocab if compressed else 0)
 
