@@ -17,6 +17,8 @@ from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from megatron_eagle.megatron_import import import_megatron
+
 if TYPE_CHECKING:
     from megatron.core import dist_checkpointing
     from megatron.core.activations import quick_gelu
@@ -264,7 +266,7 @@ def _owner(path: str) -> tuple[Any, str]:
     assert attributes, f"{path!r} must look like 'package.module:Name'"
     *parents, name = attributes.split(".")
     try:
-        owner: Any = importlib.import_module(module_name)
+        owner: Any = import_megatron(module_name)
     except ModuleNotFoundError as error:
         if not f"{module_name}.".startswith(f"{error.name}."):
             raise  # a dependency of that module is missing, not the module

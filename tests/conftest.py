@@ -6,6 +6,10 @@ import os
 
 import pytest
 
+from megatron_eagle.testing import harness
+
+harness.PRELOADED.append("pytest")  # half a second of every rank that imports a test's module
+
 for name, value in {
     "OMP_NUM_THREADS": "1",  # ranks share two cores
     "HF_HUB_OFFLINE": "1",  # a test that needs the network is a mistake

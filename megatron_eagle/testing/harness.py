@@ -45,7 +45,13 @@ from unittest import mock
 
 import torch
 
-PRELOADED = ["torch", "megatron.core.models.gpt", "megatron.training.training"]
+PRELOADED = [
+    "torch",
+    "megatron_eagle.model",  # first: it imports Megatron without PyTorch's compiler
+    "megatron.core.models.gpt",
+    "megatron.training.training",
+    "megatron.core.tokenizers.text",  # a trainer asks for it, and transformers comes with it
+]
 """Modules that the server imports once, before it forks a rank."""
 
 RANK_ENVIRONMENT = {

@@ -12,7 +12,7 @@ from tests.e2e.launch import ROOT
 
 def test_help_lists_all_flags() -> None:
     result = subprocess.run(
-        [sys.executable, "-m", "megatron_eagle", "train", "--help"],
+        [sys.executable, "-X", "importtime", "-m", "megatron_eagle", "train", "--help"],
         env={"PYTHONPATH": str(ROOT), "PATH": "", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
@@ -23,3 +23,5 @@ def test_help_lists_all_flags() -> None:
     assert "--tensor-model-parallel-size" in result.stdout
     for name in OPTIONS:
         assert flag_name(name) in result.stdout
+    assert "megatron.training.arguments" in result.stderr
+    assert "torch._inductor" not in result.stderr  # a CPU does not wait for PyTorch's compiler

@@ -16,7 +16,8 @@ PACKAGE = Path(__file__).resolve().parents[2] / "megatron_eagle"
 OUTSIDE = {"examples", "tools", "tests", "benchmarks"}
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("compat", "errors", "algorithms"),
+    ("megatron_import", "errors", "algorithms"),
+    ("compat",),
     ("config", "user_files"),
     ("checkpoint",),
     ("platform",),
