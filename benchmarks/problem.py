@@ -112,13 +112,16 @@ class Inputs:
     vocab_ids: Tensor
 
 
+_M = Problem(hidden=1024, intermediate=4096, heads=16, kv_heads=8, batch=1, seq=1024)
 SIZES = {
     "S": Problem(),
     "S-half-masked": Problem(mask_fraction=0.5),
     "S-D8000": Problem(vocab=8000, draft_vocab=8000),
     "S-V32000-D8000": Problem(draft_vocab=8000),
     "S-K7": Problem(ttt=7),
-    "M": Problem(hidden=1024, intermediate=4096, heads=16, kv_heads=8, batch=1, seq=1024),
+    "M": _M,
+    "M-D8000": dataclasses.replace(_M, draft_vocab=8000),
+    "M-D8000-60-masked": dataclasses.replace(_M, draft_vocab=8000, mask_fraction=0.6),
     "attention-2048": Problem(vocab=1000, draft_vocab=1000, batch=1, seq=2048),
 }
 

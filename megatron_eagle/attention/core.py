@@ -70,7 +70,8 @@ class TrunkBranchState:
     sees the trunk of its own document.
 
     Queries of all rows come at step 0. Layer ``last_layer`` answers those of the ``live`` rows
-    alone, [1, n, N, dv], and every later call brings nothing but live rows, [1, n, N, d].
+    alone, [1, n, N, dv] (and may be asked no others), and every later call brings nothing but live
+    rows, [1, n, N, d]. Where all rows are live, every call brings and answers [B, n, S, d].
     """
 
     def __init__(
@@ -81,7 +82,8 @@ class TrunkBranchState:
         packing: Packing | None = None,
     ) -> None:
         self._group, self._live, self._last_layer = group, live, last_layer
-        self._packing, self._live_plan = packing, live.plan(packing)
+        self._packing = packing
+        self._live_plan = None if live.whole else live.plan(packing)
         self._keys: dict[int, list[Tensor]] = {}
         self._values: dict[int, list[Tensor]] = {}
         self._segments: dict[bool, Segments] = {}
@@ -103,13 +105,14 @@ class TrunkBranchState:
         plan = self._live_plan
         if not keys:
             key, value = gather_key_value(key, value, self._group)
-            if layer == self._last_layer:
+            if layer != self._last_layer:
+                plan = None
+            elif query.shape[0] * query.shape[2] == self._live.total:
                 query = self._live.take(query.permute(2, 0, 1, 3)).permute(1, 2, 0, 3)
-            else:
-                plan = self._full_plan(key.shape[2])
         keys.append(key)
         values.append(value.contiguous())  # a view would keep the whole of q, k and v
-        trunk = self._in_one_launch(plan, query, keys[0].shape[2])
+        length = keys[0].shape[2]
+        trunk = self._in_one_launch(plan or self._full_plan(length), query, length)
         return trunk_branch_attention(query, keys[0], values[0], keys[1:], values[1:], scale, trunk)
 
     def _in_one_launch(self, plan: Plan, query: Tensor, length: int) -> Plan | Segments:

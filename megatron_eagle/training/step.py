@@ -120,8 +120,9 @@ def replace_schedule(options: EagleConfig) -> PipelineSchedule:
 
 
 def _another_iteration_follows() -> bool:
-    """Tell whether training goes on after the current iteration, as far as the flags say."""
+    """Tell whether the next iteration is trained on, as far as the flags say."""
     args = get_args()
     done = args.curr_iteration + 1
     exits = args.exit_interval is not None and done % args.exit_interval == 0
-    return done < args.train_iters and not exits
+    left_out = done + 1 in args.iterations_to_skip
+    return done < args.train_iters and not exits and not left_out

@@ -38,6 +38,7 @@ class Case:
     compile: bool = False
     cp: int = 1
     positions: Tensor | None = None
+    every_row: bool = False
     layers: str = "local"
     counted: list[str] = field(default_factory=list)
 
