@@ -33,13 +33,13 @@ class LayerBackend:
             ``native``: Megatron trained it.
         layer_spec: config -> TransformerLayer spec of the draft.
         norm: builds a norm.
-        column_linear: builds a column-parallel linear without a norm in front.
+        column_linear: class of a column-parallel linear without a norm in front.
     """
 
     base_spec: Callable[[Any, int, bool], Any]
     layer_spec: Callable[[Any], Any]
     norm: Callable[..., Any]
-    column_linear: Callable[..., Any]
+    column_linear: type[Any]
 
 
 LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"
