@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,10 +33,19 @@ class Problem:
     dtype: str = "fp32"
     mask_fraction: float = 0.0
     aux: int = 3
+    documents: int = 1
 
     @property
     def head_dim(self) -> int:
         return self.hidden // self.heads
+
+    def positions(self) -> Tensor | None:
+        """Return the positions [B, S] of ``documents`` packed into each sequence; None for one."""
+        if self.documents == 1:
+            return None
+        cuts = [round(i * self.seq / self.documents) for i in range(self.documents + 1)]
+        lengths = [stop - start for start, stop in pairwise(cuts)]
+        return torch.cat([torch.arange(n) for n in lengths]).expand(self.batch, -1).clone()
 
     # Cached: benchmarks/gpu.py builds many variants, and its numbers take seconds to draw.
     @lru_cache(maxsize=1)  # noqa: B019

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import sys
 from pathlib import Path
@@ -29,6 +30,8 @@ RUNS = ROOT / "runs" / "quickstart"
 def main() -> int:
     """Run both servers and print the table."""
     args = _arguments()
+    # As an exception, which ends the server too; the signal's own way leaves it running.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     lines = args.prompts.read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line)["prompt_ids"] for line in lines][: args.limit]
     ours = json.loads(args.eval.read_text(encoding="utf-8"))
@@ -119,7 +122,7 @@ def table(
 ) -> tuple[str, list[str]]:
     """Return the Markdown tables, and a line for everything that should be equal and is not.
 
-    ``whole``: the server got all the prompts that ``ours`` is about.
+    ``whole``: the server got all the prompts that ``ours`` is about, so that they compare.
     """
     rows = [["", "without draft", "with draft", "ratio"], ["---"] * 4]
     wrong = []
@@ -127,10 +130,13 @@ def table(
         speed_rows, differing = _speeds(number, without, drafted[number])
         rows += speed_rows
         wrong += differing
+        for name, way in (("without", without), ("with", drafted[number])):
+            if way.unlike_first:
+                wrong.append(f"{number} at a time {name} the draft, repetitions differ")
     rows += [[], ["", "server", "ours, same rule", "ours"], ["---"] * 4]
     for number, with_draft in drafted.items():
         count_rows, equal = _counts(number, with_draft.counts, ours)
-        rows += count_rows
+        rows += count_rows if whole else [[*row[:2], "", ""] for row in count_rows]
         if whole and not equal:
             wrong.append(f"{number} at a time, the server counts otherwise than we do")
     return "\n".join(f"| {' | '.join(row)} |" if row else "" for row in rows), wrong

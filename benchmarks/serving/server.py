@@ -153,11 +153,9 @@ def _environment(python: Path, device: str) -> dict[str, str]:
     }
     if device != "cpu":
         return environment
-    environment |= {
-        "CUDA_VISIBLE_DEVICES": "",
-        "VLLM_CPU_KVCACHE_SPACE": "2",
-        # By itself it leaves a core to the server's front end.
-        "VLLM_CPU_OMP_THREADS_BIND": f"0-{(os.cpu_count() or 1) - 1}",
-    }
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    # By itself it leaves a core to the server's front end.
+    environment.setdefault("VLLM_CPU_OMP_THREADS_BIND", f"0-{(os.cpu_count() or 1) - 1}")
     openmp = python.parents[1] / "lib" / "libiomp5.so"  # vLLM warns of slow threads without it
     return environment | ({"LD_PRELOAD": str(openmp)} if openmp.exists() else {})

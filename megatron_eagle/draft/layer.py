@@ -78,7 +78,7 @@ def draft_layer_specs(backend: LayerBackend, config: Any, spec: DraftSpec) -> li
     return layers
 
 
-def _let_queries_be_fewer(layer_spec: Any, linear: type) -> None:
+def _let_queries_be_fewer(layer_spec: Any, linear: Callable[..., Any]) -> None:
     """Let the layer make queries of some rows only, if its ``linear_qkv`` is a ``linear`` without a
     norm fused into it."""
     attention = layer_spec.submodules.self_attention
@@ -87,7 +87,7 @@ def _let_queries_be_fewer(layer_spec: Any, linear: type) -> None:
         attention.submodules.linear_qkv = with_live_queries(linear)
 
 
-def _replace_linear(layer_spec: Any, linear: type) -> None:
+def _replace_linear(layer_spec: Any, linear: Callable[..., Any]) -> None:
     """Make ``linear_qkv`` of a ``linear`` without a norm; that of the layer, if it has one, has a
     checkpoint name of its own."""
     submodules = layer_spec.submodules

@@ -53,11 +53,7 @@ def serve() -> Serve:
         environment: Path, worker: str, folder: Path, jobs: list[dict[str, Any]]
     ) -> list[dict[str, Any]]:
         (folder / "jobs.json").write_text(json.dumps(jobs))
-        inherited = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in ("PYTHONPATH", "OMP_NUM_THREADS")
-        }
+        inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         done = subprocess.run(
             [
                 str(environment / "bin" / "python"),
@@ -69,6 +65,7 @@ def serve() -> Serve:
             env={
                 **inherited,
                 "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+                "OMP_NUM_THREADS": "1",  # threads that wait for each other on a busy core take long
                 "CUDA_VISIBLE_DEVICES": "",
             },
             stdout=subprocess.PIPE,

@@ -25,10 +25,13 @@ PRECISION = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
 
 
 def converted(base: str, draft: str, folder: Path, commands: list[str]) -> tuple[Path, Path]:
-    """Run the card's commands in ``folder``, weights kept in fp32; the two models."""
-    names = {"OV_BASE": folder / "base", "OV_DRAFT": folder / "draft", "BASE": base, "DRAFT": draft}
+    """Run the card's commands, weights kept in fp32; the two models: the draft's in ``folder``, the
+    base's beside it, where further drafts find it."""
+    ov_base = folder.with_name(f"base_{Path(base).parent.name}")
+    ov_draft = folder / "draft"
+    names = {"OV_BASE": ov_base, "OV_DRAFT": ov_draft, "BASE": base, "DRAFT": draft}
     for command in commands:
-        if "-m BASE" in command and (folder / "base").exists():
+        if "-m BASE" in command and ov_base.exists():
             continue
         words = command
         for name, path in names.items():
@@ -38,7 +41,7 @@ def converted(base: str, draft: str, folder: Path, commands: list[str]) -> tuple
         done = subprocess.run(words, shell=True, capture_output=True, text=True, timeout=300)
         if done.returncode:
             raise RuntimeError(f"{words}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-    return folder / "base", folder / "draft"
+    return ov_base, ov_draft
 
 
 def run(job: dict[str, Any], folder: Path) -> dict[str, Any]:

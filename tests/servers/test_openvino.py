@@ -39,7 +39,7 @@ def served(
                 "prompts": base.prompt_ids,
                 "max_tokens": MAX_TOKENS,
                 "draft_tokens": DRAFT_TOKENS,
-                "stop_ids": [base.stop],
+                "stop_ids": base.stops,
             }
         )
     folder = tmp_path_factory.mktemp("openvino")

@@ -27,7 +27,7 @@ def job(base: Base, speculative: dict[str, Any] | None) -> dict[str, Any]:
         "speculative": speculative,
         "prompts": base.prompt_ids,
         "max_tokens": MAX_TOKENS,
-        "stop_ids": [base.stop],
+        "stop_ids": base.stops,
     }
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +17,8 @@ import pytest
 from benchmarks.serving.measure import Load, load
 from benchmarks.serving.run import table
 from benchmarks.serving.server import Server
+
+RUN = Path(__file__).resolve().parents[2] / "benchmarks" / "serving" / "run.py"
 
 STUB = """
 import json, sys
@@ -57,15 +64,19 @@ OURS: dict[str, Any] = {
 }
 
 
-def server(folder: Path, stub: str) -> Server:
+def interpreter(folder: Path, stub: str) -> Path:
     (folder / "stub.py").write_text(stub)
-    interpreter = folder / "bin" / "python"
-    interpreter.parent.mkdir()
-    interpreter.write_text(f'#!/bin/sh\nexec {sys.executable} {folder}/stub.py "$@"\n')
-    interpreter.chmod(0o755)
+    path = folder / "bin" / "python"
+    path.parent.mkdir()
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} {folder}/stub.py "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+def server(folder: Path, stub: str) -> Server:
     return Server(
-        python=interpreter, base=folder, speculative={"method": "eagle3"}, device="cpu",
-        dtype="float32", requests=8, log=folder / "log",
+        python=interpreter(folder, stub), base=folder, speculative={"method": "eagle3"},
+        device="cpu", dtype="float32", requests=8, log=folder / "log",
     )  # fmt: skip
 
 
@@ -84,16 +95,50 @@ def test_a_server_is_asked_counted_and_ended(tmp_path: Path) -> None:
     assert "6; 6, 3 | 6; 6, 3 | 6; 6, 2 |" in text
 
 
+def test_a_terminated_run_ends_its_server(tmp_path: Path) -> None:
+    hanging = f"""
+        if asked > 1:
+            open({str(tmp_path / "waiting")!r}, "w").close()
+            time.sleep(300)
+"""
+    stub = STUB.replace("import json, sys", "import json, sys, time")
+    stub = stub.replace("asked += 1\n", "asked += 1" + hanging)
+    ours = {**OURS, "draft_tokens": 2, "max_new_tokens": 4, "prompts": 40}
+    (tmp_path / "ours.json").write_text(json.dumps(ours))
+    words = [
+        *(sys.executable, str(RUN), "--python", str(interpreter(tmp_path, stub))),
+        *("--base", str(tmp_path), "--draft", str(tmp_path)),
+        *("--eval", str(tmp_path / "ours.json"), "--output", str(tmp_path / "out.json")),
+    ]
+    run = psutil.Popen(words, stdout=subprocess.DEVNULL)
+    processes = [run]
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "waiting").exists():
+            assert time.monotonic() < deadline and run.poll() is None
+            time.sleep(0.1)
+        (child,) = run.children()
+        processes.append(child)
+        run.terminate()
+        assert run.wait(timeout=30) == 128 + signal.SIGTERM
+        assert not child.is_running()
+    finally:
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+
+
 def test_a_server_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"(?s)ended with 1.*no such model"):
         server(tmp_path, "raise SystemExit('no such model')").__enter__()
 
 
 def test_differences_are_named() -> None:
-    plain = Load([[1, 2]], [1.0], [1.0])
+    plain = Load([[1, 2]], [1.0], [1.0], unlike_first=1)
     drafted = Load([[1, 3]], [1.0], [1.0], {"verifications": 6, "accepted_0": 6, "accepted_1": 2})
     _, wrong = table({1: plain}, {1: drafted}, OURS, whole=True)
     assert wrong == [
         "one prompt at a time, 1 of 1 answers differ with the draft",
+        "1 at a time without the draft, repetitions differ",
         "1 at a time, the server counts otherwise than we do",
     ]
