@@ -82,6 +82,7 @@ def build(problem: Problem, device: str, options: dict[str, Any]) -> tuple[Draft
         final_hidden=inputs.final_hidden.to(device, DTYPES[problem.dtype]),
         tokens=inputs.tokens,
         loss_mask=inputs.loss_mask,
+        positions=problem.positions(),
         **options,
     )
     model = build_model(case)
@@ -93,6 +94,7 @@ def build(problem: Problem, device: str, options: dict[str, Any]) -> tuple[Draft
         problem.ttt,
         multiple=world,
         parts=world if case.sequence_parallel else 1,
+        positions=case.positions,
     ).to(device)
     base = model.base
     shared = [base.embedding_weight, base.output_weight, case.aux, case.final_hidden]

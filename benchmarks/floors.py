@@ -29,7 +29,7 @@ def step_tera_flops(problem: Problem) -> float:
     projections = 2 * hidden * (heads + 2 * groups) + heads * hidden
     layer = projections + 3 * hidden * problem.intermediate
     rows = tokens + (steps - 1) * judged
-    pairs = problem.batch * problem.seq**2 / 2
+    pairs = problem.batch * problem.seq**2 / 2 / problem.documents
     later_pairs = pairs * (1 - problem.mask_fraction**2)
     attention = 14 * heads * (pairs + (steps - 1) * later_pairs)  # 2 products, and 5 backward
     fc = 4 * problem.aux * hidden**2 * tokens  # its input needs no gradient

@@ -39,6 +39,8 @@ def rows_of(problem: Problem) -> tuple[int, int, int]:
     prompt = round(problem.mask_fraction * problem.seq)
     judged = problem.seq - 1 - prompt
     live = min(problem.seq - 1, judged + problem.ttt - 1)
+    if problem.seq - live <= problem.seq // 32:  # all rows go on, see attention/live_rows.py
+        live = problem.seq
     return tuple(problem.batch * n for n in (problem.seq, live, judged))  # type: ignore[return-value]
 
 
@@ -49,15 +51,17 @@ def product_flop(problem: Problem, narrow: bool) -> dict[str, float]:
     """
     rows, live, judged = rows_of(problem)
     hidden, kv = problem.hidden, problem.kv_heads * problem.head_dim
-    qkv = 2 * hidden * (hidden + 2 * kv)
-    after = hidden * hidden + 3 * hidden * problem.intermediate
+    keys_values = 2 * hidden * 2 * kv
+    others = 2 * hidden * hidden + hidden * hidden + 3 * hidden * problem.intermediate
     later = live if narrow else rows
-    layer_rows = rows * qkv + later * after + (problem.ttt - 1) * later * (qkv + after)
+    layer_rows = rows * keys_values + later * others
+    layer_rows += (problem.ttt - 1) * later * (keys_values + others)
     return {
         "fc": 2 * 2 * rows * problem.aux * hidden**2,
         "layer products": 3 * 2 * layer_rows,
         "head": 3 * 2 * problem.ttt * judged * hidden * problem.draft_vocab,
-        "teacher": 2 * judged * hidden * _teacher_columns(problem),
+        # Before, the draft's columns were multiplied again instead of being picked out.
+        "teacher": 2 * judged * hidden * (problem.vocab if narrow else _teacher_columns(problem)),
     }
 
 
@@ -77,16 +81,17 @@ def pass_bytes(problem: Problem, narrow: bool, kernels: bool) -> dict[str, float
     logit = KERNEL_LOGIT_BYTES if kernels else EAGER_LOGIT_BYTES
     teacher = KERNEL_TEACHER_BYTES if kernels else EAGER_TEACHER_BYTES
     columns = _teacher_columns(problem)
+    picked = 8 * (columns - problem.vocab) if narrow else 0
     return {
         "passes over logits": judged * problem.draft_vocab * problem.ttt * logit
-        + judged * columns * teacher,
+        + judged * (columns * teacher + picked),
         # Norms, rotary embedding, residual sums: 40 H values; the gated MLP's: 8 F.
         "norms and the like": row_steps * 2 * (40 * problem.hidden + 8 * problem.intermediate),
     }
 
 
 def _teacher_columns(problem: Problem) -> int:
-    """Return the columns that the teacher multiplies: the draft's own again, if they are fewer."""
+    """Return the columns of the teacher's softmaxes: the draft's own again, if they are fewer."""
     compressed = problem.draft_vocab < problem.vocab
     return problem.vocab + (problem.draft_vocab if compressed else 0)
 

@@ -22,6 +22,8 @@ class Report:
     versions: dict[str, str]
     findings: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     profiles: dict[str, str] = dataclasses.field(default_factory=dict)
+    parts: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    minutes: float = 0.0
 
     def say(self, part: str, **found: Any) -> None:
         """Add a finding, and print it as a line of JSON."""
@@ -37,13 +39,16 @@ class Report:
     def markdown(self, cases: dict[str, Problem]) -> str:
         """Return the report: checks, a table per case with its floor, profiles."""
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        lines = [f"# One {self.device}", "", versions, "", "## Checks", ""]
+        took = f"{versions}; all of it took {self.minutes:.1f} minutes"
+        lines = [f"# One {self.device}", "", took, "", "## Checks", ""]
         checks = [found for found in self.findings if "case" not in found]
         lines += [f"* {found['part']}: {_words(found)}" for found in checks]
         for name, problem in cases.items():
             lines += ["", f"## {name}", "", *self._case(name, problem)]
         for name, table in self.profiles.items():
-            lines += ["", f"## Profile: {name}", "", "```", table, "```"]
+            lines += ["", f"## Profile: {name}", "", "| part of ours | ms |", "|---|---|"]
+            lines += [f"| {part} | {ms:.2f} |" for part, ms in self.parts.get(name, {}).items()]
+            lines += ["", "```", table, "```"]
         return "\n".join(lines) + "\n"
 
     def _case(self, name: str, problem: Problem) -> list[str]:
@@ -52,6 +57,7 @@ class Report:
         lines = [
             f"V {problem.vocab}, D {problem.draft_vocab}, H {problem.hidden}, K {problem.ttt}, "
             f"S {problem.seq}, B {problem.batch}, masked {problem.mask_fraction:.0%}, "
+            f"documents in a sequence {problem.documents}, "
             f"{problem.dtype}: {flops:.0f} TFLOP, {known} (goal: at most {GOAL} times)",
             "",
             "| implementation | batch | ms | times the floor | ms a sequence | peak MiB |",

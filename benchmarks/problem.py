@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,10 +33,19 @@ class Problem:
     dtype: str = "fp32"
     mask_fraction: float = 0.0
     aux: int = 3
+    documents: int = 1
 
     @property
     def head_dim(self) -> int:
         return self.hidden // self.heads
+
+    def positions(self) -> Tensor | None:
+        """Return the positions [B, S] of ``documents`` packed into each sequence; None for one."""
+        if self.documents == 1:
+            return None
+        cuts = [round(i * self.seq / self.documents) for i in range(self.documents + 1)]
+        lengths = [stop - start for start, stop in pairwise(cuts)]
+        return torch.cat([torch.arange(n) for n in lengths]).expand(self.batch, -1).clone()
 
     # Cached: benchmarks/gpu.py builds many variants, and its numbers take seconds to draw.
     @lru_cache(maxsize=1)  # noqa: B019
@@ -102,13 +112,16 @@ class Inputs:
     vocab_ids: Tensor
 
 
+_M = Problem(hidden=1024, intermediate=4096, heads=16, kv_heads=8, batch=1, seq=1024)
 SIZES = {
     "S": Problem(),
     "S-half-masked": Problem(mask_fraction=0.5),
     "S-D8000": Problem(vocab=8000, draft_vocab=8000),
     "S-V32000-D8000": Problem(draft_vocab=8000),
     "S-K7": Problem(ttt=7),
-    "M": Problem(hidden=1024, intermediate=4096, heads=16, kv_heads=8, batch=1, seq=1024),
+    "M": _M,
+    "M-D8000": dataclasses.replace(_M, draft_vocab=8000),
+    "M-D8000-60-masked": dataclasses.replace(_M, draft_vocab=8000, mask_fraction=0.6),
     "attention-2048": Problem(vocab=1000, draft_vocab=1000, batch=1, seq=2048),
 }
 

@@ -33,6 +33,8 @@ PEERS_OF_SIZE = {
     "S": ("modelopt-before", "modelopt-eager", "modelopt-compiled", "specforge", "speculators"),
     "S-D8000": ("modelopt-eager", "specforge", "speculators"),
     "M": ("modelopt-eager", "specforge", "speculators"),
+    "M-D8000": ("modelopt-eager", "specforge", "speculators"),
+    "M-D8000-60-masked": ("modelopt-eager", "specforge", "speculators"),
     "attention-2048": ("modelopt-eager", "specforge", "speculators"),
 }
 SWEEP = ["--vocab", "8000", "--batch", "1"]
@@ -62,7 +64,7 @@ def cases(peers: bool) -> list[tuple[str, str, list[str]]]:
     ]
     found += [
         (size, "ours, given logits", ["--size", size, "--given-logits"])
-        for size in ("S", "S-D8000", "M", "attention-2048")
+        for size in ("S", "S-D8000", "M", "M-D8000", "attention-2048")
     ]
     found += [("M", "ours, one chunk", ["--size", "M", "--loss-chunk-mib", "512"])]
     found += [("S", "ours, compiled", ["--size", "S", "--compile"])]

@@ -40,8 +40,11 @@ if TYPE_CHECKING:
         get_gpt_layer_local_spec,
         get_gpt_layer_with_transformer_engine_spec,
     )
+    from megatron.core.models.hybrid.hybrid_block import HybridStack
+    from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
     from megatron.core.pipeline_parallel.schedules import backward_step, forward_step
-    from megatron.core.tensor_parallel import ColumnParallelLinear
+    from megatron.core.ssm.gated_delta_net import GatedDeltaNet
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
     from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
     from megatron.core.tensor_parallel.mappings import (
         copy_to_tensor_model_parallel_region,
@@ -52,6 +55,7 @@ if TYPE_CHECKING:
     )
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
     from megatron.core.transformer import MLATransformerConfig, TransformerConfig
+    from megatron.core.transformer.attention import SelfAttention
     from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.mlp import MLP
     from megatron.core.transformer.module import MegatronModule
@@ -78,9 +82,10 @@ if TYPE_CHECKING:
     from megatron.training.argument_utils import (
         core_transformer_config_from_args,
         gpt_config_from_args,
+        hybrid_config_from_args,
     )
     from megatron.training.arguments import add_megatron_arguments
-    from megatron.training.models import GPTModelBuilder
+    from megatron.training.models import GPTModelBuilder, HybridModelBuilder
 
 logger = logging.getLogger("megatron_eagle")
 
@@ -92,6 +97,12 @@ _PATHS = {
     "ColumnParallelLinear": "megatron.core.tensor_parallel:ColumnParallelLinear",
     "GPTModel": "megatron.core.models.gpt:GPTModel",
     "GPTModelBuilder": "megatron.training.models:GPTModelBuilder",
+    "GatedDeltaNet": "megatron.core.ssm.gated_delta_net:GatedDeltaNet",
+    "HybridModelBuilder": "megatron.training.models:HybridModelBuilder",
+    "HybridStack": "megatron.core.models.hybrid.hybrid_block:HybridStack",
+    "RowParallelLinear": "megatron.core.tensor_parallel:RowParallelLinear",
+    "hybrid_config_from_args": "megatron.training.argument_utils:hybrid_config_from_args",
+    "hybrid_stack_spec": "megatron.core.models.hybrid.hybrid_layer_specs:hybrid_stack_spec",
     "IdentityOp": "megatron.core.transformer.identity_op:IdentityOp",
     "MLP": "megatron.core.transformer.mlp:MLP",
     "LocalSpecProvider": "megatron.core.models.backends:LocalSpecProvider",
@@ -104,6 +115,7 @@ _PATHS = {
     "RotaryEmbedding": (
         "megatron.core.models.common.embeddings.rotary_pos_embedding:RotaryEmbedding"
     ),
+    "SelfAttention": "megatron.core.transformer.attention:SelfAttention",
     "ShardedTensor": "megatron.core.dist_checkpointing.mapping:ShardedTensor",
     "ShardedTensorFactory": "megatron.core.dist_checkpointing.mapping:ShardedTensorFactory",
     "StrictHandling": "megatron.core.dist_checkpointing.validation:StrictHandling",

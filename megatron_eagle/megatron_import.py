@@ -1,8 +1,8 @@
 """Import Megatron without PyTorch's compiler where there is no CUDA.
 
 Megatron decorates small functions with ``torch.compile`` while it is imported, and that imports the
-compiler: 5 of 8 seconds of a processor. ``--disable-jit-fuser``, which every run on a CPU gets,
-comes too late to spare them.
+compiler: 5 of 8 seconds of a processor. Megatron's own switch, ``disable_jit_fuser``, is one of its
+modules and so comes too late.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ def import_megatron(module_name: str) -> ModuleType:
     """Import a module by its full name, of Megatron or not.
 
     The first import of Megatron in a process without CUDA leaves its fusions plain functions, as
-    ``--disable-jit-fuser`` means them; ``torch.compile`` itself is as before afterwards.
+    ``disable_jit_fuser`` means them; ``torch.compile`` itself is as before afterwards.
 
     Raises:
         ModuleNotFoundError: there is no such module.

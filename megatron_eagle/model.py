@@ -22,6 +22,7 @@ from megatron_eagle.config import EagleConfig
 from megatron_eagle.draft.block import BlockDraft
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.draft.moe import take_balance_loss
+from megatron_eagle.loss.head_gradient import HeadGradient
 from megatron_eagle.loss.inputs import Budgets, LossRows
 from megatron_eagle.loss.registry import row_loss
 from megatron_eagle.loss.soft_cross_entropy import soft_cross_entropy
@@ -51,7 +52,13 @@ class EagleGPTModel(MegatronModule):
         draft: the trainable draft on the same tensor-parallel group, whole on every stage.
         options: the run's options.
         exchange: with the base's other pipeline stages; by default the base is whole here.
+
+    Attributes:
+        scaled_by_schedule: whether the loss is multiplied before its backward by nothing but the
+            config's ``grad_scale_func``, as Megatron's schedules do.
     """
+
+    scaled_by_schedule = True
 
     def __init__(
         self,
@@ -112,15 +119,17 @@ class EagleGPTModel(MegatronModule):
         )
         target_hidden = self.target_hidden(base.final_hidden, batch.target_rows)
         teacher = self.teach(target_hidden)
+        head_gradient = self.head_gradient()
         with nvtx_range("loss"):
             loss, sums, hits = soft_cross_entropy(
                 hidden,
-                self.draft.lm_head(),
+                self.draft.lm_head(head_gradient is not None),
                 teacher,
                 self.loss_rows(batch),
                 self.draft.tp_group,
                 self.budgets,
                 self.row_loss,
+                head_gradient,
             )
             extra, regression = self.extra_losses(batch, hidden, target_hidden, sums)
         prefixes = prefix_hits(hits, batch.step_rows, batch.live.index.numel())
@@ -168,6 +177,16 @@ class EagleGPTModel(MegatronModule):
                 self.base.tp_group,
             )
         return self.teacher
+
+    def head_gradient(self) -> HeadGradient | None:
+        """Return where the loss adds the head's gradient: to the ``main_grad`` of Megatron's
+        DistributedDataParallel, if there is one and Megatron's schedule scales the loss."""
+        total = self.draft.lm_head.gradient_rows()
+        if total is None or not self.scaled_by_schedule or not torch.is_grad_enabled():
+            return None
+        scale = torch.ones((), device=total.device)
+        scale_loss = self.config.grad_scale_func
+        return HeadGradient(total, scale if scale_loss is None else scale_loss(scale).reshape(()))
 
     def loss_rows(self, batch: EagleBatch) -> LossRows:
         """Return masks and weights of the target positions."""

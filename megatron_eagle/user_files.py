@@ -49,11 +49,24 @@ def reading_file(path: object) -> Iterator[None]:
 @contextmanager
 def _naming(source: str) -> Iterator[None]:
     try:
-        yield
+        with panics_caught():
+            yield
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{source}: {literal(reason(error))}") from error
+
+
+@contextmanager
+def panics_caught() -> Iterator[None]:
+    """Turn a panic of a library in Rust (tokenizers, safetensors), which Python takes for no
+    ``Exception``, into a ``RuntimeError``."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(first_line(error)) from error
 
 
 def reason(error: BaseException) -> str:

@@ -8,11 +8,12 @@ from megatron_eagle.algorithms.dspark import DSpark
 from megatron_eagle.algorithms.eagle1 import Eagle1
 from megatron_eagle.algorithms.eagle3 import Eagle3
 from megatron_eagle.algorithms.eagle31 import Eagle31
+from megatron_eagle.algorithms.mtp import MTP
 from megatron_eagle.algorithms.p_eagle import PEagle
 
 ALGORITHMS: dict[str, Algorithm] = {
     algorithm.name: algorithm
-    for algorithm in (Eagle1(), Eagle3(), Eagle31(), PEagle(), DFlash(), DSpark())
+    for algorithm in (Eagle1(), Eagle3(), Eagle31(), PEagle(), DFlash(), DSpark(), MTP())
 }
 """Every algorithm by its name."""
 
@@ -21,6 +22,7 @@ SPECIAL_OPTIONS: frozenset[str] = frozenset().union(*(a.options for a in ALGORIT
 
 __all__ = [
     "ALGORITHMS",
+    "MTP",
     "SPECIAL_OPTIONS",
     "Algorithm",
     "DFlash",

@@ -83,11 +83,18 @@ class Algorithm(ABC):
     regresses_hidden: ClassVar[bool] = False
     """A smooth-L1 loss pulls the draft's hidden state to the base's final one."""
 
+    is_base_module: ClassVar[bool] = False
+    """Is a module of the base's own files: one layer of the base's kind, a norm of embedding and
+    hidden state each in front of ``fc``, and a final norm (draft/mtp.py)."""
+
     drafts_blocks: ClassVar[bool] = False
     """Drafts a block of tokens in one pass, beside anchors, and is not unrolled (draft/block.py).
     Shares the base's head even where it has fewer ids, and norms its queries and keys."""
     slot_zero_predicts: ClassVar[bool] = False
     """Slot 0 of a block, the anchor, is judged too: slot k says the token after its own."""
+
+    default_layers: ClassVar[int] = 1
+    """Layers of a draft if none are chosen."""
 
     # What an exported draft must say (megatron_eagle/hf/draft).
     server_method: ClassVar[str] = "eagle3"

@@ -61,6 +61,7 @@ class DFlash(Algorithm):
 
     drafts_blocks = True
     shares_base_head = True
+    default_layers = 5
 
     server_method = "dflash"
     architectures: ClassVar = {

@@ -117,6 +117,8 @@ class DraftBeside(EagleGPTModel):
     Wrap it in Megatron's ``DistributedDataParallel`` and give it to an optimizer of its own.
     """
 
+    scaled_by_schedule = False  # the trainer may weigh the loss as it likes
+
     def __init__(self, base: Any, draft: EagleDraft, options: EagleConfig) -> None:
         super().__init__(base, draft, options)
         self.pg_collection = base.pg_collection

@@ -101,6 +101,11 @@ def check_options(gpt: Any, options: EagleConfig, vocab_size: int, dtype: torch.
             f"<algorithm> {spec.algorithm}: its anchors are drawn by the number of a sample, which "
             "the trainer of <model> does not tell; train it with megatron-eagle train"
         )
+    if spec.method.is_base_module:
+        raise UserError(
+            f"<algorithm> {spec.algorithm}: the base's own module is read from its Hugging Face "
+            "files, and <model> has none; train it with megatron-eagle train"
+        )
     for name, value in given(train).items():
         if name not in USED_OPTIONS:
             raise UserError(f"{shown(name, value)}: the trainer's own, no option of attach")

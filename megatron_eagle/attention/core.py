@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_eagle.attention import flash, one_launch
+from megatron_eagle.attention import flash, one_launch, varlen
 from megatron_eagle.attention.blocks import (
     CAUSAL,
     Plan,
@@ -29,6 +29,7 @@ from megatron_eagle.attention.blocks import (
 from megatron_eagle.attention.live_rows import LiveRows
 from megatron_eagle.attention.packing import Packing
 from megatron_eagle.attention.trunk_branch import trunk_branch_attention
+from megatron_eagle.attention.varlen import Segments
 from megatron_eagle.checkpoint.sharded_tensors import sharded_tensors
 from megatron_eagle.compat import MegatronModule, is_layer_window_attention
 from megatron_eagle.parallel.context import ContextShard, gather_key_value
@@ -69,7 +70,8 @@ class TrunkBranchState:
     sees the trunk of its own document.
 
     Queries of all rows come at step 0. Layer ``last_layer`` answers those of the ``live`` rows
-    alone, [1, n, N, dv], and every later call brings nothing but live rows, [1, n, N, d].
+    alone, [1, n, N, dv] (and may be asked no others), and every later call brings nothing but live
+    rows, [1, n, N, d]. Where all rows are live, every call brings and answers [B, n, S, d].
     """
 
     def __init__(
@@ -80,9 +82,11 @@ class TrunkBranchState:
         packing: Packing | None = None,
     ) -> None:
         self._group, self._live, self._last_layer = group, live, last_layer
-        self._packing, self._live_plan = packing, live.plan(packing)
+        self._packing = packing
+        self._live_plan = None if live.whole else live.plan(packing)
         self._keys: dict[int, list[Tensor]] = {}
         self._values: dict[int, list[Tensor]] = {}
+        self._segments: dict[bool, Segments] = {}
 
     def attend(
         self,
@@ -101,13 +105,27 @@ class TrunkBranchState:
         plan = self._live_plan
         if not keys:
             key, value = gather_key_value(key, value, self._group)
-            if layer == self._last_layer:
+            if layer != self._last_layer:
+                plan = None
+            elif query.shape[0] * query.shape[2] == self._live.total:
                 query = self._live.take(query.permute(2, 0, 1, 3)).permute(1, 2, 0, 3)
-            else:
-                plan = self._full_plan(key.shape[2])
         keys.append(key)
         values.append(value.contiguous())  # a view would keep the whole of q, k and v
-        return trunk_branch_attention(query, keys[0], values[0], keys[1:], values[1:], scale, plan)
+        length = keys[0].shape[2]
+        trunk = self._in_one_launch(plan or self._full_plan(length), query, length)
+        return trunk_branch_attention(query, keys[0], values[0], keys[1:], values[1:], scale, trunk)
+
+    def _in_one_launch(self, plan: Plan, query: Tensor, length: int) -> Plan | Segments:
+        """Return ``plan`` as segments of ``length`` keys, where a CUDA kernel takes all at once."""
+        if len(plan) == 1 or self._group.size() > 1 or not varlen.applies(query):
+            return plan
+        narrow = plan is self._live_plan
+        if narrow not in self._segments:
+            runs = self._live.runs
+            whole = tuple(((0, length),) for _ in runs)
+            documents = whole if self._packing is None else self._packing.documents
+            self._segments[narrow] = Segments.of(runs if narrow else whole, documents, query.device)
+        return self._segments[narrow]
 
     def _full_plan(self, length: int) -> Plan:
         """Return the plan of all of this rank's queries against ``length`` keys."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.attention.rope import Rope, attention_factor, set_frequencies
-from megatron_eagle.compat import RotaryEmbedding
+from megatron_eagle.compat import MultiLatentAttention, RotaryEmbedding
 
 NORM_EPS = 1e-6
 """Epsilon of the norms of latents in every MLA model so far, whatever its rms_norm_eps."""
@@ -77,7 +77,9 @@ def patch_mla_layers(gpt: Any, rope: Rope, theta: float, norm: Callable[..., Any
         set_frequencies(rotary, rope)
     gpt.mla_rotary = MLARotary(rotary, attention_factor(rope))
     for layer in gpt.decoder.layers:
-        attention = layer.self_attention
+        attention = getattr(layer, "self_attention", None)
+        if not isinstance(attention, MultiLatentAttention):  # of a HybridModel, an MLP or experts
+            continue
         attention.rotary_pos_emb = gpt.mla_rotary
         if norm is None:
             continue

@@ -2,7 +2,7 @@
 
 A plan of blocks (``blocks``) launches a few kernels for each of its blocks, and a micro-batch of
 packed documents has hundreds of them. PyTorch's flash kernel takes the bounds of sequences that lie
-one behind the other, and a window, itself. Only forward, for frozen bases.
+one behind the other, and a window, itself. Only forward, for frozen bases; drafts: ``varlen``.
 
 Shape letters: B sequences, S their length, D documents of all of them, n query heads and g
 key/value heads of this TP rank (g divides n), d channels of a key, dv of a value.

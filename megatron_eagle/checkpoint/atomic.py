@@ -26,15 +26,16 @@ _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
-def owned_output(target: Path, parameter: str) -> Iterator[None]:
+def owned_output(target: Path, parameter: str) -> Iterator[bool]:
     """Hold the lock on ``target``, the value of ``parameter``, and clear up after killed runs.
 
-    What a killed run has moved away is taken back, what it left half-written is deleted. Raises
+    What a killed run has moved away is taken back, what it left half-written is deleted. Yields
+    whether the last run was killed: it may have put ``target`` in place before. Raises
     ``UserError`` if another run holds the lock.
     """
-    with output_lock(target, parameter):
+    with output_lock(target, parameter) as was_killed:
         take_back(target.resolve())
-        yield
+        yield was_killed
 
 
 def take_back(target: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from megatron_eagle.checkpoint.hybrid_pattern import layer_ends, pattern_fault, pattern_of
 from megatron_eagle.errors import UserError, literal
 
 LARGEST_SIZE = 2**24
@@ -17,6 +18,15 @@ MOST_LAYERS = 10_000
 LARGEST_NUMBER = 1e12
 LONGEST_SHOWN = 60
 TOKEN_FIELDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+TP_SIZES = (
+    "num_attention_heads",
+    "num_query_groups",
+    "ffn_hidden_size",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+    "mamba_num_groups",
+)
+"""Sizes of a base, where it has them, that tensor parallelism divides."""
 Check = Callable[[Any], str | None]
 """Returns None for a value that is allowed, else the words for what is allowed."""
 
@@ -147,6 +157,16 @@ OPTIONAL: dict[str, Check] = {
     "rope_type": _among("rope", "yarn"),
     "rotary_scaling_factor": _positive,
     "mscale_all_dim": _number,
+    "hybrid_layer_pattern": pattern_fault,
+    "linear_conv_kernel_dim": _size(),
+    "linear_key_head_dim": _size(),
+    "linear_value_head_dim": _size(),
+    "linear_num_key_heads": _size(),
+    "linear_num_value_heads": _size(),
+    "mamba_state_dim": _size(),
+    "mamba_head_dim": _size(),
+    "mamba_num_groups": _size(),
+    "mamba_num_heads": _size(),
 }
 ROPE: dict[str, Check] = {
     "rope_type": _among("default", "linear", "llama3", "yarn"),
@@ -167,6 +187,12 @@ def check_megatron_args(args: Mapping[str, Any], source: str) -> None:
     checks = REQUIRED | OPTIONAL
     _refuse_unknown(args, checks, f"{source}: megatron_args")
     _check_values(args, checks, source)
+    pattern, layers = pattern_of(args), args.get("num_layers")
+    if pattern is not None and layers not in (None, len(layer_ends(pattern))):
+        raise UserError(
+            f"{source}: num_layers {layers}, but hybrid_layer_pattern has "
+            f"{len(layer_ends(pattern))} layers, counted as the Hugging Face model counts them"
+        )
 
 
 def check_complete(args: Mapping[str, Any], source: str) -> None:

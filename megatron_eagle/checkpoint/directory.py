@@ -38,9 +38,10 @@ class BaseInfo:
     weights that were unpacked and with the end tokens of generation_config.json; ``megatron_args``
     maps the argparse names of all architecture flags that training needs to values; ``rope`` holds
     the properties of the rotary embedding that have no Megatron flag (see ``attention/rope.py``).
-    Of a base that Megatron itself trained, ``family`` is ``megatron-gpt``, ``hf_config`` holds the
-    fields that its arguments know, ``source`` says who saved it and when, and ``tokenizer`` names
-    the one it was trained with.
+    Of a base that Megatron itself trained, ``family`` is ``megatron-gpt`` or ``megatron-hybrid``,
+    ``hf_config`` holds the fields that its arguments know, ``source`` says who saved it and when,
+    and ``tokenizer`` names the one it was trained with. ``num_layers`` of a HybridModel counts its
+    layers as Hugging Face does (``checkpoint/hybrid_pattern.py``).
     """
 
     family: str

@@ -26,10 +26,14 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 class OutputLock:
-    """The lock ``file`` of an output place, held by this process until ``release``."""
+    """The lock ``file`` of an output place, held by this process until ``release``.
 
-    def __init__(self, file: Path, descriptor: int) -> None:
-        self.file, self._descriptor = file, descriptor
+    Attributes:
+        was_killed: whether the last holder ended without letting go.
+    """
+
+    def __init__(self, file: Path, descriptor: int, was_killed: bool) -> None:
+        self.file, self._descriptor, self.was_killed = file, descriptor, was_killed
 
     @classmethod
     def take(cls, file: Path, parameter: str, place: Path) -> OutputLock:
@@ -63,9 +67,10 @@ class OutputLock:
         if not _is_still(file, descriptor):
             os.close(descriptor)
             return None
+        was_killed = os.fstat(descriptor).st_size > 0
         os.ftruncate(descriptor, 0)
         os.write(descriptor, json.dumps(_this_process()).encode())
-        return cls(file, descriptor)
+        return cls(file, descriptor, was_killed)
 
     def release(self) -> None:
         """Delete the file and let go of the lock."""
@@ -75,14 +80,17 @@ class OutputLock:
 
 
 @contextlib.contextmanager
-def output_lock(place: Path, parameter: str) -> Iterator[None]:
-    """Hold the lock on ``place``, the value of ``parameter``, inside. Its file lies beside it."""
+def output_lock(place: Path, parameter: str) -> Iterator[bool]:
+    """Hold the lock on ``place``, the value of ``parameter``, inside. Its file lies beside it.
+
+    Yields whether the last run that wrote ``place`` was killed, be it after it had finished.
+    """
     with reading(parameter, place):
         beside = place.resolve()
         file = beside.with_name(f".{beside.name}.lock")
     lock = OutputLock.take(file, parameter, place)
     try:
-        yield
+        yield lock.was_killed
     finally:
         lock.release()
 

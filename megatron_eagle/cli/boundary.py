@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -119,9 +121,12 @@ def _print_once(line: str) -> None:
     """Print ``line``, of all ranks that would print it on the first one alone.
 
     A launcher stops all ranks as soon as one of them ends. The first rank therefore speaks first;
-    the others give it time, and speak for themselves only if the mistake was theirs alone.
+    the others give it time, and speak for themselves only if the mistake was theirs alone. In
+    training SIGTERM asks for a save; a rank that waits here is ended by it.
     """
     if _rank() != 0:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(GRACE_SECONDS)
     sys.stdout.flush()
     print(line, file=sys.stderr, flush=True)

@@ -11,9 +11,10 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.cli.boundary import flags_of, run
@@ -72,7 +73,7 @@ def _lines(base: BaseInfo) -> list[str]:
         f"{base.name}: {base.source or base.family}",
         f"{args['num_layers']} layers of width {args['hidden_size']}",
         f"{base.vocab_size:,} token ids",
-        f"captured layers are counted from 0 to {args['num_layers'] - 1}",
+        f"captured layers are counted from 0 to {args['num_layers'] - 1}{_of_pattern(args)}",
     ]
     if base.tokenizer:
         lines.append("tokenizer: " + " ".join(base.tokenizer.values()))
@@ -80,3 +81,14 @@ def _lines(base: BaseInfo) -> list[str]:
     if base.rope:
         lines.append(f"rope that no flag says: {json.dumps(base.rope)}")
     return lines
+
+
+def _of_pattern(args: Mapping[str, Any]) -> str:
+    """Say what a layer of a HybridModel is; nothing of a GPTModel."""
+    from megatron_eagle.checkpoint.hybrid_pattern import megatron_layers, pattern_of
+
+    pattern = pattern_of(args)
+    if pattern is None:
+        return ""
+    pairs = megatron_layers(args) > args["num_layers"]
+    return f", each {'two symbols' if pairs else 'a symbol'} of {pattern}"

@@ -1,4 +1,4 @@
-"""Convert an EAGLE-1, EAGLE-3 or EAGLE-3.1 draft of any project to a Megatron checkpoint.
+"""Convert a draft of any project, or a base's own module, to a Megatron checkpoint.
 
     megatron-eagle import-draft --hf DIR --base BASE --save CKPT
 
@@ -25,7 +25,8 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--hf", type=Path, required=True, metavar="DIR",
-        help="draft written by SafeAILab, SpecForge, ModelOpt, speculators, vLLM or this project",
+        help="draft written by SafeAILab, SpecForge, ModelOpt, speculators, vLLM or this project, "
+        "or a base with a next-token module of its own",
     )  # fmt: skip
     add_base_flags(parser)
     parser.add_argument("--save", type=Path, required=True, help="checkpoint directory to create")

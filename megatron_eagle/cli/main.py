@@ -27,6 +27,7 @@ COMMANDS = {
     "regenerate": ("regenerate", "Let a model answer prompts, as training data for its draft"),
     "extract-features": ("extract_features", "Store a base's hidden states for offline training"),
     "convert": ("convert", "Export a trained draft in a format that inference servers read"),
+    "stitch": ("stitch", "Put a trained next-token module into a copy of its base's files"),
     "verify": ("verify", "Check a base, a draft, features or a data set for damage"),
     "eval": ("evaluate", "Decode speculatively and measure accepted length and speed"),
 }

@@ -36,7 +36,10 @@ def _parser(prog: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16", "float16"],
+        help="the model computes in (default: bfloat16 with a CUDA device, otherwise float32)",
+    )  # fmt: skip
     return parser
 
 
@@ -57,13 +60,15 @@ def _regenerate(args: argparse.Namespace) -> int:
     prompts = read_prompts(args.prompts)
     if not (args.model / "config.json").is_file():
         raise UserError(f"<model> {args.model}: not a Hugging Face model directory")
+    on_gpu = torch.cuda.is_available()
+    dtype = args.dtype or ("bfloat16" if on_gpu else "float32")
     generation = Generation(
-        args.max_new_tokens, args.batch_size, args.temperature, args.seed, args.dtype
+        args.max_new_tokens, args.batch_size, args.temperature, args.seed, dtype
     )
     with owned_output(args.output, "output"):
         tokenizer = load_hf_tokenizer(args.model, "model")
-        model = load_hf_model(args.model, "model", getattr(torch, args.dtype))
-        if torch.cuda.is_available():
+        model = load_hf_model(args.model, "model", getattr(torch, dtype))
+        if on_gpu:
             model = model.cuda()
         regenerate(
             model,

@@ -121,7 +121,7 @@ def _pretrain(
     schedule = replace_schedule(options)
     name_checkpoints_in_errors()
     name_tokenizer_in_errors()
-    stop_at_nan(noted_iterations(args.save))
+    stop_at_nan(args, noted_iterations(args.save))
     throughput, log = Throughput(), None
     if options.train.log_file is not None:
         log = MetricsLog(options.train.log_file, throughput)

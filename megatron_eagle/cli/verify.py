@@ -23,8 +23,8 @@ def main(argv: Sequence[str] | None = None, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(prog=prog, description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "path", nargs="+", metavar="PATH",
-        help="directory of a base, of a draft that training saved (or one of its iterations), or "
-        "of features, or the prefix of a data set",
+        help="directory of a base, imported or saved by Megatron, of a draft that training saved "
+        "(or one iteration of either), or of features, or the prefix of a data set",
     )  # fmt: skip
     args = parser.parse_args(argv)
     # A positional argument has no flag: its value alone names it.
@@ -54,6 +54,10 @@ def _verified(path: str) -> str:
         verify(directory)
         return "features, all checksums are right"
     if (directory / TRACKER_NAME).is_file() or (directory / ".metadata").is_file():
+        from megatron_eagle.checkpoint.native.verify import is_base, verify_native_base
+
+        if is_base(directory):
+            return verify_native_base(directory)
         from megatron_eagle.hf.draft.verify import verify_draft
 
         return f"a draft, {verify_draft(directory) / 2**20:.1f} MiB, all checksums are right"

@@ -33,7 +33,8 @@ class DraftSpec:
         "eagle1 (also EAGLE-2: reads the base's final hidden state, shares its output layer, "
         "regresses the hidden state), eagle3, eagle3.1 (a norm per aux layer, the normed output is "
         "fed back), p-eagle (all steps in one pass, later ones from a learned mask hidden state), "
-        "dflash (a block of tokens in one pass) or dspark (the same, with a Markov head)",
+        "dflash (a block of tokens in one pass), dspark (the same, with a Markov head) or mtp (the "
+        "base's own next-token module, run step after step)",
         choices=tuple(ALGORITHMS),
     )
     aux_layers: tuple[int, ...] | None = option(
@@ -52,8 +53,8 @@ class DraftSpec:
         least=1,
     )
     num_layers: int = option(
-        1,
-        "transformer layers of the draft (published dflash and dspark drafts have 5)",
+        None,
+        "transformer layers of the draft (default: 1; for dflash and dspark 5, as published ones)",
         type=int,
         least=1,
         most=1000,
@@ -154,6 +155,8 @@ class DraftSpec:
         if self.aux_layers is not None:
             object.__setattr__(self, "aux_layers", tuple(int(i) for i in self.aux_layers))
         check_ranges(self)
+        if self.num_layers is None:
+            object.__setattr__(self, "num_layers", self.method.default_layers)
         check_algorithm_has(self.method, given(self))
         for name in sorted(self.method.required):
             if getattr(self, name) is None:

@@ -50,7 +50,8 @@ class TrainOptions:
         None,
         "start from this draft's weights and vocabulary: a Hugging Face directory (EAGLE-1, 3 or "
         "3.1 in the format of SafeAILab, SpecForge, ModelOpt, speculators or vLLM; DFlash or "
-        "DSpark) or a draft checkpoint; the optimizer starts afresh",
+        "DSpark; of mtp the base's own directory) or a draft checkpoint; the optimizer starts "
+        "afresh",
         metavar="DIR",
     )
     init_from_base: bool = option(

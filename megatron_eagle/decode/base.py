@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.attention.mla import position_rotary
+from megatron_eagle.checkpoint.hybrid_pattern import is_recurrent
 from megatron_eagle.decode.cache import KeyValueCache
 from megatron_eagle.decode.token_padding import TokenPadding
 from megatron_eagle.decode.vocab_argmax import vocab_argmax
+from megatron_eagle.errors import UserError
 from megatron_eagle.parallel.vocab import VocabShard
 from megatron_eagle.pipeline.exchange import StageExchange
 from megatron_eagle.pipeline.links import Message
@@ -54,6 +56,7 @@ class CachedBase:
         self.tp_group = base.tp_group
         self.exchange = exchange or StageExchange(base)
         self.padding = TokenPadding.of(base.config, base.tp_group)
+        _check_recurrent(base)
         weight = base.output_weight
         self.device = weight.device
         shard = VocabShard.of(base.vocab_size, self.tp_group, weight.shape[0])
@@ -144,3 +147,14 @@ class CachedBase:
         if self.tp_group.size() > 1:
             torch.distributed.all_reduce(logits, group=self.tp_group)
         return logits
+
+
+def _check_recurrent(base: FrozenBase) -> None:
+    """Raise ``UserError`` for recurrent layers whose sequences other ranks would cut."""
+    pattern = getattr(base.gpt, "hybrid_layer_pattern", None)
+    cut = base.cp_group.size() > 1 or base.config.sequence_parallel
+    if cut and is_recurrent({"hybrid_layer_pattern": pattern}):
+        raise UserError(
+            "<context_parallel_size>: a base with recurrent layers (G or M in its "
+            "hybrid_layer_pattern) decodes whole sequences; leave context parallelism out"
+        )

@@ -18,13 +18,15 @@ from torch import Tensor
 class KeyValueCache:
     """Hold the keys and values of ``capacity`` positions of each of B sequences, per layer.
 
-    An ``AttentionState`` (``attention/core.py``). Call ``place`` before every forward.
+    An ``AttentionState`` (``attention/core.py``), and an ``InputState`` (``layers/recurrent.py``)
+    for layers that keep no keys. Call ``place`` before every forward.
     """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._keys: dict[int, Tensor] = {}  # layer -> [B, g, capacity, d]
         self._values: dict[int, Tensor] = {}
+        self._inputs: dict[int, Tensor] = {}  # of recurrent layers -> [B, capacity, H]
         self._positions = torch.empty(0)
         self._biases: dict[int | None, Tensor] = {}  # by window
         self._span = 0
@@ -38,7 +40,7 @@ class KeyValueCache:
 
     def keep(self, sequences: Tensor) -> None:
         """Keep only the sequences of these indices, in this order."""
-        for store in (self._keys, self._values):
+        for store in (self._keys, self._values, self._inputs):
             for layer, tensor in store.items():
                 store[layer] = tensor[sequences]
 
@@ -75,6 +77,21 @@ class KeyValueCache:
             grouped, keys, values, attn_mask=mask, scale=scale
         )
         return out.reshape(*query.shape[:-1], value.shape[-1])
+
+    def remember(self, layer: int, hidden: Tensor) -> Tensor:
+        """Store the inputs [S, B, H] of a recurrent layer; return those of all slots up to the last
+        position, [span, B, H]. No collective."""
+        if layer not in self._inputs:
+            shape = (hidden.shape[1], self.capacity, hidden.shape[2])
+            self._inputs[layer] = hidden.new_zeros(shape)
+        sequences = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(1)
+        self._inputs[layer][sequences, self._positions] = hidden.transpose(0, 1)
+        return self._inputs[layer][:, : self._span].transpose(0, 1).contiguous()
+
+    def at_positions(self, hidden: Tensor) -> Tensor:
+        """Return the rows [S, B, H] of ``hidden`` [span, B, H] that are this forward's tokens."""
+        sequences = torch.arange(hidden.shape[1], device=hidden.device)
+        return hidden[self._positions.t(), sequences]
 
     def _store(self, store: dict[int, Tensor], layer: int, new: Tensor) -> Tensor:
         batch, groups, _, size = new.shape

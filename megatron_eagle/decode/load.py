@@ -6,7 +6,7 @@ modules, so that speculative and greedy answers can be compared token by token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eagle.checkpoint.base_fields import check_complete
+from megatron_eagle.checkpoint.base_fields import TP_SIZES, check_complete
 from megatron_eagle.checkpoint.directory import BaseInfo
+from megatron_eagle.checkpoint.hybrid_pattern import CUT, for_stages, megatron_layers, pattern_of
 from megatron_eagle.checkpoint.loading import load_sharded
 from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.draft.block import BlockDraft
@@ -65,16 +66,16 @@ def load_base(
     args, groups = base.megatron_args, pg_collection
     check_complete(args, f"<base_checkpoint> {literal(directory)}")
     ranks, stages, experts = groups.tp.size(), groups.pp.size(), groups.ep.size()
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size"):
-        if args[name] % ranks:
+    for name in TP_SIZES:
+        if args.get(name, 0) % ranks:
             raise UserError(
                 f"<tensor_model_parallel_size> {ranks} does not divide the base's {name} = "
                 f"{args[name]}"
             )
-    if args["num_layers"] < stages:
+    layers = megatron_layers(args)
+    if layers < stages:
         raise UserError(
-            f"<pipeline_model_parallel_size> {stages} exceeds the base's {args['num_layers']} "
-            "layers"
+            f"<pipeline_model_parallel_size> {stages} exceeds the base's {layers} layers"
         )
     if experts > 1 and (args.get("num_experts") or 0) % experts:
         raise UserError(
@@ -88,7 +89,7 @@ def load_base(
         pipeline_dtype=dtype,
         params_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        num_layers_in_first_pipeline_stage=_first_stage(args["num_layers"], stages),
+        num_layers_in_first_pipeline_stage=_first_stage(args, stages),
         context_parallel_size=groups.cp.size(),
         expert_model_parallel_size=experts,
     )
@@ -102,8 +103,12 @@ def load_base(
     return frozen.to(dtype).cuda(torch.cuda.current_device())  # torch's norms begin in fp32
 
 
-def _first_stage(layers: int, stages: int) -> int | None:
-    """Return the number of layers on the first stage, None if all stages have as many."""
+def _first_stage(args: Mapping[str, Any], stages: int) -> int | None:
+    """Return the number of layers on the first stage, None if all stages have as many or the
+    pattern of a HybridModel cuts them."""
+    if CUT in for_stages(pattern_of(args) or "", stages):
+        return None
+    layers = megatron_layers(args)
     return None if layers % stages == 0 else layers - (stages - 1) * (layers // stages)
 
 

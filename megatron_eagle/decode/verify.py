@@ -21,6 +21,7 @@ from megatron_eagle.draft.block import BlockDraft
 from megatron_eagle.draft.layer_config import own_rotary
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf.draft.module_files import check_module
 from megatron_eagle.hf.draft.plain_draft import PlainDraft
 from megatron_eagle.objective.inputs import DraftInputs, query_angles
 from megatron_eagle.objective.unroll import step_outputs
@@ -103,13 +104,20 @@ def _run(
 
 def compared(about: DraftCheckpointInfo) -> str:
     """Name what :func:`check_export` compares."""
-    return "a block's outputs" if about.info.spec.method.drafts_blocks else f"{STEPS} steps"
+    method = about.info.spec.method
+    if method.is_base_module:
+        return "all tensors"
+    return "a block's outputs" if method.drafts_blocks else f"{STEPS} steps"
 
 
 def check_export(
     about: DraftCheckpointInfo, checkpoint: str | Path, exported: Path, pg_collection: Any
 ) -> float:
-    """Return ``largest_difference``; raise ``ValueError`` if it is more than rounding."""
+    """Return ``largest_difference``; raise ``ValueError`` if it is more than rounding. Of a
+    next-token module the tensors themselves are compared."""
+    if about.info.spec.method.is_base_module:
+        check_module(checkpoint, exported)
+        return 0.0
     draft = checkpoint_draft(about, checkpoint, pg_collection)
     config = json.loads((exported / "config.json").read_text(encoding="utf-8"))
     layers = config.get("transformer_layer_config", config)

@@ -15,6 +15,7 @@ from megatron_eagle.config import DraftSpec
 from megatron_eagle.draft.block import BlockDraft
 from megatron_eagle.draft.layer_config import Rotary, draft_config
 from megatron_eagle.draft.model import EagleDraft
+from megatron_eagle.draft.mtp import MTPDraft
 from megatron_eagle.layers.backend import LayerBackend
 from megatron_eagle.parallel.vocab import draft_vocab_shard
 
@@ -55,8 +56,7 @@ def build_draft(
     config = draft_config(base_config, spec, moe_aux_loss_coeff)
     config.perform_initialization = initialize
     shard = draft_vocab_shard(vocab_ids.numel(), vocab_size, base_head_rows, pg_collection.tp)
-    kind = BlockDraft if spec.method.drafts_blocks else EagleDraft
-    draft = kind(
+    draft = _kind(spec)(
         config=config,
         backend=backend,
         spec=spec,
@@ -69,3 +69,9 @@ def build_draft(
         rotary=rotary,
     )
     return draft.cuda(device) if device.type == "cuda" else draft
+
+
+def _kind(spec: DraftSpec) -> type[EagleDraft]:
+    if spec.method.is_base_module:
+        return MTPDraft
+    return BlockDraft if spec.method.drafts_blocks else EagleDraft

@@ -9,9 +9,11 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from megatron_eagle.compat import ColumnParallelLinear, MegatronModule
+from megatron_eagle.loss.head_gradient import RowsAddedElsewhere
 from megatron_eagle.parallel.vocab import VocabShard
 
 
@@ -39,8 +41,22 @@ class VocabParallelHead(ColumnParallelLinear):
         # As Megatron marks its own head: --decoupled-lr and Muon treat it apart.
         self.weight.is_embedding_or_output_parameter = True
 
-    def forward(self) -> Tensor:
-        """Return this rank's rows [Dp, H], padding sliced off. No collective."""
+    def gradient_rows(self) -> Tensor | None:
+        """Return where Megatron's DistributedDataParallel sums the gradient of this rank's rows,
+        [Dp, H]; None without one, or with one that would round."""
+        total = getattr(self.weight, "main_grad", None)
+        if total is None or total.dtype != torch.float32:
+            return None
+        return total[: self.rows]
+
+    def forward(self, added_elsewhere: bool = False) -> Tensor:
+        """Return this rank's rows [Dp, H], padding sliced off. No collective.
+
+        With ``added_elsewhere`` the caller adds their gradient to :meth:`gradient_rows`; the one
+        that autograd brings is ignored.
+        """
+        if added_elsewhere:
+            return RowsAddedElsewhere.apply(self.weight, self.rows)
         whole = self.rows == self.weight.shape[0]  # a slice's backward would copy the gradient
         return self.weight if whole else self.weight[: self.rows]
 
@@ -52,6 +68,10 @@ class SharedHead(MegatronModule):
         super().__init__(config=config)
         self.base_head, self.rows = base_head, shard.rows
 
-    def forward(self) -> Tensor:
+    def gradient_rows(self) -> Tensor | None:
+        """Return None: there is no gradient."""
+        return None
+
+    def forward(self, added_elsewhere: bool = False) -> Tensor:
         """Return this rank's rows [Vp, H], padding sliced off; no gradient."""
         return self.base_head().detach()[: self.rows]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_eagle.compat import IdentityOp
 from megatron_eagle.config import DraftSpec
+from megatron_eagle.draft.live_queries import LiveQueryAttention, with_live_queries
 from megatron_eagle.draft.mla import use_mla
 from megatron_eagle.draft.moe import keep_balance_losses
 from megatron_eagle.layers.backend import LayerBackend
@@ -55,28 +56,41 @@ def draft_layer_specs(backend: LayerBackend, config: Any, spec: DraftSpec) -> li
     """Return TransformerLayer specs of the draft's ``config.num_layers`` layers.
 
     All attend through ``attention.core.EagleCoreAttention``. The first takes [S, B, 2H], or for an
-    algorithm that joins both halves by ``fc`` [S, B, H] without a norm.
+    algorithm that joins both halves by ``fc`` [S, B, H] without a norm. The last one can make
+    queries of some rows only.
     """
     layers = [backend.layer_spec(config) for _ in range(config.num_layers)]
-    joined = spec.method.joins_by_fc
+    joined, linear = spec.method.joins_by_fc, backend.column_linear
     for number, layer in enumerate(layers):
         if config.num_moe_experts is not None:
             keep_balance_losses(layer)
         if config.multi_latent_attention:
             widening = 1 if joined or number else 2
             use_mla(layer, widening * config.hidden_size, backend.norm)
+    _replace_linear(layers[0], linear)
+    _let_queries_be_fewer(layers[-1], linear)
     if joined:
-        _replace_input(layers[0], backend.column_linear, IdentityOp)
+        layers[0].submodules.input_layernorm = IdentityOp
     else:
         norm = partial(EmbeddingHiddenNorm, backend.norm, spec.norm_before_residual)
-        _replace_input(layers[0], _doubled_input(backend.column_linear), norm)
+        layers[0].submodules.input_layernorm = norm
+        _double_input(layers[0])
     return layers
 
 
-def _replace_input(layer_spec: Any, linear: Callable, input_layernorm: Callable) -> None:
+def _let_queries_be_fewer(layer_spec: Any, linear: Callable[..., Any]) -> None:
+    """Let the layer make queries of some rows only, if its ``linear_qkv`` is a ``linear`` without a
+    norm fused into it."""
+    attention = layer_spec.submodules.self_attention
+    if getattr(attention.submodules, "linear_qkv", None) is linear:
+        attention.module = LiveQueryAttention
+        attention.submodules.linear_qkv = with_live_queries(linear)
+
+
+def _replace_linear(layer_spec: Any, linear: Callable[..., Any]) -> None:
+    """Make ``linear_qkv`` of a ``linear`` without a norm; that of the layer, if it has one, has a
+    checkpoint name of its own."""
     submodules = layer_spec.submodules
-    submodules.input_layernorm = input_layernorm
-    # Its norm, if it has one, is not fused into linear_qkv and keeps a checkpoint name of its own.
     if hasattr(submodules.self_attention.submodules, "linear_qkv"):
         submodules.self_attention.submodules.linear_qkv = linear
     submodules.sharded_state_dict_keys_map = {
@@ -86,8 +100,15 @@ def _replace_input(layer_spec: Any, linear: Callable, input_layernorm: Callable)
     }
 
 
-def _doubled_input(linear: Callable[..., torch.nn.Module]) -> Callable[..., torch.nn.Module]:
-    def build(input_size: int, output_size: int, **kwargs: Any) -> torch.nn.Module:
-        return linear(2 * input_size, output_size, **kwargs)
+def _double_input(layer_spec: Any) -> None:
+    """Let ``linear_qkv`` read twice as many channels."""
+    submodules = layer_spec.submodules.self_attention.submodules
+    linear = getattr(submodules, "linear_qkv", None)
+    if linear is None:
+        return
 
-    return build
+    def build(input_size: int, output_size: int, **kwargs: Any) -> torch.nn.Module:
+        module: torch.nn.Module = linear(2 * input_size, output_size, **kwargs)
+        return module
+
+    submodules.linear_qkv = build

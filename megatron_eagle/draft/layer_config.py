@@ -24,6 +24,7 @@ _PLAIN: dict[str, Any] = {
     "apply_residual_connection_post_layernorm": False,
     "attention_output_gate": False,
     "glu_linear_offset": 0.0,
+    "is_hybrid_model": False,
     "layernorm_zero_centered_gamma": False,
     "no_rope_freq": None,
     "normalization": "RMSNorm",
@@ -35,14 +36,26 @@ _PLAIN: dict[str, Any] = {
 }
 """What a base's layers may have and a draft's never do."""
 
+_FROZEN_ROUTING: dict[str, Any] = {
+    "moe_aux_loss_coeff": 0.0,
+    "moe_grouped_gemm": False,
+    "moe_input_jitter_eps": None,
+    "moe_router_load_balancing_type": "none",
+    "moe_shared_expert_overlap": False,
+    "moe_token_dispatcher_type": "alltoall",
+    "moe_z_loss_coeff": None,
+}
+"""Options of a next-token module's experts, whose routers are frozen, beside the base's."""
+
 
 def draft_config(base_config: Any, spec: DraftSpec, moe_aux_loss_coeff: float = 0.0) -> Any:
     """Return the base's TransformerConfig with the draft's depth, widths and experts.
 
     The hidden size is the base's; norms are RMSNorm, the MLP is SwiGLU, and there is nothing that
     EAGLE-3 readers do not know (``_PLAIN``): no biases, windows or sinks, and query and key norms
-    only as the spec says. "core_attn" of ``recompute_modules`` is dropped: the kernels keep no
-    scores for backward, and Megatron's own checkpointing cannot carry an attention state.
+    only as the spec says. The layer of a next-token module keeps the base's biases and routing.
+    "core_attn" of ``recompute_modules`` is dropped: the kernels keep no scores for backward, and
+    Megatron's own checkpointing cannot carry an attention state.
     """
     config = copy.copy(base_config)
     if config.recompute_granularity == "selective":
@@ -56,7 +69,7 @@ def draft_config(base_config: Any, spec: DraftSpec, moe_aux_loss_coeff: float = 
     if spec.method.drafts_blocks:
         # linear_qkv's weight is used twice, and a fused gradient would hide the second use's.
         config.gradient_accumulation_fusion = False
-    config.add_qkv_bias = False
+    config.add_qkv_bias = spec.method.is_base_module and base_config.add_qkv_bias
     config.add_bias_linear = False
     if config.activation_func is not torch.nn.functional.silu:
         config.bias_activation_fusion = False  # it was chosen for the base's activation
@@ -76,7 +89,13 @@ def draft_config(base_config: Any, spec: DraftSpec, moe_aux_loss_coeff: float = 
 
 
 def _set_experts(config: Any, spec: DraftSpec, moe_aux_loss_coeff: float) -> None:
-    """Set the draft's experts, and reset every option of the base's experts."""
+    """Set the draft's experts, and reset every option of the base's experts, unless the draft's are
+    of the base's kind."""
+    if spec.method.is_base_module:
+        config.num_moe_experts, config.moe_layer_freq = spec.num_experts, 1
+        for name, value in _FROZEN_ROUTING.items():
+            setattr(config, name, value)
+        return
     for field in fields(config):
         if field.name.startswith("moe_"):
             setattr(config, field.name, field.default)
@@ -117,8 +136,10 @@ def draft_rotary(
     A draft rotates all channels of its heads, also beside a base that rotates a part of its own. A
     draft of grouped queries beside a base of multi-latent attention has plain RoPE of the base's
     rope_theta: servers give a Llama-type draft no other. So has a draft beside a base without RoPE,
-    and no draft interleaves its channels.
+    and no draft interleaves its channels. A next-token module of the base's has the base's RoPE.
     """
+    if spec.method.is_base_module:
+        return Rotary(base_rotary, attention_factor(base.rope))
     same_kind = spec.uses_mla == _has_mla(base) and _rotates_halves(base)
     if same_kind and rotary_channels(base, spec) == _base_channels(base):
         return Rotary(base_rotary, attention_factor(base.rope))

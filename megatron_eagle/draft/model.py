@@ -167,17 +167,21 @@ class EagleDraft(MegatronModule):
         rotary: Tensor,
         state: AttentionState,
         narrow_to: LiveRows | None = None,
+        query_rows: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Run one TTT or decoding step.
 
         embedding and hidden [S, B, H] (this rank's part of S under sequence parallelism), rotary
         [S, 1 or B, 1, d] -> what the head reads and what the next step reads, [S, B, H] each. With
         ``narrow_to`` these are of the N live rows alone, [N, 1, H]; ``state`` must do the same.
+        ``query_rows``: see :meth:`Narrowing.to`.
         """
         hidden = self.algorithm.layer_input(self, embedding, hidden)
-        with self._at(rotary) as angles, self.narrowing.to(narrow_to):
+        with self._at(rotary) as angles, self.narrowing.to(narrow_to, query_rows):
+            of_last = self.narrowing.angles(angles, hidden.shape[1])
             for layer in self.layers:
-                hidden, _ = layer(hidden, attention_mask=state, rotary_pos_emb=angles)
+                own = of_last if layer is self.layers[-1] else angles
+                hidden, _ = layer(hidden, attention_mask=state, rotary_pos_emb=own)
         normed = self.norm(hidden)
         return normed, normed if self.algorithm.feeds_back_normed else hidden
 

@@ -21,6 +21,7 @@ from megatron_eagle.layers.base_spec import (
     local_base_spec,
     transformer_engine_base_spec,
 )
+from megatron_eagle.layers.hybrid_spec import local_hybrid_spec, transformer_engine_hybrid_spec
 from megatron_eagle.layers.lean_layers import GatedMLP, RMSNorm
 
 
@@ -31,12 +32,14 @@ class LayerBackend:
     Attributes:
         base_spec: (config, pp_rank, native) -> spec of the base's block on a pipeline stage;
             ``native``: Megatron trained it.
+        hybrid_spec: (config, pattern) -> spec of the stack of a HybridModel.
         layer_spec: config -> TransformerLayer spec of the draft.
         norm: builds a norm.
         column_linear: builds a column-parallel linear without a norm in front.
     """
 
     base_spec: Callable[[Any, int, bool], Any]
+    hybrid_spec: Callable[[Any, str], Any]
     layer_spec: Callable[[Any], Any]
     norm: Callable[..., Any]
     column_linear: Callable[..., Any]
@@ -72,6 +75,7 @@ def local_backend() -> LayerBackend:
 
     return LayerBackend(
         base_spec=local_base_spec,
+        hybrid_spec=local_hybrid_spec,
         layer_spec=layer_spec,
         norm=RMSNorm,
         column_linear=provider.column_parallel_linear(),
@@ -105,6 +109,7 @@ def transformer_engine_backend(*, keeps_states: bool = True) -> LayerBackend:
 
     return LayerBackend(
         base_spec=partial(transformer_engine_base_spec, keeps_states=keeps_states),
+        hybrid_spec=partial(transformer_engine_hybrid_spec, keeps_states=keeps_states),
         layer_spec=layer_spec,
         norm=provider.layer_norm(),
         column_linear=provider.column_parallel_linear(),

@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_eagle.loss.head_gradient import HeadGradient, no_gradient
 from megatron_eagle.loss.inputs import LossPlan
 from megatron_eagle.loss.reduction import (
     Overlap,
@@ -96,28 +97,38 @@ def _overlap(chunks: Sequence[ShardChunk], mass: ShardMass, plan: LossPlan) -> O
 
 class GradientSums:
     """Gradients of hidden [K, M, H] and head weight [Dp, H]; the weight's, if it needs one, in
-    fp32 until :meth:`finish`. K TTT steps, M target positions, Dp this rank's draft vocabulary."""
+    fp32, until :meth:`finish` or in ``elsewhere``. K TTT steps, M target positions, Dp this rank's
+    draft vocabulary."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor) -> None:
-        self.hidden, self.weight = hidden, weight
+    def __init__(self, hidden: Tensor, weight: Tensor, elsewhere: HeadGradient | None) -> None:
+        self.hidden, self.weight, self.elsewhere = hidden, weight, elsewhere
         self.grad_hidden = torch.empty_like(hidden)
-        self.grad_weight = (
-            torch.zeros_like(weight, dtype=torch.float32) if weight.requires_grad else None
-        )
+        self.grad_weight: Tensor | None = None
+        if elsewhere is not None:
+            self.grad_weight = elsewhere.total
+        elif weight.requires_grad:
+            self.grad_weight = torch.zeros_like(weight, dtype=torch.float32)
 
-    def add(self, chunk: slice, grad_logits: Tensor, row_weight: Tensor) -> None:
+    def add(
+        self, chunk: slice, grad_logits: Tensor, row_weight: Tensor, scale: Tensor | None = None
+    ) -> None:
         """Add the c positions ``chunk``: the gradient of each loss on its logits [K, c, Dp], times
-        ``row_weight`` [K, c]. No collective."""
+        ``row_weight`` [K, c], and in the weight's times ``scale``. No collective."""
         grad = grad_logits.flatten(0, 1)
-        row_weight = row_weight.to(self.hidden.dtype).unsqueeze(-1)
+        factor = row_weight.to(self.hidden.dtype).unsqueeze(-1)
         out = self.grad_hidden[:, chunk]
-        torch.mul(product(grad, self.weight.t()).view_as(out), row_weight, out=out)
+        torch.mul(product(grad, self.weight.t()).view_as(out), factor, out=out)
         if self.grad_weight is not None:
-            weighted = (self.hidden[:, chunk] * row_weight).flatten(0, 1)
+            if scale is not None:
+                factor = (row_weight * scale).to(self.hidden.dtype).unsqueeze(-1)
+            weighted = (self.hidden[:, chunk] * factor).flatten(0, 1)
             add_outer_(self.grad_weight, grad, weighted)
 
     def finish(self) -> tuple[Tensor, Tensor | None]:
-        """Return both gradients in their parameters' dtypes."""
+        """Return both gradients in their parameters' dtypes; the weight's is none, in its shape,
+        if it was added elsewhere."""
+        if self.elsewhere is not None:
+            return self.grad_hidden, no_gradient(self.weight)
         if self.grad_weight is None:
             return self.grad_hidden, None
         return self.grad_hidden, self.grad_weight.to(self.weight.dtype)

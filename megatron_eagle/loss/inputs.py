@@ -12,6 +12,7 @@ from typing import Protocol
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_eagle.loss.head_gradient import HeadGradient
 from megatron_eagle.loss.reduction import ReducedStats
 from megatron_eagle.loss.row_loss import RowLoss
 from megatron_eagle.loss.statistics import TeacherStats
@@ -88,7 +89,7 @@ def teacher_bytes(targets: int, columns: int) -> int:
 @dataclass(frozen=True)
 class LossPlan:
     """All that a schedule needs beside the draft's hidden and head. ``gradient``: whether one is
-    wanted."""
+    wanted; ``head_gradient``: where the head's goes, if not to autograd."""
 
     teacher: TeacherRows
     rows: LossRows
@@ -96,6 +97,7 @@ class LossPlan:
     loss: RowLoss
     gradient: bool
     chunk_bytes: int
+    head_gradient: HeadGradient | None = None
 
     @property
     def one_rank(self) -> bool:

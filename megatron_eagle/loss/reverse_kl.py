@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_eagle.kernels.choice import with_kernel
 from megatron_eagle.loss.reduction import ReducedStats, ShardMass
 from megatron_eagle.loss.row_loss import TINY, RowLoss, RowValues
 
@@ -24,9 +25,7 @@ class ReverseKL(RowLoss):
         With the shard's mass r under q and t under p, the whole divergence is
         Σ r (divergence + log r - log t) over the shards.
         """
-        log_p = teacher.clamp_min(TINY).log()
-        divergences = [(q * (q.clamp_min(TINY).log() - log_p)).sum(-1) for q in draft.float()]
-        return torch.stack(divergences)
+        return _divergence(draft, teacher)
 
     def value(self, reduced: ReducedStats) -> RowValues:
         assert reduced.extra is not None
@@ -39,9 +38,22 @@ class ReverseKL(RowLoss):
         self, draft: Tensor, teacher: Tensor, mass: ShardMass, terms: tuple[Tensor, ...]
     ) -> None:
         (offsets,) = terms
-        log_p = teacher.clamp_min(TINY).log()
-        for step, step_mass, offset in zip(draft, mass.draft, offsets, strict=True):
-            softmax = step.float()
-            log_q = softmax.clamp_min(TINY).log()
-            log_ratio = log_q - log_p + offset.unsqueeze(-1)
-            step.copy_(softmax * step_mass.unsqueeze(-1) * log_ratio)
+        _gradient_(draft, teacher, mass.draft, offsets)
+
+
+@with_kernel("megatron_eagle.kernels.reverse_kl:divergence")
+def _divergence(draft: Tensor, teacher: Tensor) -> Tensor:
+    """Return Σ q (log q - log p) [K, N] fp32 of this shard's softmaxes."""
+    log_p = teacher.clamp_min(TINY).log()
+    divergences = [(q * (q.clamp_min(TINY).log() - log_p)).sum(-1) for q in draft.float()]
+    return torch.stack(divergences)
+
+
+@with_kernel("megatron_eagle.kernels.reverse_kl:gradient_")
+def _gradient_(draft: Tensor, teacher: Tensor, mass: Tensor, offset: Tensor) -> None:
+    """Overwrite the softmax q = ``draft`` with q * mass (log q - log p + offset), [K, N] each."""
+    log_p = teacher.clamp_min(TINY).log()
+    for step, step_mass, step_offset in zip(draft, mass, offset, strict=True):
+        softmax = step.float()
+        log_ratio = softmax.clamp_min(TINY).log() - log_p + step_offset.unsqueeze(-1)
+        step.copy_(softmax * step_mass.unsqueeze(-1) * log_ratio)

@@ -30,6 +30,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_eagle.loss.chunk import GradientSums, ReducedChunks, ShardChunk
 from megatron_eagle.loss.cross_entropy import SoftCrossEntropy
+from megatron_eagle.loss.head_gradient import HeadGradient
 from megatron_eagle.loss.inputs import Budgets, LossPlan, LossRows, TeacherRows
 from megatron_eagle.loss.reduction import ShardMass
 from megatron_eagle.loss.row_loss import RowLoss
@@ -45,6 +46,7 @@ def soft_cross_entropy(
     group: ProcessGroup,
     budgets: Budgets,
     loss: RowLoss | None = None,
+    head_gradient: HeadGradient | None = None,
 ) -> tuple[Tensor, LossSums, Tensor]:
     """Return the sum of ``loss`` (by default the soft cross-entropy) of ``hidden @ weightᵀ``
     against the teacher.
@@ -60,6 +62,8 @@ def soft_cross_entropy(
         group: the tensor-parallel group that the vocabulary is cut over.
         budgets: memory limits; they decide the schedule and the chunks.
         loss: the loss of one position and step.
+        head_gradient: where the gradient of ``weight`` is added, once for each backward; by
+            default autograd gets it. It may be added in forward: then a backward must follow.
 
     Returns:
         The scalar Σ_t w_t Σ_positions loss, differentiable in hidden and weight, once; the sums
@@ -77,6 +81,7 @@ def soft_cross_entropy(
         loss=loss or SoftCrossEntropy(),
         gradient=gradient,
         chunk_bytes=budgets.chunk or default_output_bytes(hidden.device),
+        head_gradient=head_gradient,
     )
     keep = gradient and not plan.one_rank and budgets.allow(hidden, teacher.draft_columns)
     schedule = LossKept if keep else LossAtOnce
@@ -96,14 +101,17 @@ class LossAtOnce(torch.autograd.Function):
     3. turns the softmax into the gradient on the logits in place, adds its products to the
        gradients of hidden and weight, and frees it before the next chunk.
 
-    Backward multiplies the two finished gradients by the incoming scalar, and sends nothing. With
+    Backward multiplies the two finished gradients by the incoming scalar, and sends nothing. (The
+    weight's is multiplied beforehand where it is added to a buffer of many micro-batches.) With
     one rank step 2 sends nothing, and step 1 already gives the soft cross-entropy's gradient.
     """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, plan: LossPlan) -> tuple[Tensor, ...]:
         """Return the loss, the packed ``LossSums`` and the hits [K, M] bool."""
-        gradients = GradientSums(hidden, weight) if plan.gradient else None
+        elsewhere = plan.head_gradient
+        scale = None if elsewhere is None else elsewhere.scale
+        gradients = GradientSums(hidden, weight, elsewhere) if plan.gradient else None
         loss = hidden.new_zeros((), dtype=torch.float32)
         sums = hidden.new_zeros(3 * hidden.shape[0] + 2, dtype=torch.float32)
         hits = torch.zeros_like(plan.rows.mask)
@@ -118,10 +126,11 @@ class LossAtOnce(torch.autograd.Function):
             if gradients is not None:
                 if not chunk.subtracted:
                     plan.loss.gradient_(chunk.draft, chunk.teacher, reduced.mass, values.terms)
-                gradients.add(positions, chunk.draft, row_weight)
+                gradients.add(positions, chunk.draft, row_weight, scale)
             del chunk  # its memory is the next chunk's
         if gradients is not None:
             ctx.save_for_backward(*gradients.finish())
+        ctx.elsewhere = elsewhere
         ctx.mark_non_differentiable(sums, hits)
         return loss, sums, hits
 
@@ -129,7 +138,9 @@ class LossAtOnce(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         # In place: a second backward through the same graph is refused by autograd.
         grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_weight is not None:
+        if ctx.elsewhere is not None:
+            ctx.elsewhere.check_scale(grads[0])
+        elif grad_weight is not None:
             grad_weight.mul_(grads[0])
         return grad_hidden.mul_(grads[0]), grad_weight, None
 
@@ -151,7 +162,7 @@ class LossKept(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, plan: LossPlan) -> tuple[Tensor, ...]:
         """Return the loss, the packed ``LossSums`` and the hits [K, M] bool."""
-        ctx.loss, ctx.chunks = plan.loss, plan.chunks(hidden)
+        ctx.loss, ctx.chunks, ctx.elsewhere = plan.loss, plan.chunks(hidden), plan.head_gradient
         chunks = [ShardChunk.evaluate(hidden, weight, plan, positions) for positions in ctx.chunks]
         reduced = ReducedChunks.reduce(chunks, plan)
         mask, row_weight = plan.mask_and_weight(reduced.stats, slice(None))
@@ -170,7 +181,7 @@ class LossKept(torch.autograd.Function):
         mass = ShardMass(draft_mass, teacher_mass, coverage)
         terms, softmaxes = rest[: ctx.terms], rest[ctx.terms :]
         row_weight = row_weight * grads[0]
-        gradients = GradientSums(hidden, weight)
+        gradients = GradientSums(hidden, weight, ctx.elsewhere)
         chunks = zip(ctx.chunks, softmaxes[::2], softmaxes[1::2], strict=True)
         for positions, draft, teacher in chunks:
             chunk_terms = tuple(term[..., positions] for term in terms)

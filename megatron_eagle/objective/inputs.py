@@ -39,8 +39,9 @@ class DraftInputs:
     features [S', B, A * H] (EAGLE-1: [S', B, H], the base's final hidden state). live: the rows
     that go on after step 0's trunk. embeddings [U, H]: of the tokens that the steps consume;
     entries: which of them each step consumes, [S' * B] at step 0, then [N']. angles: per step the
-    RoPE angles of every query, [S / CP, 1 or B, 1, d] at step 0, then [N, 1, 1, d]. packing: the
-    documents of packed sequences. mask_embedding [H]: of P-EAGLE's mask token.
+    RoPE angles of every query, [S / CP, 1 or B, 1, d] at step 0, then [N, 1, 1, d] (as at step 0
+    where all rows are live). packing: the documents of packed sequences. mask_embedding [H]: of
+    P-EAGLE's mask token.
     """
 
     features: Tensor
@@ -89,14 +90,14 @@ class DraftInputs:
 
     def embedding(self, step: int) -> Tensor:
         """Return the embeddings of the tokens that ``step`` consumes: [S', B, H] at step 0, then
-        [N', 1, H]."""
-        batch = 1 if step else self.features.shape[1]
+        [N', 1, H], or as at step 0 where all rows are live."""
+        batch = 1 if step and not self.live.whole else self.features.shape[1]
         return self.embeddings[self.entries[step]].unflatten(0, (-1, batch))
 
 
 def step_angles(draft: EagleDraft, batch: EagleBatch, steps: int) -> list[Tensor]:
     """Return the RoPE angles of every step's queries: [S / CP, 1 or B, 1, d] at step 0, then of the
-    live rows, [N, 1, 1, d]."""
+    live rows, [N, 1, 1, d], or as at step 0 where all rows are live."""
     size, length = batch.tokens.shape
     rotary = draft.rotary(length + steps - 1)
     spans = ContextShard.of(length, draft.cp_group).spans
@@ -106,7 +107,8 @@ def step_angles(draft: EagleDraft, batch: EagleBatch, steps: int) -> list[Tensor
             whole = query_angles(rotary, spans, step)
         else:
             whole = batch.packing.angles(rotary, draft.cp_group, step)
-        angles.append(batch.live.take(whole.expand(-1, size, -1, -1)) if step else whole)
+        narrow = step and not batch.live.whole
+        angles.append(batch.live.take(whole.expand(-1, size, -1, -1)) if narrow else whole)
     return angles
 
 

@@ -13,6 +13,8 @@ the last layer's keys and values of step 0, and the live rows (attention/live_ro
     step 0, last layer             keys and values of all rows; queries and all after them live rows
     steps 1 .. K - 1               live rows
 
+Where nearly all rows are judged, all count as live and keep their places.
+
 S sequence, S' this rank's tokens (S cut over CP, and over TP under sequence parallelism), B
 micro-batch, H hidden, K TTT steps, M supervised target positions, N live rows, N' this rank's part
 of them under sequence parallelism (otherwise N).
@@ -78,7 +80,7 @@ def _steps_in_turn(
     for step, angles in enumerate(inputs.angles):
         if detach_steps and step:
             hidden = hidden.detach()
-        narrow_to = None if step else inputs.live
+        narrow_to = None if step or inputs.live.whole else inputs.live
         output, hidden = draft.step(inputs.embedding(step), hidden, angles, state, narrow_to)
-        outputs.append(output)
+        outputs.append(output.flatten(0, 1).unsqueeze(1))
     return outputs

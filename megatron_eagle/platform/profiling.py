@@ -1,7 +1,7 @@
-"""Mark ranges of work in a CUDA profile with Megatron's NVTX helper.
+"""Mark ranges of work in a profile: of PyTorch's profiler, and by NVTX with Megatron's helper.
 
-``compat.configure_nvtx_profiling`` switches the ranges on (``--eagle-nvtx``), together with those
-that Megatron has in its own layers. They are off otherwise, and cost nothing.
+``compat.configure_nvtx_profiling`` switches the NVTX ranges on (``--eagle-nvtx``), together with
+those that Megatron has in its own layers. They are off otherwise.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ def nvtx_range(name: str) -> Iterator[None]:
     message = f"eagle.{name}"
     nvtx_range_push(message)
     try:
-        yield
+        with torch.profiler.record_function(message):
+            yield
     except BaseException:
         _close_through(message)
         raise

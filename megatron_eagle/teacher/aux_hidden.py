@@ -17,7 +17,9 @@ class AuxCapture:
     """Hooks that keep the outputs of the aux ``layers`` (0-based ids, global over pipeline stages).
 
     A TransformerLayer's output is the residual stream after the layer, before any final norm:
-    [S', B, H]. Layers that another pipeline stage holds are captured there.
+    [S', B, H]. Layers that another pipeline stage holds are captured there. A layer of a
+    HybridModel may be several of Megatron's: ``ends`` has for each layer the 0-based number of the
+    last of them; None if layers count as Megatron's.
 
     Attributes:
         layers: ids of all aux layers.
@@ -26,16 +28,17 @@ class AuxCapture:
         handles: of the hooks, to remove them.
     """
 
-    def __init__(self, decoder: Any, layers: Sequence[int]) -> None:
+    def __init__(
+        self, decoder: Any, layers: Sequence[int], ends: Sequence[int] | None = None
+    ) -> None:
         self._captured: dict[int, Tensor] = {}
         self.enabled = True
         self.layers = tuple(layers)
-        held = {layer.layer_number - 1 for layer in decoder.layers}
-        self.local_layers = tuple(i for i in self.layers if i in held)
+        held = {layer.layer_number - 1: layer for layer in decoder.layers}
+        numbers = {i: i if ends is None else ends[i] for i in self.layers}
+        self.local_layers = tuple(i for i in self.layers if numbers[i] in held)
         self.handles = [
-            layer.register_forward_hook(self._hook(layer.layer_number - 1))
-            for layer in decoder.layers
-            if layer.layer_number - 1 in self.local_layers
+            held[numbers[i]].register_forward_hook(self._hook(i)) for i in self.local_layers
         ]
 
     def _hook(self, index: int) -> Callable[[Any, Any, Any], None]:

@@ -17,6 +17,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_eagle.attention.mla import position_rotary
 from megatron_eagle.attention.packing import DocumentAttention, Packing
+from megatron_eagle.checkpoint.hybrid_pattern import layer_ends
 from megatron_eagle.compat import MegatronModule, gather_from_sequence_parallel_region
 from megatron_eagle.parallel.context import ContextShard, append_halo
 from megatron_eagle.platform.profiling import nvtx_range
@@ -33,7 +34,7 @@ class FrozenBase(MegatronModule):
     as they are.
 
     Args:
-        gpt: Megatron's GPTModel, or this pipeline stage's layers of it.
+        gpt: Megatron's GPTModel or HybridModel, or this pipeline stage's layers of it.
         aux_layers: ids of the layers whose outputs are captured, ascending.
         vocab_size: of the base, without padding.
         shards: this rank's rows of embedding and output layer.
@@ -50,7 +51,9 @@ class FrozenBase(MegatronModule):
         self.gpt = gpt.requires_grad_(False).eval()
         self.shards = shards or VocabShards(gpt)
         self.vocab_size = vocab_size
-        self.capture = AuxCapture(gpt.decoder, aux_layers)
+        pattern = getattr(gpt, "hybrid_layer_pattern", None)
+        ends = None if pattern is None else layer_ends(pattern)
+        self.capture = AuxCapture(gpt.decoder, aux_layers, ends)
         self.tp_group, self.cp_group = gpt.pg_collection.tp, gpt.pg_collection.cp
         self._angles: Tensor | None = None
         # GPTModel counts positions from the sequence's start, packed documents from their own.

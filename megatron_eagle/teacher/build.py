@@ -12,9 +12,10 @@ from typing import Any
 from megatron_eagle.attention.mla import patch_mla_layers
 from megatron_eagle.attention.rope import attention_factor, set_attention_factor, set_frequencies
 from megatron_eagle.checkpoint.directory import BaseInfo
+from megatron_eagle.checkpoint.hybrid_pattern import for_stages, pattern_of
 from megatron_eagle.checkpoint.loading import load_sharded
 from megatron_eagle.checkpoint.reader import CheckpointReader
-from megatron_eagle.compat import GPTModelBuilder, StrictHandling
+from megatron_eagle.compat import GPTModelBuilder, HybridModelBuilder, StrictHandling
 from megatron_eagle.errors import UserError
 from megatron_eagle.layers.backend import LayerBackend
 from megatron_eagle.teacher.description import base_arguments, model_config, transformer_config
@@ -41,10 +42,13 @@ def build_base(
     pre_process: bool = True,
     post_process: bool = True,
 ) -> Any:
-    """Build the base's GPTModel, without weights; the vocabulary is padded as Megatron pads it.
+    """Build the base's GPTModel or HybridModel, without weights; the vocabulary is padded as
+    Megatron pads it.
 
     A pipeline stage without the embedding or the output layer says so by ``pre_process`` and
-    ``post_process``. What Megatron's flags cannot say of the base is set in ``config``.
+    ``post_process``. What Megatron's flags cannot say of the base is set in ``config``. A
+    HybridModel is cut where its pattern says so, if that makes the pipeline's stages, and otherwise
+    evenly or as ``config`` says. Raises ``UserError`` for layers whose kernels are not installed.
     """
     config.mtp_num_layers = None  # layers that predict further tokens belong to no frozen base
     if config.multi_latent_attention:
@@ -54,10 +58,17 @@ def build_base(
     model = model_config(info, config)
     multiple = info.megatron_args["make_vocab_size_divisible_by"] * pg_collection.tp.size()
     model.vocab_size = -(-info.vocab_size // multiple) * multiple
-    model.transformer_layer_spec = lambda _: backend.base_spec(
-        config, pg_collection.pp.rank(), info.is_native
-    )
-    gpt = GPTModelBuilder(model).build_model(pg_collection, pre_process, post_process)
+    pattern = pattern_of(info.megatron_args)
+    if pattern is None:
+        model.transformer_layer_spec = lambda _: backend.base_spec(
+            config, pg_collection.pp.rank(), info.is_native
+        )
+        builder: Any = GPTModelBuilder(model)
+    else:
+        model.hybrid_layer_pattern = for_stages(pattern, pg_collection.pp.size())
+        model.hybrid_stack_spec = backend.hybrid_spec(config, pattern)
+        builder = HybridModelBuilder(model)
+    gpt = builder.build_model(pg_collection, pre_process, post_process)
     theta = info.megatron_args["rotary_base"]
     if config.multi_latent_attention:
         patch_mla_layers(gpt, info.rope, theta, None if info.is_native else backend.norm)

@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from megatron_eagle.checkpoint.directory import BaseInfo
+from megatron_eagle.checkpoint.hybrid_pattern import megatron_layers
 from megatron_eagle.compat import (
     add_megatron_arguments,
     core_transformer_config_from_args,
     gpt_config_from_args,
+    hybrid_config_from_args,
 )
 
 STORED_AS = {
@@ -60,6 +62,7 @@ def base_arguments(info: BaseInfo, **parallelism: Any) -> argparse.Namespace:
     values = _parser_defaults() | _PLAIN_KERNELS
     for name, value in info.megatron_args.items():
         values[STORED_AS.get(name, name)] = value
+    values["num_layers"] = megatron_layers(info.megatron_args)
     if values["window_size"] is not None:
         values["window_size"] = tuple(values["window_size"])
     values |= {_PARALLELISM.get(name, name): value for name, value in parallelism.items()}
@@ -72,9 +75,12 @@ def transformer_config(args: argparse.Namespace) -> Any:
 
 
 def model_config(info: BaseInfo, config: Any) -> Any:
-    """Return Megatron's GPTModelConfig of the base around its TransformerConfig ``config``."""
+    """Return Megatron's GPTModelConfig of the base around its TransformerConfig ``config``, or its
+    HybridModelConfig."""
     args = base_arguments(info)
     args.padded_vocab_size = info.vocab_size  # the caller pads it for its layout
+    if args.hybrid_layer_pattern is not None:
+        return hybrid_config_from_args(args, config)
     model = gpt_config_from_args(args, config)
     # Megatron's own trainer drops this argument.
     model.rope_scaling_factor = args.rope_scaling_factor

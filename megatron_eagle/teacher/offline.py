@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.teacher.base import FrozenBase
 
 
@@ -20,6 +22,13 @@ def config_without_layers(config: Any) -> Any:
     config.num_moe_experts = None
     config.moe_layer_freq = 1
     return config
+
+
+def info_without_layers(info: BaseInfo) -> BaseInfo:
+    """Return the description of a base for that configuration: of a GPTModel, whose embedding,
+    output layer and RoPE are a HybridModel's, too."""
+    args = {n: v for n, v in info.megatron_args.items() if n != "hybrid_layer_pattern"}
+    return replace(info, megatron_args={**args, "num_layers": 1})
 
 
 def without_layers(gpt: Any) -> Any:

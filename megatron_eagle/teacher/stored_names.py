@@ -14,12 +14,14 @@ from typing import Any
 from megatron_eagle.compat import ShardedTensor, ShardedTensorFactory, nested_values
 
 _NUMBERED = re.compile(r"decoder\.layers\.(\d+)\.")
-NORMS = {
-    "input_layernorm.": "self_attention.linear_qkv.layer_norm_",
-    "pre_mlp_layernorm.": "mlp.linear_fc1.layer_norm_",
-    "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
-    "self_attention.kv_layernorm.": "self_attention.linear_kv_up_proj.layer_norm_",
-}
+NORMS = (
+    ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
+    ("input_layernorm.", "self_attention.in_proj.layer_norm_"),
+    ("norm.", "mixer.in_proj.layer_norm_"),
+    ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
+    ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_"),
+    ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_"),
+)
 """A norm's own name -> the one it has inside Transformer Engine's fused layer."""
 WEIGHTS = ("decoder.", "embedding.", "output_layer.")
 """Prefixes of the weights of a base; other tensors (optimizer, MTP layers) are not read."""
@@ -34,7 +36,7 @@ def stored_name(key: str, keys: Collection[str]) -> str:
     """Return the name of ``keys`` under which the weight ``key`` is stored; itself if none is."""
     if key in keys:
         return key
-    for own, fused in NORMS.items():
+    for own, fused in NORMS:
         for before, after in ((own, fused), (fused, own)):
             if before in key and key.replace(before, after) in keys:
                 return key.replace(before, after)
@@ -60,16 +62,18 @@ def adopt_names(sharded: dict[str, Any], keys: Collection[str]) -> dict[str, Any
 
 def unread_weights(gpt: Any, sharded: dict[str, Any], keys: Collection[str]) -> list[str]:
     """Return the weights in ``keys`` of this stage that ``sharded`` does not ask for."""
-    asked = {
-        value.key
-        for value in nested_values(sharded)
-        if isinstance(value, ShardedTensor | ShardedTensorFactory)
-    }
+    values = list(nested_values(sharded))
+    asked = {v.key for v in values if isinstance(v, ShardedTensor | ShardedTensorFactory)}
+    # A recurrent layer's fused projections are stored in parts, which have names of their own.
+    parts = tuple(f"{v.key}." for v in values if isinstance(v, ShardedTensorFactory))
     here = {layer.layer_number - 1 for layer in getattr(gpt.decoder, "layers", ())}
     return sorted(
         key
         for key in keys
-        if key.startswith(WEIGHTS) and key not in asked and _belongs_here(key, gpt, here)
+        if key.startswith(WEIGHTS)
+        and key not in asked
+        and not key.startswith(parts)
+        and _belongs_here(key, gpt, here)
     )
 
 

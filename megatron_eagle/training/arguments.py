@@ -19,6 +19,7 @@ from megatron.training.arguments import (
 from megatron_eagle.checkpoint.base_description import read_base
 from megatron_eagle.checkpoint.base_fields import check_complete
 from megatron_eagle.checkpoint.directory import BaseInfo
+from megatron_eagle.checkpoint.hybrid_pattern import megatron_layers
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.config.flags import add_eagle_flags
 from megatron_eagle.errors import UserError, literal
@@ -69,7 +70,8 @@ def parse_eagle_args(
     _check_recompute(args, options)
     _check_throughput(args, options)
     check_micro_batches(args)
-    options.check_against_base(args.num_layers, base.vocab_size, args.seq_length)
+    own_layers = base.megatron_args["num_layers"]
+    options.check_against_base(own_layers, base.vocab_size, args.seq_length)
     return args, base
 
 
@@ -126,6 +128,10 @@ def _check_dimensions(args: argparse.Namespace, base: BaseInfo) -> None:
     for name, value in {**ABSENT, **base.megatron_args}.items():
         if name in ("vocab_size", "max_position_embeddings", "make_vocab_size_divisible_by"):
             continue
+        if name == "hybrid_layer_pattern":
+            continue  # compared with its cuts, ``hybrid_flags.run_pattern``
+        if name == "num_layers":
+            value = megatron_layers(base.megatron_args)
         parsed = getattr(args, STORED_AS.get(name, name), None)
         parsed = list(parsed) if isinstance(parsed, tuple) else parsed
         if parsed != value:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.checkpoint.directory import BaseInfo
+from megatron_eagle.checkpoint.hybrid_pattern import pattern_of, symbols
 from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.config import DraftSpec, EagleConfig
 from megatron_eagle.config.option import flag_name
@@ -66,7 +67,13 @@ def check_base_start(options: EagleConfig, base: BaseInfo) -> None:
     for name, value in _OF_DRAFTS.items():
         if args.get(name, value) != value:
             raise UserError(f"{flag}: the base has {name} = {args[name]}, a draft {value}")
-    if any(moe_layers(args)[-options.spec.num_layers :]):
+    pattern, layers = pattern_of(args), options.spec.num_layers
+    if pattern is not None and not symbols(pattern).endswith("*-" * layers):
+        raise UserError(
+            f"{flag}: the base's last layers in {pattern} are not attention with an MLP (*-), as a "
+            "draft's are"
+        )
+    if any(moe_layers(args)[-layers:]):
         raise UserError(f"{flag}: the base's last layer has experts, a dense draft has not")
     for name, width in layer_widths(options.spec, args).items():
         if width != args[name]:
@@ -106,7 +113,7 @@ class BaseStart:
         head = "embedding.word_embeddings.weight" if tied else "output_layer.weight"
         readers: dict[str, Callable[[], Tensor]] = {
             "draft.fc.weight": partial(self._fc, aux_layers, scale),
-            "draft.norm.weight": partial(self._whole, "decoder.final_layernorm.weight"),
+            "draft.norm.weight": partial(self._whole, self._final_norm()),
             "draft.lm_head.weight": partial(self._rows, head, self.vocab_ids.tolist()),
         }
         count = self.spec.num_layers
@@ -121,6 +128,10 @@ class BaseStart:
             readers[prefix + QKV] = partial(self._qkv, layer, index == 0, init_std)
         return readers
 
+    def _final_norm(self) -> str:
+        hybrid = pattern_of(self.args) is not None
+        return f"decoder.final_{'norm' if hybrid else 'layernorm'}.weight"
+
     def _whole(self, key: str) -> Tensor:
         return self.checkpoint.load([key])[key]
 
@@ -129,6 +140,9 @@ class BaseStart:
 
     def _of_layer(self, layer: int, name: str) -> Tensor:
         keys = self.checkpoint.keys()
+        if (pattern := pattern_of(self.args)) is not None:  # which ends in pairs
+            mlp = len(symbols(pattern)) - 1 - 2 * (self.args["num_layers"] - 1 - layer)
+            layer = mlp if name.startswith("mlp.") else mlp - 1
         if is_numbered(keys):
             return self._whole(stored_name(f"decoder.layers.{layer}.{name}", keys))
         return self._rows(stored_name(f"decoder.layers.{name}", keys), [layer])[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,12 @@ from megatron_eagle.pipeline.exchange import StageExchange
 from megatron_eagle.pipeline.replicas import FinalizeReplicas, equal_start
 from megatron_eagle.teacher.base import FrozenBase
 from megatron_eagle.teacher.build import build_base, load_base
-from megatron_eagle.teacher.offline import OfflineBase, config_without_layers, without_layers
+from megatron_eagle.teacher.offline import (
+    OfflineBase,
+    config_without_layers,
+    info_without_layers,
+    without_layers,
+)
 from megatron_eagle.teacher.vocab_shards import VocabShards
 from megatron_eagle.training.base_start import BaseStart, left_out
 from megatron_eagle.training.frozen_config import frozen_config
@@ -72,15 +78,16 @@ class ModelBuilder:
         # Its weights are loaded; and so the draft's start does not depend on the base's size.
         base_config.perform_initialization = False
         base_config.gradient_accumulation_fusion = False  # Megatron's own head asks for Apex
-        aux_layers = self.options.spec.aux_layers_of(config.num_layers)
+        aux_layers = self.options.spec.aux_layers_of(self.base.megatron_args["num_layers"])
         states = self.options.train.pack or self.options.train.eval_prompts is not None
         backend = backend_of(args.transformer_impl, keeps_states=states)
         if pg_collection.pp.size() > 1:
             base_config.finalize_model_grads_func = FinalizeReplicas(pg_collection.pp)
         plan = self._features(aux_layers)
+        info = self._with_stages(args.hybrid_layer_pattern)
         if plan is not None:
-            base_config = config_without_layers(base_config)
-        gpt = build_base(base_config, self.base, backend, pg_collection, pre_process, post_process)
+            base_config, info = config_without_layers(base_config), info_without_layers(info)
+        gpt = build_base(base_config, info, backend, pg_collection, pre_process, post_process)
         if plan is not None:
             gpt = without_layers(gpt)
         shards = VocabShards(gpt)
@@ -121,6 +128,13 @@ class ModelBuilder:
         if self.throughput is not None and not self.options.spec.method.drafts_blocks:
             self.throughput.saw(model)
         return model
+
+    def _with_stages(self, pattern: str | None) -> BaseInfo:
+        """Return the base with its ``pattern`` as this run cuts it, if it is a HybridModel."""
+        if pattern is None:
+            return self.base
+        args = {**self.base.megatron_args, "hybrid_layer_pattern": pattern}
+        return replace(self.base, megatron_args=args)
 
     def _info(self, aux_layers: tuple[int, ...]) -> DraftInfo:
         """Return the description of the draft that this run trains."""

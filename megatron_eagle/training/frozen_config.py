@@ -125,8 +125,6 @@ PREFIXES = (
     "fp4",
     "fp8",
     "inference_",
-    "linear_",
-    "mamba_",
     "min_offloaded",
     "moe_hybridep",
     "moe_ncclep",
@@ -139,6 +137,9 @@ PREFIXES = (
     "use_mamba",
 )
 """Groups of fields of the kinds above, or of layers that a base of this kind has not."""
+
+RECURRENT_LAYERS = ("linear_", "mamba_")
+"""Groups of fields of a HybridModel's layers, which no GPTModel has."""
 
 _FLAGS = {
     "activation_func": "--swiglu, --squared-relu or --quick-geglu",
@@ -154,7 +155,8 @@ def run_fields(config: Any) -> set[str]:
     named |= {field.name for field in fields(ModelParallelConfig)}
     if config.activation_func is not gelu:
         named.add("bias_activation_fusion")  # of GELU, Megatron fuses another function
-    return named | {field.name for field in fields(config) if field.name.startswith(PREFIXES)}
+    prefixes = PREFIXES if config.is_hybrid_model else (*PREFIXES, *RECURRENT_LAYERS)
+    return named | {field.name for field in fields(config) if field.name.startswith(prefixes)}
 
 
 def frozen_config(parsed: Any, base: BaseInfo) -> Any:

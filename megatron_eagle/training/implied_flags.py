@@ -17,7 +17,8 @@ from megatron_eagle.config import EagleConfig
 from megatron_eagle.errors import UserError
 from megatron_eagle.layers.backend import LOCAL, TRANSFORMER_ENGINE
 from megatron_eagle.platform import is_enabled
-from megatron_eagle.training.layout import layout_flags
+from megatron_eagle.training.hybrid_flags import run_pattern
+from megatron_eagle.training.layout import layout_flags, pipeline_stages
 from megatron_eagle.training.megatron_flags import megatron_flags
 from megatron_eagle.training.megatron_refusals import saved_to
 from megatron_eagle.training.nan_stop import nan_flags, noted_iterations
@@ -41,12 +42,15 @@ def implied_flags(
 ) -> list[str]:
     """Return the flags that are put in front of the user's ``argv``, which win over them;
     ``layers`` as ``layer_implementation`` returns it."""
-    words = [*ALWAYS_FLAGS, *megatron_flags(base.megatron_args)]
+    args = dict(base.megatron_args)
+    if (pattern := run_pattern(argv, base, pipeline_stages(argv))) is not None:
+        args["hybrid_layer_pattern"] = pattern
+    words = [*ALWAYS_FLAGS, *megatron_flags(args)]
     words += CPU_FLAGS if is_enabled() else []
     words += _layer_flags(options, layers)
     words += layout_flags(argv)
-    save, stages = saved_to(argv)
-    words += nan_flags(argv, noted_iterations(save), stages)
+    save = saved_to(argv)
+    words += nan_flags(argv, noted_iterations(save))
     if save is not None:
         words.append("--exit-signal-handler")  # SIGTERM, as schedulers send: save, then exit
     if options.train.reads_documents:

@@ -10,11 +10,14 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from megatron_eagle.checkpoint.base_fields import TP_SIZES
 from megatron_eagle.checkpoint.directory import BaseInfo
+from megatron_eagle.checkpoint.hybrid_pattern import CUT, megatron_layers
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.config.option import flag_name
 from megatron_eagle.config.widths import TP_WIDTHS, layer_widths
 from megatron_eagle.errors import UserError
+from megatron_eagle.training.hybrid_flags import check_recurrent, run_pattern
 
 _UNEVEN_FLAGS = ("--decoder-first-pipeline-num-layers", "--decoder-last-pipeline-num-layers")
 
@@ -40,8 +43,8 @@ def check_layout(argv: Sequence[str], base: BaseInfo, options: EagleConfig) -> N
     )
     if options.spec.num_experts is not None:
         _check_experts(layout, base, options)
-    for name in ("num_attention_heads", "num_query_groups", "ffn_hidden_size", "hidden_size"):
-        if base.megatron_args[name] % tensor:
+    for name in (*TP_SIZES, "hidden_size"):
+        if base.megatron_args.get(name, 0) % tensor:
             raise UserError(
                 f"--tensor-model-parallel-size {tensor} does not divide "
                 f"the base's {name} = {base.megatron_args[name]}"
@@ -52,7 +55,9 @@ def check_layout(argv: Sequence[str], base: BaseInfo, options: EagleConfig) -> N
                 f"--tensor-model-parallel-size {tensor} does not divide the draft's "
                 f"{name} = {width} ({flag_name(name)})"
             )
-    _check_layers(layout, base.megatron_args["num_layers"])
+    pattern = run_pattern(argv, base, stages)
+    _check_layers(layout, megatron_layers(base.megatron_args), pattern or "")
+    check_recurrent(layout, base, options)
     _check_base_experts(layout, base.megatron_args.get("num_experts"))
     if layout.seq_length is not None:
         _check_sequence(layout, options)
@@ -84,10 +89,17 @@ def layout_flags(argv: Sequence[str]) -> list[str]:
     return words
 
 
+def pipeline_stages(argv: Sequence[str]) -> int:
+    """Return the number of pipeline stages in ``argv``."""
+    return int(_layout(argv).pipeline_model_parallel_size)
+
+
 def _check_experts(layout: argparse.Namespace, base: BaseInfo, options: EagleConfig) -> None:
     """Check what Megatron's MoE layers need; a draft's experts are sharded as the base's are."""
     assert options.spec.num_experts is not None
     shown = f"--eagle-num-experts {options.spec.num_experts}"
+    if options.spec.method.is_base_module:
+        shown = f"--eagle-algorithm {options.spec.algorithm} beside a base with experts"
     if layout.tensor_model_parallel_size > 1 and not layout.sequence_parallel:
         raise UserError(f"{shown} needs --sequence-parallel with tensor parallelism")
     expert_tensor = layout.expert_tensor_parallel_size or base.megatron_args.get(
@@ -192,17 +204,31 @@ def _check_pipeline(layout: argparse.Namespace) -> None:
         )
 
 
-def _check_layers(layout: argparse.Namespace, layers: int) -> None:
-    """Check that the layers left by the flags of the first and last stage are divided evenly."""
+def _check_layers(layout: argparse.Namespace, layers: int, pattern: str) -> None:
+    """Check that the layers left by the flags of the first and last stage are divided evenly.
+
+    The ``pattern`` of a HybridModel may cut the stages itself, and knows no layout.
+    """
     stages = layout.pipeline_model_parallel_size
+    if pattern and layout.pipeline_model_parallel_layout is not None:
+        raise UserError(
+            "--pipeline-model-parallel-layout: a HybridModel is cut by | in --hybrid-layer-pattern"
+        )
     if stages == 1 or layout.pipeline_model_parallel_layout is not None:
         return
     fixed = [value for flag in _UNEVEN_FLAGS if (value := _value(layout, flag)) is not None]
+    if CUT in pattern:
+        if fixed:
+            raise UserError(
+                f"{' and '.join(_UNEVEN_FLAGS)}: the base's stages are cut by its pattern {pattern}"
+            )
+        return
     rest, over = layers - sum(fixed), stages - len(fixed)
     if rest < over or (over and rest % over) or (not over and rest):
+        other = "| in --hybrid-layer-pattern" if pattern else "--pipeline-model-parallel-layout"
         raise UserError(
             f"--pipeline-model-parallel-size {stages} does not divide the base's {layers} layers; "
-            f"give {' and '.join(_UNEVEN_FLAGS)}, or --pipeline-model-parallel-layout"
+            f"give {' and '.join(_UNEVEN_FLAGS)}, or {other}"
         )
 
 

@@ -28,17 +28,15 @@ def check_save(argv: Sequence[str]) -> None:
         )
 
 
-def saved_to(argv: Sequence[str]) -> tuple[str | None, int]:
-    """Return ``--save`` and the number of pipeline stages in ``argv``."""
-    given = _parse(argv)
-    return given.save, given.pipeline_model_parallel_size
+def saved_to(argv: Sequence[str]) -> str | None:
+    """Return the value of ``--save`` in ``argv``."""
+    return _parse(argv).save
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
     for flag in ("--save", "--save-interval"):
         parser.add_argument(flag)
-    parser.add_argument("--pipeline-model-parallel-size", type=int, default=1)
     return parser.parse_known_args(argv)[0]
 
 

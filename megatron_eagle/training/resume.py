@@ -23,6 +23,7 @@ from megatron_eagle.user_files import naming, reading
 
 _LOAD = "megatron.training.training:load_checkpoint"
 _SAVE = "megatron.training.training:save_checkpoint_and_time"
+_GPT_TO_HYBRID = "megatron.training.checkpointing:_maybe_setup_gpt_to_hybrid_load"
 _RESHARDABLE = ("fully_reshardable", "fully_sharded_model_space")
 """Formats of the distributed optimizer's state that load at another TP and PP."""
 
@@ -178,6 +179,9 @@ def name_checkpoints_in_errors() -> None:
 
     patch(_LOAD, load_checkpoint, "name the checkpoint that cannot be loaded")
     patch(_SAVE, save_checkpoint, "name the checkpoint that cannot be written")
+    # By the pattern of a hybrid base, Megatron would take the draft in a checkpoint for one.
+    never = (None, False)
+    patch(_GPT_TO_HYBRID, lambda *_: never, "a draft is neither a GPTModel nor a HybridModel")
 
 
 def _why(error: BaseException) -> str:

@@ -30,7 +30,7 @@ class ForwardStep:
     """Megatron's ``forward_step_func``: one micro-batch through base and draft.
 
     ``samples``: at most how many an optimizer step has, on all ranks together. ``throughput``
-    counts the micro-batches' work. With ``rejects_spikes`` a loss far above all before is told to
+    counts the micro-batches' work. With ``rejects_spikes`` a loss far above earlier ones is told to
     Megatron's rerun machine.
     """
 
@@ -67,18 +67,19 @@ class ForwardStep:
 
         A loss that is not a number needs no check here: it is found in its gradients."""
         loss, sums = output
-        if self.rejects_spikes:
-            _reject_spike(loss)
         unit = self.accounting.unit
         divisor = (self.accounting.divisor(sums) * unit).round().to(torch.int)
+        if self.rejects_spikes:  # of the mean: micro-batches have different numbers of tokens
+            reject_spike(loss.detach() * unit / divisor.clamp(min=1))
         return (loss if unit == 1 else loss * unit), divisor, {_SUMS: sums}
 
 
-def _reject_spike(loss: Tensor) -> None:
-    """Tell Megatron's rerun machine of a loss ten times as large as any before; asks the device."""
+def reject_spike(loss: Tensor) -> None:
+    """Tell Megatron's rerun machine of a loss ten times as large as any of the first 100; asks the
+    device for it."""
     machine = require("megatron.core.rerun_state_machine:get_rerun_state_machine")()
     machine.validate_result(
-        result=loss.detach(),
+        result=loss,
         rejection_func=partial(machine.is_unexpectedly_large, threshold=_SPIKE, context="loss"),
         message="Spiky loss",
         tolerance=0.0,
@@ -119,8 +120,9 @@ def replace_schedule(options: EagleConfig) -> PipelineSchedule:
 
 
 def _another_iteration_follows() -> bool:
-    """Tell whether training goes on after the current iteration, as far as the flags say."""
+    """Tell whether the next iteration is trained on, as far as the flags say."""
     args = get_args()
     done = args.curr_iteration + 1
     exits = args.exit_interval is not None and done % args.exit_interval == 0
-    return done < args.train_iters and not exits
+    left_out = done + 1 in args.iterations_to_skip
+    return done < args.train_iters and not exits and not left_out

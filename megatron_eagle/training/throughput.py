@@ -33,9 +33,10 @@ class Cost:
     """Operations of one rank for each unit of a micro-batch's size.
 
     Attributes:
-        token: per token, of the base's forward, fc and the draft's first pass.
+        token: per token, of the base's forward, fc and what all rows take part in of the draft's
+            first pass.
         pair: per pair of a token and an earlier one, in the attention of the same.
-        live: per row that a later pass of the draft runs on, all of these passes.
+        live: per live row, of the rest of the first pass and of all later ones.
         target: per target position, the teacher's product.
         judged: per supervised position and step, the draft's head.
     """
@@ -55,12 +56,13 @@ class Cost:
         layers, decoder = _weights(draft.layers, draft.config), base.gpt.decoder
         fc = sum(parameter.numel() for parameter in draft.fc.parameters())
         repeated = layers + (fc if draft.algorithm.joins_by_fc else 0)
+        narrow = _weights(draft.layers[-1], draft.config) - draft.narrowing.trunk_weights()
         pair = _FORWARD * _attention(getattr(decoder, "layers", ()), base.config)
         head = draft.lm_head()
         return cls(
-            token=_FORWARD * _weights(decoder, base.config) + trained * (fc + layers),
+            token=_FORWARD * _weights(decoder, base.config) + trained * (fc + layers - narrow),
             pair=pair + trained * _attention(draft.layers, draft.config),
-            live=trained * (steps - 1) * repeated,
+            live=trained * (narrow + (steps - 1) * repeated),
             target=_FORWARD * base.output_weight.numel() / stages,
             judged=(trained if head.requires_grad else 2 * _FORWARD / stages) * head.numel(),
         )

@@ -32,7 +32,7 @@ def draft_vocab_ids(
     A checkpoint that ``--load`` will resume decides: its rows mean its ids, and rebuilding them
     from other data would scramble the head without a trace in the metrics. So does a warm start.
     """
-    aux_layers = options.spec.aux_layers_of(args.num_layers)
+    aux_layers = options.spec.aux_layers_of(base.megatron_args["num_layers"])
     spec = resolved_spec(options.spec, base, aux_layers, base.vocab_size)
     now = run_metadata(options, base, spec, args.expert_model_parallel_size)
     size, vocab_map = options.spec.draft_vocab_size, options.train.vocab_map

@@ -18,6 +18,7 @@ from megatron_eagle.checkpoint.base_description import read_base
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.compat import ShardedTensor, apply_factories, nested_values
 from megatron_eagle.config import DraftSpec, EagleConfig
+from megatron_eagle.config.base_module import beside_base
 from megatron_eagle.config.flags import given_options
 from megatron_eagle.config.option import names
 from megatron_eagle.config.widths import layer_widths
@@ -33,13 +34,13 @@ def adopt_warm_start(
     options: EagleConfig, argv: Sequence[str]
 ) -> tuple[EagleConfig, StoredDraft | None]:
     """Return the options with the architecture of the draft of --eagle-warm-start, and that draft;
-    without the flag the options as they are, and None.
+    without the flag the options, with the base's layer for a next-token module, and None.
 
     Raises ``UserError`` for files that are not a draft of this base, and for a flag in ``argv``
     that contradicts them.
     """
     if options.train.warm_start is None:
-        return options, None
+        return _beside_base(options), None
     stored = _open(options, _base_info(options))
     if options.train.vocab_map is not None:
         raise UserError(
@@ -61,6 +62,20 @@ def adopt_warm_start(
                 f"{options.train.warm_start} has {_words(stored_values[name])}"
             )
     return dataclasses.replace(options, spec=spec), stored
+
+
+def _beside_base(options: EagleConfig) -> EagleConfig:
+    """Return the options of a next-token module with its layer, which is the base's kind."""
+    if not options.spec.method.is_base_module:
+        return options
+    base = _base_info(options)
+    if base.is_native:
+        raise UserError(
+            f"<algorithm> {options.spec.algorithm}: next-token modules of bases that Megatron "
+            "trained are not read; import the base's Hugging Face directory"
+        )
+    spec = beside_base(options.spec, base.megatron_args)
+    return dataclasses.replace(options, spec=spec)
 
 
 def load_warm_start(draft: EagleDraft, stored: StoredDraft) -> None:
@@ -94,14 +109,17 @@ def _fill(draft: EagleDraft, tensors: Tensors) -> set[str]:
     for key, load in tensors.items():
         whole = load()
         for shard in shards[key]:
-            _copy(whole, shard)
+            leading = shard.prepend_axis_num  # of an expert, its number
+            _copy(whole[shard.global_offset[:leading]], shard)
     return set(shards) - set(tensors) - {"draft.vocab_ids", "draft.metadata"}
 
 
 def _copy(whole: Tensor, shard: Any) -> None:
-    """Copy the part of ``whole`` at the shard's offset; rows past its end are padding, set to 0."""
+    """Copy the part of ``whole``, without leading axes, at the shard's offset; rows past its end
+    are padding, set to 0."""
     part = whole
-    for dim, (start, size) in enumerate(zip(shard.global_offset, shard.local_shape, strict=True)):
+    offsets = shard.global_offset[shard.prepend_axis_num :]
+    for dim, (start, size) in enumerate(zip(offsets, shard.local_shape, strict=True)):
         rows = max(0, min(start + size, whole.shape[dim]) - start)
         part = part.narrow(dim, min(start, whole.shape[dim]), rows)
     shard.data[part.shape[0] :].zero_()

@@ -123,6 +123,19 @@ def test_prompts_may_fill_whole_ranks(world: int, changes: dict[str, Any]) -> No
     compare(case, reference, run_distributed(run_case, world, case))
 
 
+EVERY_ROW = [
+    pytest.param(1, {"num_layers": 2, "ttt_steps": 5}, id="tp1-two-layers"),
+    pytest.param(4, {"cp": 2, "sequence_parallel": True, "mask_token": 7}, id="tp2-sp-cp2-p-eagle"),
+]
+
+
+@pytest.mark.parametrize(("world", "changes"), EVERY_ROW)
+def test_all_rows_may_go_on(world: int, changes: dict[str, Any]) -> None:
+    """As where nearly all are supervised: nothing is gathered, and rows keep their places."""
+    case, reference = make_case(every_row=True, **changes)
+    compare(case, reference, run_distributed(run_case, world, case))
+
+
 def test_the_comparison_can_fail() -> None:
     """A draft with one weight off must not pass for the reference."""
     case, reference = make_case()

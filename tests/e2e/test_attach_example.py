@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 from safetensors import safe_open
 
 from megatron_eagle.cli.main import main
@@ -17,6 +18,7 @@ LINE = re.compile(
 )
 
 
+@pytest.mark.slow
 def test_both_losses_fall_and_the_draft_converts(tmp_path: Path) -> None:
     run = launch(EXAMPLE, 2, "--tensor-parallel", 2, "--iterations", 60, "--save", tmp_path / "d")
     assert run.returncode == 0, run.output[-3000:]

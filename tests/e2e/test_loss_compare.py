@@ -28,6 +28,7 @@ def compare(*words: str) -> int:
     return loss_compare.main(list(words))
 
 
+@pytest.mark.slow
 def test_two_layouts_agree(capsys: pytest.CaptureFixture[str]) -> None:
     assert compare("--layouts", "tp1,pp2", *SMALL) == 0
     out = capsys.readouterr().out

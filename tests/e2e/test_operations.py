@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,20 @@ from tests.e2e.launch import EXAMPLE, RECIPE, cpu_environment, train
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 DRAFT = ["--eagle-draft-vocab-size", 32]
+WITH_NAN = Path(__file__).with_name("train_with_nan.py")
 
 
 def started(output: Path, *words: object) -> subprocess.Popen[bytes]:
-    """Start training on one rank, without a launcher; a pipe would fill up and stop it."""
+    """Start training on one rank, without a launcher; a pipe would fill up and stop it.
+
+    It hears Ctrl-C also where these tests run in the background of a shell, which ignores it there.
+    """
     single = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     return subprocess.Popen(
         [sys.executable, str(EXAMPLE), *RECIPE, *map(str, words)],
         env={**cpu_environment(1), **single, "MASTER_PORT": str(20000 + os.getpid() % 10000)},
         stdout=output.open("wb"), stderr=subprocess.STDOUT,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 
@@ -68,23 +74,40 @@ def test_a_full_disk_under_the_log_costs_its_lines(inputs: Inputs, tmp_path: Pat
     assert (tmp_path / "draft" / "latest_checkpointed_iteration.txt").read_text() == "20"
 
 
-def test_a_nan_is_one_line_and_left_out_in_the_end(inputs: Inputs, tmp_path: Path) -> None:
-    """A learning rate that sends the weights to infinity."""
+def test_a_nan_on_one_stage_stops_all_and_is_left_out_in_the_end(
+    inputs: Inputs, tmp_path: Path
+) -> None:
+    """Two runs end before the optimizer sees it; the third one's losses are those of a run on one
+    rank that was told to leave the iteration out."""
     save = tmp_path / "draft"
-    words = [*inputs.flags, *DRAFT, "--save", save, "--load", save, "--save-interval", 2]
-    wild = [*words, "--lr-decay-style", "constant", "--lr", "1e38", "--clip-grad", 0]
-    wild += ["--train-iters", 6]
-    statuses, texts = [], []
-    for _ in range(4):
-        run = train(1, None, *wild)
-        statuses.append(run.returncode)
-        texts.append(run.output)
-        if run.returncode:
-            assert "Traceback" not in run.output, run.output[-3000:]
-            assert "the gradient is " in run.error_line or "it is the weights" in run.error_line
-    noted = json.loads((save / "rejected_iterations.json").read_text())
-    assert max(noted.values()) == 2, (noted, statuses)
-    assert len(noted) > 1 or statuses[-1] == 0, "the next runs get past the first of them"
+    common = [*inputs.flags, *DRAFT, "--train-iters", 6]
+    words = [*common, "--save", save, "--load", save, "--save-interval", 100]
+    words += ["--pipeline-model-parallel-size", 2, "--decoder-first-pipeline-num-layers", 4]
+    for times in (1, 2):
+        run = train(2, None, *words, script=WITH_NAN)
+        assert run.returncode and "Traceback" not in run.output, run.output[-3000:]
+        assert "iteration 3: the gradient is NaN; the weights are as they were" in run.error_line
+        assert json.loads((save / "rejected_iterations.json").read_text()) == {"3": times}
+    last = train(2, tmp_path / "last.jsonl", *words, script=WITH_NAN)
+    assert last.returncode == 0, last.output[-3000:]
+    told = train(1, tmp_path / "told.jsonl", *common, "--iterations-to-skip", 3)
+    assert sorted(last.metrics) == sorted(told.metrics) == [1, 2, 4, 5, 6]
+    for iteration, line in told.metrics.items():
+        assert last.metrics[iteration]["loss"] == pytest.approx(line["loss"], rel=1e-4)
+
+
+def test_weights_that_diverge_are_one_line(inputs: Inputs, tmp_path: Path) -> None:
+    """A learning rate that sends the weights to infinity: every iteration after the first fails."""
+    save = tmp_path / "draft"
+    wild = [*inputs.flags, *DRAFT, "--save", save, "--load", save, "--save-interval", 100]
+    wild += ["--lr-decay-style", "constant", "--lr", "1e38", "--clip-grad", 0, "--train-iters", 9]
+    run = train(1, None, *wild)
+    assert run.returncode and "Traceback" not in run.output, run.output[-3000:]
+    assert "iteration 2: the gradient is " in run.error_line
+    noted = save / "rejected_iterations.json"
+    assert json.loads(noted.read_text()) == {"2": 1}
+    noted.write_text(json.dumps(dict.fromkeys(("2", "3", "4", "5"), 2)))
+    assert "it is the weights, not the data" in train(1, None, *wild).error_line
 
 
 def test_resuming_what_was_cut_or_changed(inputs: Inputs, tmp_path: Path) -> None:

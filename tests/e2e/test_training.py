@@ -97,6 +97,7 @@ def test_data_parallel_ranks_share_the_work(inputs: Inputs, tmp_path: Path) -> N
         assert line["supervised_rows"] == runs[1].metrics[iteration]["supervised_rows"]
 
 
+@pytest.mark.slow
 def test_compiling_and_recomputing_change_nothing(inputs: Inputs, tmp_path: Path) -> None:
     """--eagle-compile and --eagle-nvtx run without CUDA and give the same losses, and so does
     recomputing the draft's activations."""

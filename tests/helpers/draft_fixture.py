@@ -38,6 +38,8 @@ class Case:
     compile: bool = False
     cp: int = 1
     positions: Tensor | None = None
+    every_row: bool = False
+    layers: str = "local"
     counted: list[str] = field(default_factory=list)
 
 
@@ -49,7 +51,7 @@ def build_model(case: Case) -> Any:
     from megatron_eagle.draft.build import build_draft
     from megatron_eagle.draft.layer_config import Rotary
     from megatron_eagle.draft.metadata import encode_metadata
-    from megatron_eagle.layers.backend import local_backend
+    from megatron_eagle.layers.backend import backend_of
     from megatron_eagle.model import EagleGPTModel
 
     groups = draft_groups()
@@ -76,6 +78,7 @@ def build_model(case: Case) -> Any:
         bias_activation_fusion=False,
         gradient_accumulation_fusion=False,
         use_cpu_initialization=True,
+        transformer_impl=case.layers,
         calculate_per_token_loss=True,
         recompute_granularity="selective" if case.recompute_modules else None,
         recompute_modules=list(case.recompute_modules) or None,
@@ -95,7 +98,7 @@ def build_model(case: Case) -> Any:
         spec=options.spec,
         num_aux=reference.num_aux,
         base_config=config,
-        backend=local_backend(),
+        backend=backend_of(case.layers),
         vocab_ids=case.vocab_ids,
         vocab_size=reference.vocab_size,
         base_head=lambda: base.output_weight,
@@ -308,10 +311,17 @@ def local_part(parts: list[Tensor], kind: str, case: Case, rank: int, world: int
     return whole
 
 
+def _local_name(name: str) -> str:
+    """The name that a parameter of Transformer Engine's layers has in Megatron's own: a norm in
+    front of a product is part of it."""
+    name = name.replace("mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight")
+    return name.replace("self_attention.linear_qkv.layer_norm_weight", "input_layernorm.weight")
+
+
 def load_reference_weights(draft: Any, case: Case) -> None:
     """Copy this rank's shards of the case's weights into ``draft``."""
     world, rank = draft.tp_group.size(), draft.tp_group.rank()
-    parameters = dict(draft.named_parameters())
+    parameters = {_local_name(name): p for name, p in draft.named_parameters()}
     ep_group = draft_groups().ep
     names = megatron_names(case, (ep_group.rank(), ep_group.size()))
     assert set(parameters) == set(names), set(parameters) ^ set(names)

@@ -59,7 +59,7 @@ FAMILIES: dict[str, list[object]] = {
         *("--window-attn-skip-freq", 2, "--softmax-type", "learnable", *TENSOR),
     ],
     "no_positions": [*ROPE, "--position-embedding-type", "none", "--swiglu", *PIPELINE],
-    "scaled_rope": [*LLAMA, "--use-rope-scaling", "--no-rope-freq", 3, *TENSOR],
+    "scaled_rope": [*LLAMA, "--use-rope-scaling", "--no-rope-freq", 4, *TENSOR],
     "yarn": [
         *LLAMA, "--position-embedding-type", "yarn", "--rotary-scaling-factor", 4,
         *("--yarn-original-max-position-embeddings", 16, "--mscale", 0.7, *PIPELINE),
@@ -74,6 +74,19 @@ FAMILIES: dict[str, list[object]] = {
         *("--moe-router-num-groups", 2, "--moe-router-group-topk", 1, *PIPELINE),
         *("--rotary-scaling-factor", 4, "--mscale-all-dim", 0.8, "--moe-router-dtype", "fp32"),
         *("--moe-aux-loss-coeff", 0, "--moe-router-topk-scaling-factor", 1.5),
+    ],
+    "hybrid": [*LLAMA, *EXPERTS, *EXPERT, "--hybrid-layer-pattern=*-*E*-"],
+    "delta_net": [
+        *ROPE, "--swiglu", *PIPELINE, *EXPERTS, "--hybrid-layer-pattern=G-*-|GE*-",
+        *("--linear-key-head-dim", 8, "--linear-value-head-dim", 8, "--linear-num-key-heads", 2),
+        *("--linear-num-value-heads", 4, "--linear-conv-kernel-dim", 3),
+        *("--moe-aux-loss-coeff", 0),
+    ],
+    "latent_hybrid": [
+        *ROPE, "--swiglu", UNTIED, "--hybrid-layer-pattern=+-|+E", *EXPERTS, *PIPELINE,
+        *("--q-lora-rank", 16, "--kv-lora-rank", 8, "--qk-head-dim", 8),
+        *("--qk-pos-emb-head-dim", 4, "--v-head-dim", 8),
+        *("--rotary-scaling-factor", 4, "--mscale-all-dim", 0.8, "--multi-latent-attention"),
     ],
     "mtp": [*LLAMA, "--mtp-num-layers", 1],
 }  # fmt: skip
@@ -96,6 +109,7 @@ class Trained:
 def pretrain(family: str, folder: Path, *flags: object) -> Trained:
     """Train a model of ``family`` and save it with its optimizer to ``folder``/base."""
     ranks = 1 if family == "mtp" else 2
+    folder.mkdir(exist_ok=True)
     words = [*COMMON, *FAMILIES[family], *flags, "--save", folder / "base"]
     run = launch(SCRIPT, ranks, "--reference", folder / "reference", *words)
     assert run.returncode == 0, run.output[-4000:]

@@ -151,6 +151,9 @@ def _one_iteration(case: PipelineCase, groups: Any) -> dict[str, Any]:
             name: p.main_grad.clone() for name, p in draft.named_parameters() if p.requires_grad
         },
         "shared": {getattr(p, "shared", False) for p in draft.parameters()},
+        "added_by_loss": [
+            name for name, p in draft.named_parameters() if getattr(p, "grad_added_to_main_grad", 0)
+        ],
         "vocab": (draft.shard.start, draft.shard.rows),
         "tp": (groups.tp.rank(), groups.tp.size()),
         "stage": groups.pp.rank(),

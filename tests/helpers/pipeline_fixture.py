@@ -5,6 +5,7 @@ Runs inside a rank of ``run_distributed``.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,36 @@ from megatron_eagle.testing.harness import megatron_parallel
 from tests.helpers import block_case
 from tests.helpers.block_case import BlockCase
 from tests.helpers.draft_fixture import Case, draft_options, load_reference_weights
+from tests.reference.mtp import MTPConfig
+
+
+@dataclass(frozen=True)
+class ModuleDraft:
+    """A base's own next-token module: the oracle's configuration, and the Hugging Face directory of
+    base and module."""
+
+    kind: str
+    config: MTPConfig
+    module: str
+    vocab_ids: Tensor
+
+    def options(self, base: Any) -> Any:
+        """The package's options of its training beside `base`, its description."""
+        from megatron_eagle.config import EagleConfig
+        from megatron_eagle.config.base_module import beside_base
+
+        options = EagleConfig.of(
+            algorithm="mtp", ttt_steps=self.config.steps, step_decay=self.config.step_decay,
+            detach_steps=self.config.detach_steps,
+        )  # fmt: skip
+        return dataclasses.replace(options, spec=beside_base(options.spec, base.megatron_args))
+
+    def load(self, draft: Any, base: Any) -> None:
+        """Load the module's weights into `draft`."""
+        from megatron_eagle.hf.draft.import_hf import open_hf_draft
+        from megatron_eagle.training.warm_start import load_warm_start
+
+        load_warm_start(draft, open_hf_draft(self.module, base))
 
 
 @dataclass(frozen=True)
@@ -23,7 +54,7 @@ class PipelineCase:
     data-parallel rank the (tokens, loss mask) of each, and the positions in their documents if they
     are packed."""
 
-    draft: Case | BlockCase
+    draft: Case | BlockCase | ModuleDraft
     base: str
     aux_layers: tuple[int, ...]
     micro_batches: list[list[tuple[Tensor, ...]]]
@@ -43,7 +74,7 @@ class GivenStep:
         from megatron_eagle.training.step import ForwardStep
 
         self.case, self.cp_rank = case, groups.cp.rank()
-        self.loss = ForwardStep(options, case.draft.config.vocab_size).loss
+        self.loss = ForwardStep(options, len(case.draft.vocab_ids)).loss
 
     def __call__(self, iterator: Any, model: Any) -> Any:
         return model(self.read(iterator)), self.loss
@@ -59,18 +90,22 @@ class GivenStep:
                 multiple=multiple, anchor_multiple=self.case.tp,
                 context=(self.cp_rank, self.case.cp),
             )  # fmt: skip
+        draft = self.case.draft
+        steps = draft.config.steps if isinstance(draft, ModuleDraft) else draft.config.ttt_steps
         return EagleBatch.build(
-            tokens, mask, self.case.draft.config.ttt_steps, multiple=multiple, trim=True,
+            tokens, mask, steps, multiple=multiple, trim=True,
             context=(self.cp_rank, self.case.cp), positions=positions[0] if positions else None,
             parts=self.case.tp if self.case.sequence_parallel else 1,
-            every_row=self.case.draft.config.num_experts > 0,
+            every_row=draft.config.num_experts > 0,
         )  # fmt: skip
 
 
-def options_of(draft: Case | BlockCase) -> Any:
-    """The package's options of the draft and its training."""
+def options_of(draft: Case | BlockCase | ModuleDraft, base: Any) -> Any:
+    """The package's options of the draft and its training beside `base`, its description."""
     from megatron_eagle.config import EagleConfig
 
+    if isinstance(draft, ModuleDraft):
+        return draft.options(base)
     if isinstance(draft, BlockCase):
         return block_case.block_options(draft)
     reference = draft.config
@@ -119,7 +154,7 @@ def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tu
         load_base(gpt, case.base, shards)
     base = FrozenBase(gpt, case.aux_layers, info.vocab_size, shards)
     exchange = StageExchange.of(base, groups.pp)
-    options = options_of(case.draft)
+    options = options_of(case.draft, info)
     device = base.output_weight.device
     draft = build_draft(
         spec=options.spec,
@@ -138,6 +173,8 @@ def build_pipeline(case: PipelineCase, groups: Any = None, **experts: Any) -> tu
     )
     if exchange.is_first and isinstance(case.draft, BlockCase):
         block_case.load_weights(draft, case.draft)
+    elif isinstance(case.draft, ModuleDraft):
+        case.draft.load(draft, info)  # on every stage: routers' biases are no parameters
     elif exchange.is_first:
         load_reference_weights(draft, case.draft)
     if exchange.stages > 1:

@@ -1,4 +1,5 @@
-"""Train a GPT with Megatron's own trainer on random tokens, as its pretrain_gpt.py does.
+"""Train a GPT with Megatron's own trainer on random tokens, as its pretrain_gpt.py does, or a
+HybridModel, as its pretrain_hybrid.py does.
 
 ``--reference FILE``: write this rank's part of what the trained model computes to FILE.RANK.
 """
@@ -21,10 +22,11 @@ from megatron.core.enums import ModelType  # noqa: E402
 from megatron.training import get_args, pretrain  # noqa: E402
 from megatron.training.argument_utils import (  # noqa: E402
     gpt_config_from_args,
+    hybrid_config_from_args,
     pretrain_cfg_container_from_args,
 )
 from megatron.training.arguments import parse_and_validate_args  # noqa: E402
-from megatron.training.models import GPTModelBuilder  # noqa: E402
+from megatron.training.models import GPTModelBuilder, HybridModelBuilder  # noqa: E402
 
 built: list[Any] = []
 
@@ -63,8 +65,18 @@ def provide_model(
     config: Any = None,
     pg_collection: Any = None,
 ) -> Any:
-    model_config = gpt_config_from_args(get_args(), config)
-    model = GPTModelBuilder(model_config).build_model(pg_collection, pre_process, post_process)
+    args = get_args()
+    if args.hybrid_layer_pattern is None:
+        model_config = gpt_config_from_args(args, config)
+        builder: Any = GPTModelBuilder(model_config)
+    else:
+        from tests.helpers.hybrid_stack import hybrid_stack
+
+        model_config = hybrid_config_from_args(args, config)
+        model_config.transformer.deterministic_mode = True  # gated delta nets in plain PyTorch
+        model_config.hybrid_stack_spec = hybrid_stack(args.num_experts)
+        builder = HybridModelBuilder(model_config)
+    model = builder.build_model(pg_collection, pre_process, post_process)
     built.append(model)
     return model
 

@@ -97,7 +97,7 @@ def run_case(rank: int, world: int, case: Case) -> dict[str, Any]:
         case.tokens, case.loss_mask, case.config.ttt_steps, multiple=world * (1 + (case.cp > 1)),
         trim=case.trim, context=context, positions=case.positions,
         parts=groups.tp.size() if case.sequence_parallel else 1,
-        every_row=case.config.num_experts > 0,
+        every_row=case.every_row or case.config.num_experts > 0,
     )  # fmt: skip
     loss, sums = model(batch)
     total = loss.detach().clone()

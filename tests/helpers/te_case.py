@@ -1,6 +1,6 @@
 """Base and draft of Transformer Engine's layers beside those of Megatron-Core's, in one process.
 
-    python -m tests.helpers.te_case FAMILY:ATTENTION ...
+    python -m tests.helpers.te_case FAMILY:DRAFT ...
 
 prints a JSON object per case. It has to be a process of its own: Megatron looks for Transformer
 Engine when it is imported.
@@ -22,6 +22,18 @@ from tests.helpers.te_python import FIRST_MICROBATCH, install_te
 
 STEPS = 3
 LAYERS = 7
+BLOCKS = {"mask_token": 60, "block_size": 4, "aux_layers": (1, 3)}
+DRAFTS: dict[str, dict[str, Any]] = {
+    "gqa": {"attention": "gqa"},
+    "mla": {"attention": "mla"},
+    "two-layers": {"num_layers": 2, "norm_before_fc": True, "qk_layernorm": True},
+    "moe": {"num_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 24},
+    "eagle1": {"algorithm": "eagle1"},
+    "eagle3.1": {"algorithm": "eagle3.1"},
+    "p-eagle": {"algorithm": "p-eagle", "mask_token": 60},
+    "dflash": {"algorithm": "dflash", **BLOCKS},
+    "dspark": {"algorithm": "dspark", "confidence_head": True, **BLOCKS},
+}
 
 
 def main(cases: list[str]) -> None:
@@ -43,15 +55,15 @@ def main(cases: list[str]) -> None:
         parallel_state.initialize_model_parallel()
         model_parallel_cuda_manual_seed(1)
         for number, case in enumerate(cases):
-            family, attention = case.split(":")
+            family, draft = case.split(":")
             fields = {"num_hidden_layers": LAYERS}
             if family == "deepseek_v2_lite":
                 family, fields = "deepseek_v2", {**fields, "q_lora_rank": None}
-            print(json.dumps(compare(Path(folder) / str(number), family, attention, fields)))
+            print(json.dumps(compare(Path(folder) / str(number), family, draft, fields)))
         torch.distributed.destroy_process_group()
 
 
-def compare(folder: Path, family: str, attention: str, fields: dict[str, Any]) -> dict[str, Any]:
+def compare(folder: Path, family: str, draft: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Build one model of each kind of layers from one base, and compare what they are and do."""
     from megatron_eagle.checkpoint.directory import load_base_json
     from megatron_eagle.hf.base.import_base import import_base
@@ -61,7 +73,7 @@ def compare(folder: Path, family: str, attention: str, fields: dict[str, Any]) -
     import_base(folder / "hf", folder / "base")
     info = load_base_json(folder / "base")
     local, own, engine = (
-        Built.of(folder / "base", info, attention, kind) for kind in ("local", "te-own", "te")
+        Built.of(folder / "base", info, DRAFTS[draft], kind) for kind in ("local", "te-own", "te")
     )
     found = {
         "routers": [sorted(model.routers()) for model in (local, engine)],
@@ -92,7 +104,7 @@ class Built:
     kind: str
 
     @classmethod
-    def of(cls, directory: Path, info: Any, attention: str, kind: str) -> Built:
+    def of(cls, directory: Path, info: Any, draft_options: dict[str, Any], kind: str) -> Built:
         import torch
         from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -107,12 +119,9 @@ class Built:
         from megatron_eagle.teacher.vocab_shards import VocabShards
 
         groups = ProcessGroupCollection.use_mpu_process_groups()
-        options = EagleConfig.of(
-            base_checkpoint=str(directory),
-            attention=attention,
-            aux_layers=(1, 2, 3),
-            ttt_steps=STEPS,
-        )
+        steps = {} if "block_size" in draft_options else {"ttt_steps": STEPS}
+        options = EagleConfig.of(base_checkpoint=str(directory), **draft_options, **steps)
+        aux_layers = options.spec.aux_layers_of(LAYERS)
         config = base_config(info, 1, use_cpu_initialization=True)
         config.perform_initialization = False
         config.calculate_per_token_loss = True
@@ -125,14 +134,15 @@ class Built:
             gpt = build_base(config, info, backend, groups)
             shards = VocabShards(gpt)
             load_base(gpt, directory, shards)
-            base = FrozenBase(gpt, (1, 2, 3), info.vocab_size, shards)
-            vocab_ids = torch.arange(0, info.vocab_size, 2)
-            spec = resolved_spec(options.spec, info, (1, 2, 3), vocab_ids.numel())
-            metadata = draft_metadata(spec, info, ttt_steps=STEPS, training={})
+            base = FrozenBase(gpt, aux_layers, info.vocab_size, shards)
+            every = 1 if options.spec.method.shares_base_head else 2
+            vocab_ids = torch.arange(0, info.vocab_size, every)
+            spec = resolved_spec(options.spec, info, aux_layers, vocab_ids.numel())
+            metadata = draft_metadata(spec, info, ttt_steps=options.steps, training={})
             torch.manual_seed(3)
             draft = build_draft(
                 spec=spec,
-                num_aux=3,
+                num_aux=len(aux_layers),
                 base_config=config,
                 backend=backend,
                 vocab_ids=vocab_ids,
@@ -143,6 +153,7 @@ class Built:
                 metadata=encode_metadata(metadata),
                 pg_collection=groups,
                 device=torch.device("cpu"),
+                moe_aux_loss_coeff=options.moe_aux_loss_coeff,
             )
         with torch.no_grad():
             for parameter in draft.parameters():
@@ -185,11 +196,8 @@ class Built:
         import torch
 
         from megatron_eagle.compat import nested_values
-        from megatron_eagle.objective.batch import EagleBatch
 
-        generator = torch.Generator().manual_seed(5)
-        tokens = torch.randint(61, (2, 16), generator=generator)
-        batch = EagleBatch.build(tokens, torch.ones(2, 16), STEPS)
+        batch = self._batch()
         outputs = self.model.base(batch.tokens, batch.packing)
         self._base_calls = len(FIRST_MICROBATCH)
         loss, sums = self.model(batch, outputs)
@@ -201,7 +209,23 @@ class Built:
             if isinstance(data, torch.Tensor) and data.data_ptr() in parameters:
                 found[value.key] = parameters[data.data_ptr()].grad
         self.model.zero_grad()
-        return found
+        return {key: value for key, value in found.items() if value is not None}
+
+    def _batch(self) -> Any:
+        import torch
+
+        from megatron_eagle.objective.batch import EagleBatch
+        from megatron_eagle.objective.block_batch import BlockBatch, BlockShape
+
+        spec, options = self.model.options.spec, self.model.options
+        generator = torch.Generator().manual_seed(5)
+        tokens, mask = torch.randint(60, (2, 16), generator=generator), torch.ones(2, 16)
+        if not spec.method.drafts_blocks:
+            every_row = spec.num_experts is not None
+            return EagleBatch.build(tokens, mask, STEPS, every_row=every_row)
+        shape = BlockShape(spec.slots, 0 if spec.method.slot_zero_predicts else 1)
+        anchors = options.blocks().anchors
+        return BlockBatch.build(tokens, mask, range(2), shape, anchors=anchors, seed=11)
 
 
 def transfer(source: Built, target: Built, path: Path) -> str:

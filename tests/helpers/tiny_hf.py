@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ CLASSES = {
     "llama": "Llama",
     "mistral": "Mistral",
     "qwen2": "Qwen2",
+    "mimo": "Qwen2",  # which transformers has not, and which is one
     "qwen3": "Qwen3",
     "mixtral": "Mixtral",
     "qwen3_moe": "Qwen3Moe",
@@ -50,6 +52,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True, "head_dim": 8},  # 8 heads x 8 is not the hidden size
     "mistral": {"sliding_window": 5, "head_dim": 6, "rope_theta": 1e6},
     "qwen2": {"tie_word_embeddings": False},
+    "mimo": {"tie_word_embeddings": False},
     "qwen3": {"tie_word_embeddings": False, "head_dim": 12},
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "qwen3_moe": {
@@ -121,7 +124,15 @@ def make_base(
             if key.endswith("e_score_correction_bias"):
                 buffer.normal_(0.0, 0.2)
     model.save_pretrained(directory, max_shard_size=shard)
+    if family == "mimo":
+        name_mimo(directory / "config.json")
     return model
+
+
+def name_mimo(file: Path) -> None:
+    """Give config.json of a Qwen2 the names that MiMo's has."""
+    named = {"architectures": ["MiMoForCausalLM"], "model_type": "mimo", "attention_bias": True}
+    file.write_text(json.dumps(json.loads(file.read_text()) | named))
 
 
 def softmax_strength(rope: dict[str, Any]) -> float:

@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import report
 from benchmarks.floors import floor_ms, step_tera_flops
-from benchmarks.gpu import LLAMA_1B
+from benchmarks.gpu_cases import LLAMA_1B
 from benchmarks.gpu_report import Report
 from benchmarks.measure import _saved
 from benchmarks.plain_modelopt import DECAY, PlainModelOpt
@@ -39,12 +39,24 @@ def test_the_gpu_command_runs_on_a_cpu(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert '"right": true' in done.stdout
-    for name in ("ours", "plain ModelOpt before", "plain ModelOpt after"):
+    assert '"right": false' not in done.stdout
+    for name in ("plain ModelOpt before", "plain ModelOpt after"):
         assert done.stdout.count(f'"part": "{name}"') == 4
     text = (tmp_path / "gpu.md").read_text()
-    assert text.count("| ours |") == 4 and "no floor for this device" in text
-    assert "## half masked" in text and "## Profile: whole vocabulary" in text
-    assert len(json.loads((tmp_path / "gpu.json").read_text())["findings"]) == 2 + 5 * 4
+    assert text.count("| ours |") == 5 and "no floor for this device" in text
+    assert "## half masked" in text and "## packed documents" in text
+    assert text.count("| ours, kernels for each document |") == 1
+    assert text.count("| forward: unroll |") == 5 == text.count("## Profile: ")
+    found = json.loads((tmp_path / "gpu.json").read_text())
+    checks = [line for line in found["findings"] if "case" not in line]
+    assert len(checks) == 2 * 3 + 3 * 3 + 1 and all(line["right"] for line in checks)
+    assert len(found["findings"]) == len(checks) + 4 * 6 + 5
+    for parts in found["parts"].values():
+        whole = parts.pop("whole step")
+        of_step = [ms for name, ms in parts.items() if not name.startswith("kind")]
+        assert sum(of_step) == pytest.approx(whole) and min(of_step) > 0
+        kinds = [ms for name, ms in parts.items() if name.startswith("kind")]
+        assert sum(kinds) == pytest.approx(whole) and parts["kind: products"] > 0
 
 
 @pytest.mark.parametrize(
@@ -197,7 +209,7 @@ def test_the_report_fails_on_a_peers_other_loss(peer: str, loss: float) -> None:
 @pytest.mark.gpu
 def test_a_step_never_asks_the_device() -> None:
     from benchmarks.draft_step import build, start_megatron
-    from benchmarks.gpu import check_no_synchronisation
+    from benchmarks.gpu_checks import check_no_synchronisation
 
     with tempfile.TemporaryDirectory() as scratch:
         start_megatron(0, 1, f"{scratch}/store")

@@ -35,7 +35,8 @@ def base_of(name: str) -> BaseInfo:
     fields = {**SIZES, **FIELDS[family], **BASES[name]}
     class_name = CLASSES[family]
     described = getattr(transformers, f"{class_name}Config")(**fields).to_json_string()
-    config = {**json.loads(described), "architectures": [f"{class_name}ForCausalLM"]}
+    architecture = {family.name: family.architecture for family in FAMILIES.values()}[family]
+    config = {**json.loads(described), "architectures": [architecture]}
     table = family_of(config, "config.json")
     args = megatron_args(config, table, "config.json")
     rope = rope_beyond_args({**table.defaults, **config}, "config.json")

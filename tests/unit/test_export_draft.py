@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig
 
+from megatron_eagle.cli.convert import main as convert
 from megatron_eagle.hf.draft.export import export_draft
 from tests.helpers.trained_draft import TrainedDraft
 from tests.helpers.trained_mla import MLA_SIZES
@@ -198,3 +199,50 @@ def test_the_command_exports_a_draft(tmp_path: Path) -> None:
     assert again.stderr.startswith("error: --output ")
     found = load_file(tmp_path / "hf" / "model.safetensors")
     assert found["fc.weight"].equal(draft.hf["fc.weight"].float())
+
+
+def test_a_hugging_face_config_says_what_a_native_base_does_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """``convert --hf-config DIR``: class and special tokens of the served base; both must agree."""
+    draft = TrainedDraft.make()
+    base = draft.metadata["base"]
+    whole = {**base["hf_config"], "vocab_size": base["vocab_size"]}
+    arguments = base["megatron_args"]
+    whole |= {
+        "hidden_size": arguments["hidden_size"],
+        "num_hidden_layers": arguments["num_layers"],
+        "num_attention_heads": arguments["num_attention_heads"],
+    }
+    known = ("architectures", "bos_token_id", "eos_token_id")
+    base |= {
+        "family": "megatron-gpt",
+        "source": "Megatron-LM checkpoint, iteration 10",
+        "hf_config": {n: v for n, v in base["hf_config"].items() if n not in known},
+    }
+    draft.save(tmp_path / "ckpt")
+    words = ["--load", str(tmp_path / "ckpt"), "--output"]
+    assert convert([*words, str(tmp_path / "alone")]) == 0
+    alone = json.loads((tmp_path / "alone" / "config.json").read_text())
+    assert "eos_token_id" not in alone
+
+    def with_config(name: str, **changes: Any) -> int:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({**whole, **changes}))
+        hf = ["--hf-config", str(tmp_path / name)]
+        return convert([*words, str(tmp_path / f"{name}_out"), *hf])
+
+    assert with_config("agrees") == 0
+    added = json.loads((tmp_path / "agrees_out" / "config.json").read_text())
+    assert added == {**alone, "bos_token_id": 1, "eos_token_id": [2, 3]}
+    capsys.readouterr()
+    for name, changes, message in (
+        ("wide", {"hidden_size": 8}, "hidden_size is 8, the base of this draft has"),
+        ("rope", {"rope_theta": 7.0}, "rope"),
+    ):
+        assert with_config(name, **changes) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: --hf-config ") and message in error
+        assert not (tmp_path / f"{name}_out").exists()
+    assert convert([*words, str(tmp_path / "none"), "--hf-config", str(tmp_path / "no")]) == 2
+    assert "--hf-config" in capsys.readouterr().err

@@ -21,7 +21,7 @@ from megatron_eagle.attention import branch as eager_branch
 from megatron_eagle.errors import UserError
 from megatron_eagle.kernels import choice
 from megatron_eagle.kernels.choice import choose_kernels, with_kernel
-from megatron_eagle.loss import acceptance, reduction, shard_softmax
+from megatron_eagle.loss import acceptance, reduction, reverse_kl, shard_softmax
 
 pytestmark = pytest.mark.skipif(not choice.triton_is_installed(), reason="no Triton")
 
@@ -122,6 +122,19 @@ def test_the_passes_of_an_acceptance_loss(
     check(interpreter, acceptance._gradient_, dtype, kept, teacher, *masses, *factors)
 
 
+@DTYPES
+@COLUMNS
+def test_the_passes_of_the_reverse_divergence(
+    interpreter: Executor, columns: int, dtype: torch.dtype
+) -> None:
+    draft, teacher = softmaxes(columns, dtype)
+    kept = draft.float().softmax(-1).to(dtype)
+    kept[0, 0, 0] = teacher[1, 0] = 0.0  # their logarithms are cut
+    check(interpreter, reverse_kl._divergence, dtype, kept, teacher)
+    mass, offset = torch.rand(2, 3), torch.randn(2, 3)
+    check(interpreter, reverse_kl._gradient_, dtype, kept, teacher, mass, offset)
+
+
 @pytest.mark.parametrize("shape", [(2, 0, 5), (2, 3, 0)])
 def test_no_position_or_an_empty_shard(interpreter: Executor, shape: tuple[int, int, int]) -> None:
     draft, teacher = torch.zeros(shape), torch.zeros(shape[1:])
@@ -129,6 +142,8 @@ def test_no_position_or_an_empty_shard(interpreter: Executor, shape: tuple[int, 
     check(interpreter, shard_softmax._softmax_, torch.float32, draft, teacher, True)
     check(interpreter, shard_softmax.rescale_, torch.float32, draft, masses[0], teacher, masses[1])
     check(interpreter, reduction._overlap, torch.float32, draft, teacher, *masses)
+    check(interpreter, reverse_kl._divergence, torch.float32, draft, teacher)
+    check(interpreter, reverse_kl._gradient_, torch.float32, draft, teacher, masses[0], masses[0])
 
 
 @DTYPES

@@ -58,8 +58,22 @@ def dense(
     return torch.stack(outputs)
 
 
+def test_a_few_rows_more_are_not_left_out() -> None:
+    needed = torch.ones(64, 2, dtype=torch.bool)
+    needed[63] = needed[10, 0] = needed[11, 1] = False
+    live = LiveRows.of(needed, [(0, 64)])
+    assert live.whole and live.index.tolist() == list(range(128))
+    x = torch.randn(64, 2, 3)
+    assert live.take(x) is x
+    needed[12, 0] = False
+    live = LiveRows.of(needed, [(0, 64)])
+    assert not live.whole and live.index.numel() == 128 - 5
+
+
 @pytest.mark.parametrize("packed", [False, True])
-def test_live_rows_attend_as_in_dense_attention(packed: bool) -> None:
+@pytest.mark.parametrize("narrow", [False, True])
+def test_live_rows_attend_as_in_dense_attention(packed: bool, narrow: bool) -> None:
+    """With ``narrow`` the last layer is asked no other queries to begin with."""
     torch.manual_seed(0)
     live = LiveRows.of(NEEDED, [(0, LENGTH)])
     count = live.index.numel()
@@ -76,7 +90,10 @@ def test_live_rows_attend_as_in_dense_attention(packed: bool) -> None:
             )
             inputs += [q, k, v]
             keys, values = [*keys, k], [*values, v]
-            out = state.attend(layer, q, k, v, SCALE)
+            asked = q
+            if narrow and step == 0 and layer == LAYERS:
+                asked = live.take(q.permute(2, 0, 1, 3)).permute(1, 2, 0, 3)
+            out = state.attend(layer, asked, k, v, SCALE)
             found.append(out.permute(0, 2, 1, 3).flatten(0, 1))
             expected.append(dense(layer, step, q, keys, values, packed))
     for a, b in zip(found, expected, strict=True):

@@ -133,6 +133,13 @@ def test_flags_are_refused_beside_others() -> None:
         _conditions([*spiky, "--pipeline-model-parallel-size", "2"])
 
 
+def test_a_learning_rate_of_the_head_needs_one_that_learns() -> None:
+    assert _conditions(["--decoupled-lr", "5e-4"]) == []
+    frozen = EagleConfig.of(base_checkpoint="base", algorithm="eagle1")
+    with pytest.raises(UserError, match=r"--decoupled-lr 0\.0005 would change nothing: --eagle-al"):
+        _conditions(["--decoupled-lr", "5e-4"], options=frozen)
+
+
 def test_documents_take_the_place_of_megatrons_data() -> None:
     with pytest.raises(UserError, match="--data-path d contradicts --eagle-train-data"):
         _conditions(["--data-path", "d"], options=DOCUMENTS)

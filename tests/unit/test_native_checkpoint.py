@@ -12,43 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from megatron_eagle.checkpoint.base_description import read_base, with_vocab_size
 from megatron_eagle.checkpoint.native.architecture import architecture_args
 from megatron_eagle.checkpoint.native.objects import read_common_state
 from megatron_eagle.checkpoint.native.positions import rope_description, rope_of_config
-from megatron_eagle.checkpoint.writer import Chunk, write_torch_dist
 from megatron_eagle.cli.describe_base import main as describe_base
 from megatron_eagle.errors import UserError
+from tests.helpers.native_files import ARGS, HIDDEN, LAYERS, VOCAB, chunk, namespace, save
 
-HIDDEN, VOCAB, LAYERS = 8, 24, 2
-ARGS: dict[str, Any] = {
-    "num_layers": LAYERS,
-    "hidden_size": HIDDEN,
-    "ffn_hidden_size": 16,
-    "num_attention_heads": 4,
-    "group_query_attention": True,
-    "num_query_groups": 2,
-    "kv_channels": 2,
-    "max_position_embeddings": 64,
-    "normalization": "RMSNorm",
-    "layernorm_epsilon": 1e-5,
-    "position_embedding_type": "rope",
-    "rotary_base": 10000,
-    "rotary_percent": 1.0,
-    "add_bias_linear": False,
-    "swiglu": True,
-    "untie_embeddings_and_output_weights": True,
-    "padded_vocab_size": VOCAB,
-    "vocab_size": None,
-    "make_vocab_size_divisible_by": 8,
-    "tokenizer_type": "HuggingFaceTokenizer",
-    "tokenizer_model": "somewhere",
-    "params_dtype": torch.bfloat16,
-    "fp8": None,
-}
 BRIDGE: dict[str, Any] = {
     "_target_": "megatron.bridge.models.llama.llama_provider.Llama32ModelProvider1B",
     "num_layers": LAYERS,
@@ -84,35 +57,6 @@ class WritesAFile:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return os.system, (f"touch {self.file}",)
-
-
-def chunk(key: str, *shape: int) -> Chunk:
-    values = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
-    return Chunk(key, shape, (0,) * len(shape), shape, torch.float32, lambda: values)
-
-
-def save(
-    folder: Path, common: dict[str, Any], *more: Chunk, name: str = "iter_0000010", old: bool = True
-) -> Path:
-    """Write a checkpoint of tiny tensors, its common state in ``common.pt`` or in the shards."""
-    chunks = [
-        chunk("embedding.word_embeddings.weight", VOCAB, HIDDEN),
-        chunk("decoder.layers.self_attention.linear_proj.weight", LAYERS, HIDDEN, HIDDEN),
-        chunk("decoder.final_layernorm.weight", HIDDEN),
-        chunk("output_layer.weight", VOCAB, HIDDEN),
-        chunk("optimizer.state.exp_avg.output_layer.weight", VOCAB, HIDDEN),
-    ]
-    write_torch_dist(folder / name, [*chunks, *more], {} if old else common, {})
-    text = name if name == "release" else str(int(name.removeprefix("iter_")))
-    (folder / "latest_checkpointed_iteration.txt").write_text(text)
-    if old:
-        torch.save(common, folder / name / "common.pt")
-    return folder
-
-
-def namespace(**changes: Any) -> dict[str, Any]:
-    args = {**ARGS, **changes}
-    return {"args": argparse.Namespace(**args), "iteration": 10, "checkpoint_version": 3.0}
 
 
 @pytest.mark.parametrize("name", ["iter_0000010", "release"])
@@ -184,7 +128,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"vocab_size": 25}, "vocab_size 25, but embedding.word_embeddings.weight has 24 rows"),
     ({"num_layers": 3}, "num_layers 3, but there are 2 layers"),
     ({"untie_embeddings_and_output_weights": False}, "but output_layer.weight is there"),
-    ({"hybrid_layer_pattern": "*-*-"}, "a HybridModel is not supported"),
+    (
+        {"heterogeneous_layers_config_encoded_json": '{"block_configs": []}'},
+        "heterogeneous_layers_config_encoded_json",
+    ),
     ({"experimental_attention_variant": "dsa"}, "experimental_attention_variant dsa"),
     ({"softmax_type": "off-by-one"}, "softmax_type off-by-one"),
     ({"position_embedding_type": "mrope"}, "position_embedding_type mrope"),

@@ -82,7 +82,7 @@ def test_the_kernels_layout_equals_a_plan_of_blocks(
 
 
 @contextlib.contextmanager
-def _fake_cuda() -> Iterator[None]:
+def fake_cuda_tensors() -> Iterator[None]:
     """Fake CUDA tensors without a driver."""
     fake = "torch._subclasses.fake_tensor"
     with (
@@ -98,7 +98,7 @@ def _fake_cuda() -> Iterator[None]:
 def test_the_installed_kernel_takes_these_arguments(
     documents: list | None, window: int | None
 ) -> None:
-    with _fake_cuda():
+    with fake_cuda_tensors():
         q, k, v = (
             torch.empty(LENGTH, BATCH, n, d, dtype=torch.bfloat16, device="cuda").permute(
                 1, 2, 0, 3
@@ -116,7 +116,7 @@ def test_the_installed_kernel_takes_these_arguments(
 
 
 def test_heads_of_any_size_take_the_flash_kernel() -> None:
-    with _fake_cuda():
+    with fake_cuda_tensors():
         q, k, v = (
             torch.empty(BATCH, n, LENGTH, d, dtype=torch.bfloat16, device="cuda")
             for n, d in ((HEADS, 100), (HEADS, 100), (HEADS, 60))

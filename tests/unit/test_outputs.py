@@ -56,9 +56,11 @@ def test_a_second_run_is_told_who_holds_the_place(
     assert caught.value.named(lambda name: f"--{name}").startswith(expected)
     holder.send_signal(signal.SIGKILL)
     holder.wait()
-    with output_lock(tmp_path / "out", "output"):
-        assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
+    with output_lock(tmp_path / "out", "output") as was_killed:
+        assert was_killed and [path.name for path in tmp_path.iterdir()] == [".out.lock"]
     assert not list(tmp_path.iterdir())
+    with output_lock(tmp_path / "out", "output") as was_killed:
+        assert not was_killed
 
 
 def test_a_place_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:

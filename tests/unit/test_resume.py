@@ -138,12 +138,12 @@ def test_megatron_s_assertions_are_one_line() -> None:
 
 def test_an_iteration_that_gave_nan_twice_is_left_out(tmp_path: Path) -> None:
     stop = ["--rerun-mode", "disabled"]
-    assert nan_flags([], {}, 1) == nan_flags([], {7: 1}, 1) == nan_flags([], {7: 2}, 2) == stop
-    assert nan_flags([], {9: 2, 7: 2, 8: 1}, 1) == [*stop, "--iterations-to-skip", "7", "9"]
-    assert nan_flags(["--rerun-mode", "validate_results"], {}, 1) == []
-    assert nan_flags(["--iterations-to-skip", "3"], {7: 2}, 1) == stop
+    assert nan_flags([], {}) == nan_flags([], {7: 1}) == stop
+    assert nan_flags([], {9: 2, 7: 2, 8: 1}) == [*stop, "--iterations-to-skip", "7", "9"]
+    assert nan_flags(["--rerun-mode", "validate_results"], {}) == []
+    assert nan_flags(["--iterations-to-skip", "3"], {7: 2}) == stop
     with pytest.raises(UserError, match="it is the weights"):
-        nan_flags([], dict.fromkeys(range(4), 2), 1)
+        nan_flags([], dict.fromkeys(range(4), 2))
     assert noted_iterations(None) == noted_iterations(str(tmp_path)) == {}
     file = tmp_path / "rejected_iterations.json"
     file.write_text('{"7": 2}')

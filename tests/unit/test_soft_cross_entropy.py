@@ -7,14 +7,18 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_eagle.config.train_options import LOSSES
+from megatron_eagle.loss.head_gradient import HeadGradient, RowsAddedElsewhere
 from megatron_eagle.loss.inputs import Budgets, LossRows
 from megatron_eagle.loss.registry import ROW_LOSSES, row_loss
 from megatron_eagle.loss.shard_softmax import row_max, shard_softmax_
 from megatron_eagle.loss.soft_cross_entropy import soft_cross_entropy
 from megatron_eagle.loss.statistics import LossSums, TeacherStats
 from megatron_eagle.parallel.vocab import even_chunks
+from megatron_eagle.platform.cpu import products
 
 STEPS, TARGETS, SIZE, VOCAB = 3, 11, 16, 700
 
@@ -145,3 +149,78 @@ def test_chunks_cover_all_rows_evenly(rows: int, largest: int) -> None:
     assert [i for chunk in chunks for i in range(chunk.start, chunk.stop)] == list(range(rows))
     sizes = [chunk.stop - chunk.start for chunk in chunks]
     assert max(sizes) <= max(1, largest) and max(sizes) - min(sizes) <= 1
+
+
+class LargeAllocations(TorchDispatchMode):
+    """Counts new tensors of at least ``elements``."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements, self.found = elements, 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        known = {x.untyped_storage().data_ptr() for x in inputs}
+        result = func(*args, **(kwargs or {}))
+        for tensor in (x for x in tree_leaves(result) if isinstance(x, Tensor)):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known and storage.nbytes() >= self.elements * 2:
+                self.found += 1
+        return result
+
+
+class Head:
+    """A parameter with a ``main_grad``, and Megatron's hook."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = torch.nn.Parameter(weight.detach().clone())
+        self.main_grad = torch.zeros_like(weight, dtype=torch.float32)
+        node = self.weight.expand_as(self.weight).grad_fn.next_functions[0][0]  # type: ignore
+        self.node, self.calls = node, 0
+        node.register_hook(self._hook)
+
+    def _hook(self, *_: Any) -> None:
+        assert self.weight.grad is not None
+        if not getattr(self.weight, "grad_added_to_main_grad", False):
+            self.main_grad.add_(self.weight.grad)
+        self.weight.grad = None
+        self.calls += 1
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_the_heads_gradient_goes_into_a_buffer_without_another_of_its_size(
+    scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two micro-batches, padded head, small chunks: no temporary."""
+    # oneDNN makes a product before it is added, in pieces that are this small head.
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
+    padded = VOCAB + 4
+    hidden, weight, logits, rows = problem(torch.float32)
+    head = Head(torch.cat([weight.detach(), weight.new_zeros(4, SIZE)]))
+    group, budgets = cast(Any, OneRank()), Budgets(0, 0, 4 * 2 * (STEPS + 1) * VOCAB)
+    target = HeadGradient(head.main_grad[:VOCAB], torch.tensor(scale))
+    with LargeAllocations(VOCAB * SIZE) as allocations:
+        for _ in range(2):
+            own = RowsAddedElsewhere.apply(head.weight, VOCAB)
+            loss, *_ = soft_cross_entropy(
+                hidden, own, Teacher(logits), rows, group, budgets, head_gradient=target
+            )
+            (scale * loss).backward()
+    assert allocations.found == 0 and head.calls == 2
+    hidden.grad = None
+    expected_loss, *_ = soft_cross_entropy(hidden, weight, Teacher(logits), rows, group, budgets)
+    (2 * scale * expected_loss).backward()
+    assert head.main_grad.shape == (padded, SIZE) and not head.main_grad[VOCAB:].any()
+    torch.testing.assert_close(head.main_grad[:VOCAB], weight.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_a_scale_that_was_not_expected_is_an_error() -> None:
+    hidden, weight, logits, rows = problem(torch.float32)
+    target = HeadGradient(torch.zeros_like(weight), torch.tensor(1.0))
+    loss, *_ = soft_cross_entropy(
+        hidden, weight, Teacher(logits), rows, cast(Any, OneRank()), Budgets(0, 0),
+        head_gradient=target,
+    )  # fmt: skip
+    with pytest.raises(RuntimeError, match="scale it was made for"):
+        (2 * loss).backward()

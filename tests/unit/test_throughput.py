@@ -27,6 +27,7 @@ def test_the_base_runs_forward_and_the_draft_k_passes_with_backward() -> None:
     head = torch.nn.Parameter(torch.zeros(draft_vocab, hidden))
     draft = SimpleNamespace(
         layers=_layers(1, hidden).layers,
+        narrowing=SimpleNamespace(trunk_weights=lambda: 50),
         config=config,
         fc=torch.nn.Linear(3 * hidden, hidden, bias=False),
         algorithm=SimpleNamespace(joins_by_fc=False),
@@ -45,8 +46,8 @@ def test_the_base_runs_forward_and_the_draft_k_passes_with_backward() -> None:
     )
     cost = Cost.of(model)  # type: ignore[arg-type]
     square = hidden * hidden
-    assert cost.token == 2 * 5 * square + 6 * (3 * square + square)
-    assert cost.live == 6 * (steps - 1) * square
+    assert cost.token == 2 * 5 * square + 6 * (3 * square + 50)
+    assert cost.live == 6 * (square - 50 + (steps - 1) * square)
     assert cost.pair == (2 * 5 + 6) * 2 * (2 * 8)
     assert cost.target == 2 * vocab * hidden
     assert cost.judged == 6 * draft_vocab * hidden

@@ -32,6 +32,17 @@ def test_any_exception_names_parameter_and_file(error: Exception) -> None:
     assert "<dtype>" in shown or "dtype" not in shown  # another's words are no parameter
 
 
+def test_a_panic_in_rust_is_one_line_and_ctrl_c_is_not() -> None:
+    class PanicException(BaseException):
+        """As tokenizers and safetensors raise it."""
+
+    line = r"^f: cannot be read \(RuntimeError: index out of bounds\)$"
+    with pytest.raises(UserError, match=line), reading_file("f"):
+        raise PanicException("index out of bounds\nnote: run with RUST_BACKTRACE=1")
+    with pytest.raises(KeyboardInterrupt), reading_file("f"):
+        raise KeyboardInterrupt
+
+
 def test_our_own_words_are_kept_and_get_the_parameter() -> None:
     with pytest.raises(UserError, match=r"^a.json: bad$"), reading("hf", "a"):
         raise UserError("a.json: bad")

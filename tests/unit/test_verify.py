@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from megatron_eagle.checkpoint.directory import BASE_JSON_NAME
+from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.cli.prepare_data import main as prepare_data
 from megatron_eagle.cli.verify import main
 from megatron_eagle.hf.base.import_base import import_base
 from tests.helpers.hf_directories import byte_tokenizer
+from tests.helpers.native_files import namespace, save
 from tests.helpers.tiny_hf import make_base
 from tests.helpers.trained_draft import TrainedDraft
 
@@ -38,6 +40,33 @@ def test_whole_files_pass(places: dict[str, Path], capsys: pytest.CaptureFixture
         "a draft, 0",
         "a data set",
     ]
+
+
+def test_a_base_that_megatron_saved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line says what it is; a flipped bit in any entry, the optimizer's too, is named."""
+    root = save(tmp_path / "model", namespace(), old=False)
+    for place in (root, root / "iter_0000010"):
+        assert main([str(place)]) == 0
+        (line,) = capsys.readouterr().out.splitlines()
+        assert "a base (Megatron-LM checkpoint, iteration 10), 2 layers of width 8" in line
+    checkpoint = CheckpointReader.open(root)
+    keys = checkpoint.keys()
+    for key in keys:
+        chunk = checkpoint.first_chunk(key)
+        file = checkpoint.directory / chunk.file
+        whole = file.read_bytes()
+        damaged = bytearray(whole)
+        at = whole.index(data_of(checkpoint, key), chunk.start)
+        damaged[at] ^= 1
+        file.write_bytes(bytes(damaged))
+        assert f"{file.name}: corrupted shard: {key}" in failure(root, capsys)
+        file.write_bytes(whole)
+    (root / "iter_0000010" / "metadata.json").unlink()
+    assert "metadata.json" in failure(root, capsys)
+
+
+def data_of(checkpoint: CheckpointReader, key: str) -> bytes:
+    return checkpoint.load([key])[key].numpy().tobytes()
 
 
 def failure(path: Path, capsys: pytest.CaptureFixture[str]) -> str:

@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_eagle.checkpoint.native.hybrid import as_hybrid
 from megatron_eagle.checkpoint.native.positions import position_args
+from megatron_eagle.checkpoint.native.values import number, required, size
 from megatron_eagle.errors import UserError, literal
 
 Args = Mapping[str, Any]
@@ -77,13 +79,14 @@ def architecture_args(args: Args, source: str) -> dict[str, Any]:
     args = current_names(args)
     _check_supported(args, source)
     heads, hidden = size(args, "num_attention_heads", source), size(args, "hidden_size", source)
+    hybrid = bool(args.get("hybrid_layer_pattern"))
     grouped = bool(args.get("group_query_attention"))
     mla = bool(args.get("multi_latent_attention"))
     groups = size(args, "num_query_groups", source) if grouped and not mla else heads
     if heads % groups:
         raise UserError(f"{source}: num_query_groups {groups} do not divide {heads} heads")
-    return {
-        "num_layers": size(args, "num_layers", source),
+    architecture = {
+        "num_layers": 0 if hybrid else size(args, "num_layers", source),
         "hidden_size": hidden,
         "ffn_hidden_size": size(args, "ffn_hidden_size", source),
         "num_attention_heads": heads,
@@ -108,6 +111,7 @@ def architecture_args(args: Args, source: str) -> dict[str, Any]:
         **(_mla(args, source) if mla else {}),
         **_experts(args, source),
     }
+    return as_hybrid(architecture, args, source) if hybrid else architecture
 
 
 def current_names(args: Args) -> dict[str, Any]:
@@ -121,46 +125,12 @@ def current_names(args: Args) -> dict[str, Any]:
     return renamed
 
 
-def required(args: Args, name: str, source: str, values: tuple[Any, ...]) -> Any:
-    """Return argument ``name``, which is one of ``values``."""
-    if name not in args:
-        raise _missing(name, source)
-    if args[name] not in values:
-        known = ", ".join(map(str, values))
-        raise UserError(f"{source}: {name} {literal(args[name])} is not supported; known: {known}")
-    return args[name]
-
-
-def size(args: Args, name: str, source: str) -> int:
-    """Return argument ``name``, a positive integer."""
-    if args.get(name) is None:
-        raise _missing(name, source)
-    value = args[name]
-    if type(value) is not int or value < 1:
-        raise UserError(f"{source}: {name} must be a positive integer, found {literal(value)}")
-    return value
-
-
-def number(args: Args, name: str, source: str) -> float:
-    """Return argument ``name``, a positive number."""
-    if args.get(name) is None:
-        raise _missing(name, source)
-    value = args[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise UserError(f"{source}: {name} must be a positive number, found {literal(value)}")
-    return float(value)
-
-
-def _missing(name: str, source: str) -> UserError:
-    return UserError(
-        f"{source}: the arguments of this checkpoint lack {name}; <base_description> can say what "
-        "they do not (`megatron-eagle describe-base`)"
-    )
-
-
 def _check_supported(args: Args, source: str) -> None:
-    if args.get("hybrid_layer_pattern") or args.get("is_hybrid_model"):
-        raise UserError(f"{source}: a HybridModel is not supported as a base yet, only a GPTModel")
+    if args.get("is_hybrid_model") and not args.get("hybrid_layer_pattern"):
+        raise UserError(
+            f"{source}: is_hybrid_model without hybrid_layer_pattern (by ratios of layers) is not "
+            "supported; <base_description> can have the pattern"
+        )
     if args.get("spec"):
         raise UserError(f"{source}: spec {literal(args['spec'])}: layers of one's own are not read")
     if args.get("bert_binary_head") is False or args.get("encoder_num_layers"):

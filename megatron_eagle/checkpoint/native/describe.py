@@ -8,20 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eagle.checkpoint.directory import BaseInfo, parse_base
-from megatron_eagle.checkpoint.native.architecture import (
-    architecture_args,
-    current_names,
-    required,
-    size,
-)
+from megatron_eagle.checkpoint.hybrid_pattern import megatron_layers, pattern_of
+from megatron_eagle.checkpoint.native.architecture import architecture_args, current_names
 from megatron_eagle.checkpoint.native.arguments import SavedArguments, read_arguments
 from megatron_eagle.checkpoint.native.fingerprint import fingerprint
+from megatron_eagle.checkpoint.native.hybrid import norms_heads
 from megatron_eagle.checkpoint.native.positions import rope_description, rope_of_config
+from megatron_eagle.checkpoint.native.values import required, size
 from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.errors import UserError, literal
 
-FAMILY = "megatron-gpt"
-"""Family of a base in whose checkpoint all conventions are Megatron's own."""
+FAMILY, HYBRID_FAMILY = "megatron-gpt", "megatron-hybrid"
+"""Families of bases in whose checkpoint all conventions are Megatron's own."""
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
 POSITIONS = "embedding.position_embeddings.weight"
 _NUMBERED = re.compile(r"decoder\.layers\.(\d+)\.")
@@ -38,6 +36,9 @@ def describe_checkpoint(directory: str | Path) -> BaseInfo:
     args = current_names(saved.args)
     _check_kind(checkpoint)
     architecture = architecture_args(args, saved.source)
+    hybrid = pattern_of(architecture) is not None
+    if hybrid:
+        architecture["qk_layernorm"] = norms_heads(checkpoint.keys())
     vocab_size = _vocabulary(args, checkpoint, saved.source)
     architecture |= {
         "vocab_size": vocab_size,
@@ -46,7 +47,7 @@ def describe_checkpoint(directory: str | Path) -> BaseInfo:
     _check_tensors(architecture, checkpoint, saved.source)
     rope = rope_description(args, saved.source)
     base = BaseInfo(
-        family=FAMILY,
+        family=HYBRID_FAMILY if hybrid else FAMILY,
         name=_name(Path(directory), checkpoint.directory),
         fingerprint=fingerprint(checkpoint),
         vocab_size=vocab_size,
@@ -123,9 +124,10 @@ def _check_tensors(args: Mapping[str, Any], checkpoint: CheckpointReader, source
         raise UserError(
             f"{source}: untie_embeddings_and_output_weights is {untied}, but {OUTPUT} {there}"
         )
-    layers = _layers(checkpoint)
-    if layers != args["num_layers"]:
-        raise UserError(f"{source}: num_layers {args['num_layers']}, but there are {layers} layers")
+    said, layers = megatron_layers(args), _layers(checkpoint)
+    if layers != said:
+        name = "num_layers" if pattern_of(args) is None else "hybrid_layer_pattern of"
+        raise UserError(f"{source}: {name} {said}, but there are {layers} layers")
     learned = args["position_embedding_type"] == "learned_absolute"
     if learned:
         required({POSITIONS: POSITIONS in keys}, POSITIONS, source, (True,))

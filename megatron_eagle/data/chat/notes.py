@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 UNSTABLE_TURNS = "unstable_turns"
-OPENINGS = "opening_answers_left_out"
+OPENINGS = "conversations_without_their_opening_answers"
 THOUGHTS_UNREAD = "thoughts_without_a_name_in_the_template"
 THOUGHTS_CUT = "thoughts_cut_from_answers"
 THOUGHTS_CUT_EARLIER = "thoughts_cut_from_earlier_answers"
@@ -18,7 +18,7 @@ _WORDS = {
     UNSTABLE_TURNS: "the chat template is not prefix-stable: {} earlier turns are rendered "
     "differently once the conversation continues (thinking or a system prompt moves); each became "
     "a document of its own, as the model saw it",
-    OPENINGS: "{} answers before the first question were left out",
+    OPENINGS: "{} bad lines mended: what the assistant says before the first question was left out",
     THOUGHTS_UNREAD: "{} answers are taught without their thinking: the chat template reads it "
     "under none of its names",
     THOUGHTS_CUT: "{} answers are taught without their thinking: the chat template cuts it out of "

@@ -52,13 +52,14 @@ def prepare(
     naming the parameter, or file and line, before anything at ``prefix`` is replaced; finished
     parts are kept for the next run.
     """
-    with owned_output(Path(prefix), "output_prefix"):
+    with owned_output(Path(prefix), "output_prefix") as was_killed:
         for beside in (Path(f"{prefix}.json"), _listing(prefix)):
             take_back(beside)
-        finished = _finished(inputs, prefix, options)
-        if finished is not None and not overwrite:
-            shutil.rmtree(_scratch(prefix))
-            return finished
+        if was_killed or _scratch(prefix).is_dir():
+            finished = _finished(inputs, prefix, options)
+            if finished is not None and not overwrite:
+                shutil.rmtree(_scratch(prefix), ignore_errors=True)
+                return finished
         if dataset_exists(prefix) and not overwrite:
             raise UserError(
                 f"<output_prefix> {literal(prefix)}: exists already; <overwrite> replaces it"
@@ -80,9 +81,8 @@ def _scratch(prefix: str) -> Path:
 
 
 def _finished(inputs: list[str], prefix: str, options: RecordOptions) -> dict[str, Any] | None:
-    """Return the summary of this very data set if a run was killed after its last rename, before
-    the parts were deleted; else None."""
-    if not (_scratch(prefix).is_dir() and dataset_exists(prefix)):
+    """Return the summary of this very data set if it is there; else None."""
+    if not dataset_exists(prefix):
         return None
     file = Path(f"{prefix}.json")
     try:

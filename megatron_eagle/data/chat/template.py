@@ -208,7 +208,7 @@ class ChatTemplate:
 
     def _counted(self, conversation: Conversation) -> Counter[str]:
         counts: Counter[str] = Counter()
-        counts[OPENINGS] += conversation.openings
+        counts[OPENINGS] += bool(conversation.openings)
         names = [*conversation.unread]
         for message in conversation.messages:
             names += self.dialect.unread(message)

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_eagle.errors import UserError, literal, message_of
+from megatron_eagle.errors import UserError
 from megatron_eagle.hf.files.generation_config import end_ids
 from megatron_eagle.hf.files.pretrained import load_hf_tokenizer
+from megatron_eagle.user_files import panics_caught, reading
 
 Offsets = list[tuple[int, int]]
 
@@ -71,12 +72,8 @@ class HuggingFaceTokenizer:
                 f"<tokenizer> {directory}: masks need token offsets, which only a fast tokenizer "
                 "(tokenizer.json) gives"
             )
-        try:
+        with reading("tokenizer", directory):
             self._read_tokens(directory)
-        except Exception as error:  # the files can be damaged in any way
-            raise UserError(
-                f"<tokenizer> {literal(directory)}: cannot be read: {message_of(error)}"
-            ) from error
 
     def _read_tokens(self, directory: Path) -> None:
         self.vocab_size = len(self.inner)
@@ -89,9 +86,10 @@ class HuggingFaceTokenizer:
         self.end_tokens = [self.decode([i]) for i in sorted(ends) if i < self.vocab_size]
 
     def encode(self, text: str) -> tuple[list[int], Offsets]:
-        encoded = self.inner(
-            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-        )
+        with panics_caught():
+            encoded = self.inner(
+                text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+            )
         return encoded["input_ids"], encoded["offset_mapping"]
 
     def decode(self, ids: list[int]) -> str:
@@ -118,12 +116,8 @@ class SentencePieceTokenizer:
     def __post_init__(self) -> None:
         import sentencepiece
 
-        try:
+        with reading("tokenizer", self.file):
             self.inner: Any = sentencepiece.SentencePieceProcessor(model_file=str(self.file))
-        except Exception as error:
-            raise UserError(
-                f"<tokenizer> {literal(self.file)}: cannot be read: {message_of(error)}"
-            ) from error
         self.vocab_size: int = self.inner.vocab_size()
         eos = self.inner.eos_id()
         self.eos_id: int | None = eos if eos >= 0 else None

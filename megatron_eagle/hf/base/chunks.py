@@ -20,6 +20,7 @@ from megatron_eagle.checkpoint.writer import Chunk
 from megatron_eagle.errors import UserError, literal
 from megatron_eagle.hf.base.families import LAYER_PREFIX, Family
 from megatron_eagle.hf.base.megatron_args import dims_of
+from megatron_eagle.hf.base.module_names import DEEPSEEK
 from megatron_eagle.hf.base.moe_args import moe_layers
 from megatron_eagle.hf.files.safetensors_dir import SafetensorsDir
 from megatron_eagle.hf.tables.entries import Dims, Entry, Source
@@ -65,16 +66,15 @@ class BaseTensors:
         """Return the names that may be there and are not imported.
 
         They are the copy of a tied output layer, old rope buffers, and those tensors of ``present``
-        that belong to MTP layers.
+        that belong to next-token modules.
         """
         names = {
             LAYER_PREFIX.format(layer) + name
             for layer in range(len(self.layers))
             for name in self.family.ignored_in_layer
         }
-        first_mtp = len(self.layers)
-        mtp = range(first_mtp, first_mtp + self.facts["mtp_layers"])
-        prefixes = tuple(LAYER_PREFIX.format(layer) for layer in mtp)
+        modules = self.family.module or DEEPSEEK
+        prefixes = modules.prefixes(len(self.layers), self.facts["mtp_layers"])
         names |= {name for name in present if name.startswith(prefixes)}
         absent = self.family.absent(self.facts)
         return names | {source.name for entry in absent for source in entry.sources}

@@ -14,6 +14,7 @@ from typing import Any
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.base import moe_args
 from megatron_eagle.hf.base.mla_tables import MLA_ATTENTION
+from megatron_eagle.hf.base.module_names import DEEPSEEK, GLM, MIMO, ModuleNames
 from megatron_eagle.hf.base.moe_tables import BIASED_MOE, DEEPSEEK_MOE, GPT_OSS_MOE, moe
 from megatron_eagle.hf.base.window_args import (
     WindowLayers,
@@ -62,6 +63,7 @@ class Family:
     ``moe_args``: reader of the experts' fields. ``mla``: whether attention is multi-latent.
     ``partial_rotary``: whether the class reads ``partial_rotary_factor``. ``window_switch``: the
     field that turns sliding windows on; ``window_layers``: which layers then have one.
+    ``module``: the names of its own next-token module, of a family that may have one.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Family:
     partial_rotary: bool = False
     window_switch: str = "use_sliding_window"
     window_layers: WindowLayers = every_layer
+    module: ModuleNames | None = None
 
     def in_layer(self, facts: Mapping[str, Any], moe: bool) -> list[Entry]:
         """Return the entries of one layer, whose MLP is a MoE or not."""
@@ -112,6 +115,14 @@ FAMILIES = {
             fixed=NO_BIAS | {"qkv_bias": True},
             defaults={"num_key_value_heads": 32, "sliding_window": 4096},
             window_layers=upper_layers,
+        ),
+        Family(
+            "mimo",
+            "MiMoForCausalLM",
+            fixed={"mlp_bias": False, "output_bias": False, "qkv_bias": True},
+            defaults={"num_key_value_heads": 32, "sliding_window": 4096},
+            window_layers=upper_layers,
+            module=MIMO,
         ),
         Family(
             "qwen3",
@@ -184,6 +195,7 @@ FAMILIES = {
             "Glm4MoeForCausalLM",
             moe=BIASED_MOE,
             moe_args=moe_args.deepseek_v3,
+            module=GLM,
             fixed={"mlp_bias": False, "output_bias": False},
             partial_rotary=True,
             defaults={
@@ -215,6 +227,7 @@ FAMILIES = {
             attention=MLA_ATTENTION,
             moe=BIASED_MOE,
             moe_args=moe_args.deepseek_v3,
+            module=DEEPSEEK,
             mla=True,
             fixed=NO_BIAS,
             defaults={

@@ -22,7 +22,12 @@ from megatron_eagle.checkpoint.base_fields import (
     check_rope,
     check_token_ids,
 )
-from megatron_eagle.checkpoint.directory import BASE_JSON_NAME, TRACKER_NAME, BaseInfo
+from megatron_eagle.checkpoint.directory import (
+    BASE_JSON_NAME,
+    TRACKER_NAME,
+    BaseInfo,
+    load_base_json,
+)
 from megatron_eagle.checkpoint.writer import Chunk, write_torch_dist
 from megatron_eagle.hf.base.chunks import BaseTensors, Progress
 from megatron_eagle.hf.base.families import family_of
@@ -49,9 +54,24 @@ def import_base(
     Everything is checked from headers before the first byte is written; ``save`` appears by rename
     when complete. Raises UserError for an unsupported or corrupt ``hf_dir``, or a ``save`` in use.
     """
-    with owned_output(save, "save"):
+    name = name or model_name(hf_dir)
+    with owned_output(save, "save") as was_killed:
+        finished = _finished(hf_dir, save, name) if was_killed else None
+        if finished is not None:
+            return finished
         check_unused(save, "save")
-        return _import(hf_dir, save, progress, name or model_name(hf_dir))
+        return _import(hf_dir, save, progress, name)
+
+
+def _finished(hf_dir: Path, save: Path, name: str) -> BaseInfo | None:
+    """Return the description in ``save`` if it is of the model in ``hf_dir``: a run was killed
+    after its rename."""
+    if not (save / BASE_JSON_NAME).is_file():
+        return None
+    base = load_base_json(save)
+    with reading("hf", hf_dir):
+        config = with_all_ends(WeightsDir(hf_dir).config, hf_dir, base.vocab_size)
+    return base if (base.name, base.hf_config) == (name, config) else None
 
 
 def model_name(directory: Path) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from megatron_eagle.checkpoint.hybrid_pattern import EXPERTS, layer_ends, pattern_of, symbols
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.tables.config_fields import number, require, size, switch
 
@@ -102,6 +103,8 @@ def moe_layers(args: Mapping[str, Any]) -> list[bool]:
     """Return for each layer whether its MLP is a MoE."""
     if args.get("num_experts") is None:
         return [False] * args["num_layers"]
+    if (hybrid := pattern_of(args)) is not None:
+        return [symbols(hybrid)[end] == EXPERTS for end in layer_ends(hybrid)]
     pattern = args.get("moe_layer_freq", 1)
     if isinstance(pattern, int):
         return [layer % pattern == 0 for layer in range(args["num_layers"])]

@@ -18,9 +18,10 @@ from megatron_eagle.draft.metadata import draft_metadata, encode_metadata
 from megatron_eagle.draft.vocab import check_vocab_ids
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.base.import_base import COMMON_STATE, RELEASE
+from megatron_eagle.hf.draft.entry import DraftEntry
 from megatron_eagle.hf.draft.formats import FORMATS, Format
 from megatron_eagle.hf.draft.info import DraftInfo, parse_draft_info
-from megatron_eagle.hf.draft.names import METADATA, PREFIX, VOCAB_IDS, DraftEntry, draft_entries
+from megatron_eagle.hf.draft.names import METADATA, PREFIX, VOCAB_IDS, draft_entries
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def open_checkpoint_draft(directory: str | Path) -> StoredDraft:
     """
     checkpoint = CheckpointReader.open(directory)
     info = read_info(checkpoint)
-    if info.spec.num_experts is not None:
+    if not info.has_names:
         raise UserError(
             f"{checkpoint.directory}: a MoE draft is no warm start; <load> resumes its training"
         )
@@ -119,19 +120,34 @@ def write_draft_checkpoint(stored: StoredDraft, save: Path) -> None:
     It holds no optimizer and loads at any parallel layout. Memory: the largest tensor. Raises
     ``UserError`` when ``save`` is in use.
     """
-    with owned_output(save, "save"):
+    with owned_output(save, "save") as was_killed:
+        if was_killed and _is_finished(stored, save):
+            return
         check_unused(save, "save")
         with atomic_dir(save) as scratch:
             write_torch_dist(scratch / RELEASE, list(_chunks(stored)), COMMON_STATE, {})
             (scratch / TRACKER_NAME).write_text(RELEASE, encoding="utf-8")
 
 
-def _chunks(stored: StoredDraft) -> Iterator[Chunk]:
+def _is_finished(stored: StoredDraft, save: Path) -> bool:
+    """Return whether ``save`` is described as ``stored`` is: a run was killed after its rename."""
+    if not (save / TRACKER_NAME).is_file():
+        return False
+    expected = _description(stored)
+    found = CheckpointReader.open(save).load(list(expected))
+    return all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+
+
+def _description(stored: StoredDraft) -> dict[str, Tensor]:
     info = stored.info
     metadata = draft_metadata(
         info.spec, info.base, ttt_steps=info.ttt_steps, training=dict(info.training)
     )
-    for key, tensor in {VOCAB_IDS: stored.vocab_ids, METADATA: encode_metadata(metadata)}.items():
+    return {VOCAB_IDS: stored.vocab_ids, METADATA: encode_metadata(metadata)}
+
+
+def _chunks(stored: StoredDraft) -> Iterator[Chunk]:
+    for key, tensor in _description(stored).items():
         yield _whole_tensor(key, tuple(tensor.shape), tensor.dtype, load=partial(_same, tensor))
     for key, load in stored.tensors.items():
         load_cast = partial(_cast, load, stored.dtype)

@@ -89,3 +89,20 @@ def _is_plain(fmt: Format, info: DraftInfo) -> bool:
         and not info.spec.qk_layernorm
         and len(info.aux_layers) == 3
     )
+
+
+def module_commands(steps: int, vllm_differs: str) -> str:
+    """Return the commands that put a next-token module into a copy of its base and serve that with
+    ``steps`` drafted tokens; ``vllm_differs`` says what vLLM computes otherwise, if it does."""
+    stitch = "    megatron-eagle stitch --hf BASE --module THIS_DIRECTORY --save BASE_WITH_MODULE\n"
+    sglang = f"""    python -m sglang.launch_server --model-path BASE_WITH_MODULE \\
+      --speculative-algorithm NEXTN --speculative-num-steps {steps} --speculative-eagle-topk 1 \\
+      --speculative-num-draft-tokens {steps + 1}
+"""
+    if vllm_differs:
+        note = f"vLLM 0.33.0 {vllm_differs}: there the module drafts worse.\n"
+        return f"{stitch}\n{sglang}\n{note}"
+    vllm = f"""    vllm serve BASE_WITH_MODULE --speculative-config \\
+      '{{"method": "mtp", "num_speculative_tokens": {steps}}}'
+"""
+    return f"{stitch}\n{vllm}\n{sglang}"

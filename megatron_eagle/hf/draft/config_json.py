@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megatron_eagle.algorithms import ALGORITHMS
+from megatron_eagle.hf.base.stitch import MARK
 from megatron_eagle.hf.draft.block_config import block_config
 from megatron_eagle.hf.draft.draft_rope import draft_rope
 from megatron_eagle.hf.draft.formats import Format
@@ -37,7 +38,10 @@ def draft_config_json(info: DraftInfo, fmt: Format, dtype: torch.dtype) -> dict[
 
 
 def is_exported_draft(config: dict[str, Any]) -> bool:
-    """Return whether config.json names an architecture that this module writes."""
+    """Return whether config.json names an architecture that this module writes, or marks a
+    next-token module."""
+    if MARK in config:
+        return True
     special = chain.from_iterable(a.architectures.values() for a in ALGORITHMS.values())
     return config.get("architectures") in [
         [name] for name in (ARCHITECTURE, MLA, QWEN3, SPECULATOR, *special)

@@ -28,13 +28,17 @@ from megatron_eagle.hf.draft.base_config import with_hf_config
 from megatron_eagle.hf.draft.card import CardFacts, model_card
 from megatron_eagle.hf.draft.checkpoint import read_entries, read_info
 from megatron_eagle.hf.draft.config_json import draft_config_json, is_exported_draft
+from megatron_eagle.hf.draft.entry import DraftEntry
 from megatron_eagle.hf.draft.figures import measured_in_training
 from megatron_eagle.hf.draft.formats import FORMATS, Format, check_servers
 from megatron_eagle.hf.draft.info import DraftInfo
-from megatron_eagle.hf.draft.names import METADATA, VOCAB_IDS, DraftEntry
+from megatron_eagle.hf.draft.module_files import check_has_names, module_card, module_config
+from megatron_eagle.hf.draft.names import METADATA, VOCAB_IDS
 from megatron_eagle.user_files import reading
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_CHOOSING = ".router.expert_bias"
+"""Ending of a tensor that is fp32 whatever the weights are."""
 Progress = Callable[[str], None]
 Check = Callable[[Path], None]
 
@@ -108,11 +112,16 @@ def _write(
     directory: Path, tensors: dict[str, Tensor], info: DraftInfo, fmt: Format, facts: CardFacts
 ) -> None:
     """Write the files of an export into ``directory``."""
-    dtype = tensors["fc.weight"].dtype
+    dtype = next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    config = json.dumps(draft_config_json(info, fmt, dtype), indent=2) + "\n"
+    if info.spec.method.is_base_module:
+        content = module_config(info, dtype)
+        card = module_card(info, facts.checkpoint, facts.evaluation)
+    else:
+        content = draft_config_json(info, fmt, dtype)
+        card = model_card(info, facts, fmt=fmt, dtype=dtype)
+    config = json.dumps(content, indent=2) + "\n"
     (directory / "config.json").write_text(config, encoding="utf-8")
-    card = model_card(info, facts, fmt=fmt, dtype=dtype)
     (directory / "README.md").write_text(card, encoding="utf-8")
     # safetensors creates its file readable by its owner alone.
     mode = (directory / "config.json").stat().st_mode
@@ -121,7 +130,9 @@ def _write(
 
 def check_convertible(info: DraftInfo, source: str) -> None:
     """Raise ``UserError``, starting with ``source``, for a draft that no format has."""
-    if info.spec.num_experts is not None:
+    if info.spec.method.is_base_module:
+        check_has_names(info, source)
+    elif not info.has_names:
         raise UserError(
             f"{source}: a MoE draft cannot be converted: no server's EAGLE reader has experts"
         )
@@ -142,11 +153,13 @@ def convert_tensors(
     where, entries = checkpoint.directory, read_entries(checkpoint, info, fmt)
     stored = checkpoint.load([*(entry.megatron for entry in entries), VOCAB_IDS])
     vocab_ids = stored.pop(VOCAB_IDS)
-    dtype = dtype or _common_dtype(stored, where)
+    trained = {key: value for key, value in stored.items() if not key.endswith(_CHOOSING)}
+    dtype = dtype or _common_dtype(trained, where)
     tensors: dict[str, Tensor] = {}
     for entry in entries:
         whole = stored.pop(entry.megatron)
-        tensors |= hf_tensors(entry, whole, info, dtype, f"{where}: {entry.megatron}")
+        own = whole.dtype if entry.megatron.endswith(_CHOOSING) else dtype
+        tensors |= hf_tensors(entry, whole, info, own, f"{where}: {entry.megatron}")
     if fmt.name in info.spec.method.zero_fc_bias:
         tensors["fc.bias"] = torch.zeros_like(tensors["fc.weight"][:, 0])
     return tensors | vocabulary_maps(vocab_ids, info, f"{where}: {VOCAB_IDS}")

@@ -39,7 +39,9 @@ class Format:
 
     def readers(self, info: DraftInfo) -> tuple[str, ...]:
         """Return the servers that are to read this draft: of a format that several read, those that
-        know its algorithm at all."""
+        know its algorithm at all. None reads a next-token module beside its base's files."""
+        if info.spec.method.is_base_module:
+            return ()
         if len(self.servers) == 1 or not info.spec.method.drafts_blocks:
             return self.servers
         return tuple(name for name in self.servers if name not in info.spec.method.refusals)

@@ -19,6 +19,7 @@ from megatron_eagle.hf.draft.checkpoint import StoredDraft
 from megatron_eagle.hf.draft.embedding import check_embedding
 from megatron_eagle.hf.draft.files import DraftFiles
 from megatron_eagle.hf.draft.import_block import open_block_draft
+from megatron_eagle.hf.draft.import_module import is_base_config, open_base_module
 from megatron_eagle.hf.draft.import_tensors import (
     check_tensors,
     fmt_of,
@@ -30,15 +31,15 @@ from megatron_eagle.hf.draft.names import draft_entries
 from megatron_eagle.hf.draft.parse_block import is_block_config
 from megatron_eagle.hf.draft.parse_config import HfDraft, parse_hf_draft
 from megatron_eagle.hf.draft.servers import outputs_of_inner_ids
-from megatron_eagle.user_files import reading
+from megatron_eagle.user_files import read_json_object, reading
 
 
 def open_hf_draft(
     directory: str | Path,
     base: BaseInfo,
-    *,
     aux_layers: tuple[int, ...] | None = None,
     adapt: bool = False,
+    *,
     base_directory: str | Path | None = None,
     parameter: str = "hf",
 ) -> StoredDraft:
@@ -57,6 +58,10 @@ def open_hf_draft(
         UserError: with the file at fault.
     """
     with reading(parameter, directory):
+        config = Path(directory) / "config.json"
+        if config.is_file() and is_base_config(read_json_object(config)):
+            _refuse_choices(config, aux_layers, adapt)
+            return open_base_module(Path(directory), base, base_directory=base_directory)
         files = DraftFiles.open(directory)
         if is_block_config(files.config):
             return open_block_draft(
@@ -69,6 +74,13 @@ def open_hf_draft(
             adapt=adapt,
             base_directory=base_directory,
         )
+
+
+def _refuse_choices(config: Path, aux_layers: tuple[int, ...] | None, adapt: bool) -> None:
+    """Raise ``UserError`` for what a next-token module leaves no choice of."""
+    if aux_layers or adapt:
+        chosen = "aux_layers" if aux_layers else "adapt"
+        raise UserError(f"<{chosen}>: {config} is a base's, whose next-token module has none")
 
 
 def _open(

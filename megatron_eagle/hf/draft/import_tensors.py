@@ -13,10 +13,10 @@ from torch import Tensor
 from megatron_eagle.draft.vocab import check_vocab_ids
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.draft.checkpoint import StoredDraft
+from megatron_eagle.hf.draft.entry import DraftEntry, first
 from megatron_eagle.hf.draft.files import DraftFiles
 from megatron_eagle.hf.draft.formats import Format
 from megatron_eagle.hf.draft.info import DraftInfo
-from megatron_eagle.hf.draft.names import DraftEntry, first
 from megatron_eagle.hf.draft.parse_config import HfDraft
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)

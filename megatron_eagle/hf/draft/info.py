@@ -71,6 +71,12 @@ class DraftInfo:
         return self.compressed if method.drafts_blocks else not method.shares_base_head
 
     @property
+    def has_names(self) -> bool:
+        """Return whether there is a table of the draft's names: there is none of a draft with
+        experts, unless it is its base's own module."""
+        return self.spec.num_experts is None or self.spec.method.is_base_module
+
+    @property
     def layer_args(self) -> dict[str, Any]:
         """Return the base's Megatron arguments with the widths of the draft's layers."""
         args = self.base.megatron_args

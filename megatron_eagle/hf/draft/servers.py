@@ -62,7 +62,7 @@ SERVERS = {
         "SGLang",
         "0.5.23",
         aux_states=_BOTH | {"Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM"},
-        final_state=_BOTH | {"Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM"},
+        final_state=_BOTH | {"Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM", "MiMoForCausalLM"},
     ),
     "trtllm": Server("TensorRT-LLM", "", aux_states=None, final_state=None),
 }
@@ -137,6 +137,8 @@ def needs_own_ids(server: str, info: DraftInfo) -> bool:
 
 def serving_notes(info: DraftInfo, servers: Sequence[str] = tuple(SERVERS)) -> list[str]:
     """Return what ``servers`` cannot do with this draft or do in one way only, one line each."""
+    if info.spec.method.is_base_module:
+        return []
     reasons = [
         reason
         for server in servers

@@ -21,6 +21,7 @@ _VALIDATION = (
     "--eval-iters", "--eval-interval", "--start-eval-at-iter", "--eval-global-batch-size",
     "--eval-micro-batch-size",
 )  # fmt: skip
+_OF_HEAD = ("--decoupled-lr", "--decoupled-min-lr")
 _NEEDS_TRANSFORMER_ENGINE = ("--use-precision-aware-optimizer", "--optimizer-cpu-offload")
 _PACKAGES = {
     "--wandb-project": ("wandb", "pip install 'megatron-eagle[tracking]'"),
@@ -42,6 +43,10 @@ def check_conditions(
     Returns lines of text on flags without effect. Raises ``UserError`` naming a flag.
     """
     _check_packages(line, installed)
+    method = options.spec.method
+    if method.shares_base_head or method.drafts_blocks:
+        why = f"would change nothing: --eagle-algorithm {method.name} has the base's frozen head"
+        _refuse(line, _OF_HEAD, why)
     if layers == "local":
         _refuse(line, ["--moe-grouped-gemm"], "needs --transformer-impl transformer_engine")
     stages = line.values.pipeline_model_parallel_size

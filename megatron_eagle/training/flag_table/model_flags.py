@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_eagle.training.flag_table.judgement import no_effect, of_base, refused
+from megatron_eagle.training.flag_table.judgement import honoured, no_effect, of_base, refused
 
 JUDGEMENTS = (
     of_base(
@@ -64,13 +64,20 @@ JUDGEMENTS = (
         "is no GPT option",
         "--decoder-num-layers --bert-no-binary-head --onnx-safe",
     ),
+    of_base(
+        "layers of a hybrid model",
+        """--linear-conv-kernel-dim --linear-key-head-dim --linear-value-head-dim
+        --linear-num-key-heads --linear-num-value-heads --mamba-state-dim --mamba-head-dim
+        --mamba-num-groups --mamba-num-heads""",
+    ),
+    honoured(
+        "cuts a hybrid base into pipeline stages by |; its layers are the base's",
+        "--hybrid-layer-pattern",
+    ),
     refused(
-        "describes a hybrid or state-space model, which is no base here",
-        """--is-hybrid-model --hybrid-layer-pattern --hybrid-override-pattern --mamba-state-dim
-        --mamba-head-dim --mamba-num-groups --mamba-num-heads --disable-mamba-mem-eff-path
-        --mamba-training-ssm-states-dtype --linear-attention-freq --linear-conv-kernel-dim
-        --linear-key-head-dim --linear-value-head-dim --linear-num-key-heads
-        --linear-num-value-heads""",
+        "is not needed: the base's --hybrid-layer-pattern says what its layers are",
+        """--is-hybrid-model --hybrid-override-pattern --disable-mamba-mem-eff-path
+        --mamba-training-ssm-states-dtype --linear-attention-freq""",
     ),
     refused(
         "is an experimental kind of attention, which no base here has",

@@ -1,0 +1,74 @@
+"""Checkpoints of tiny tensors in the form in which Megatron saves them, without a run of its."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_eagle.checkpoint.writer import Chunk, write_torch_dist
+
+HIDDEN, VOCAB, LAYERS = 8, 24, 2
+ARGS: dict[str, Any] = {
+    "num_layers": LAYERS,
+    "hidden_size": HIDDEN,
+    "ffn_hidden_size": 16,
+    "num_attention_heads": 4,
+    "group_query_attention": True,
+    "num_query_groups": 2,
+    "kv_channels": 2,
+    "max_position_embeddings": 64,
+    "normalization": "RMSNorm",
+    "layernorm_epsilon": 1e-5,
+    "position_embedding_type": "rope",
+    "rotary_base": 10000,
+    "rotary_percent": 1.0,
+    "add_bias_linear": False,
+    "swiglu": True,
+    "untie_embeddings_and_output_weights": True,
+    "padded_vocab_size": VOCAB,
+    "vocab_size": None,
+    "make_vocab_size_divisible_by": 8,
+    "tokenizer_type": "HuggingFaceTokenizer",
+    "tokenizer_model": "somewhere",
+    "params_dtype": torch.bfloat16,
+    "fp8": None,
+}
+
+
+def chunk(key: str, *shape: int) -> Chunk:
+    values = torch.arange(torch.Size(shape).numel(), dtype=torch.float32).reshape(shape)
+    return Chunk(key, shape, (0,) * len(shape), shape, torch.float32, lambda: values)
+
+
+def save(
+    folder: Path,
+    common: dict[str, Any],
+    *more: Chunk,
+    name: str = "iter_0000010",
+    old: bool = True,
+    stacked: bool = True,
+) -> Path:
+    """Write a checkpoint of tiny tensors, its common state in ``common.pt`` or in the shards;
+    ``stacked``: a tensor of all layers is among them."""
+    layers = chunk("decoder.layers.self_attention.linear_proj.weight", LAYERS, HIDDEN, HIDDEN)
+    chunks = [
+        chunk("embedding.word_embeddings.weight", VOCAB, HIDDEN),
+        *([layers] if stacked else []),
+        chunk("decoder.final_layernorm.weight", HIDDEN),
+        chunk("output_layer.weight", VOCAB, HIDDEN),
+        chunk("optimizer.state.exp_avg.output_layer.weight", VOCAB, HIDDEN),
+    ]
+    write_torch_dist(folder / name, [*chunks, *more], {} if old else common, {})
+    text = name if name == "release" else str(int(name.removeprefix("iter_")))
+    (folder / "latest_checkpointed_iteration.txt").write_text(text)
+    if old:
+        torch.save(common, folder / name / "common.pt")
+    return folder
+
+
+def namespace(**changes: Any) -> dict[str, Any]:
+    args = {**ARGS, **changes}
+    return {"args": argparse.Namespace(**args), "iteration": 10, "checkpoint_version": 3.0}
