@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_eagle.checkpoint.directory import load_base_json
 from megatron_eagle.hf.base.import_base import import_base
 from megatron_eagle.testing.harness import megatron_parallel, run_distributed
-from tests.distributed.test_block_decode import greedy
+from tests.helpers.greedy import greedy
 from tests.helpers.module_base import KINDS, make_module_base
 
 PROMPTS = [[5, 9, 2, 40, 11], [7], [3, 3, 8]]
