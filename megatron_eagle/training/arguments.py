@@ -24,6 +24,7 @@ from megatron_eagle.config import EagleConfig
 from megatron_eagle.config.flags import add_eagle_flags
 from megatron_eagle.errors import UserError, literal
 from megatron_eagle.hf.base.megatron_args import ABSENT
+from megatron_eagle.platform import is_enabled
 from megatron_eagle.teacher.description import STORED_AS
 from megatron_eagle.training.base_start import check_base_start
 from megatron_eagle.training.flag_table.check import CommandLine, check_flags
@@ -55,13 +56,13 @@ def parse_eagle_args(
     """
     base = _base_info(options)
     line = CommandLine.parse(argv)
-    without_effect = check_flags(line, megatron_flags(base.megatron_args))
+    notes = check_flags(line, megatron_flags(base.megatron_args))
     check_save(argv)
     check_layout(argv, base, options)
     check_base_start(options, base)
     layers = layer_implementation(argv)
-    without_effect += check_conditions(line, options, layers)
-    for text in without_effect:
+    notes += check_conditions(line, options, layers, on_gpu=not is_enabled())
+    for text in notes:
         tell(text)
     sys.argv[1:] = [*implied_flags(base, options, argv, layers), *argv, *overriding_flags(options)]
     args = in_one_line(parse_and_validate_args, extra_args_provider=add_eagle_flags)

@@ -140,6 +140,13 @@ def test_a_learning_rate_of_the_head_needs_one_that_learns() -> None:
         _conditions(["--decoupled-lr", "5e-4"], options=frozen)
 
 
+def test_fp32_on_a_gpu_is_told_what_it_costs() -> None:
+    for words, lines in (([], 1), (["--bf16"], 0), (["--fp16"], 0)):
+        line = CommandLine.parse(words)
+        assert len(check_conditions(line, MEGATRON_DATA, "local", on_gpu=True)) == lines
+        assert check_conditions(line, MEGATRON_DATA, "local") == []
+
+
 def test_documents_take_the_place_of_megatrons_data() -> None:
     with pytest.raises(UserError, match="--data-path d contradicts --eagle-train-data"):
         _conditions(["--data-path", "d"], options=DOCUMENTS)

@@ -18,13 +18,15 @@ from megatron_eagle.attention.core import TrunkBranchState
 from megatron_eagle.attention.live_rows import LiveRows
 from megatron_eagle.attention.packing import Packing
 from megatron_eagle.attention.varlen import Segments
-from tests.unit.test_live_rows import OneRank
-from tests.unit.test_one_launch import fake_cuda_tensors
+from tests.helpers.fake_cuda_tensors import fake_cuda_tensors
+from tests.helpers.one_rank import OneRank
 
 BATCH, LENGTH, HEADS, GROUPS, SIZE, WIDTH, SCALE = 2, 24, 4, 2, 10, 6, 0.3
 STARTS = [[0, 5, 11, 24], [0, 11, 12, 24]]
 NEEDED = torch.zeros(LENGTH, BATCH, dtype=torch.bool)
 NEEDED[2:4, 0] = NEEDED[13:17, 0] = NEEDED[19, 0] = NEEDED[7:16, 1] = NEEDED[23, 1] = True
+TAILS = torch.ones_like(NEEDED)
+TAILS[:3, 0] = False
 LAYERS, STEPS = 2, 3
 
 
@@ -129,7 +131,7 @@ def unrolled(
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("needed", [NEEDED, torch.ones_like(NEEDED)], ids=["masked", "whole"])
+@pytest.mark.parametrize("needed", [NEEDED, TAILS], ids=["holes", "tails"])
 def test_one_launch_equals_a_plan_of_blocks(needed: Tensor, packed: bool) -> None:
     live = LiveRows.of(needed, [(0, LENGTH)])
     outputs, gradients = unrolled(live, packed)

@@ -21,6 +21,10 @@ _VALIDATION = (
     "--eval-iters", "--eval-interval", "--start-eval-at-iter", "--eval-global-batch-size",
     "--eval-micro-batch-size",
 )  # fmt: skip
+_FP32 = (
+    "fp32: no flash kernel of a GPU takes it, so the memory of attention is quadratic in "
+    "--seq-length; --bf16 has kernels"
+)
 _OF_HEAD = ("--decoupled-lr", "--decoupled-min-lr")
 _NEEDS_TRANSFORMER_ENGINE = ("--use-precision-aware-optimizer", "--optimizer-cpu-offload")
 _PACKAGES = {
@@ -36,11 +40,14 @@ def check_conditions(
     options: EagleConfig,
     layers: str,
     installed: Callable[[str], bool] = lambda package: find_spec(package) is not None,
+    *,
+    on_gpu: bool = False,
 ) -> list[str]:
     """Check the flags of ``line`` against each other, the ``--eagle-*`` options, the
-    implementation of the ``layers`` and the packages that are ``installed``.
+    implementation of the ``layers``, the packages that are ``installed`` and the device.
 
-    Returns lines of text on flags without effect. Raises ``UserError`` naming a flag.
+    Returns lines of text on flags without effect, and on what they cost. Raises ``UserError``
+    naming a flag.
     """
     _check_packages(line, installed)
     method = options.spec.method
@@ -53,7 +60,8 @@ def check_conditions(
     if stages > 1:
         why = f"is not supported with --pipeline-model-parallel-size {stages}: stages run ahead"
         _refuse(line, ["--check-for-spiky-loss"], why)
-    return list(_documents(line, options))
+    costs = [_FP32] if on_gpu and not (line.values.bf16 or line.values.fp16) else []
+    return [*_documents(line, options), *costs]
 
 
 def _check_packages(line: CommandLine, installed: Callable[[str], bool]) -> None:
