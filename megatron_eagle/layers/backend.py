@@ -35,14 +35,14 @@ class LayerBackend:
         hybrid_spec: (config, pattern) -> spec of the stack of a HybridModel.
         layer_spec: config -> TransformerLayer spec of the draft.
         norm: builds a norm.
-        column_linear: builds a column-parallel linear without a norm in front.
+        column_linear: class of a column-parallel linear without a norm in front.
     """
 
     base_spec: Callable[[Any, int, bool], Any]
     hybrid_spec: Callable[[Any, str], Any]
     layer_spec: Callable[[Any], Any]
     norm: Callable[..., Any]
-    column_linear: Callable[..., Any]
+    column_linear: type[Any]
 
 
 LOCAL, TRANSFORMER_ENGINE = "local", "transformer_engine"

@@ -22,6 +22,7 @@ from tests.helpers.block_case import (
     random_weights,
     reference_of,
 )
+from tests.helpers.greedy import greedy
 from tests.helpers.tiny_hf import SIZES, make_base
 from tests.reference.blocks import BlockConfig, ReferenceBlocks
 
@@ -147,7 +148,7 @@ def test_blocks_are_the_oracle_s_and_answers_the_greedy_ones(
     embedding = model.get_input_embeddings().weight.detach()
     output = model.get_output_embeddings().weight.detach()
     cases = {name: make_draft(embedding, output, x) for name, x in VARIANTS.items()}
-    truth = [greedy(model, prompt) for prompt in PROMPTS]
+    truth = [greedy(model, prompt, NEW_TOKENS) for prompt in PROMPTS]
     world = 2 if layout else 1
     found = run_distributed(decode, world, str(tmp_path / "base"), cases, layout, truth)[0]
     for name, case in cases.items():
@@ -180,11 +181,3 @@ def check_rounds(
             while hits < min(len(tried), len(rest)) and tried[hits] == rest[hits]:
                 hits += 1
             written += hits + 1
-
-
-@torch.no_grad()
-def greedy(model: torch.nn.Module, prompt: list[int]) -> list[int]:
-    tokens = list(prompt)
-    for _ in range(NEW_TOKENS):
-        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-    return tokens[len(prompt) :]

@@ -68,6 +68,7 @@ def _train_forward(rank: int, _: int, world: int, sequence_parallel: bool, dtype
         context_parallel_size=1,
         distributed_timeout_minutes=10,
         save=None,
+        hybrid_layer_pattern=None,
     )
     mask = torch.ones(2, 16)
     mask[:, 3:9] = 0

@@ -12,7 +12,7 @@ from torch import Tensor
 from megatron_eagle.checkpoint.directory import load_base_json
 from megatron_eagle.hf.base.import_base import import_base
 from megatron_eagle.testing.harness import megatron_parallel, run_distributed
-from tests.distributed.test_block_decode import greedy
+from tests.helpers.greedy import greedy
 from tests.helpers.module_base import KINDS, make_module_base
 
 PROMPTS = [[5, 9, 2, 40, 11], [7], [3, 3, 8]]
@@ -96,7 +96,7 @@ def test_chains_are_the_oracle_s_and_answers_the_greedy_ones(
         pairs[kind] = make_module_base(folder / "hf", kind)
         base = import_base(folder / "hf", folder / "base")
         write_draft_checkpoint(open_hf_draft(folder / "hf", base), folder / "draft")
-        truth[kind] = [greedy(pairs[kind][0], prompt) for prompt in PROMPTS]
+        truth[kind] = [greedy(pairs[kind][0], prompt, NEW_TOKENS) for prompt in PROMPTS]
     folders = {kind: str(tmp_path / kind) for kind in KINDS}
     found = run_distributed(decode, 2 if layout else 1, folders, layout, truth)[0]
     for kind, (model, reference) in pairs.items():

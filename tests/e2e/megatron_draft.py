@@ -50,7 +50,8 @@ def _logits(
         inputs = DraftInputs.of(model.base, model.draft, batch, rows, steps=steps)
         outputs = step_outputs(model.draft, inputs)
         logits = [hidden @ model.draft.lm_head().t() for hidden in outputs]
-    return torch.stack(logits).view(steps, *tokens.shape, -1)
+    # All rows are live, so they keep their places, [S, B].
+    return torch.stack(logits).view(steps, *tokens.t().shape, -1).transpose(1, 2)
 
 
 def _blank_case(

@@ -48,8 +48,12 @@ def test_gradients_of_query_norms_are_summed_once(
         data = ["--eagle-train-data", inputs.answers, "--eagle-attention", "mla"]
         flags = ["--eagle-base-checkpoint", tmp_path / "base", *data]
     few = ["--train-iters", 3, "--lr-decay-iters", 20, "--adam-eps", "1e-5"]
+    save = ["--save", tmp_path / "draft", "--save-interval", 1]  # layouts draw other weights
+    first = train(1, None, *flags, *few, "--train-iters", 1, *save)
+    assert first.returncode == 0, first.output[-3000:]
+    start = ["--eagle-warm-start", tmp_path / "draft"]
     alone, halves = (
-        train(ranks, tmp_path / f"{ranks}.jsonl", *flags, *few, *layout)
+        train(ranks, tmp_path / f"{ranks}.jsonl", *flags, *few, *start, *layout)
         for ranks, layout in ((1, []), (2, TP2))
     )
     assert halves.returncode == 0, halves.output[-3000:]

@@ -9,21 +9,12 @@ from torch import Tensor
 from megatron_eagle.attention.core import TrunkBranchState
 from megatron_eagle.attention.live_rows import LiveRows
 from megatron_eagle.attention.packing import Packing
+from tests.helpers.one_rank import OneRank
 
 BATCH, LENGTH, HEADS, GROUPS, SIZE, SCALE = 2, 16, 4, 2, 8, 0.3
 LAYERS, STEPS = 2, 3
 NEEDED = torch.zeros(LENGTH, BATCH, dtype=torch.bool)
 NEEDED[0:2, 0] = NEEDED[5, 0] = NEEDED[9:14, 0] = NEEDED[7:16, 1] = True
-
-
-class OneRank:
-    """A group of one rank."""
-
-    def size(self) -> int:
-        return 1
-
-    def rank(self) -> int:
-        return 0
 
 
 def packing() -> Packing:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from unittest import mock
 
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megatron_eagle.attention import flash, one_launch
 from megatron_eagle.attention.blocks import beside_sink, blocks_forward, sink_attention, span_plan
 from megatron_eagle.attention.one_launch import Bounds
+from tests.helpers.fake_cuda_tensors import fake_cuda_tensors
 
 BATCH, LENGTH, HEADS, GROUPS, SIZE, WIDTH, SCALE = 2, 24, 4, 2, 10, 6, 0.3
 DOCUMENTS = [[(0, 5), (5, 24)], [(0, 11), (11, 12), (12, 24)]]
@@ -79,18 +77,6 @@ def test_the_kernels_layout_equals_a_plan_of_blocks(
     sink = torch.randn(HEADS)
     beside = sink_attention(q, k, v, SCALE, plan, sink)
     torch.testing.assert_close(beside_sink(out, lse, sink), beside, rtol=1e-5, atol=1e-6)
-
-
-@contextlib.contextmanager
-def fake_cuda_tensors() -> Iterator[None]:
-    """Fake CUDA tensors without a driver."""
-    fake = "torch._subclasses.fake_tensor"
-    with (
-        mock.patch(f"{fake}.init_gpu_context", lambda device: None),
-        mock.patch(f"{fake}.FakeTensorMode.avoid_device_init", True, create=True),
-        FakeTensorMode(),
-    ):
-        yield
 
 
 @pytest.mark.parametrize("window", [None, 5])

@@ -399,4 +399,5 @@ def test_a_damaged_tokenizer_is_one_line(
     words = ["--input", data, "--tokenizer", str(folder), "--output-prefix", str(tmp_path / "out")]
     assert main(words) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: --tokenizer {folder}: ")
+    source = folder / file if file.startswith("generation") else folder
+    assert error.startswith(f"error: --tokenizer {source}: ")

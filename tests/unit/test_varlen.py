@@ -18,8 +18,8 @@ from megatron_eagle.attention.core import TrunkBranchState
 from megatron_eagle.attention.live_rows import LiveRows
 from megatron_eagle.attention.packing import Packing
 from megatron_eagle.attention.varlen import Segments
-from tests.unit.test_live_rows import OneRank
-from tests.unit.test_one_launch import fake_cuda_tensors
+from tests.helpers.fake_cuda_tensors import fake_cuda_tensors
+from tests.helpers.one_rank import OneRank
 
 BATCH, LENGTH, HEADS, GROUPS, SIZE, WIDTH, SCALE = 2, 24, 4, 2, 10, 6, 0.3
 STARTS = [[0, 5, 11, 24], [0, 11, 12, 24]]

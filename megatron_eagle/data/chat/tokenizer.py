@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.files.generation_config import end_ids
 from megatron_eagle.hf.files.pretrained import load_hf_tokenizer
-from megatron_eagle.user_files import panics_caught, reading
+from megatron_eagle.user_files import naming, panics_caught, reading
 
 Offsets = list[tuple[int, int]]
 
@@ -72,7 +72,7 @@ class HuggingFaceTokenizer:
                 f"<tokenizer> {directory}: masks need token offsets, which only a fast tokenizer "
                 "(tokenizer.json) gives"
             )
-        with reading("tokenizer", directory):
+        with naming("tokenizer"), reading("tokenizer", directory):
             self._read_tokens(directory)
 
     def _read_tokens(self, directory: Path) -> None:
