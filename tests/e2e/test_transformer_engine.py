@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.conftest import Inputs
-from tests.e2e.launch import RECIPE, ROOT, cpu_environment, train
+from tests.e2e.launch import ROOT, cpu_environment
 from tests.helpers.te_python import te_folder
 
 pytestmark = pytest.mark.skipif(
@@ -80,39 +79,3 @@ def test_the_gpu_benchmark_measures_them(tmp_path: Path) -> None:
     checks = [line for line in result.stdout.splitlines() if "Transformer Engine's layers:" in line]
     assert len(checks) == 3 and all('"right": true' in line for line in checks)
     assert "| ours, Transformer Engine's layers | 2 |" in (tmp_path / "gpu.md").read_text()
-
-
-def _train_with_te(log: Path, *words: object) -> dict[int, float]:
-    """The loss of each iteration."""
-    command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.te_train", *RECIPE]
-    result = subprocess.run(
-        [*command, *map(str, words), "--eagle-log-file", str(log)],
-        env=cpu_environment(1), cwd=ROOT, capture_output=True, text=True, timeout=280, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
-    assert "Transformer Engine's layers" in result.stdout
-    lines = map(json.loads, log.read_text().splitlines())
-    return {line["iteration"]: line["loss"] for line in lines}
-
-
-@pytest.mark.slow
-def test_training_goes_on_with_layers_of_the_other_kind(inputs: Inputs, tmp_path: Path) -> None:
-    """Two iterations with one kind, two with the other: as four with one."""
-    words = [*inputs.flags, "--eagle-draft-vocab-size", 32, "--train-iters", 4]
-    # Packed documents: with them the base has our core attention, which needs no kernel.
-    words += ["--eagle-pack", "--clip-grad", 0]
-    local, engine = tmp_path / "local", tmp_path / "engine"
-    first = ["--save", local, "--save-interval", 2]
-    whole = train(1, tmp_path / "whole.jsonl", *words, *first)
-    assert whole.returncode == 0, whole.output[-2000:]
-    expected = {iteration: figures["loss"] for iteration, figures in whole.metrics.items()}
-    resumed = _train_with_te(
-        tmp_path / "resumed.jsonl", *words, "--load", local, "--ckpt-step", 2, "--save", engine,
-        "--save-interval", 3, "--exit-interval", 3,
-    )  # fmt: skip
-    assert resumed == {3: pytest.approx(expected[3], rel=1e-4)}
-    back = train(1, tmp_path / "back.jsonl", *words, "--load", engine, "--save", engine)
-    assert back.returncode == 0, back.output[-2000:]
-    assert {n: f["loss"] for n, f in back.metrics.items()} == {
-        4: pytest.approx(expected[4], rel=1e-4)
-    }
