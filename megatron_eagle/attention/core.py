@@ -87,6 +87,7 @@ class TrunkBranchState:
         self._keys: dict[int, list[Tensor]] = {}
         self._values: dict[int, list[Tensor]] = {}
         self._segments: dict[bool, Segments] = {}
+        self._plan_of_all: Plan | None = None
 
     def attend(
         self,
@@ -129,9 +130,12 @@ class TrunkBranchState:
 
     def _full_plan(self, length: int) -> Plan:
         """Return the plan of all of this rank's queries against ``length`` keys."""
-        if self._packing is None:
-            return context_plan(length, self._group)
-        return self._packing.plan(self._group)
+        if self._plan_of_all is None:
+            packing = self._packing
+            self._plan_of_all = (
+                context_plan(length, self._group) if packing is None else packing.plan(self._group)
+            )
+        return self._plan_of_all
 
 
 def context_plan(length: int, group: ProcessGroup, window: int | None = None) -> Plan:
