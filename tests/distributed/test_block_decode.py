@@ -22,6 +22,7 @@ from tests.helpers.block_case import (
     random_weights,
     reference_of,
 )
+from tests.helpers.decode_rounds import check_rounds, run_rounds
 from tests.helpers.greedy import greedy
 from tests.helpers.tiny_hf import SIZES, make_base
 from tests.reference.blocks import BlockConfig, ReferenceBlocks
@@ -65,15 +66,12 @@ def decode(
     layout: dict[str, Any],
     truth: list[list[int]],
 ) -> dict[str, Any]:
-    """Answer the prompts with each draft: the answers, and the drafts of every round. In every
-    second round the first draft is replaced by the true token, so that some are accepted."""
+    """Answer the prompts with each draft, see `run_rounds`."""
     parallel = layout.get("sp", False)
     groups = megatron_parallel(**{name: size for name, size in layout.items() if name != "sp"})
     from megatron_eagle.decode import load
     from megatron_eagle.decode.base import CachedBase
     from megatron_eagle.decode.block import BlockProposer
-    from megatron_eagle.decode.interleave import interleave
-    from megatron_eagle.decode.speculative import ChainCounts, speculative_steps
     from megatron_eagle.draft.metadata import encode_metadata
     from megatron_eagle.hf.draft.info import DraftInfo
     from megatron_eagle.pipeline.exchange import StageExchange
@@ -96,38 +94,7 @@ def decode(
         load_weights(draft, dataclasses.replace(case, sequence_parallel=parallel))
         draft.requires_grad_(False)
         cached = CachedBase(frozen, exchange)
-        rounds: list[list[list[int]]] = []
-
-        class Spy(BlockProposer):
-            lengths = [1] * len(PROMPTS)
-
-            def propose(self, verified: Any, rounds: Any = rounds) -> Tensor:
-                drafts = super().propose(verified)
-                rounds.append(drafts.tolist())
-                known = (verified.start + verified.last + 1).tolist()
-                if len(rounds) % 2 == 0:
-                    for row, (length, prompt) in enumerate(zip(known, PROMPTS, strict=True)):
-                        answer = truth[row]
-                        at = min(length - len(prompt) + 1, len(answer) - 1)
-                        drafts[row, 0] = answer[at]
-                return drafts
-
-            def keep(self, sequences: Tensor) -> None:
-                raise AssertionError("all prompts end together")
-
-        def proposer(
-            capacity: int, draft: Any = draft, cached: Any = cached, k: int = steps
-        ) -> Spy:
-            return Spy(draft, cached, k, capacity)
-
-        counts = ChainCounts(steps)
-        monkey = pytest.MonkeyPatch()
-        monkey.setattr("megatron_eagle.decode.sequences.COMPACT_BELOW", -1.0)
-        (answers,) = interleave(
-            [speculative_steps(cached, proposer, PROMPTS, NEW_TOKENS, steps, counts)]
-        )
-        monkey.undo()
-        result[name] = {"answers": answers, "rounds": rounds, "accepted": counts.accepted}
+        result[name] = run_rounds(BlockProposer, draft, cached, PROMPTS, NEW_TOKENS, steps, truth)
     return result
 
 
@@ -154,30 +121,13 @@ def test_blocks_are_the_oracle_s_and_answers_the_greedy_ones(
     for name, case in cases.items():
         assert found[name]["answers"] == truth, name
         assert found[name]["accepted"][0] > 0, name
-        check_rounds(name, case, found[name]["rounds"], model, truth)
+        drafted = partial(drafted_by_oracle, model, reference_of(case))
+        check_rounds(name, found[name]["rounds"], PROMPTS, NEW_TOKENS, truth, drafted)
 
 
-def check_rounds(
-    name: str, case: BlockCase, rounds: Any, model: torch.nn.Module, truth: list[list[int]]
-) -> None:
-    """Follow each sequence through the rounds, and compare what was drafted in each."""
-    reference = reference_of(case)
-    for row, prompt in enumerate(PROMPTS):
-        written = 1  # of the answer, after the prefill
-        for number, drafts in enumerate(rounds, start=1):
-            if written >= NEW_TOKENS:
-                break
-            prefix = torch.tensor([*prompt, *truth[row][:written]])
-            with torch.no_grad():
-                states = model(prefix[None], output_hidden_states=True).hidden_states
-            aux = torch.cat([states[layer + 1][0] for layer in AUX_LAYERS], dim=-1).double()
-            expected = reference.draft(aux[:-1], prefix)
-            assert drafts[row] == expected, (name, row, number)
-            tried = list(expected)
-            if number % 2 == 0:
-                tried[0] = truth[row][min(written, len(truth[row]) - 1)]
-            rest = truth[row][written:]
-            hits = 0
-            while hits < min(len(tried), len(rest)) and tried[hits] == rest[hits]:
-                hits += 1
-            written += hits + 1
+@torch.no_grad()
+def drafted_by_oracle(model: torch.nn.Module, reference: Any, prefix: Tensor) -> list[int]:
+    states = model(prefix[None], output_hidden_states=True).hidden_states
+    aux = torch.cat([states[layer + 1][0] for layer in AUX_LAYERS], dim=-1).double()
+    block: list[int] = reference.draft(aux[:-1], prefix)
+    return block

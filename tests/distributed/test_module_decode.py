@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from megatron_eagle.checkpoint.directory import load_base_json
 from megatron_eagle.hf.base.import_base import import_base
 from megatron_eagle.testing.harness import megatron_parallel, run_distributed
+from tests.helpers.decode_rounds import check_rounds, run_rounds
 from tests.helpers.greedy import greedy
 from tests.helpers.module_base import KINDS, make_module_base
 
@@ -22,14 +24,11 @@ NEW_TOKENS, STEPS = 12, 3
 def decode(
     rank: int, world: int, folders: dict[str, str], layout: dict[str, Any], truth: dict[str, Any]
 ) -> dict[str, Any]:
-    """Answer the prompts with each base's module: the answers, and the drafts of every round. In
-    every second round the first draft is replaced by the true token, so that some are accepted."""
+    """Answer the prompts with each base's module, see `run_rounds`."""
     groups = megatron_parallel(**layout)
     from megatron_eagle.decode import load
     from megatron_eagle.decode.base import CachedBase
     from megatron_eagle.decode.chain import DraftChain
-    from megatron_eagle.decode.interleave import interleave
-    from megatron_eagle.decode.speculative import ChainCounts, speculative_steps
     from megatron_eagle.draft.metadata import draft_metadata, encode_metadata
     from megatron_eagle.hf.draft.checkpoint import open_checkpoint_draft
     from megatron_eagle.pipeline.exchange import StageExchange
@@ -46,33 +45,9 @@ def decode(
         exchange = StageExchange(frozen, links)
         draft = load.load_draft(about, frozen, f"{folder}/draft")
         cached = CachedBase(frozen, exchange)
-        rounds: list[list[list[int]]] = []
-
-        class Spy(DraftChain):
-            def propose(self, verified: Any, rounds: Any = rounds, kind: str = kind) -> Tensor:
-                drafts = super().propose(verified)
-                rounds.append(drafts.tolist())
-                known = (verified.start + verified.last + 1).tolist()
-                if len(rounds) % 2 == 0:
-                    for row, (length, prompt) in enumerate(zip(known, PROMPTS, strict=True)):
-                        answer = truth[kind][row]
-                        drafts[row, 0] = answer[min(length - len(prompt) + 1, len(answer) - 1)]
-                return drafts
-
-            def keep(self, sequences: Tensor) -> None:
-                raise AssertionError("all prompts end together")
-
-        def proposer(capacity: int, draft: Any = draft, cached: Any = cached) -> Spy:
-            return Spy(draft, cached, STEPS, capacity)
-
-        counts = ChainCounts(STEPS)
-        monkey = pytest.MonkeyPatch()
-        monkey.setattr("megatron_eagle.decode.sequences.COMPACT_BELOW", -1.0)
-        (answers,) = interleave(
-            [speculative_steps(cached, proposer, PROMPTS, NEW_TOKENS, STEPS, counts)]
+        result[kind] = run_rounds(
+            DraftChain, draft, cached, PROMPTS, NEW_TOKENS, STEPS, truth[kind]
         )
-        monkey.undo()
-        result[kind] = {"answers": answers, "rounds": rounds, "accepted": counts.accepted}
     return result
 
 
@@ -102,31 +77,14 @@ def test_chains_are_the_oracle_s_and_answers_the_greedy_ones(
     for kind, (model, reference) in pairs.items():
         assert found[kind]["answers"] == truth[kind], kind
         assert found[kind]["accepted"][0] > 0, kind
-        check_rounds(kind, model, reference.double(), found[kind]["rounds"], truth[kind])
+        drafted = partial(drafted_by_oracle, model, reference.double())
+        check_rounds(kind, found[kind]["rounds"], PROMPTS, NEW_TOKENS, truth[kind], drafted)
 
 
-def check_rounds(
-    kind: str, model: Any, reference: Any, rounds: Any, truth: list[list[int]]
-) -> None:
-    """Follow each sequence through the rounds, and compare what was drafted in each."""
-    embedding = model.get_input_embeddings().weight.detach().double()
-    head = model.get_output_embeddings().weight.detach().double()
-    for row, prompt in enumerate(PROMPTS):
-        written = 1  # of the answer, after the prefill
-        for number, drafts in enumerate(rounds, start=1):
-            if written >= NEW_TOKENS:
-                break
-            prefix = torch.tensor([*prompt, *truth[row][:written]])
-            with torch.no_grad():
-                states = model(prefix[None], output_hidden_states=True).hidden_states
-            final = states[-1][0].double()
-            expected = reference.draft(final[:-1], prefix, STEPS, embedding, head)
-            assert drafts[row] == expected, (kind, row, number)
-            tried = list(expected)
-            if number % 2 == 0:
-                tried[0] = truth[row][min(written, len(truth[row]) - 1)]
-            rest = truth[row][written:]
-            hits = 0
-            while hits < min(len(tried), len(rest)) and tried[hits] == rest[hits]:
-                hits += 1
-            written += hits + 1
+@torch.no_grad()
+def drafted_by_oracle(model: Any, reference: Any, prefix: Tensor) -> list[int]:
+    embedding = model.get_input_embeddings().weight.double()
+    head = model.get_output_embeddings().weight.double()
+    final = model(prefix[None], output_hidden_states=True).hidden_states[-1][0].double()
+    chain: list[int] = reference.draft(final[:-1], prefix, STEPS, embedding, head)
+    return chain

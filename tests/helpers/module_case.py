@@ -10,15 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eagle.testing.harness import megatron_parallel, run_distributed
+from megatron_eagle.testing.harness import run_distributed
 from tests.helpers.module_base import CONFIGS, name_in_file, tensors_of
-from tests.helpers.pipeline_case import STARTS, documents_of, outputs_of_base, schedule_of
-from tests.helpers.pipeline_fixture import ModuleDraft, PipelineCase, build_pipeline
+from tests.helpers.pipeline_case import (
+    LENGTH,
+    STARTS,
+    documents_of,
+    groups_of,
+    outputs_of_base,
+    run_iteration,
+)
+from tests.helpers.pipeline_fixture import ModuleDraft, PipelineCase
 from tests.helpers.reference_case import close
 from tests.helpers.tiny_hf import SIZES
 from tests.reference.mtp import ReferenceMTP
-
-LENGTH = STARTS[0][-1]
 
 
 def make_module_case(
@@ -48,29 +53,15 @@ def make_module_case(
 def train_once(rank: int, world: int, cases: list[PipelineCase]) -> list[dict[str, Any]]:
     """Run one iteration of each of `cases`, which share a layout: sums over all ranks, and this
     rank's parts of the finished gradients as (checkpoint key, leading axes, offsets, tensor)."""
-    layout = cases[0]
-    groups = megatron_parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp, ep=layout.ep)
-    return [_one_iteration(case, groups) for case in cases]
+    groups = groups_of(cases[0])
+    return [_results(case, groups) for case in cases]
 
 
-def _one_iteration(case: PipelineCase, groups: Any) -> dict[str, Any]:
+def _results(case: PipelineCase, groups: Any) -> dict[str, Any]:
     from megatron_eagle.compat import ShardedTensor, apply_factories, nested_values
 
-    model, step, _ = build_pipeline(case, groups)
-    micro_batches = case.micro_batches[groups.dp.rank()]
-    reports = schedule_of(model)(
-        forward_step_func=step,
-        data_iterator=iter(micro_batches),
-        model=[model],
-        num_microbatches=len(micro_batches),
-        seq_length=LENGTH,
-        micro_batch_size=2,
-        pg_collection=groups,
-    )
+    model, _, sums = run_iteration(case, groups)
     draft = model.module.draft
-    sums = torch.stack([report["eagle_sums"] for report in reports]).sum(0)
-    for group in (groups.dp_cp, groups.pp):
-        torch.distributed.all_reduce(sums, group=group)
     frozen = {name for name, p in draft.named_parameters() if not p.requires_grad}
     assert all("router" in name for name in frozen), frozen
     trained = 0

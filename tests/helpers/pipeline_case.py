@@ -118,13 +118,18 @@ def outputs_of_base(rank: int, world: int, case: PipelineCase) -> list[tuple[Ten
 
 def train_once(rank: int, world: int, cases: list[PipelineCase]) -> list[dict[str, Any]]:
     """Run one iteration of each of ``cases``, which share a layout."""
-    layout = cases[0]
-    groups = megatron_parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp, ep=layout.ep)
-    return [_one_iteration(case, groups) for case in cases]
+    groups = groups_of(cases[0])
+    return [_results(case, groups) for case in cases]
 
 
-def _one_iteration(case: PipelineCase, groups: Any) -> dict[str, Any]:
-    """Run one iteration: sums over all ranks, finished gradients, and this rank's part of them."""
+def groups_of(layout: PipelineCase) -> Any:
+    """Set up Megatron in this rank for the layout of a case, and return its process groups."""
+    return megatron_parallel(tp=layout.tp, pp=layout.pp, cp=layout.cp, ep=layout.ep)
+
+
+def run_iteration(case: PipelineCase, groups: Any) -> tuple[Any, int, Tensor]:
+    """Run one iteration: the model, how many micro-batches this rank reported, and the metric sums
+    over all ranks."""
     model, step, _ = build_pipeline(case, groups)
     micro_batches = case.micro_batches[groups.dp.rank()]
     reports = schedule_of(model)(
@@ -136,16 +141,22 @@ def _one_iteration(case: PipelineCase, groups: Any) -> dict[str, Any]:
         micro_batch_size=2,
         pg_collection=groups,
     )
-    draft = model.module.draft
     sums = torch.stack([report["eagle_sums"] for report in reports]).sum(0)
     for group in (groups.dp_cp, groups.pp):
         torch.distributed.all_reduce(sums, group=group)
+    return model, len(reports), sums
+
+
+def _results(case: PipelineCase, groups: Any) -> dict[str, Any]:
+    """Run one iteration: sums over all ranks, finished gradients, and this rank's part of them."""
+    model, reported, sums = run_iteration(case, groups)
+    draft = model.module.draft
     if case.distributed_optimizer:  # each rank has finished its shard only
         for buffer in model.buffers:
             shard = buffer.grad_data.chunk(groups.dp_cp.size())[groups.dp_cp.rank()].clone()
             torch.distributed.all_gather_into_tensor(buffer.grad_data, shard, group=groups.dp_cp)
     return {
-        "micro_batches": len(reports),
+        "micro_batches": reported,
         "sums": sums,
         "grads": {
             name: p.main_grad.clone() for name, p in draft.named_parameters() if p.requires_grad
