@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_eagle.compat import SelfAttention, copy_to_tensor_model_parallel_region
+from megatron_eagle.loss.head_gradient import no_gradient
 from megatron_eagle.parallel.collectives import all_gather
 from megatron_eagle.parallel.products import product, product_fp32
 
@@ -188,5 +189,4 @@ def _add_to_main_grad(weight: Any, split: _Split, query: _Factors, both: _Factor
     if not hasattr(weight, "grad_added_to_main_grad"):
         return None
     weight.grad_added_to_main_grad = True
-    unread: Tensor = weight.detach().new_zeros(()).expand_as(weight)
-    return unread
+    return no_gradient(weight.detach())

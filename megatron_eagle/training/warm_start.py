@@ -18,12 +18,12 @@ from megatron_eagle.checkpoint.base_description import read_base
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.compat import ShardedTensor, apply_factories, nested_values
 from megatron_eagle.config import DraftSpec, EagleConfig
-from megatron_eagle.config.base_module import beside_base
 from megatron_eagle.config.flags import given_options
 from megatron_eagle.config.option import names
 from megatron_eagle.config.widths import layer_widths
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf.draft.base_module import beside_base
 from megatron_eagle.hf.draft.checkpoint import StoredDraft, open_checkpoint_draft
 from megatron_eagle.hf.draft.import_hf import open_hf_draft
 from megatron_eagle.training.base_start import BaseStart, Tensors

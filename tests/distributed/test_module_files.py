@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from megatron_eagle.checkpoint.directory import load_base_json
 from megatron_eagle.cli import main as cli
 from megatron_eagle.config import DraftSpec
-from megatron_eagle.config.base_module import beside_base
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.base.import_base import import_base
 from megatron_eagle.hf.base.stitch import stitch
+from megatron_eagle.hf.draft.base_module import beside_base
 from megatron_eagle.hf.draft.checkpoint import open_checkpoint_draft, write_draft_checkpoint
 from megatron_eagle.hf.draft.export import export_draft
 from megatron_eagle.hf.draft.import_hf import open_hf_draft

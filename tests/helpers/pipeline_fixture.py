@@ -32,7 +32,7 @@ class ModuleDraft:
     def options(self, base: Any) -> Any:
         """The package's options of its training beside `base`, its description."""
         from megatron_eagle.config import EagleConfig
-        from megatron_eagle.config.base_module import beside_base
+        from megatron_eagle.hf.draft.base_module import beside_base
 
         options = EagleConfig.of(
             algorithm="mtp", ttt_steps=self.config.steps, step_decay=self.config.step_decay,

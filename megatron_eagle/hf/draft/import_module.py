@@ -14,12 +14,12 @@ from torch import Tensor
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.config import DraftSpec, TrainOptions
-from megatron_eagle.config.base_module import beside_base
 from megatron_eagle.errors import UserError, literal
 from megatron_eagle.hf.base.chunks import CHUNK_BYTES, EMBEDDING_NAME
 from megatron_eagle.hf.base.families import FAMILIES, family_of
 from megatron_eagle.hf.base.megatron_args import megatron_args
 from megatron_eagle.hf.base.module_names import ModuleNames
+from megatron_eagle.hf.draft.base_module import beside_base
 from megatron_eagle.hf.draft.checkpoint import StoredDraft
 from megatron_eagle.hf.draft.embedding import BASE_NAME
 from megatron_eagle.hf.draft.entry import DraftEntry

@@ -9,6 +9,7 @@ from typing import Any
 from megatron_eagle.config.option import given, shown
 from megatron_eagle.config.spec import DraftSpec
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf.base.moe_args import moe_layers
 
 COMPUTED: Mapping[str, object] = {
     "add_bias_linear": False,
@@ -65,19 +66,8 @@ def _layer_of(args: Mapping[str, Any]) -> dict[str, Any]:
         "attention": "mla" if mla else "gqa",
         "qk_layernorm": not mla and bool(args.get("qk_layernorm")),
     }
-    if has_experts(args):
+    if moe_layers(args)[-1]:
         own |= {
             name: args[name] for name in ("num_experts", "moe_router_topk", "moe_ffn_hidden_size")
         }
     return own
-
-
-def has_experts(args: Mapping[str, Any]) -> bool:
-    """Return whether a layer behind the last of a base of these Megatron arguments has experts: if
-    the last one has."""
-    if args.get("num_experts") is None:
-        return False
-    pattern = args.get("moe_layer_freq", 1)
-    if isinstance(pattern, int):
-        return bool((args["num_layers"] - 1) % pattern == 0)
-    return bool(pattern[-1])
