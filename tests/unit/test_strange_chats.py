@@ -321,7 +321,8 @@ def test_a_word_of_the_template_s_text_is_no_field(taught: Taught) -> None:
     call = {**CALL, "why": "to look outside"}
     chat = [USER, {**CALLED, "tool_calls": [call]}, RESULT, {**ANSWER, "tool_call": "none"}]
     counts = taught(templates.QWEN3, chat)[1]
-    assert counts == {notes.UNREAD + name: 1 for name in ("tool_call", "tool_call_id", "why")}
+    told = {name: n for name, n in counts.items() if name != notes.UNSTABLE_TURNS}
+    assert told == {notes.UNREAD + name: 1 for name in ("tool_call", "tool_call_id", "why")}
 
 
 @pytest.mark.parametrize(
