@@ -8,7 +8,7 @@ answers of two kinds trains a draft for neither.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +53,18 @@ def go_on(
     file: Path,
     done: Mapping[str, Mapping[str, Any]],
     prompts: Mapping[str, Conversation],
+    prompt_ids: Mapping[str, Sequence[int]],
     settings: dict[str, Any],
 ) -> None:
     """Check that the answers ``done`` in ``file`` are what this run would write, and note its
-    ``settings`` beside them. Raises ``UserError`` naming what differs."""
+    ``settings`` beside them. ``prompts`` and their token ids go by the same names. Raises
+    ``UserError`` naming what differs."""
     beside = settings_file(file)
     take_back(beside)  # the caller has the lock on the answers
     with reading("output", file):
         if done:
             _check_settings(file, beside, settings)
-            _check_prompts(file, done, prompts)
+            _check_prompts(file, done, prompts, prompt_ids)
         write_json(beside, settings)
 
 
@@ -84,7 +86,10 @@ def _check_settings(file: Path, beside: Path, settings: dict[str, Any]) -> None:
 
 
 def _check_prompts(
-    file: Path, done: Mapping[str, Mapping[str, Any]], prompts: Mapping[str, Conversation]
+    file: Path,
+    done: Mapping[str, Mapping[str, Any]],
+    prompts: Mapping[str, Conversation],
+    prompt_ids: Mapping[str, Sequence[int]],
 ) -> None:
     for name, record in done.items():
         if name not in prompts:
@@ -94,7 +99,9 @@ def _check_prompts(
             )
         messages = record.get("messages")
         asked = json.loads(json.dumps([as_record(m) for m in prompts[name].messages]))
-        if not isinstance(messages, list) or messages[:-1] != asked:
+        same = isinstance(messages, list) and messages[:-1] == asked
+        # Tools and variables of the template show in the ids alone.
+        if not same or record.get("prompt_ids") != list(prompt_ids[name]):
             raise UserError(
                 f"<output> {literal(file)}: answers another prompt {literal(repr(name))} than "
                 "<prompts> has; give the prompts that it was made of, or another <output>"

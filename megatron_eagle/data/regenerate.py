@@ -87,7 +87,8 @@ def regenerate(
     _drop_generation_defaults(model, progress)
     _check_lengths(model, items, generation)
     done = finished_answers(output, progress)
-    go_on(output, done, prompts, _settings(generation, items, identity))
+    prompt_ids = {name: ids for name, _, ids in items}
+    go_on(output, done, prompts, prompt_ids, _settings(generation, items, identity))
     left = len(items) - len(done)
     progress(f"{left} prompts to answer, {len(done)} answered before")
     written, answered, start = 0, 0, time.monotonic()

@@ -39,6 +39,7 @@ from megatron_eagle.training.data_record import (
 )
 from megatron_eagle.training.numbered import NumberedSamples
 from megatron_eagle.training.token_counts import TrainingBlend, count_tokens
+from megatron_eagle.user_files import reading
 
 
 class DatasetProvider:
@@ -86,7 +87,9 @@ class DatasetProvider:
             note_training_data(args, indexed_record(prefixes))
         kind = MockGPTDataset if args.mock_data else GPTDataset
         config = gpt_dataset_config(args)
-        return tuple(BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config).build())
+        with reading("data_path", " ".join(prefixes)):
+            builder = BlendedMegatronDatasetBuilder(kind, num_samples, lambda: True, config)
+            return tuple(builder.build())
 
     def _check_agreement(self, source: str, digest: str) -> None:
         """Check that all ranks have the same base, draft vocabulary and data. A collective."""

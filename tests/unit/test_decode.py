@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -174,7 +175,9 @@ def test_bad_prompts_are_named(tmp_path: Path, line: str, message: str) -> None:
         read_prompt_ids(path, None, vocab_size=7)
 
 
-def test_prompts_of_every_form_are_read_as_training_reads_them(tmp_path: Path) -> None:
+def test_prompts_of_every_form_are_read_as_training_reads_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = chat_templates.make_tokenizer(tmp_path / "tok", chat_templates.QWEN25)
     plain = chat_templates.make_tokenizer(tmp_path / "plain")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -187,6 +190,13 @@ def test_prompts_of_every_form_are_read_as_training_reads_them(tmp_path: Path) -
     ]))  # fmt: skip
     asked, chat, text = read_prompt_ids(path, str(folder), 600)
     assert asked == chat
+    # As in training, a conversation goes before the text that somebody rendered it to.
+    path.write_text(json.dumps({"prompt_ids": [], "messages": [turn], "text": "Hi"}) + "\n")
+    assert read_prompt_ids(path, str(folder), 600) == [chat]
+    path.write_text(json.dumps({"messages": [turn], "mood": "glad"}) + "\n")
+    with caplog.at_level(logging.WARNING, logger="megatron_eagle"):
+        read_prompt_ids(path, str(folder), 600)
+    assert "reads: mood (1)" in caplog.text
     assert tokenizer.decode(asked).endswith(
         "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n"
     )

@@ -195,6 +195,15 @@ def test_a_killed_run_goes_on(
     assert output.read_bytes() == whole
     assert run(monkeypatch, base, prompts, output, *flags) == 0
     assert output.read_bytes() == whole, "a finished file stays as it is"
+    tools = [{"type": "function", "function": {"name": "look"}}]
+    records = [json.loads(line) for line in prompts.read_text().splitlines()]
+    with_tools = tmp_path / "with_tools.jsonl"
+    with_tools.write_text(
+        "".join(json.dumps({**record, "tools": tools}) + "\n" for record in records)
+    )
+    assert run(monkeypatch, base, with_tools, output, *flags) == 2
+    assert "answers another prompt" in capsys.readouterr().err
+    assert output.read_bytes() == whole
 
 
 def test_a_line_torn_inside_a_character_is_dropped(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.checkpoint.writer import write_torch_dist
 from megatron_eagle.cli.train import flag_of
 from megatron_eagle.errors import UserError
-from megatron_eagle.training.data_record import document_record
+from megatron_eagle.training.data_record import document_record, indexed_record
 from megatron_eagle.training.megatron_refusals import check_save, in_one_line
 from megatron_eagle.training.nan_stop import nan_flags, noted_iterations
 from megatron_eagle.training.resume import check_resume, resumed_checkpoint
@@ -170,3 +170,15 @@ def test_other_documents_have_another_record(tmp_path: Path) -> None:
     assert record(lines) == whole
     assert record(lines[:-1]) != whole
     assert record(lines[1:] + lines[:1]) != whole
+
+
+def test_other_data_of_the_same_size_have_another_record(tmp_path: Path) -> None:
+    prefix, content = tmp_path / "d", bytearray(1 << 21)
+    for size in (len(content), 5000, 0):
+        (tmp_path / "d.bin").write_bytes(content[:size])
+        whole = indexed_record([str(prefix)])
+        assert indexed_record([str(prefix)]) == whole
+        changed = bytearray(content[:size])
+        changed[size // 3 :] = b"x" * (size - size // 3)
+        (tmp_path / "d.bin").write_bytes(changed)
+        assert (indexed_record([str(prefix)]) != whole) == bool(size)

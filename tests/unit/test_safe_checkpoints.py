@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,25 @@ def test_objects_run_no_code(call: str, tmp_path: Path) -> None:
             lambda key=key: CheckpointReader.open(directory).load_object(key),
         ):
             assert "refusing to unpickle" in refusal(read)
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_index_caches_run_no_code(call: str, tmp_path: Path) -> None:
+    """Megatron keeps them beside a data set, and a stranger's data set may bring its own."""
+    from megatron.core.safe_globals import safe_numpy_load
+
+    trap, file, saved_object = tmp_path / "trap", tmp_path / "index.npy", io.BytesIO()
+    torch.save(Hostile(call, trap), saved_object)
+    nested = pickle.dumps(saved_object.getvalue(), 3)[2:-1]
+    for content in (
+        pickle.dumps(Hostile(call, trap)),
+        b"\x80\x03ctorch.storage\n_load_from_bytes\n" + nested + b"\x85R.",
+    ):
+        file.write_bytes(content)
+        with pytest.raises(pickle.UnpicklingError) as caught:
+            safe_numpy_load(file, allow_pickle=True, mmap_mode="r")
+        assert re.search("disallowed class|[Ww]eights only", str(caught.value.__cause__))
     assert not trap.exists()
 
 

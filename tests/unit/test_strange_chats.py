@@ -74,7 +74,7 @@ def test_a_field_that_holds_nothing_is_an_absent_field(
     template: str, nothing: Any, taught: Taught
 ) -> None:
     names = ["tool_calls", "reasoning_content", "thinking", "reasoning", "name", "tool_call_id"]
-    names += ["function_call", "weight"] if nothing is None else []
+    names += ["function_call", "weight", "train", "loss_mask", "images"]
     filled = [{**dict.fromkeys(names, nothing), **message} for message in (USER, ANSWER)]
     for entry in filled:
         entry |= {"from": None, "value": None}
@@ -92,7 +92,7 @@ def test_nulls_inside_calls_and_tools_are_absent_too(template: str, taught: Taug
     assert taught(template, {"messages": chat, "tools": tools}) == plain
 
 
-@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking", "part"])
+@pytest.mark.parametrize("name", ["reasoning_content", "reasoning", "thinking", "think", "part"])
 @pytest.mark.parametrize("template", [templates.QWEN3, agents.GLM45, agents.GPT_OSS, agents.PARTS])
 def test_thinking_reaches_a_template_under_the_name_it_reads(
     template: str, name: str, taught: Taught
@@ -128,7 +128,7 @@ def test_templates_that_cut_thinking_are_told_apart(taught: Taught) -> None:
     assert len(list(notes.notes({notes.THOUGHTS_CUT: 1, notes.UNREAD + "x": 3}))) == 2
 
 
-@pytest.mark.parametrize("name", ["system", "system_prompt"])
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message"])
 @every_template
 def test_a_system_prompt_beside_the_conversation_is_its_first_message(
     template: str, name: str, taught: Taught
@@ -169,6 +169,30 @@ def test_the_arguments_of_calls_go_in_as_the_template_wants(
     spoken = "".join(run for _, runs in samples for run in runs)
     assert '"city": "Paris"' in spoken or "<arg_key>city</arg_key>" in spoken
     assert '\\"' not in spoken and "{'" not in spoken
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"tool_calls": json.dumps([CALL])},
+        {"tool_calls": [{"name": "weather", "parameters": {"city": "Paris"}}]},
+        {"tool_calls": [{"type": "tool_use", "name": "weather", "input": {"city": "Paris"}}]},
+        {"function_call": json.dumps(CALL["function"])},
+        {"role": None, "from": "function_call", "value": CALL["function"]},
+    ],
+    ids=["text", "parameters", "input", "function_call", "object"],
+)
+def test_calls_in_every_form_are_the_same_calls(answer: Any, taught: Taught) -> None:
+    plain = taught(templates.QWEN25, AGENT)
+    called = {"role": "assistant", "content": None, **answer}
+    assert taught(templates.QWEN25, [USER, called, RESULT, ANSWER]) == plain
+
+
+@pytest.mark.parametrize("nothing", [[], "", "null", {}, None])
+def test_arguments_that_hold_nothing_are_none(nothing: Any, taught: Taught) -> None:
+    called = {**CALLED, "tool_calls": [{"name": "weather", "arguments": nothing}]}
+    [(_, [spoken, _])], _ = taught(templates.QWEN25, [USER, called, RESULT, ANSWER])
+    assert '"arguments": {}' in spoken
 
 
 def test_arguments_that_are_no_object_are_refused_where_one_is_wanted(taught: Taught) -> None:
@@ -290,6 +314,48 @@ def test_fields_that_nobody_reads_are_counted_by_name(taught: Taught) -> None:
     }  # fmt: skip
     with pytest.raises(ValueError, match="'image' beside the conversation: only text"):
         taught(templates.QWEN3, {**record, "image": "x.png"})
+
+
+def test_a_word_of_the_template_s_text_is_no_field(taught: Taught) -> None:
+    """Qwen's template writes ``<think>``, and reads neither ``tool_call`` nor a call's ``why``."""
+    call = {**CALL, "why": "to look outside"}
+    chat = [USER, {**CALLED, "tool_calls": [call]}, RESULT, {**ANSWER, "tool_call": "none"}]
+    counts = taught(templates.QWEN3, chat)[1]
+    told = {name: n for name, n in counts.items() if name != notes.UNSTABLE_TURNS}
+    assert told == {notes.UNREAD + name: 1 for name in ("tool_call", "tool_call_id", "why")}
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            [{"type": "thought", "text": "Hm."}, {"type": "text", "text": "Yes."}],
+            "one is 'thought'",
+        ),
+        ([{"type": "image_url", "text": "a cat"}], "one is 'image_url'"),
+        ([{"type": "text", "text": "a", "image_url": {"url": "x"}}], "'image_url' in a part"),
+        ([{"image": "x.png"}], "'image' in a part"),
+        ([{}], "one is None"),
+        ({"text": "Yes."}, "neither text nor a list"),
+    ],
+)
+def test_parts_that_are_no_text_are_refused(content: Any, reason: str, taught: Taught) -> None:
+    with pytest.raises(ValueError, match=reason):
+        taught(templates.QWEN25, [{**USER, "content": content}, ANSWER])
+
+
+def test_text_parts_that_hold_nothing_and_media_in_messages(taught: Taught) -> None:
+    parts = [
+        {"type": "text", "text": USER["content"], "image": None},
+        {"type": "text", "text": None},
+    ]
+    plain = taught(templates.QWEN25, [USER, ANSWER])
+    assert taught(templates.QWEN25, [{**USER, "content": parts}, ANSWER]) == plain
+    assert taught(templates.QWEN25, {"messages": json.dumps([USER, ANSWER])}) == plain
+    with pytest.raises(ValueError, match="message 1: 'images' in the message: only text"):
+        taught(templates.QWEN25, [{**USER, "images": ["x.png"]}, ANSWER])
+    with pytest.raises(ValueError, match=r"^the system prompt: the content is neither text"):
+        taught(templates.QWEN25, {"messages": [USER, ANSWER], "system": 5})
 
 
 @pytest.mark.parametrize(

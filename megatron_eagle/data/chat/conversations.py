@@ -14,6 +14,7 @@ from megatron_eagle.data.chat.fields import (
     first_of,
     is_absent,
     parse_json,
+    refuse_media,
     tool_list,
     without_nulls,
 )
@@ -21,9 +22,8 @@ from megatron_eagle.data.chat.messages import Message, parse_message
 from megatron_eagle.data.chat.rendering import RESERVED
 
 CHAT_NAMES = ("messages", "conversations")
-_SYSTEM_NAMES = ("system", "system_prompt")
+_SYSTEM_NAMES = ("system", "system_prompt", "system_message")
 _TOOL_NAMES = ("tools", "functions")
-_MEDIA_NAMES = ("image", "images", "video", "videos", "audio", "audios")
 _VARIABLES = {"enable_thinking": bool, "thinking": bool, "reasoning_effort": str}
 """Variables of templates that records are known to hold by themselves."""
 _SETTINGS = (*_SYSTEM_NAMES, *_TOOL_NAMES, *_VARIABLES, "chat_template_kwargs")
@@ -100,10 +100,10 @@ def parse_prompt(record: Mapping[str, Any]) -> Conversation:
 
 
 def _parse(record: Mapping[str, Any]) -> Conversation:
-    for name in _MEDIA_NAMES:
-        if not is_absent(record.get(name)):
-            raise ValueError(f"{name!r} beside the conversation: only text can be read")
+    refuse_media(record, "beside the conversation")
     entries = first_of(record, CHAT_NAMES)
+    if isinstance(entries, str):
+        entries = parse_json(entries, "the conversation")
     if not isinstance(entries, list):
         raise ValueError("the conversation is empty")
     messages = [parse_message(entry, number) for number, entry in enumerate(entries, start=1)]

@@ -21,6 +21,8 @@ PARTS = "content"
 _THOUGHT, _TEXT, _KEY, _VALUE = "zqthought", "zqtext", "zqkey", "zqvalue"
 _CALL = Call("zqname", {_KEY: _VALUE}, f'{{"{_KEY}": "{_VALUE}"}}', {"id": "zqcall0id"})
 _USER = {"role": "user", "content": "zquser"}
+_BOOKKEEPING = frozenset({"id", "type", "index"})
+"""Fields of calls that say nothing of what was called."""
 _DEVELOPER = re.compile(r"""['"]developer['"]""")
 
 
@@ -49,7 +51,7 @@ class Dialect:
         shown = self._try([_USER, {"role": "assistant", "content": content}])
         if _THOUGHT in shown and _TEXT in shown and not re.search(r"['\"]thinking['\"]:", shown):
             return PARTS
-        named = (name for name in THOUGHT_NAMES if name in self._renderer.words)
+        named = (name for name in THOUGHT_NAMES if name in self._renderer.fields)
         return next(named, None)  # read under a condition that no answer above meets
 
     @cached_property
@@ -123,8 +125,11 @@ class Dialect:
         return form
 
     def unread(self, message: Message) -> list[str]:
-        """Return the names of the message's further fields that the template does not read."""
-        return [name for name in message.fields if name not in self._renderer.words]
+        """Return the names of the further fields of the message and its calls that the template
+        does not read."""
+        own = [name for name in message.fields if name not in self._renderer.fields]
+        further = {name for call in message.calls for name in (*call.outer, *call.inner)}
+        return own + sorted(further - _BOOKKEEPING - self._renderer.fields)
 
     def _try(self, messages: list[dict[str, Any]]) -> str:
         """Return the rendering of ``messages``, or "" if the template refuses them."""

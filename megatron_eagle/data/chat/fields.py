@@ -10,6 +10,19 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+MEDIA_NAMES = (
+    *("image", "images", "image_url", "video", "videos", "video_url"),
+    *("audio", "audios", "audio_url", "input_audio"),
+)
+"""Fields that hold pictures or sound, which no token here stands for."""
+
+
+def refuse_media(holder: Mapping[str, Any], place: str) -> None:
+    """Raise ``ValueError`` naming ``place`` if ``holder`` has pictures or sound in a field."""
+    for name in MEDIA_NAMES:
+        if not is_absent(holder.get(name)):
+            raise ValueError(f"{name!r} {place}: only text can be read")
+
 
 def without_nulls(value: Any) -> Any:
     """Return ``value`` without the keys whose values are null, at every depth."""
@@ -53,6 +66,8 @@ def tool_list(value: Any, name: str) -> list[dict[str, Any]]:
     """
     if isinstance(value, str):
         value = parse_json(value, repr(name))
+    if value is None:
+        return []
     tools = value if isinstance(value, list) else [value]
     tools = [parse_json(tool, repr(name)) if isinstance(tool, str) else tool for tool in tools]
     if not all(isinstance(tool, dict) for tool in tools):

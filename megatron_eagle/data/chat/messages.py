@@ -12,13 +12,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from megatron_eagle.data.chat.fields import first_of, is_absent, parse_json, without_nulls
+from megatron_eagle.data.chat.fields import (
+    first_of,
+    is_absent,
+    parse_json,
+    refuse_media,
+    without_nulls,
+)
 
-THOUGHT_NAMES = ("reasoning_content", "thinking", "reasoning", "thought")
+THOUGHT_NAMES = ("reasoning_content", "thinking", "reasoning", "thought", "thoughts", "think")
 """Fields that hold what the assistant thinks before it answers."""
 WEIGHT_NAMES = ("weight", "train", "trainable", "loss_mask")
 """Fields that say whether an answer is to be learned: a number or a truth value, 0 or 1."""
 
+ARGUMENT_NAMES = ("arguments", "parameters", "input")
+"""Fields that hold the arguments of a call."""
+
+_TEXT_PARTS = (None, "text", "input_text", "output_text")
 _ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
     **{"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant"},
@@ -76,25 +86,28 @@ def as_record(message: Message) -> dict[str, Any]:
 
 def parse_message(entry: Any, number: int) -> Message:
     """Return message ``number`` of a record; raise ``ValueError`` that names it if it is bad."""
+    where = f"message {number}" if number else "the system prompt"
     if not isinstance(entry, dict):
-        raise ValueError(f"message {number}: not a JSON object")
+        raise ValueError(f"{where}: not a JSON object")
     try:
         return _parse(without_nulls(entry), number)
     except ValueError as error:
-        raise ValueError(f"message {number}: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _parse(entry: dict[str, Any], number: int) -> Message:
+    refuse_media(entry, "in the message")
     name, role = _role(entry)
     said = first_of(entry, ("content", "value"))
-    content, thought = _text(said)
     calls: tuple[Call, ...] = ()
+    if name == "function_call":
+        said, calls = None, _calls(said, name)
+    content, thought = _text(said)
     rest = {k: v for k, v in entry.items() if k not in _OWN_FIELDS and not is_absent(v)}
     if role == "assistant":
-        if name == "function_call":
-            content, calls = "", _calls(parse_json(content, "the function_call"))
         thought = _thought(rest, thought)
-        calls += _calls(entry.get("tool_calls")) + _calls(entry.get("function_call"))
+        for field_name in ("tool_calls", "function_call"):
+            calls += _calls(entry.get(field_name), field_name)
         if not content.strip() and not calls:
             raise ValueError("the assistant says nothing")
     elif thought:
@@ -139,27 +152,36 @@ def _text(content: Any) -> tuple[str, str]:
         raise ValueError("the content is neither text nor a list of text parts")
     texts, thoughts = [], []
     for part in content:
-        if isinstance(part, dict) and part.get("type") in ("thinking", "reasoning"):
+        if isinstance(part, str):
+            texts.append(part)
+        elif isinstance(part, dict) and part.get("type") in ("thinking", "reasoning"):
             value = first_of(part, ("thinking", "reasoning", "text", "content"))
             thoughts.append(_text(value)[0])
-        elif isinstance(part, dict) and isinstance(part.get("text"), str):
-            texts.append(part["text"])
-        elif isinstance(part, str):
-            texts.append(part)
         else:
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise ValueError(
-                f"the content is neither text nor a list of text parts: one is {kind!r}"
-            )
+            texts.append(_part_text(part))
     return "".join(texts), "".join(thoughts)
 
 
-def _calls(value: Any) -> tuple[Call, ...]:
+def _part_text(part: Any) -> str:
+    """Return the text of a part that is text; one that holds nothing has none."""
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if isinstance(part, dict):
+        refuse_media(part, "in a part of the content")
+        text = part.get("text", "" if kind else None)
+        if kind in _TEXT_PARTS and isinstance(text, str):
+            return text
+    raise ValueError(f"the content is neither text nor a list of text parts: one is {kind!r}")
+
+
+def _calls(value: Any, name: str) -> tuple[Call, ...]:
+    """Return the calls of field ``name``: a list, one object, or the JSON text of either."""
+    if isinstance(value, str) and value:
+        value = parse_json(value, f"the {name}")
     if is_absent(value):
         return ()
     calls = [value] if isinstance(value, dict) else value
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise ValueError("'tool_calls' is not a list of objects")
+        raise ValueError(f"{name!r} is not a list of objects")
     return tuple(map(_call, calls))
 
 
@@ -167,24 +189,27 @@ def _call(call: Mapping[str, Any]) -> Call:
     function = call.get("function", call)
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError("a call names no function")
-    outer = {k: v for k, v in call.items() if k not in ("function", "name", "arguments")}
-    inner = {k: v for k, v in function.items() if k not in ("name", "arguments", *outer)}
-    arguments = function.get("arguments", {})
+    own = ("function", "name", *ARGUMENT_NAMES)
+    outer = {k: v for k, v in call.items() if k not in own}
+    inner = {k: v for k, v in function.items() if k not in (*own, *outer)}
+    arguments = first_of(function, ARGUMENT_NAMES)
+    arguments = {} if arguments in (None, "null") else arguments
     if isinstance(arguments, dict):
         text = json.dumps(arguments, ensure_ascii=False)
         return Call(function["name"], arguments, text, outer, inner)
     if not isinstance(arguments, str):
         raise ValueError(f"the arguments of call {function['name']!r} are no object")
     try:
-        parsed = parse_json(arguments or "{}", "the arguments")
+        parsed = parse_json(arguments, "the arguments")
     except ValueError:
         parsed = None
     parsed = parsed if isinstance(parsed, dict) else None
-    return Call(function["name"], parsed, arguments or "{}", outer, inner)
+    return Call(function["name"], parsed, arguments, outer, inner)
 
 
 def _is_supervised(entry: Mapping[str, Any]) -> bool:
-    for name in WEIGHT_NAMES:
-        if entry.get(name, 1) not in (0, 1):  # also False and True
-            raise ValueError(f"{name!r} is {entry[name]!r}; an answer is learned (1) or not (0)")
-    return all(entry.get(name, 1) for name in WEIGHT_NAMES)
+    weights = {name: entry[name] for name in WEIGHT_NAMES if not is_absent(entry.get(name))}
+    for name, weight in weights.items():
+        if weight not in (0, 1):  # also False and True
+            raise ValueError(f"{name!r} is {weight!r}; an answer is learned (1) or not (0)")
+    return all(weights.values())

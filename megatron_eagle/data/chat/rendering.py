@@ -26,6 +26,7 @@ RESERVED = frozenset(
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _WORD = re.compile(r"[A-Za-z_]\w*")
+_FIELD = re.compile(r"""\.\s*([A-Za-z_]\w*)|(['"])([A-Za-z_]\w*)\2""")
 _LONGEST_REASON = 200
 
 
@@ -38,8 +39,14 @@ class Renderer:
 
     @cached_property
     def words(self) -> frozenset[str]:
-        """Return every word in the template; a field whose name is not among them is not read."""
+        """Return every word in the template; a variable that is not among them is not read."""
         return frozenset(_WORD.findall(self.source))
+
+    @cached_property
+    def fields(self) -> frozenset[str]:
+        """Return the names that the template may look up in an object, ``.name`` or ``'name'``; a
+        message's field that is not among them is not read."""
+        return frozenset(attribute or key for attribute, _, key in _FIELD.findall(self.source))
 
     def render(
         self,
