@@ -25,7 +25,9 @@ class SpeculatorsStep:
         core: Any = importlib.import_module(f"speculators.models.{kind}.core")
         self.backbone: Any = importlib.import_module("speculators.models.dflash.core")
         losses: Any = importlib.import_module("speculators.losses")
-        self.loss_config = losses.resolve_loss_config("kl_div", "eager")
+        self.options = {"loss_config": losses.resolve_loss_config("kl_div", "eager")}
+        if problem.next_token:  # for its metrics; the default is a Triton kernel
+            self.options["tv_loss_fn"] = losses.resolve_loss_config("tv", "eager")["tv"][0]
         self.model = _build_model(problem, kind, core)
         inputs = problem.inputs()
         self.anchors = inputs.anchors, torch.ones(problem.anchors, dtype=torch.bool)
@@ -37,7 +39,7 @@ class SpeculatorsStep:
         self.backbone.select_anchors = lambda *_: self.anchors
         loss: Tensor = self.model(
             self.aux, self.tokens, self.mask, self.final, self.documents,
-            max_anchors=len(self.anchors[0]), gamma=DECAY, loss_config=self.loss_config,
+            max_anchors=len(self.anchors[0]), gamma=DECAY, **self.options,
         )[1]  # fmt: skip
         return loss
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
-import torch
 from torch import Tensor
 
 from benchmarks.block_problem import BlockProblem
