@@ -1,12 +1,14 @@
 """How long a step must take at least: its operations at the rate of a good matrix product.
 
-Counted is what the mathematics asks for, whoever computes it: K passes of the draft's layer, its
-head at supervised positions, the teacher's products. Passes over memory, launches and everything
-that is no product are not in it. Shape letters: S sequence, B micro-batch, K TTT steps, H hidden.
+Counted is what the mathematics asks for, whoever computes it: K passes of the draft's layer over
+the rows that are needed, its head at supervised positions, the teacher's product. Passes over
+memory, launches and everything that is no product are not in it. The same arithmetic as the tables
+of ``benchmarks/gpu_model.py``, whose count of products is compared with a real step's.
 """
 
 from __future__ import annotations
 
+from benchmarks.gpu_model import attention_flop, product_flop
 from benchmarks.problem import Problem
 
 TERA_FLOPS = {"H100": 700.0, "H200": 700.0, "A100": 250.0}
@@ -19,26 +21,12 @@ GOAL = 1.35
 def step_tera_flops(problem: Problem) -> float:
     """Return the operations of forward and backward of a micro-batch, in units of 10**12.
 
-    The first ``mask_fraction`` of every sequence is a prompt: keys of the first pass read it, while
-    later passes and the heads leave it out.
+    The first ``mask_fraction`` of every sequence is a prompt: keys and values of the first pass
+    read it, while queries, what follows them, later passes and the heads leave it out. The teacher
+    multiplies once; a smaller draft vocabulary's columns are among its own.
     """
-    hidden, steps = problem.hidden, problem.ttt
-    tokens = problem.batch * problem.seq
-    judged = tokens * (1 - problem.mask_fraction)
-    heads, groups = problem.heads * problem.head_dim, problem.kv_heads * problem.head_dim
-    projections = 2 * hidden * (heads + 2 * groups) + heads * hidden
-    layer = projections + 3 * hidden * problem.intermediate
-    rows = tokens + (steps - 1) * judged
-    pairs = problem.batch * problem.seq**2 / 2 / problem.documents
-    later_pairs = pairs * (1 - problem.mask_fraction**2)
-    attention = 14 * heads * (pairs + (steps - 1) * later_pairs)  # 2 products, and 5 backward
-    fc = 4 * problem.aux * hidden**2 * tokens  # its input needs no gradient
-    teacher_rows = problem.vocab + (
-        problem.draft_vocab if problem.draft_vocab < problem.vocab else 0
-    )
-    teacher = 2 * teacher_rows * hidden * judged
-    head = 6 * problem.draft_vocab * hidden * judged * steps
-    return (6 * layer * rows + attention + fc + teacher + head) / 1e12
+    products = product_flop(problem, narrow=True)
+    return (sum(products.values()) + attention_flop(problem, narrow=True)) / 1e12
 
 
 def floor_ms(problem: Problem, device_name: str) -> float | None:

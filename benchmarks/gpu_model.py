@@ -14,6 +14,8 @@ import dataclasses
 import sys
 from pathlib import Path
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.problem import Problem
@@ -66,12 +68,16 @@ def product_flop(problem: Problem, narrow: bool) -> dict[str, float]:
 
 
 def attention_flop(problem: Problem, narrow: bool) -> float:
-    """Return FLOP of the queries against the trunk: two products forward, five backward."""
+    """Return FLOP of the queries against the trunk: two products forward, five backward.
+
+    A row reads the rows of its document up to itself; live rows are the last of their sequence.
+    """
     rows, live, _ = rows_of(problem)
-    queries = problem.ttt * (live if narrow else rows)
-    share = live / rows if narrow else 1.0
-    keys = problem.seq * (1 - share / 2)  # live rows are the last of their sequence
-    return 7 * 2 * queries * keys * problem.hidden
+    queries = (live if narrow else rows) // problem.batch
+    positions = problem.positions()
+    within = torch.arange(problem.seq) if positions is None else positions[0]
+    pairs = int((within[problem.seq - queries :] + 1).sum())
+    return 7 * 2 * problem.ttt * problem.batch * pairs * problem.hidden
 
 
 def pass_bytes(problem: Problem, narrow: bool, kernels: bool) -> dict[str, float]:

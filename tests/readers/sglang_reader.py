@@ -46,6 +46,8 @@ class Gatherer:
         return x
 
 
+COMMUNICATORS = "sglang.srt.distributed.device_communicators"
+GATHERING = {"MultimemAllGatherer": Gatherer, "recommended_max_tokens": lambda **options: 512}
 STAND_INS: dict[str, dict[str, Any]] = {
     f"{LAYERS}.activation": {"SiluAndMul": layers.SiluAndMul},
     f"{LAYERS}.dual_gemm": {"DualGemm": DualGemm},
@@ -73,11 +75,9 @@ STAND_INS: dict[str, dict[str, Any]] = {
         "DeepseekV2AttentionMLA": stand_in_mla.DeepseekV2AttentionMLA,
         "DeepseekV2MLP": stand_in_mla.DeepseekV2MLP,
     },
-    "sglang.srt.distributed.device_communicators": {
-        "triton_symm_mem_ag": SimpleNamespace(
-            MultimemAllGatherer=Gatherer, recommended_max_tokens=lambda **options: 512
-        ),
-    },
+    # One file imports the module from its package, the other names from the module.
+    COMMUNICATORS: {"triton_symm_mem_ag": SimpleNamespace(**GATHERING)},
+    f"{COMMUNICATORS}.triton_symm_mem_ag": GATHERING,
     "sglang.srt.configs.draft_parallel": {
         "DraftParallelSpec": lambda **fields: fields,
     },

@@ -6,7 +6,7 @@ prefill and the steps after it are calls of the same layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,12 +21,17 @@ def load_whole(parameter: nn.Parameter, loaded: Tensor) -> None:
     parameter.data.copy_(loaded)
 
 
+class Unquantized:
+    """How vLLM multiplies with a weight that is not quantized."""
+
+
 class Stacked(nn.Module):
     """Several linears in one weight; ``parts`` maps a shard's id to its rows. Returns (y, None)."""
 
     def __init__(self, inputs: int, parts: dict[Any, int], bias: bool = False) -> None:
         super().__init__()
         assert not bias
+        self.bias, self.quant_method = None, Unquantized()
         self.rows: dict[Any, slice] = {}
         for name, size in parts.items():
             start = sum(rows.stop - rows.start for rows in self.rows.values())
@@ -63,13 +68,15 @@ class Linear(nn.Module):
 
     def __init__(self, input_size: int, output_size: int, **rest: Any) -> None:
         super().__init__()
-        assert not rest.get("bias", False)
+        self.input_size, self.bias = input_size, None
         self.weight = nn.Parameter(torch.full((output_size, input_size), float("nan")))
         self.weight.weight_loader = load_whole  # type: ignore[attr-defined]
+        if rest.get("bias", False):
+            self.bias = nn.Parameter(torch.full((output_size,), float("nan")))
         self.return_bias = rest.get("return_bias", True)
 
     def forward(self, x: Tensor) -> Any:
-        y = F.linear(x, self.weight)
+        y = F.linear(x, self.weight, self.bias)
         return (y, None) if self.return_bias else y
 
 
@@ -79,7 +86,7 @@ class RMSNorm(nn.Module):
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.full((hidden_size,), float("nan")))
-        self.eps = eps
+        self.eps = self.variance_epsilon = eps
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Any:
         if residual is not None:
@@ -132,8 +139,31 @@ class Attention(nn.Module):
         return out.transpose(0, 1).flatten(1)
 
 
-def get_rope(head_size: int, **fields: Any) -> Callable[..., Any]:
-    """Llama's rotary embedding as transformers computes it from the server's own arguments."""
+class Rope:
+    """Llama's rotary embedding, as transformers computes it."""
+
+    is_neox_style = True
+
+    def __init__(self, head_size: int, config: LlamaConfig) -> None:
+        self.head_size, self.config = head_size, config
+        self.embedding = LlamaRotaryEmbedding(config)
+
+    @property
+    def cos_sin_cache(self) -> Tensor:
+        """Cosines and sines of every position, [positions, head_size]."""
+        positions = torch.arange(self.config.max_position_embeddings)
+        tables = self.embedding(torch.empty(0), positions.unsqueeze(0))
+        return torch.cat([table[0, :, : self.head_size // 2] for table in tables], dim=-1)
+
+    def __call__(self, positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = self.embedding(q, positions.unsqueeze(0))
+        parts = (x.view(1, len(positions), -1, self.head_size).transpose(1, 2) for x in (q, k))
+        turned = apply_rotary_pos_emb(*parts, cos, sin)
+        return tuple(x.transpose(1, 2).flatten(2)[0] for x in turned)  # type: ignore[return-value]
+
+
+def get_rope(head_size: int, **fields: Any) -> Rope:
+    """Return the rotary embedding of the server's own arguments."""
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     theta = rope.get("rope_theta", fields.get("base"))
     config = LlamaConfig(
@@ -141,12 +171,4 @@ def get_rope(head_size: int, **fields: Any) -> Callable[..., Any]:
         max_position_embeddings=fields["max_position"],
         rope_parameters={"rope_type": "default", **rope, "rope_theta": theta},
     )
-    embedding = LlamaRotaryEmbedding(config)
-
-    def rotate(positions: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = embedding(q, positions.unsqueeze(0))
-        parts = (x.view(1, len(positions), -1, head_size).transpose(1, 2) for x in (q, k))
-        turned = apply_rotary_pos_emb(*parts, cos, sin)
-        return tuple(x.transpose(1, 2).flatten(2)[0] for x in turned)  # type: ignore[return-value]
-
-    return rotate
+    return Rope(head_size, config)

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from tests.readers import sglang_reader, vllm_reader
+from tests.readers import sglang_reader, vllm_reader, vllm_stand_ins
 from tests.readers.drafts import DRAFTS, LENGTH, STEPS, Sample, sample
 
 WHEELS = Path(os.environ.get("READERS_WHEELS", "absent"))
 TOLERANCE = 2e-4
 if not (WHEELS / "vllm").is_dir():
     pytest.skip("run by `make test-readers`", allow_module_level=True)
-vllm_reader.install(WHEELS)
+vllm_stand_ins.install(WHEELS)
 sglang_reader.install(WHEELS)
 VLLM = [(name, fmt) for name in DRAFTS for fmt in ("hf", "vllm", "speculators")]
 SGLANG = [(name, fmt) for name in DRAFTS for fmt in ("hf", "sglang")]

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import torch
 from benchmarks import report
 from benchmarks.floors import floor_ms, step_tera_flops
 from benchmarks.gpu_cases import LLAMA_1B
+from benchmarks.gpu_model import attention_flop, product_flop
 from benchmarks.gpu_report import Report
 from benchmarks.measure import _saved
 from benchmarks.plain_modelopt import DECAY, PlainModelOpt
@@ -60,15 +62,37 @@ def test_the_gpu_command_runs_on_a_cpu(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("vocab", "draft_vocab", "tera_flops", "floor"),
-    [(128256, 128256, 216, 309), (128256, 32000, 104, 149), (32000, 32000, 87, 124)],
+    ("changes", "tera_flops", "floor"),
+    [
+        ({}, 216, 309),
+        ({"draft_vocab": 32000}, 100, 143),
+        ({"vocab": 32000, "draft_vocab": 32000}, 87, 124),
+        ({"draft_vocab": 32000, "mask_fraction": 0.6}, 42, 60),
+    ],
 )
-def test_floors_of_a_1b_base(vocab: int, draft_vocab: int, tera_flops: int, floor: int) -> None:
-    problem = dataclasses.replace(LLAMA_1B, vocab=vocab, draft_vocab=draft_vocab)
+def test_floors_of_a_1b_base(changes: dict[str, Any], tera_flops: int, floor: int) -> None:
+    problem = dataclasses.replace(LLAMA_1B, **changes)
     assert round(step_tera_flops(problem)) == tera_flops
     found = floor_ms(problem, "NVIDIA H100 80GB HBM3")
     assert found is not None and abs(found - floor) < 1
     assert floor_ms(problem, "a device of next year") is None
+
+
+def test_floors_leave_out_what_masked_rows_and_other_documents_would_cost() -> None:
+    problem = Problem(
+        hidden=8, intermediate=8, heads=1, kv_heads=1, vocab=9, draft_vocab=5, seq=64, batch=2,
+        ttt=2, mask_fraction=0.5,
+    )  # fmt: skip
+    packed = dataclasses.replace(problem, documents=4)
+    per_pair = 2 * 2 * 7 * 8  # sequences, and FLOP of seven products of width 8
+    # Steps 0 and 1 have the queries of rows 32 to 63; row r reads r + 1 rows, or its document's.
+    assert attention_flop(problem, narrow=True) == 2 * sum(range(33, 65)) * per_pair
+    assert attention_flop(problem, narrow=False) == 2 * sum(range(1, 65)) * per_pair
+    assert attention_flop(packed, narrow=True) == 2 * 2 * sum(range(1, 17)) * per_pair
+    parts = product_flop(problem, narrow=True)
+    assert parts["teacher"] == 2 * 2 * 31 * 8 * 9, "the draft's columns are among the base's"
+    whole = sum(parts.values()) + attention_flop(problem, narrow=True)
+    assert step_tera_flops(problem) == pytest.approx(whole / 1e12)
 
 
 def test_the_verdict_compares_the_fastest_of_ours() -> None:

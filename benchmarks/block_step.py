@@ -1,0 +1,111 @@
+"""Forward and backward of a block draft for one sequence: prints one JSON line.
+
+    python benchmarks/block_step.py                                        # DFlash, ours
+    python benchmarks/block_step.py --dspark --hidden 1024 --heads 16 --kv-heads 8
+    .venv-peers/bin/python benchmarks/block_step.py --implementation speculators
+
+The implementations' own training code on the same weights, anchors and outputs of a base.
+``loss`` is in our words for both, so that it must agree. benchmarks/block_compare.py runs both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.block_problem import DECAY, BlockProblem, add_block_flags, block_problem_from
+from benchmarks.measure import measure
+
+if TYPE_CHECKING:  # only our own step imports Megatron
+    from megatron_eagle.model import EagleGPTModel
+    from megatron_eagle.objective.block_batch import BlockBatch
+
+IMPLEMENTATIONS = ("ours", "speculators")
+
+
+class BlockStep:
+    """The forward pass of one sequence on one rank; call it for the loss."""
+
+    def __init__(self, model: EagleGPTModel, batch: BlockBatch) -> None:
+        from megatron_eagle.objective.block_metrics import BlockSums, divisor
+
+        self.model, self.batch = model, batch
+        self.divisor = divisor(BlockSums.unpack(model(batch)[1].detach()), model.options.blocks())
+
+    def __call__(self) -> Tensor:
+        return self.model(self.batch)[0] / self.divisor
+
+
+def build(problem: BlockProblem) -> tuple[BlockStep, list[Tensor]]:
+    """Build our forward pass on this rank; return it and the tensors at rest.
+
+    The anchors are the problem's in place of those that training draws.
+    """
+    from megatron_eagle.objective import block_batch
+    from tests.helpers.block_case import BlockCase, build_model, shape_of
+    from tests.reference.blocks import BlockConfig
+
+    inputs = problem.inputs()
+    config = BlockConfig(
+        hidden_size=problem.hidden, intermediate_size=problem.intermediate,
+        num_heads=problem.heads, num_kv_heads=problem.kv_heads, head_dim=problem.head_dim,
+        vocab_size=problem.vocab, draft_vocab_size=problem.vocab, mask_token=problem.mask_token,
+        block_size=problem.block, num_layers=problem.layers, num_aux=problem.aux,
+        next_token=problem.next_token, markov="vanilla" if problem.next_token else None,
+        rank=problem.rank, decay=DECAY, ce=0.0, kl=1.0,
+    )  # fmt: skip
+    # Entry i of our mask is of the next token.
+    mask = torch.cat([inputs.supervised[1:], torch.zeros(1)])[None]
+    case = BlockCase(
+        config, problem.weights(), torch.arange(problem.vocab), inputs.embedding,
+        inputs.output_weight, inputs.aux[None], inputs.final_hidden[None], inputs.tokens[None],
+        mask, anchors=problem.anchors,
+    )  # fmt: skip
+    model = build_model(case)
+    with mock.patch.object(block_batch, "draw_anchors", lambda *_: inputs.anchors):
+        batch = block_batch.BlockBatch.build(
+            case.tokens, mask, range(1), shape_of(config), anchors=problem.anchors, seed=0
+        )
+    base = model.base
+    shared = [base.embedding_weight, base.output_weight, case.aux, case.final_hidden]
+    return BlockStep(model, batch), [*model.parameters(), *model.buffers(), *shared]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, default="ours")
+    parser.add_argument("--iters", type=int, default=5)
+    add_block_flags(parser)
+    args = parser.parse_args()
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    problem = block_problem_from(args)
+    with tempfile.TemporaryDirectory() as scratch:
+        line: dict[str, Any]
+        if args.implementation == "ours":
+            from benchmarks.draft_step import restart_with_recommended_environment, start_megatron
+
+            restart_with_recommended_environment(1)
+            start_megatron(0, 1, f"{scratch}/store")
+            line = measure(*build(problem), args.iters)
+            torch.distributed.destroy_process_group()
+        else:
+            from benchmarks.peers import speculators_blocks
+
+            line = measure(*speculators_blocks.build(problem), args.iters)
+            line["loss"] = problem.in_our_words(line["loss"])
+        print(json.dumps({"implementation": args.implementation, **line}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
