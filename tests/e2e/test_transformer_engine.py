@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.launch import ROOT, cpu_environment
+from tests.e2e.conftest import Inputs
+from tests.e2e.launch import RECIPE, ROOT, Run, cpu_environment, train
 from tests.helpers.te_python import te_folder
 
 pytestmark = pytest.mark.skipif(
@@ -44,9 +45,10 @@ def _check(case: str, found: dict[str, Any]) -> None:
     has_window = case.startswith("gpt_oss")
     assert without == ["EagleCoreAttention" if has_window else "TEDotProductAttention"]
     assert found["base_weights_equal"] and found["draft_keys_differ"] == []
-    assert found["te_to_local"] == found["local_to_te"] == "loads"
+    assert found["te_to_local"] == found["local_to_te"] == found["te_to_te"] == "loads"
     assert found["calls"] > 0 and not found["draft_overwrites"]
     assert found["compared"] >= 8 and found["error"] < 1e-4, found
+    assert found["error_with_its_attention"] < 1e-4, found
 
 
 def test_layers_of_both_kinds_have_the_same_weights_checkpoints_losses_and_gradients() -> None:
@@ -79,3 +81,47 @@ def test_the_gpu_benchmark_measures_them(tmp_path: Path) -> None:
     checks = [line for line in result.stdout.splitlines() if "Transformer Engine's layers:" in line]
     assert len(checks) == 3 and all('"right": true' in line for line in checks)
     assert "| ours, Transformer Engine's layers | 2 |" in (tmp_path / "gpu.md").read_text()
+
+
+def _train_with_te(log: Path, *words: object) -> dict[int, float]:
+    """The loss of each iteration."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.te_train", *RECIPE]
+    result = subprocess.run(
+        [*command, *map(str, words), "--eagle-log-file", str(log)],
+        env=cpu_environment(1), cwd=ROOT, capture_output=True, text=True, timeout=280, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-3000:]
+    assert "Transformer Engine's layers" in result.stdout
+    lines = map(json.loads, log.read_text().splitlines())
+    return {line["iteration"]: line["loss"] for line in lines}
+
+
+def _losses(run: Run) -> dict[int, float]:
+    assert run.returncode == 0, run.output[-2000:]
+    return {iteration: figures["loss"] for iteration, figures in run.metrics.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--eagle-pack", "--use-distributed-optimizer"]], ids=len)
+def test_training_goes_on_with_layers_of_the_other_kind(
+    options: list[str], inputs: Inputs, tmp_path: Path
+) -> None:
+    """Two iterations of each kind in turn, weights and Adam's state through the checkpoint: the
+    losses are those of a run that never stopped."""
+    words = [*inputs.flags, "--eagle-draft-vocab-size", 32, "--train-iters", 6, *options]
+    local, engine = tmp_path / "local", tmp_path / "engine"
+    expected = _losses(
+        train(1, tmp_path / "whole.jsonl", *words, "--save", local, "--save-interval", 2)
+    )
+    resumed = _train_with_te(
+        tmp_path / "resumed.jsonl", *words, "--load", local, "--ckpt-step", 2, "--save", engine,
+        "--save-interval", 4, "--exit-interval", 4,
+    )  # fmt: skip
+    back = _losses(
+        train(
+            1, tmp_path / "back.jsonl", *words, "--load", engine, "--save", engine,
+            "--save-interval", 4,
+        )
+    )  # fmt: skip
+    assert {**resumed, **back} == pytest.approx({n: expected[n] for n in range(3, 7)}, rel=1e-4)
+    assert list(resumed) == [3, 4] and list(back) == [5, 6]
