@@ -111,6 +111,7 @@ def test_what_changes_nothing_is_said_and_the_rest_passes() -> None:
 
 DOCUMENTS = EagleConfig.of(base_checkpoint="base", train_data="answers.jsonl")
 MEGATRON_DATA = EagleConfig.of(base_checkpoint="base")
+TRACKED = ["--wandb-exp-name", "e", "--wandb-save-dir", "w", "--tensorboard-dir", "t"]
 
 
 def _conditions(words: list[str], installed: set[str] = frozenset(), **kw: object) -> list[str]:
@@ -142,7 +143,16 @@ def _conditions(words: list[str], installed: set[str] = frozenset(), **kw: objec
 def test_a_flag_needs_its_package(words: list[str], package: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         _conditions(words)
-    assert _conditions(words, {package}) == []
+    words = [*words, *TRACKED] if package == "wandb" else words
+    assert _conditions(words, {package, "tensorboard"}) == []
+
+
+@pytest.mark.parametrize("left_out", ["--wandb-exp-name", "--wandb-save-dir", "--tensorboard-dir"])
+def test_weights_and_biases_needs_what_megatron_takes_for_granted(left_out: str) -> None:
+    cut = TRACKED.index(left_out)
+    words = ["--wandb-project", "p", *TRACKED[:cut], *TRACKED[cut + 2 :]]
+    with pytest.raises(UserError, match=f"--wandb-project p needs {left_out}"):
+        _conditions(words, {"wandb", "tensorboard"})
 
 
 def test_flags_are_refused_beside_others() -> None:
