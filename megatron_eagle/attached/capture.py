@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from megatron_eagle.errors import UserError
-from megatron_eagle.teacher.aux_hidden import AuxCapture, BaseOutputs
+from megatron_eagle.teacher.base import AuxCapture, BaseOutputs
 
 
 @dataclass(frozen=True)
