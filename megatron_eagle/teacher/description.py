@@ -15,11 +15,11 @@ import torch
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.checkpoint.hybrid_pattern import megatron_layers
 from megatron_eagle.compat import (
-    add_megatron_arguments,
     core_transformer_config_from_args,
     gpt_config_from_args,
     hybrid_config_from_args,
 )
+from megatron_eagle.teacher.megatron_parser import megatron_parser
 
 STORED_AS = {
     "norm_epsilon": "layernorm_epsilon",
@@ -49,9 +49,7 @@ _PARALLELISM = {
 
 @cache
 def _parser_defaults() -> dict[str, Any]:
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    add_megatron_arguments(parser)
-    return vars(parser.parse_args([]))
+    return vars(megatron_parser().parse_args([]))
 
 
 def base_arguments(info: BaseInfo, **parallelism: Any) -> argparse.Namespace:

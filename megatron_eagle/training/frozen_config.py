@@ -7,18 +7,17 @@ the field is among ``RUN_FIELDS``. So no flag changes the teacher without a word
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import fields
 from functools import cache
 from typing import Any
 
-from megatron.training.arguments import add_megatron_arguments
 from torch.nn.functional import gelu
 
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.compat import ModelParallelConfig
 from megatron_eagle.errors import UserError, literal
 from megatron_eagle.teacher.description import base_arguments, transformer_config
+from megatron_eagle.teacher.megatron_parser import megatron_parser
 
 KERNELS = (
     "apply_query_key_layer_scaling",
@@ -187,12 +186,10 @@ def _shown(value: Any) -> str:
 
 
 @cache
-def _flags() -> dict[str, str]:
+def flags_by_name() -> dict[str, str]:
     """Return the flag of every argument by the name that Megatron's parser stores it under."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False)
-    add_megatron_arguments(parser)
-    return {a.dest: a.option_strings[0] for a in parser._actions if a.option_strings}
+    return {a.dest: a.option_strings[0] for a in megatron_parser()._actions if a.option_strings}
 
 
 def _flag_of(name: str) -> str:
-    return _FLAGS.get(name) or _flags().get(name) or "--" + name.replace("_", "-")
+    return _FLAGS.get(name) or flags_by_name().get(name) or "--" + name.replace("_", "-")

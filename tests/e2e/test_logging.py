@@ -1,4 +1,5 @@
-"""Megatron's own logging: what TensorBoard's event file, the log line and the JSONL hold."""
+"""Megatron's own logging: what TensorBoard's event file, Weights & Biases, the log line and the
+JSONL hold."""
 
 from __future__ import annotations
 
@@ -8,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.conftest import Inputs
-from tests.e2e.launch import train
+from tests.e2e.launch import ROOT, train
 
 pytest.importorskip("tensorboard", reason="tensorboard is not installed")
 STEPS = 3
+WITH_WANDB = ROOT / "tests" / "helpers" / "fake_wandb" / "train.py"
 
 
-def test_tensorboard_gets_losses_accuracies_and_accepted_lengths(
+def test_trackers_get_losses_accuracies_and_accepted_lengths(
     inputs: Inputs, tmp_path: Path
 ) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -26,6 +28,8 @@ def test_tensorboard_gets_losses_accuracies_and_accepted_lengths(
         "--log-interval", 2, "--log-throughput", "--log-timers-to-tensorboard",
         "--check-for-spiky-loss", "--tensorboard-dir", tmp_path / "events",
         "--eagle-eval-prompts", prompts, "--eagle-eval-new-tokens", 4, "--eagle-eval-interval", 4,
+        "--wandb-project", "drafts", "--wandb-exp-name", "one", "--wandb-save-dir", tmp_path,
+        script=WITH_WANDB,
     )  # fmt: skip
     assert run.returncode == 0, run.output[-3000:]
     events = EventAccumulator(str(tmp_path / "events"))
@@ -49,3 +53,8 @@ def test_tensorboard_gets_losses_accuracies_and_accepted_lengths(
     seconds = scalars["iteration-time"][4] * 2
     rows = run.metrics[4]["supervised_rows"] - run.metrics[2]["supervised_rows"]
     assert scalars[rate][4] == pytest.approx(rows / seconds / 2, rel=0.1)
+    tracked: dict[str, dict[int, float]] = {}
+    for line in map(json.loads, (tmp_path / "drafts-one.jsonl").read_text().splitlines()):
+        tracked.setdefault(line["key"], {})[line["step"]] = line["value"]
+    for tag in ("loss", *per_step, "simulated_accepted_length", "eval_accepted_length", rate):
+        assert tracked[tag] == pytest.approx(scalars[tag], rel=1e-5), tag

@@ -82,18 +82,26 @@ def compare(folder: Path, family: str, draft: str, fields: dict[str, Any]) -> di
         "draft_keys_differ": sorted(local.keys() ^ engine.keys()),
         "te_to_local": transfer(engine, local, folder / "te"),
         "local_to_te": transfer(local, engine, folder / "local"),
+        "te_to_te": transfer(engine, own, folder / "own"),
     }
     FIRST_MICROBATCH.clear()
     numbers, expected = engine.step(), local.step()
     found["calls"] = len(FIRST_MICROBATCH)
     base_linears = engine.base_linears()
     found["draft_overwrites"] = any(x is not None for x in FIRST_MICROBATCH[base_linears:])
-    found["error"] = max(
+    found["error"] = largest_difference(numbers, expected)
+    found["error_with_its_attention"] = largest_difference(own.step(), expected)
+    found["compared"] = len(expected)
+    return found
+
+
+def largest_difference(numbers: dict[str, Any], expected: dict[str, Any]) -> float:
+    """Return the largest difference, as a part of the largest number of its tensor."""
+    assert numbers.keys() == expected.keys()
+    return max(
         float((numbers[name] - expected[name]).abs().max() / (expected[name].abs().max() + 1e-9))
         for name in expected
     )
-    found["compared"] = len(expected)
-    return found
 
 
 @dataclasses.dataclass

@@ -4,7 +4,8 @@
 need CUDA. Here its modules are imported from those files (``tools/setup_env.sh`` puts them beside
 the environment, not into it: Megatron would take them for an installation), so that their
 constructors, parameter names, checkpoints and arguments are what a GPU sees. Their forwards, which
-would call kernels, compute the same in plain PyTorch, without tensor parallelism.
+would call kernels, compute the same in plain PyTorch, without tensor parallelism; its optimizer is
+its own, on kernels in plain PyTorch.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from unittest.mock import MagicMock
 
 import torch
 from torch import Tensor
+
+from tests.helpers.te_optimizer_kernels import optimizer_kernels
 
 ABSENT = (
     "onnxscript", "onnx_ir", "onnx", "einops", "nvdlfw_inspect", "nvdlfw_inspect.api",
@@ -97,6 +100,19 @@ def _compute_in_torch(pytorch: Any) -> None:
     def norm(module: Any, x: Tensor) -> Tensor:
         return torch.nn.functional.rms_norm(x, module.weight.shape, module.weight, module.eps)
 
+    def attention(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any
+    ) -> Tensor:
+        assert module.qkv_format == "sbhd" and module.window_size in (None, (-1, -1), (-1, 0))
+        assert module.softmax_type == "vanilla" and options.pop("attn_mask_type") == "causal"
+        assert not options, options
+        rows, columns, weights = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            rows, columns, weights, is_causal=True, scale=module.softmax_scale, enable_gqa=True
+        )
+        return attended.permute(2, 0, 1, 3).flatten(2)
+
+    pytorch.DotProductAttention.forward = attention
     pytorch.Linear.forward = linear
     pytorch.LayerNormLinear.forward = norm_linear
     pytorch.RMSNorm.forward = norm
@@ -146,4 +162,5 @@ def _compiled_part() -> Any:
     part.get_cublasLt_version = lambda: 130000
     part.get_cudnn_version = lambda: 92000
     part.get_num_cublas_streams = lambda: 4
+    vars(part).update(optimizer_kernels())
     return part

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.reference.layers import KeyValue, ReferenceConfig, ReferenceLayer
@@ -93,6 +92,8 @@ class ReferenceEagle3(nn.Module):
         **objective: Any,
     ) -> ReferenceEagle3:  # fmt: skip
         """Load config.json and model.safetensors; every tensor must be known and present."""
+        from safetensors.torch import load_file  # benchmarks/gpu.py has the rest without it
+
         directory = Path(directory)
         config = ReferenceConfig.from_hf(directory / "config.json", **objective)
         tensors = load_file(directory / "model.safetensors")

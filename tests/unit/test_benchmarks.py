@@ -10,18 +10,21 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from benchmarks import report
+from benchmarks import gpu, report
 from benchmarks.floors import floor_ms, step_tera_flops
-from benchmarks.gpu_cases import LLAMA_1B
+from benchmarks.gpu_attention import check_attention
+from benchmarks.gpu_cases import LLAMA_1B, cases_of
 from benchmarks.gpu_model import attention_flop, product_flop
 from benchmarks.gpu_report import Report
 from benchmarks.measure import _saved
 from benchmarks.plain_modelopt import DECAY, PlainModelOpt
 from benchmarks.problem import Problem
+from megatron_eagle.attention import flash
 from megatron_eagle.testing.harness import megatron_parallel, run_distributed
 from tests.reference.eagle3 import ReferenceConfig, ReferenceEagle3
 
@@ -31,9 +34,19 @@ TINY = Problem(
     mask_fraction=0.25,
 )  # fmt: skip
 
+LEFT_OUT = (
+    "safetensors", "transformers", "tokenizers", "jinja2", "sentencepiece", "psutil", "yaml",
+    "tensorboard",
+)  # fmt: skip
+BARE = (
+    f"import sys; sys.modules.update(dict.fromkeys({LEFT_OUT})); "
+    "from benchmarks import gpu; sys.exit(gpu.main())"
+)
+"""``benchmarks/gpu.py`` where only PyTorch and megatron-core are installed."""
+
 
 def test_the_gpu_command_runs_on_a_cpu(tmp_path: Path) -> None:
-    command = [sys.executable, "benchmarks/gpu.py", "--device", "cpu", "--tiny", "--iters", "1"]
+    command = [sys.executable, "-c", BARE, "--device", "cpu", "--tiny", "--iters", "1"]
     done = subprocess.run(
         [*command, "--skip-compiled", "--report", tmp_path / "gpu.md"],
         cwd=ROOT, capture_output=True, text=True,
@@ -51,7 +64,7 @@ def test_the_gpu_command_runs_on_a_cpu(tmp_path: Path) -> None:
     assert text.count("| forward: unroll |") == 5 == text.count("## Profile: ")
     found = json.loads((tmp_path / "gpu.json").read_text())
     checks = [line for line in found["findings"] if "case" not in line]
-    assert len(checks) == 2 * 3 + 3 * 3 + 1 and all(line["right"] for line in checks)
+    assert len(checks) == 2 * 4 + 2 * 3 + 3 * 3 + 1 and all(line["right"] for line in checks)
     assert len(found["findings"]) == len(checks) + 4 * 6 + 5
     for parts in found["parts"].values():
         whole = parts.pop("whole step")
@@ -59,6 +72,38 @@ def test_the_gpu_command_runs_on_a_cpu(tmp_path: Path) -> None:
         assert sum(of_step) == pytest.approx(whole) and min(of_step) > 0
         kinds = [ms for name, ms in parts.items() if name.startswith("kind")]
         assert sum(kinds) == pytest.approx(whole) and parts["kind: products"] > 0
+
+
+def test_the_gpu_command_names_what_it_has_no_time_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "check_attention", lambda *_: True)
+    monkeypatch.setattr(gpu, "check_correctness", lambda *_: True)
+    monkeypatch.setattr(gpu, "check_no_synchronisation", mock.Mock(side_effect=AssertionError))
+    found, cases = Report("NVIDIA H100 80GB HBM3", {}), cases_of(LLAMA_1B)
+    args = gpu._parser().parse_args([])
+    assert 1 < args.minutes < 20 and not gpu.Budget(args.minutes).is_over(gpu.FOR_CASES)
+    assert not gpu.run_day(found, cases, args, gpu.Budget(0.0))
+    text = found.markdown(cases)
+    assert text.count("| 16 | left out: 0 minutes are over |") == len(found.findings)
+    for part in ("ours", "plain ModelOpt before", "plain ModelOpt compiled", "profile"):
+        assert text.count(f"| {part} | 16 |") == len(cases) - (part.startswith("plain"))
+
+
+@pytest.mark.parametrize("broken", ["forward", "backward"])
+def test_the_gpu_command_finds_wrong_attention(
+    broken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Report("CPU", {})
+    run = getattr(flash, broken)
+    monkeypatch.setattr(flash, broken, lambda *args: (run(*args)[0] * 1.05, *run(*args)[1:]))
+    assert not check_attention(found, "cpu")
+    assert not any(line["right"] for line in found.findings)
+
+
+@pytest.mark.gpu
+def test_the_flash_kernels_are_right() -> None:
+    found = Report("cuda", {})
+    assert check_attention(found, "cuda"), found.findings
+    assert len(found.findings) == 2 * 4 + 3
 
 
 @pytest.mark.parametrize(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import importlib
 from collections import Counter
+from unittest import mock
 
 import pytest
 
+from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.errors import UserError
+from megatron_eagle.teacher import description
+from megatron_eagle.teacher.megatron_parser import megatron_parser
 from megatron_eagle.training.flag_table.check import CommandLine, check_flags
 from megatron_eagle.training.flag_table.conditions import check_conditions
 from megatron_eagle.training.flag_table.judgement import Verdict
-from megatron_eagle.training.flag_table.table import BY_FLAG, PARTS, judgement_of, megatron_parser
+from megatron_eagle.training.flag_table.table import BY_FLAG, PARTS, judgement_of, training_parser
+from megatron_eagle.training.frozen_config import flags_by_name
 
 OF_OTHER_PACKAGES = {"--kitchen-config-file", "--kitchen-recipe-number"}
 """Flags that the parser has only where a package of NVIDIA's is installed."""
@@ -19,7 +25,7 @@ BASE = ["--hidden-size", "48", "--num-layers", "7", "--swiglu", "--attention-dro
 
 
 def test_every_flag_of_the_parser_is_judged() -> None:
-    actions = [a for a in megatron_parser()._actions if a.option_strings]
+    actions = [a for a in training_parser()._actions if a.option_strings]
     assert len(actions) > 700
     unjudged = [
         a.option_strings
@@ -29,8 +35,24 @@ def test_every_flag_of_the_parser_is_judged() -> None:
     assert not unjudged, "judge these flags in megatron_eagle/training/flag_table"
 
 
+def test_a_start_builds_megatrons_parser_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the one that Megatron's trainer builds: of all its flags, building takes long."""
+    arguments = importlib.import_module("megatron.training.arguments")
+    add = mock.Mock(wraps=arguments.add_megatron_arguments)
+    monkeypatch.setattr(arguments, "add_megatron_arguments", add)
+    for made in (megatron_parser, training_parser, description._parser_defaults, flags_by_name):
+        made.cache_clear()
+    for words in (BASE, [*BASE, "--eagle-ttt-steps", "2"]):
+        check_flags(CommandLine.parse(words), BASE)
+    info = BaseInfo("llama", "base", "", 61, {}, {"num_layers": 7, "hidden_size": 48})
+    assert description.base_arguments(info).hidden_size == 48
+    assert flags_by_name()["hidden_size"] == "--hidden-size"
+    add.assert_called_once_with(megatron_parser())
+    assert not any(action.dest.startswith("eagle_") for action in megatron_parser()._actions)
+
+
 def test_every_judgement_is_of_a_flag_that_exists_once() -> None:
-    names = {name for a in megatron_parser()._actions for name in a.option_strings}
+    names = {name for a in training_parser()._actions for name in a.option_strings}
     assert set(BY_FLAG) - names <= OF_OTHER_PACKAGES
     flags = Counter(f for part in PARTS.values() for judgement in part for f in judgement.flags)
     assert max(flags.values()) == 1
@@ -89,6 +111,7 @@ def test_what_changes_nothing_is_said_and_the_rest_passes() -> None:
 
 DOCUMENTS = EagleConfig.of(base_checkpoint="base", train_data="answers.jsonl")
 MEGATRON_DATA = EagleConfig.of(base_checkpoint="base")
+TRACKED = ["--wandb-exp-name", "e", "--wandb-save-dir", "w", "--tensorboard-dir", "t"]
 
 
 def _conditions(words: list[str], installed: set[str] = frozenset(), **kw: object) -> list[str]:
@@ -120,7 +143,16 @@ def _conditions(words: list[str], installed: set[str] = frozenset(), **kw: objec
 def test_a_flag_needs_its_package(words: list[str], package: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         _conditions(words)
-    assert _conditions(words, {package}) == []
+    words = [*words, *TRACKED] if package == "wandb" else words
+    assert _conditions(words, {package, "tensorboard"}) == []
+
+
+@pytest.mark.parametrize("left_out", ["--wandb-exp-name", "--wandb-save-dir", "--tensorboard-dir"])
+def test_weights_and_biases_needs_what_megatron_takes_for_granted(left_out: str) -> None:
+    cut = TRACKED.index(left_out)
+    words = ["--wandb-project", "p", *TRACKED[:cut], *TRACKED[cut + 2 :]]
+    with pytest.raises(UserError, match=f"--wandb-project p needs {left_out}"):
+        _conditions(words, {"wandb", "tensorboard"})
 
 
 def test_flags_are_refused_beside_others() -> None:

@@ -47,7 +47,8 @@ def test_importing_patches_nothing_and_enable_is_idempotent() -> None:
 
 
 def _enable_with_cuda(rank: int, world_size: int) -> None:
-    os.environ.pop("CUDA_DEVICE_MAX_CONNECTIONS", None)
+    for name in ("CUDA_DEVICE_MAX_CONNECTIONS", "PYTORCH_CUDA_ALLOC_CONF"):
+        os.environ.pop(name, None)
     before = _patched_names()
     helpers = compat.require("megatron.core.datasets.utils:compile_helpers")
     with mock.patch("torch.cuda.is_available", return_value=True):
@@ -60,6 +61,8 @@ def _enable_with_cuda(rank: int, world_size: int) -> None:
     after = _patched_names()
     assert {path for path in before if after[path] is not before[path]} == everywhere
     assert os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+    assert not torch.cuda.is_initialized(), "the allocator would have read its variable"
     assert compat.require("megatron.core.datasets.utils:compile_helpers") is not helpers
 
 

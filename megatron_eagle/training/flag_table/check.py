@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.training.flag_table.judgement import Judgement, Verdict
-from megatron_eagle.training.flag_table.table import judgement_of, megatron_parser
+from megatron_eagle.training.flag_table.table import judgement_of, training_parser
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class CommandLine:
     @classmethod
     def parse(cls, argv: Sequence[str]) -> CommandLine:
         """Parse ``argv``; raise ``UserError`` for a flag or a value that no parser knows."""
-        parser = megatron_parser()
+        parser = training_parser()
         values = parser.parse_args(argv)
         actions = {name: action for action in parser._actions for name in action.option_strings}
         given = {}
@@ -67,7 +67,7 @@ def check_flags(line: CommandLine, base_words: Sequence[str]) -> list[str]:
     naming the first flag that is refused or contradicts the base.
     """
     base = CommandLine.parse(base_words).values
-    parser = megatron_parser()
+    parser = training_parser()
     destinations = {
         name: action.dest for action in parser._actions for name in action.option_strings
     }

@@ -50,6 +50,7 @@ def check_conditions(
     naming a flag.
     """
     _check_packages(line, installed)
+    _check_tracking(line)
     method = options.spec.method
     if method.shares_base_head or method.drafts_blocks:
         why = f"would change nothing: --eagle-algorithm {method.name} has the base's frozen head"
@@ -75,6 +76,23 @@ def _check_packages(line: CommandLine, installed: Callable[[str], bool]) -> None
     emerging = optimizer is not None and optimizer.value not in ("adam", "sgd")
     if emerging and not installed("emerging_optimizers"):
         raise UserError(f"{optimizer} needs the package emerging-optimizers")
+
+
+def _check_tracking(line: CommandLine) -> None:
+    """Refuse a W&B project that Megatron would open on the last rank alone and fail there, or to
+    which it would send no loss."""
+    project = line.flag("--wandb-project")
+    if project is None or not project.value:
+        return
+    if not line.values.wandb_exp_name:
+        raise UserError(f"{project} needs --wandb-exp-name, a name for this run")
+    if not (line.values.wandb_save_dir or line.values.save):
+        raise UserError(f"{project} needs --wandb-save-dir, or --save, to put its files there")
+    if not line.values.tensorboard_dir:
+        raise UserError(
+            f"{project} needs --tensorboard-dir: Megatron sends losses to W&B only beside those "
+            "that it writes there"
+        )
 
 
 def _documents(line: CommandLine, options: EagleConfig) -> Iterator[str]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from functools import cache
 from typing import NoReturn
 
-from megatron_eagle.compat import require
 from megatron_eagle.config.flags import add_eagle_flags
 from megatron_eagle.errors import UserError, literal
+from megatron_eagle.teacher.megatron_parser import megatron_parser
 from megatron_eagle.training.flag_table import (
     layer_flags,
     model_flags,
@@ -42,11 +43,12 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(literal(message.removeprefix("argument ")))
 
 
-def megatron_parser() -> argparse.ArgumentParser:
-    """Return a parser of Megatron's flags and ``--eagle-*``; it raises ``UserError``."""
-    parser = _Parser(allow_abbrev=False, add_help=False)
-    add_megatron_arguments = require("megatron.training.arguments:add_megatron_arguments")
-    return add_eagle_flags(add_megatron_arguments(parser))
+@cache
+def training_parser() -> argparse.ArgumentParser:
+    """Return a parser of Megatron's flags and ``--eagle-*``, made once in a process; it raises
+    ``UserError``."""
+    parents = [megatron_parser()]
+    return add_eagle_flags(_Parser(parents=parents, allow_abbrev=False, add_help=False))
 
 
 def judgement_of(action: argparse.Action) -> Judgement | None:
