@@ -30,8 +30,12 @@ class HeadGradient:
     scale: Tensor
 
     def check_scale(self, scale: Tensor) -> None:
-        """Raise, or stop the device, unless ``scale`` is what was expected; never waits for it."""
-        same = (scale.float() == self.scale).all()
+        """Raise, or stop the device, unless ``scale`` is what was expected; never waits for it.
+
+        NaN passes: it makes the other gradients NaN, and whoever trains looks for that.
+        """
+        found = scale.float()
+        same = ((found == self.scale) | found.isnan()).all()
         torch._assert_async(same, "the loss was not multiplied by the scale it was made for")
 
 

@@ -224,3 +224,14 @@ def test_a_scale_that_was_not_expected_is_an_error() -> None:
     )  # fmt: skip
     with pytest.raises(RuntimeError, match="scale it was made for"):
         (2 * loss).backward()
+
+
+def test_a_loss_of_nan_is_left_to_the_search_for_nan() -> None:
+    hidden, weight, logits, rows = problem(torch.float32)
+    target = HeadGradient(torch.zeros_like(weight), torch.tensor(1.0))
+    loss, *_ = soft_cross_entropy(
+        hidden, weight, Teacher(logits), rows, cast(Any, OneRank()), Budgets(0, 0),
+        head_gradient=target,
+    )  # fmt: skip
+    (float("nan") * loss).backward()
+    assert hidden.grad is not None and hidden.grad.isnan().all()
