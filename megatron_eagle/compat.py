@@ -40,6 +40,9 @@ if TYPE_CHECKING:
         get_gpt_layer_local_spec,
         get_gpt_layer_with_transformer_engine_spec,
     )
+    from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import (
+        get_gpt_heterogeneous_layer_spec,
+    )
     from megatron.core.models.hybrid.hybrid_block import HybridStack
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
     from megatron.core.pipeline_parallel.schedules import backward_step, forward_step
@@ -152,6 +155,10 @@ _PATHS = {
     "get_cuda_rng_tracker": "megatron.core.tensor_parallel.random:get_cuda_rng_tracker",
     "get_gpt_decoder_block_spec": (
         "megatron.core.models.gpt.gpt_layer_specs:get_gpt_decoder_block_spec"
+    ),
+    "get_gpt_heterogeneous_layer_spec": (
+        "megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs:"
+        "get_gpt_heterogeneous_layer_spec"
     ),
     "get_gpt_layer_local_spec": (
         "megatron.core.models.gpt.gpt_layer_specs:get_gpt_layer_local_spec"

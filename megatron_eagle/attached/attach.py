@@ -112,6 +112,6 @@ def attach(
 
 def _backend(gpt: Any) -> LayerBackend:
     """Return builders of the kind of modules that the model's layers are made of."""
-    projection = type(gpt.decoder.layers[-1].self_attention.linear_proj).__module__
-    is_te = "transformer_engine" in projection
+    kinds = {type(module).__module__ for module in gpt.decoder.modules()}
+    is_te = any("transformer_engine" in kind for kind in kinds)
     return transformer_engine_backend() if is_te else local_backend()

@@ -28,6 +28,7 @@ OTHER_LAYOUTS: dict[str, list[dict[str, int]]] = {
     "deepseek": [TENSOR, EXPERT],
     "hybrid": [PIPELINE, TENSOR],
     "delta_net": [TENSOR, CONTEXT],
+    "heterogeneous": [PIPELINE, WHOLE],
     "latent_hybrid": [TENSOR],
 }
 
@@ -37,6 +38,7 @@ AUX = "--eagle-aux-layers"
 FLAGS: dict[str, list[object]] = {
     "deepseek": MLA,
     "llama": ["--eagle-init-from-base"],
+    "heterogeneous": ["--eagle-init-from-base"],
     "hybrid": ["--eagle-init-from-base", AUX, 0, 1, 2],
     "delta_net": [AUX, 0, 1, 3],
     "latent_hybrid": [AUX, 0, 1],

@@ -128,10 +128,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"vocab_size": 25}, "vocab_size 25, but embedding.word_embeddings.weight has 24 rows"),
     ({"num_layers": 3}, "num_layers 3, but there are 2 layers"),
     ({"untie_embeddings_and_output_weights": False}, "but output_layer.weight is there"),
-    (
-        {"heterogeneous_layers_config_encoded_json": '{"block_configs": []}'},
-        "heterogeneous_layers_config_encoded_json",
-    ),
     ({"experimental_attention_variant": "dsa"}, "experimental_attention_variant dsa"),
     ({"softmax_type": "off-by-one"}, "softmax_type off-by-one"),
     ({"position_embedding_type": "mrope"}, "position_embedding_type mrope"),
