@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     )
     from megatron.core.models.hybrid.hybrid_block import HybridStack
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.pipeline_parallel.schedules import backward_step, forward_step
     from megatron.core.ssm.gated_delta_net import GatedDeltaNet
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -102,6 +103,7 @@ _PATHS = {
     "GPTModelBuilder": "megatron.training.models:GPTModelBuilder",
     "GatedDeltaNet": "megatron.core.ssm.gated_delta_net:GatedDeltaNet",
     "HybridModelBuilder": "megatron.training.models:HybridModelBuilder",
+    "HybridModel": "megatron.core.models.hybrid.hybrid_model:HybridModel",
     "HybridStack": "megatron.core.models.hybrid.hybrid_block:HybridStack",
     "RowParallelLinear": "megatron.core.tensor_parallel:RowParallelLinear",
     "hybrid_config_from_args": "megatron.training.argument_utils:hybrid_config_from_args",

@@ -167,7 +167,7 @@ def outputs(
 def test_a_native_base_serves_every_way_of_training(tmp_path: Path) -> None:
     """Features that another layout wrote train as the base beside the draft does; documents pack
     with learned positions that restart, beside a checkpoint that a file describes; a trained draft
-    is a warm start; layouts agree."""
+    is a warm start."""
     trained = pretrain("gpt2", tmp_path)
     write_answers(tmp_path / "answers.jsonl")
     data = ["--eagle-train-data", tmp_path / "answers.jsonl"]
@@ -194,6 +194,12 @@ def test_a_native_base_serves_every_way_of_training(tmp_path: Path) -> None:
     for iteration, line in beside.metrics.items():
         assert offline.metrics[iteration]["loss"] == pytest.approx(line["loss"], rel=1e-5)
     assert warm.metrics[1]["loss"] < beside.metrics[10]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_layouts_agree_beside_a_native_base(tmp_path: Path) -> None:
+    trained = pretrain("gpt2", tmp_path)
     layouts = ["--layouts", "tp1,pp2", "--base", str(trained.directory), "--seq-length", "32"]
     assert loss_compare.main([*layouts, "--train-iters", "3", "--draft-vocab-size", "32"]) == 0
 

@@ -76,6 +76,15 @@ def test_an_older_checkpoint_describes_its_model(name: str, tmp_path: Path) -> N
     }  # fmt: skip
 
 
+def test_half_a_checkpoint_is_one_line(tmp_path: Path) -> None:
+    root = save(tmp_path / "model", namespace(), old=False)
+    (shard,) = (root / "iter_0000010").glob("*.distcp")
+    shard.unlink()
+    with pytest.raises(UserError, match="shard file is missing") as error:
+        read_base(root)
+    assert str(shard) in str(error.value) and "\n" not in str(error.value)
+
+
 def test_other_weights_have_another_fingerprint(tmp_path: Path) -> None:
     prints = {
         read_base(save(tmp_path / name, namespace(), *more)).fingerprint
