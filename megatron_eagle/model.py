@@ -38,8 +38,7 @@ from megatron_eagle.parallel.products import agreed_output_bytes
 from megatron_eagle.pipeline.exchange import StageExchange
 from megatron_eagle.pipeline.replicas import as_replica
 from megatron_eagle.platform.profiling import nvtx_range
-from megatron_eagle.teacher.aux_hidden import BaseOutputs
-from megatron_eagle.teacher.base import FrozenBase
+from megatron_eagle.teacher.base import BaseOutputs, FrozenBase
 from megatron_eagle.teacher.embedding import token_embedding
 from megatron_eagle.teacher.targets import TeacherHead, TeacherTargets
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from megatron_eagle.attached.model_kinds import ends_of_model
 from megatron_eagle.errors import UserError
-from megatron_eagle.teacher.aux_hidden import AuxCapture, BaseOutputs
+from megatron_eagle.teacher.base import AuxCapture, BaseOutputs
 
 
 @dataclass(frozen=True)

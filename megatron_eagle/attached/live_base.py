@@ -31,8 +31,7 @@ from megatron_eagle.model import EagleGPTModel
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.objective.inputs import DraftInputs
 from megatron_eagle.parallel.context import ContextShard
-from megatron_eagle.teacher.aux_hidden import BaseOutputs
-from megatron_eagle.teacher.base import gather_final
+from megatron_eagle.teacher.base import BaseOutputs, gather_final
 from megatron_eagle.teacher.layer_sizes import random_tokens, typical_rms
 
 

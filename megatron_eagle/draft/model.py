@@ -31,10 +31,9 @@ from megatron_eagle.draft.features import (
     norm_features,
 )
 from megatron_eagle.draft.head import SharedHead, VocabParallelHead
-from megatron_eagle.draft.layer import draft_layer_specs
+from megatron_eagle.draft.layer import Narrowing, draft_layer_specs
 from megatron_eagle.draft.layer_config import Rotary
 from megatron_eagle.draft.mla import share_rotary
-from megatron_eagle.draft.narrowing import Narrowing
 from megatron_eagle.layers.backend import LayerBackend
 from megatron_eagle.parallel.vocab import VocabShard
 

@@ -36,7 +36,7 @@ from megatron_eagle.attention.live_rows import LiveRows
 from megatron_eagle.attention.packing import Packing
 from megatron_eagle.objective.step_tokens import StepTokens
 from megatron_eagle.parallel.context import ContextShard
-from megatron_eagle.teacher.aux_hidden import BaseOutputs
+from megatron_eagle.teacher.base import BaseOutputs
 
 
 @dataclass(frozen=True)

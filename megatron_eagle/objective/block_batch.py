@@ -36,7 +36,7 @@ from megatron_eagle.attention.packing import Packing
 from megatron_eagle.loss.block_rows import BlockRows
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.parallel.context import ContextShard
-from megatron_eagle.teacher.aux_hidden import BaseOutputs
+from megatron_eagle.teacher.base import BaseOutputs
 
 
 @dataclass(frozen=True)

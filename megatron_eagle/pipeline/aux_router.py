@@ -8,7 +8,7 @@ from megatron_eagle.pipeline.exchange import Part, Shape, StageExchange
 from megatron_eagle.pipeline.in_flight import InFlight
 from megatron_eagle.pipeline.links import Message
 from megatron_eagle.pipeline.plan import owner_of
-from megatron_eagle.teacher.aux_hidden import BaseOutputs
+from megatron_eagle.teacher.base import BaseOutputs
 
 
 class AuxRouter:

@@ -19,7 +19,7 @@ from megatron_eagle.pipeline.in_flight import InFlight
 from megatron_eagle.pipeline.links import Message
 from megatron_eagle.pipeline.micro_batches import MicroBatches
 from megatron_eagle.pipeline.plan import forwards_ahead, owner_of
-from megatron_eagle.teacher.aux_hidden import BaseOutputs
+from megatron_eagle.teacher.base import BaseOutputs
 
 Observer = Callable[[str, int], AbstractContextManager[Any]]
 """Called with what is about to happen (the kind of an action, or "wait" for a message) and the

@@ -17,8 +17,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_eagle.attention.packing import Packing
 from megatron_eagle.pipeline.links import Message, StageLinks
-from megatron_eagle.teacher.aux_hidden import BaseOutputs
-from megatron_eagle.teacher.base import FrozenBase
+from megatron_eagle.teacher.base import BaseOutputs, FrozenBase
 
 Shape = tuple[int, int]
 Part = Message | list[Tensor]

@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import functools
 import os
+import queue
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ def apply() -> None:
     allow_sequence_parallel_torch_norm()
     use_checkpointable_adam()
     load_optimizer_state_without_grad()
+    save_without_a_manager_process()
     read_checkpoints_safely()
 
 
@@ -100,3 +103,26 @@ def load_optimizer_state_without_grad() -> None:
         "DistributedOptimizer.load_parameter_state_from_dp_reshardable"
     )
     patch(path, torch.no_grad()(require(path)), "loading in place needs no_grad")
+
+
+def save_without_a_manager_process() -> None:
+    """Let the writers of a synchronous save, which are threads, report through a plain queue.
+
+    megatron/core/dist_checkpointing/strategies/filesystem_async.py starts a process on every rank
+    for that queue. Only asynchronous saves need it, and it imports the main script anew.
+    """
+    strategies = "megatron.core.dist_checkpointing.strategies"
+    path = f"{strategies}.torch:TorchDistSaveShardedStrategy.save"
+    original = require(path)
+    require(f"{strategies}.filesystem_async:get_write_results_queue")
+    writer: Any = sys.modules[f"{strategies}.filesystem_async"]
+
+    @functools.wraps(original)
+    def save(*args: Any, **kwargs: Any) -> Any:
+        shared, writer._results_queue = writer._results_queue, queue.Queue()
+        try:
+            return original(*args, **kwargs)
+        finally:
+            writer._results_queue = shared
+
+    patch(path, save, "a synchronous save starts no process")

@@ -1,4 +1,5 @@
-"""The frozen base, which is the target (verifier) model of speculative decoding.
+"""The frozen base, which is the target (verifier) model of speculative decoding, and what a step
+keeps of it: aux hidden states, the residual stream after chosen layers, and the final hidden.
 
 Shapes: B batch, S sequence, S' this rank's part of it (cut over CP in Megatron's zigzag order, and
 over TP under sequence parallelism), H hidden size, Vp this rank's rows of the vocabulary, A aux
@@ -7,9 +8,10 @@ layers, d rotated channels of an attention head.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +23,71 @@ from megatron_eagle.checkpoint.hybrid_pattern import layer_ends
 from megatron_eagle.compat import MegatronModule, gather_from_sequence_parallel_region
 from megatron_eagle.parallel.context import ContextShard, append_halo
 from megatron_eagle.platform.profiling import nvtx_range
-from megatron_eagle.teacher.aux_hidden import AuxCapture, BaseOutputs
-from megatron_eagle.teacher.layer_sizes import random_tokens, typical_rms
+from megatron_eagle.teacher.layer_sizes import StageForward, random_tokens, typical_rms
 from megatron_eagle.teacher.vocab_shards import VocabShards
+
+
+@dataclass(frozen=True)
+class BaseOutputs:
+    """Inputs of draft and teacher from the base for one micro-batch.
+
+    features [S', B, A * H]: the aux hidden states side by side; without aux layers (EAGLE-1) the
+    final hidden. final_hidden [S', B, H]: the base's output, after its final norm.
+    """
+
+    features: Tensor
+    final_hidden: Tensor
+
+    @classmethod
+    def of(cls, aux_hidden: Sequence[Tensor], final_hidden: Tensor) -> BaseOutputs:
+        """Concatenate the aux hidden states [S', B, H], given by ascending layer."""
+        features = torch.cat(list(aux_hidden), dim=-1) if aux_hidden else final_hidden
+        return cls(features, final_hidden)
+
+
+class AuxCapture:
+    """Hooks that keep the outputs of the aux ``layers`` (0-based ids, global over pipeline stages).
+
+    A TransformerLayer's output is the residual stream after the layer, before any final norm:
+    [S', B, H]. Layers that another pipeline stage holds are captured there. A layer of a
+    HybridModel may be several of Megatron's: ``ends`` has for each layer the 0-based number of the
+    last of them; None if layers count as Megatron's.
+
+    Attributes:
+        layers: ids of all aux layers.
+        local_layers: ids of those that this pipeline stage holds.
+        enabled: whether the hooks keep anything.
+        handles: of the hooks, to remove them.
+    """
+
+    def __init__(
+        self, decoder: Any, layers: Sequence[int], ends: Sequence[int] | None = None
+    ) -> None:
+        self._captured: dict[int, Tensor] = {}
+        self.enabled = True
+        self.layers = tuple(layers)
+        held = {layer.layer_number - 1: layer for layer in decoder.layers}
+        numbers = {i: i if ends is None else ends[i] for i in self.layers}
+        self.local_layers = tuple(i for i in self.layers if numbers[i] in held)
+        self.handles = [
+            held[numbers[i]].register_forward_hook(self._hook(i)) for i in self.local_layers
+        ]
+
+    def _hook(self, index: int) -> Callable[[Any, Any, Any], None]:
+        def capture(_module: Any, _inputs: Any, output: Any) -> None:
+            if self.enabled:
+                hidden = output[0] if isinstance(output, tuple) else output
+                self._captured[index] = hidden.detach()
+
+        return capture
+
+    def take(self) -> dict[int, Tensor]:
+        """Return the last forward's aux hidden states of the local layers by layer id, [S', B, H]
+        each, and forget them."""
+        captured, self._captured = self._captured, {}
+        missing = [i for i in self.local_layers if i not in captured]
+        assert not missing, f"layers {missing} were not run"
+        return captured
 
 
 class FrozenBase(MegatronModule):
@@ -183,15 +247,3 @@ def gather_final(
     if sequence_group is not None:
         final = gather_from_sequence_parallel_region(final, group=sequence_group)
     return append_halo(final, halo, cp_group)
-
-
-class StageForward(Protocol):
-    """Interface of ``pipeline.exchange.StageExchange`` to a forward through all stages."""
-
-    def local_aux_hidden(self, tokens: Tensor) -> dict[int, Tensor]:
-        """Run tokens [B, S]; return this stage's aux hidden states [S', B, H] by layer id."""
-        ...
-
-    def sum_over_stages(self, values: Tensor) -> None:
-        """Sum ``values`` over the stages, in place."""
-        ...

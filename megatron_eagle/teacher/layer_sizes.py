@@ -6,12 +6,25 @@ S' this rank's tokens, B batch, H hidden size, A aux layers.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_eagle.parallel.collectives import all_gather
+
+
+class StageForward(Protocol):
+    """Interface of ``pipeline.exchange.StageExchange`` to a forward through all stages."""
+
+    def local_aux_hidden(self, tokens: Tensor) -> dict[int, Tensor]:
+        """Run tokens [B, S]; return this stage's aux hidden states [S', B, H] by layer id."""
+        ...
+
+    def sum_over_stages(self, values: Tensor) -> None:
+        """Sum ``values`` over the stages, in place."""
+        ...
 
 
 def random_tokens(vocab_size: int, length: int, multiple: int) -> Tensor:

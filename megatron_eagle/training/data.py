@@ -26,7 +26,7 @@ from megatron_eagle.data.protected import config_token_ids, special_and_byte_ids
 from megatron_eagle.errors import UserError
 from megatron_eagle.objective.batch import EagleBatch
 from megatron_eagle.parallel.context import ContextShard
-from megatron_eagle.teacher.aux_hidden import BaseOutputs
+from megatron_eagle.teacher.base import BaseOutputs
 from megatron_eagle.training.agreement import (
     check_agreement,
     digest_data_sets,

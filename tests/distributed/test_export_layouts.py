@@ -6,6 +6,7 @@ groups over tensor-parallel ranks, and the padding of the vocabulary in each lay
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def save_case(rank: int, world: int, case: Case, metadata: torch.Tensor, directo
     model = build_model(case)
     model.draft.metadata.copy_(metadata)
     dist_checkpointing.save(model.sharded_state_dict(), directory)
+    assert not multiprocessing.active_children(), "a synchronous save needs no process"
 
 
 EAGLE31 = {"fc_norm": True, "norm_output": True}

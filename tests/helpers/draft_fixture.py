@@ -202,7 +202,7 @@ class GivenBase(torch.nn.Module):
         return self.rope(length, packed_seq=True)
 
     def forward(self, tokens: Tensor, packing: Any = None) -> Any:
-        from megatron_eagle.teacher.aux_hidden import BaseOutputs
+        from megatron_eagle.teacher.base import BaseOutputs
 
         return BaseOutputs(
             self._part(self.case.aux, tokens), self._part(self.case.final_hidden, tokens)

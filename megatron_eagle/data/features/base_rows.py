@@ -20,7 +20,7 @@ from megatron_eagle.attention.packing import Packing
 from megatron_eagle.parallel.context import gather_sequence
 from megatron_eagle.pipeline.exchange import Part, StageExchange
 from megatron_eagle.pipeline.in_flight import InFlight
-from megatron_eagle.teacher.aux_hidden import BaseOutputs
+from megatron_eagle.teacher.base import BaseOutputs
 
 
 @dataclass(frozen=True)
