@@ -40,12 +40,8 @@ if TYPE_CHECKING:
         get_gpt_layer_local_spec,
         get_gpt_layer_with_transformer_engine_spec,
     )
-    from megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs import (
-        get_gpt_heterogeneous_layer_spec,
-    )
     from megatron.core.models.hybrid.hybrid_block import HybridStack
     from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
-    from megatron.core.models.hybrid.hybrid_model import HybridModel
     from megatron.core.pipeline_parallel.schedules import backward_step, forward_step
     from megatron.core.ssm.gated_delta_net import GatedDeltaNet
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
@@ -103,7 +99,6 @@ _PATHS = {
     "GPTModelBuilder": "megatron.training.models:GPTModelBuilder",
     "GatedDeltaNet": "megatron.core.ssm.gated_delta_net:GatedDeltaNet",
     "HybridModelBuilder": "megatron.training.models:HybridModelBuilder",
-    "HybridModel": "megatron.core.models.hybrid.hybrid_model:HybridModel",
     "HybridStack": "megatron.core.models.hybrid.hybrid_block:HybridStack",
     "RowParallelLinear": "megatron.core.tensor_parallel:RowParallelLinear",
     "hybrid_config_from_args": "megatron.training.argument_utils:hybrid_config_from_args",
@@ -157,10 +152,6 @@ _PATHS = {
     "get_cuda_rng_tracker": "megatron.core.tensor_parallel.random:get_cuda_rng_tracker",
     "get_gpt_decoder_block_spec": (
         "megatron.core.models.gpt.gpt_layer_specs:get_gpt_decoder_block_spec"
-    ),
-    "get_gpt_heterogeneous_layer_spec": (
-        "megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs:"
-        "get_gpt_heterogeneous_layer_spec"
     ),
     "get_gpt_layer_local_spec": (
         "megatron.core.models.gpt.gpt_layer_specs:get_gpt_layer_local_spec"

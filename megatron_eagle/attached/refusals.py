@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_eagle.attached.capture import embedding_weight, output_weight
 from megatron_eagle.attached.model_kinds import layers_of_model, pattern_of_model
-from megatron_eagle.compat import GPTModel, HybridModel, unwrap_model
+from megatron_eagle.compat import GPTModel, require, unwrap_model
 from megatron_eagle.config import DraftSpec, EagleConfig, TrainOptions
 from megatron_eagle.config.option import given, shown
 from megatron_eagle.config.widths import TP_WIDTHS, layer_widths
@@ -34,6 +34,7 @@ USED_OPTIONS = frozenset(
 )
 """Options of a training run that mean something in a trainer of somebody else's."""
 
+_HYBRID_MODEL = "megatron.core.models.hybrid.hybrid_model:HybridModel"
 _POSITIONS = ("rope", "learned_absolute", "none")
 
 
@@ -55,7 +56,7 @@ def whole_model(model: Any) -> Any:
             "forward, and the teacher needs it; use Megatron's DistributedDataParallel"
         )
     gpt = unwrap_model(chunks[0])
-    if not isinstance(gpt, GPTModel | HybridModel):
+    if not isinstance(gpt, (GPTModel, require(_HYBRID_MODEL))):
         raise UserError(
             f"<model>: a draft is attached to a GPTModel or HybridModel, not to a {_kind(gpt)}"
         )

@@ -10,14 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_eagle.attention.core import with_eagle_attention
-from megatron_eagle.compat import (
-    WrappedTorchNorm,
-    get_gpt_decoder_block_spec,
-    get_gpt_heterogeneous_layer_spec,
-)
+from megatron_eagle.compat import WrappedTorchNorm, get_gpt_decoder_block_spec, require
 from megatron_eagle.layers.group_router import GroupLimitedRouter
 from megatron_eagle.layers.zero_centered_norm import ZeroCenteredNorm, use_zero_centered_norms
 
+_HETEROGENEOUS = (
+    "megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs:"
+    "get_gpt_heterogeneous_layer_spec"
+)
 NORM_BEFORE_QKV = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 MLA_NORMS = {
     "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
@@ -86,7 +86,7 @@ def transformer_engine_base_spec(
 def _heterogeneous_spec(config: Any, pp_rank: int, *, transformer_engine: bool, ours: bool) -> Any:
     """Return Megatron's spec of layers that differ in their parts; ``ours``: with our core
     attention in those that have attention."""
-    block = get_gpt_heterogeneous_layer_spec(config, transformer_engine, pp_rank=pp_rank)
+    block = require(_HETEROGENEOUS)(config, transformer_engine, pp_rank=pp_rank)
     for spec in block.layer_specs if ours else ():
         if spec.submodules.self_attention.submodules is not None:
             with_eagle_attention(spec)

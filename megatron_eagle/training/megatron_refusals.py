@@ -56,7 +56,7 @@ def in_one_line(parse: Callable[..., Any], **options: Any) -> Any:
 
 def name_tokenizer_in_errors() -> None:
     """Make what fails in the files of Megatron's tokenizer one line, and a tokenizer of another
-    vocabulary than the base's. Must run before ``pretrain()``."""
+    vocabulary than the base's. Must run before Megatron parses its flags, which builds it."""
     build = require(_TOKENIZER)
 
     @functools.wraps(build)

@@ -86,12 +86,14 @@ def _groups(attention: dict[str, Any], architecture: Args) -> Any:
 
 def _width(mlp: dict[str, Any], architecture: Args) -> int:
     """Return the width of an MLP; a factor is Llama's, rounded up to a multiple of 256."""
-    width = mlp.get("ffn_hidden_size")
-    factor = None if "ffn_hidden_size" in mlp else mlp["ffn_mult"]
-    if width is None and factor is None:
-        width = architecture["ffn_hidden_size"]
+    if "ffn_hidden_size" in mlp:
+        width = mlp["ffn_hidden_size"]
+    else:
+        width, factor = None, mlp["ffn_mult"]
+        if factor is not None:
+            width = -(-int(2 * factor * architecture["hidden_size"] / 3) // 256) * 256
     if width is None:
-        width = -(-int(2 * factor * architecture["hidden_size"] / 3) // 256) * 256
+        width = architecture["ffn_hidden_size"]
     if type(width) is not int or width < 1:
         raise ValueError(f"a layer with an MLP of width {width}")
     return width
