@@ -106,7 +106,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
         "--layouts", required=True, metavar="A,B,...", help="the first is compared with"
     )
     parser.add_argument(
-        "--base", type=Path, help="a base from tools/import_base.py, not a random one"
+        "--base",
+        type=Path,
+        help="a base checkpoint (imported, or of Megatron's own), not a random one",
     )
     for name, default in (
         ("num-layers", 12), ("hidden-size", 64), ("ffn-hidden-size", 128), ("seed", 7),

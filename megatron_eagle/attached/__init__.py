@@ -2,5 +2,6 @@
 
 Reading order: ``attach.py`` (the one call), ``draft.py`` (the object that it returns),
 ``capture.py`` (hooks on the model's own forward), ``micro_batch.py`` (the trainer's masks and
-positions), ``live_base.py`` (the training step), ``describe.py``, ``refusals.py``, ``export.py``.
+positions), ``live_base.py`` (the training step), ``model_kinds.py`` (GPTModel or HybridModel),
+``describe.py``, ``refusals.py``, ``export.py``.
 """

@@ -12,6 +12,7 @@ from megatron_eagle.attached.capture import output_weight
 from megatron_eagle.attached.describe import describe_model, draft_base_config
 from megatron_eagle.attached.draft import AttachedDraft
 from megatron_eagle.attached.live_base import DraftBeside, LiveBase
+from megatron_eagle.attached.model_kinds import layers_of_model
 from megatron_eagle.attached.random_state import seeded
 from megatron_eagle.attached.refusals import (
     check_options,
@@ -48,7 +49,7 @@ def attach(
     frozen. Tensor, sequence, context, data and expert parallelism are the model's.
 
     Args:
-        model: Megatron's GPTModel on this rank, in ``DistributedDataParallel`` and
+        model: Megatron's GPTModel or HybridModel on this rank, in ``DistributedDataParallel`` and
             ``Float16Module`` or not, as ``get_model`` returns it or alone.
         spec: the draft's architecture.
         options: of its training; those that belong to a whole run (data, evaluation, start) are
@@ -68,7 +69,7 @@ def attach(
     would move, and none where a norm makes it needless).
 
     Raises ``UserError`` in one line for a model without a place for a draft (pipeline stages, CUDA
-    graphs, fully sharded parameters, other than GPTModel), and for a spec, options or ids that do
+    graphs, fully sharded parameters, of another class), and for a spec, options or ids that do
     not fit it.
     """
     gpt = whole_model(model)
@@ -80,7 +81,7 @@ def attach(
     draft_config = draft_base_config(gpt.config, dtype)
     check_widths(spec, draft_config, config.train)
     set_attention_factor(draft_config, attention_factor(base_info.rope))
-    aux_layers = spec.aux_layers_of(gpt.config.num_layers)
+    aux_layers = spec.aux_layers_of(layers_of_model(gpt))
     resolved = resolved_spec(spec, base_info, aux_layers, ids.numel())
     groups = pg_collection or gpt.pg_collection
     base = LiveBase(gpt, draft_config, aux_layers, vocab_size, groups)
@@ -112,6 +113,6 @@ def attach(
 
 def _backend(gpt: Any) -> LayerBackend:
     """Return builders of the kind of modules that the model's layers are made of."""
-    projection = type(gpt.decoder.layers[-1].self_attention.linear_proj).__module__
-    is_te = "transformer_engine" in projection
+    kinds = {type(module).__module__ for module in gpt.decoder.modules()}
+    is_te = any("transformer_engine" in kind for kind in kinds)
     return transformer_engine_backend() if is_te else local_backend()

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from megatron_eagle.attached.model_kinds import ends_of_model
 from megatron_eagle.errors import UserError
 from megatron_eagle.teacher.base import AuxCapture, BaseOutputs
 
@@ -55,7 +56,7 @@ def output_weight(gpt: Any) -> Tensor:
 
 
 class ForwardCapture:
-    """Hooks on a GPTModel that is whole on this rank.
+    """Hooks on a GPTModel or HybridModel that is whole on this rank.
 
     The decoder's output is captured rather than the output layer's input: beside MTP layers, the
     output layer runs once more for each. Layers that activation recomputation runs again, in
@@ -68,7 +69,7 @@ class ForwardCapture:
     def __init__(self, gpt: Any, aux_layers: Sequence[int]) -> None:
         self._gpt = gpt
         self._signature = inspect.signature(gpt.forward)
-        self.aux = AuxCapture(gpt.decoder, aux_layers)
+        self.aux = AuxCapture(gpt.decoder, aux_layers, ends_of_model(gpt))
         self.aux.enabled = False
         self._call: dict[str, Any] = {}
         self._final: Tensor | None = None

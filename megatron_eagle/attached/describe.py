@@ -7,9 +7,15 @@ from typing import Any
 
 import torch
 
+from megatron_eagle.attached.model_kinds import (
+    layers_of_model,
+    pattern_of_model,
+    rotary_base,
+    rotary_percent,
+)
 from megatron_eagle.attention.rope import inverse_frequencies
 from megatron_eagle.checkpoint.directory import BaseInfo
-from megatron_eagle.checkpoint.native.describe import FAMILY
+from megatron_eagle.checkpoint.native.describe import FAMILY, HYBRID_FAMILY
 from megatron_eagle.compat import TransformerConfig
 from megatron_eagle.errors import UserError, literal
 from megatron_eagle.hf.base.rope_args import rope_args, rope_beyond_args
@@ -46,7 +52,7 @@ def describe_model(
     """Return the description that the draft's checkpoint holds of ``gpt``.
 
     Args:
-        gpt: the GPTModel.
+        gpt: the GPTModel or HybridModel.
         vocab_size: without padding.
         name: what the model card calls the base.
         hf_config: the model's config.json, if it has one; the only source of scaled RoPE.
@@ -54,19 +60,21 @@ def describe_model(
     Raises ``UserError`` if ``hf_config`` contradicts the model.
     """
     config = gpt.config
-    theta = _theta(gpt)
+    theta, pattern = rotary_base(gpt), pattern_of_model(gpt)
     length = gpt.max_sequence_length
     fields = dict(hf_config or {"rope_theta": theta, "max_position_embeddings": length})
     fields.setdefault("max_position_embeddings", length)
     args = {
         **{size: getattr(config, size) for size in _SIZES},
+        "num_layers": layers_of_model(gpt),
+        **({} if pattern is None else {"hybrid_layer_pattern": pattern}),
         "group_query_attention": config.num_query_groups != config.num_attention_heads,
         "max_position_embeddings": length,
         "normalization": config.normalization,
         "norm_epsilon": config.layernorm_epsilon,
         "position_embedding_type": gpt.position_embedding_type,
         **rope_args(fields, partial=True, source=_SOURCE),
-        "rotary_percent": gpt.rotary_percent,
+        "rotary_percent": rotary_percent(gpt),
         "untie_embeddings_and_output_weights": not gpt.share_embeddings_and_output_weights,
         "multi_latent_attention": config.multi_latent_attention,
         "vocab_size": vocab_size,
@@ -78,7 +86,7 @@ def describe_model(
             )
     _check_rope(gpt, fields, theta)
     return BaseInfo(
-        family=FAMILY,
+        family=FAMILY if pattern is None else HYBRID_FAMILY,
         name=name,
         fingerprint="",  # weights that are being trained have none
         vocab_size=vocab_size,
@@ -114,11 +122,6 @@ def draft_base_config(config: Any, dtype: torch.dtype) -> Any:
     for name in _EXPERT_LAYOUT:  # the constructor wants experts with them
         setattr(draft, name, getattr(config, name))
     return draft
-
-
-def _theta(gpt: Any) -> float:
-    config = gpt.config
-    return config.rotary_base if config.multi_latent_attention else gpt.rotary_base
 
 
 def _check_rope(gpt: Any, fields: Mapping[str, Any], theta: float) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.attached.capture import embedding_weight, output_weight
-from megatron_eagle.compat import GPTModel, unwrap_model
+from megatron_eagle.attached.model_kinds import layers_of_model, pattern_of_model
+from megatron_eagle.compat import GPTModel, require, unwrap_model
 from megatron_eagle.config import DraftSpec, EagleConfig, TrainOptions
 from megatron_eagle.config.option import given, shown
 from megatron_eagle.config.widths import TP_WIDTHS, layer_widths
@@ -33,14 +34,15 @@ USED_OPTIONS = frozenset(
 )
 """Options of a training run that mean something in a trainer of somebody else's."""
 
+_HYBRID_MODEL = "megatron.core.models.hybrid.hybrid_model:HybridModel"
 _POSITIONS = ("rope", "learned_absolute", "none")
 
 
 def whole_model(model: Any) -> Any:
-    """Return the GPTModel in ``model``, without its wrappers.
+    """Return the GPTModel or HybridModel in ``model``, without its wrappers.
 
     Raises ``UserError`` for pipeline stages, for a model whose weights are not whole on this rank
-    and for what is not a GPTModel.
+    for what is neither, and for layers that no description knows.
     """
     chunks = list(model) if isinstance(model, list | tuple) else [model]
     if len(chunks) != 1:
@@ -54,8 +56,11 @@ def whole_model(model: Any) -> Any:
             "forward, and the teacher needs it; use Megatron's DistributedDataParallel"
         )
     gpt = unwrap_model(chunks[0])
-    if not isinstance(gpt, GPTModel):
-        raise UserError(f"<model>: a draft is attached to a GPTModel, not to a {_kind(gpt)}")
+    if not isinstance(gpt, (GPTModel, require(_HYBRID_MODEL))):
+        raise UserError(
+            f"<model>: a draft is attached to a GPTModel or HybridModel, not to a {_kind(gpt)}"
+        )
+    pattern_of_model(gpt)
     stages = gpt.config.pipeline_model_parallel_size
     if stages > 1 or not (gpt.pre_process and gpt.post_process):
         raise UserError(
@@ -114,7 +119,7 @@ def check_options(gpt: Any, options: EagleConfig, vocab_size: int, dtype: torch.
             f"<vocab_size> {vocab_size}: the tokenizer's, without padding; <model> has "
             f"{gpt.vocab_size} rows"
         )
-    options.check_against_base(gpt.config.num_layers, vocab_size, train.ttt_steps + 2)
+    options.check_against_base(layers_of_model(gpt), vocab_size, train.ttt_steps + 2)
     if spec.uses_mla:
         raise UserError(
             "<attention> mla: a draft beside a model in memory has grouped queries (gqa), which "

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from megatron_eagle.checkpoint.hybrid_pattern import layer_ends, pattern_fault, pattern_of
+from megatron_eagle.checkpoint.layer_blocks import BLOCKS, agrees, blocks_fault, mlp_widths
 from megatron_eagle.errors import UserError, literal
 
 LARGEST_SIZE = 2**24
@@ -26,7 +27,7 @@ TP_SIZES = (
     "linear_num_value_heads",
     "mamba_num_groups",
 )
-"""Sizes of a base, where it has them, that tensor parallelism divides."""
+"""Sizes of a base, where it has them, that tensor parallelism divides, see ``cut_sizes``."""
 Check = Callable[[Any], str | None]
 """Returns None for a value that is allowed, else the words for what is allowed."""
 
@@ -158,6 +159,7 @@ OPTIONAL: dict[str, Check] = {
     "rotary_scaling_factor": _positive,
     "mscale_all_dim": _number,
     "hybrid_layer_pattern": pattern_fault,
+    BLOCKS: blocks_fault,
     "linear_conv_kernel_dim": _size(),
     "linear_key_head_dim": _size(),
     "linear_value_head_dim": _size(),
@@ -193,6 +195,13 @@ def check_megatron_args(args: Mapping[str, Any], source: str) -> None:
             f"{source}: num_layers {layers}, but hybrid_layer_pattern has "
             f"{len(layer_ends(pattern))} layers, counted as the Hugging Face model counts them"
         )
+    if BLOCKS in args and set(REQUIRED) <= set(args) and not agrees(args):
+        raise UserError(f"{source}: {BLOCKS} contradicts the other arguments")
+
+
+def cut_sizes(args: Mapping[str, Any]) -> dict[str, int]:
+    """Return the sizes that tensor parallelism has to divide, by name."""
+    return {name: args[name] for name in TP_SIZES if name in args} | mlp_widths(args)
 
 
 def check_complete(args: Mapping[str, Any], source: str) -> None:

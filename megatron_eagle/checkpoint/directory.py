@@ -105,7 +105,11 @@ def _tracked(root: Path) -> str:
     """Return the name of the directory that the tracker file in ``root`` names."""
     tracker = root / TRACKER_NAME
     if not tracker.is_file():
-        raise UserError(f"{literal(root)}: not a Megatron checkpoint, {TRACKER_NAME} is missing")
+        inside = sorted(path.name for path in root.glob("iter_*") if path.is_dir())
+        way_out = f"; name one of its iterations, such as {literal(inside[-1])}" if inside else ""
+        raise UserError(
+            f"{literal(root)}: not a Megatron checkpoint, {TRACKER_NAME} is missing{way_out}"
+        )
     text = tracker.read_text(encoding="utf-8", errors="replace").strip()
     if text == "release":
         return text

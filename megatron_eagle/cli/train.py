@@ -79,6 +79,7 @@ def _train(argv: Sequence[str]) -> int:
     from megatron.training import set_startup_timestamps
 
     from megatron_eagle.training.arguments import parse_eagle_args, show_help
+    from megatron_eagle.training.megatron_refusals import name_tokenizer_in_errors
     from megatron_eagle.training.save_place import own_save
     from megatron_eagle.training.warm_start import adopt_warm_start
 
@@ -86,6 +87,7 @@ def _train(argv: Sequence[str]) -> int:
     if options is None:
         show_help()
     options, stored = adopt_warm_start(options, argv)
+    name_tokenizer_in_errors()
     args, base = parse_eagle_args(options, argv)
     with own_save(args):
         _pretrain(args, options, base, stored)
@@ -107,7 +109,6 @@ def _pretrain(
     from megatron_eagle.training.builder import ModelBuilder
     from megatron_eagle.training.data import DatasetProvider
     from megatron_eagle.training.evaluation import AcceptanceEvaluation
-    from megatron_eagle.training.megatron_refusals import name_tokenizer_in_errors
     from megatron_eagle.training.metrics_log import MetricsLog
     from megatron_eagle.training.nan_stop import noted_iterations, stop_at_nan
     from megatron_eagle.training.resume import name_checkpoints_in_errors
@@ -120,7 +121,6 @@ def _pretrain(
     configure_nvtx_profiling(options.train.nvtx)
     schedule = replace_schedule(options)
     name_checkpoints_in_errors()
-    name_tokenizer_in_errors()
     stop_at_nan(args, noted_iterations(args.save))
     throughput, log = Throughput(), None
     if options.train.log_file is not None:

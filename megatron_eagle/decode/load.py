@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_eagle.checkpoint.base_fields import TP_SIZES, check_complete
+from megatron_eagle.checkpoint.base_fields import check_complete, cut_sizes
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.checkpoint.hybrid_pattern import CUT, for_stages, megatron_layers, pattern_of
 from megatron_eagle.checkpoint.loading import load_sharded
@@ -66,11 +66,10 @@ def load_base(
     args, groups = base.megatron_args, pg_collection
     check_complete(args, f"<base_checkpoint> {literal(directory)}")
     ranks, stages, experts = groups.tp.size(), groups.pp.size(), groups.ep.size()
-    for name in TP_SIZES:
-        if args.get(name, 0) % ranks:
+    for name, size in cut_sizes(args).items():
+        if size % ranks:
             raise UserError(
-                f"<tensor_model_parallel_size> {ranks} does not divide the base's {name} = "
-                f"{args[name]}"
+                f"<tensor_model_parallel_size> {ranks} does not divide the base's {name} = {size}"
             )
     layers = megatron_layers(args)
     if layers < stages:

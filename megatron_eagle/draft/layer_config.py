@@ -24,6 +24,7 @@ _PLAIN: dict[str, Any] = {
     "apply_residual_connection_post_layernorm": False,
     "attention_output_gate": False,
     "glu_linear_offset": 0.0,
+    "heterogeneous_block_specs": False,
     "is_hybrid_model": False,
     "layernorm_zero_centered_gamma": False,
     "no_rope_freq": None,

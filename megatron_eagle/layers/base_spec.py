@@ -10,10 +10,14 @@ from collections.abc import Iterator
 from typing import Any
 
 from megatron_eagle.attention.core import with_eagle_attention
-from megatron_eagle.compat import WrappedTorchNorm, get_gpt_decoder_block_spec
+from megatron_eagle.compat import WrappedTorchNorm, get_gpt_decoder_block_spec, require
 from megatron_eagle.layers.group_router import GroupLimitedRouter
 from megatron_eagle.layers.zero_centered_norm import ZeroCenteredNorm, use_zero_centered_norms
 
+_HETEROGENEOUS = (
+    "megatron.core.models.gpt.heterogeneous.heterogeneous_layer_specs:"
+    "get_gpt_heterogeneous_layer_spec"
+)
 NORM_BEFORE_QKV = {"input_layernorm.": "self_attention.linear_qkv.layer_norm_"}
 MLA_NORMS = {
     "self_attention.q_layernorm.": "self_attention.linear_q_up_proj.layer_norm_",
@@ -28,6 +32,8 @@ def local_base_spec(config: Any, pp_rank: int, native: bool = False) -> Any:
 
     ``native``: Megatron trained the base, so experts are routed as Megatron routes them.
     """
+    if config.heterogeneous_block_specs:
+        return _heterogeneous_spec(config, pp_rank, transformer_engine=False, ours=True)
     block = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=False,
@@ -58,10 +64,12 @@ def transformer_engine_base_spec(
     ``AttentionState`` for packed documents or decoding), and for windows and sinks. ``native``: as
     for :func:`local_base_spec`.
     """
+    ours = keeps_states or config.window_size is not None or config.softmax_type != "vanilla"
+    if config.heterogeneous_block_specs:
+        return _heterogeneous_spec(config, pp_rank, transformer_engine=True, ours=ours)
     block = get_gpt_decoder_block_spec(
         config, use_transformer_engine=True, qk_l2_norm=config.qk_l2_norm, pp_rank=pp_rank
     )
-    ours = keeps_states or config.window_size is not None or config.softmax_type != "vanilla"
     for spec in _distinct_layers(block):
         if ours:
             with_eagle_attention(spec)
@@ -72,6 +80,16 @@ def transformer_engine_base_spec(
                 **MLA_NORMS,
             }
         _limit_groups(config, spec, native)
+    return block
+
+
+def _heterogeneous_spec(config: Any, pp_rank: int, *, transformer_engine: bool, ours: bool) -> Any:
+    """Return Megatron's spec of layers that differ in their parts; ``ours``: with our core
+    attention in those that have attention."""
+    block = require(_HETEROGENEOUS)(config, transformer_engine, pp_rank=pp_rank)
+    for spec in block.layer_specs if ours else ():
+        if spec.submodules.self_attention.submodules is not None:
+            with_eagle_attention(spec)
     return block
 
 

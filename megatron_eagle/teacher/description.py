@@ -14,6 +14,7 @@ import torch
 
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.checkpoint.hybrid_pattern import megatron_layers
+from megatron_eagle.checkpoint.layer_blocks import BLOCKS, PATH
 from megatron_eagle.compat import (
     core_transformer_config_from_args,
     gpt_config_from_args,
@@ -61,6 +62,8 @@ def base_arguments(info: BaseInfo, **parallelism: Any) -> argparse.Namespace:
     for name, value in info.megatron_args.items():
         values[STORED_AS.get(name, name)] = value
     values["num_layers"] = megatron_layers(info.megatron_args)
+    if BLOCKS in info.megatron_args:
+        values[PATH] = ""
     if values["window_size"] is not None:
         values["window_size"] = tuple(values["window_size"])
     values |= {_PARALLELISM.get(name, name): value for name, value in parallelism.items()}

@@ -17,8 +17,10 @@ _NUMBERED = re.compile(r"decoder\.layers\.(\d+)\.")
 NORMS = (
     ("input_layernorm.", "self_attention.linear_qkv.layer_norm_"),
     ("input_layernorm.", "self_attention.in_proj.layer_norm_"),
+    ("input_layernorm.", "self_attention.layer_norm_"),
     ("norm.", "mixer.in_proj.layer_norm_"),
     ("pre_mlp_layernorm.", "mlp.linear_fc1.layer_norm_"),
+    ("pre_mlp_layernorm.", "mlp.layer_norm_"),
     ("self_attention.q_layernorm.", "self_attention.linear_q_up_proj.layer_norm_"),
     ("self_attention.kv_layernorm.", "self_attention.linear_kv_up_proj.layer_norm_"),
 )

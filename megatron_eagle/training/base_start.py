@@ -17,6 +17,7 @@ from torch import Tensor
 
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.checkpoint.hybrid_pattern import pattern_of, symbols
+from megatron_eagle.checkpoint.layer_blocks import Block, blocks_of
 from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.config import DraftSpec, EagleConfig
 from megatron_eagle.config.option import flag_name
@@ -75,6 +76,13 @@ def check_base_start(options: EagleConfig, base: BaseInfo) -> None:
         )
     if any(moe_layers(args)[-layers:]):
         raise UserError(f"{flag}: the base's last layer has experts, a dense draft has not")
+    blocks = blocks_of(args)
+    alike = Block(attends=True, ffn=args.get("ffn_hidden_size"))
+    if blocks is not None and any(block != alike for block in blocks[-layers:]):
+        raise UserError(
+            f"{flag}: the base's last layers are not attention with an MLP of ffn_hidden_size "
+            f"{args['ffn_hidden_size']}, as a draft's are"
+        )
     for name, width in layer_widths(options.spec, args).items():
         if width != args[name]:
             raise UserError(f"{flag}: {flag_name(name)} {width}, but the base has {args[name]}")

@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-from megatron_eagle.checkpoint.base_fields import TP_SIZES
+from megatron_eagle.checkpoint.base_fields import cut_sizes
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.checkpoint.hybrid_pattern import CUT, megatron_layers
 from megatron_eagle.config import EagleConfig
@@ -43,11 +43,11 @@ def check_layout(argv: Sequence[str], base: BaseInfo, options: EagleConfig) -> N
     )
     if options.spec.num_experts is not None:
         _check_experts(layout, base, options)
-    for name in (*TP_SIZES, "hidden_size"):
-        if base.megatron_args.get(name, 0) % tensor:
+    sizes = cut_sizes(base.megatron_args)
+    for name, size in {**sizes, "hidden_size": base.megatron_args.get("hidden_size", 0)}.items():
+        if size % tensor:
             raise UserError(
-                f"--tensor-model-parallel-size {tensor} does not divide "
-                f"the base's {name} = {base.megatron_args[name]}"
+                f"--tensor-model-parallel-size {tensor} does not divide the base's {name} = {size}"
             )
     for name, width in layer_widths(options.spec, base.megatron_args).items():
         if name in TP_WIDTHS and width % tensor:

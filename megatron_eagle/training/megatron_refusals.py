@@ -55,16 +55,31 @@ def in_one_line(parse: Callable[..., Any], **options: Any) -> Any:
 
 
 def name_tokenizer_in_errors() -> None:
-    """Make what fails in the files of Megatron's tokenizer one line. Must run before
-    ``pretrain()``."""
+    """Make what fails in the files of Megatron's tokenizer one line, and a tokenizer of another
+    vocabulary than the base's. Must run before Megatron parses its flags, which builds it."""
     build = require(_TOKENIZER)
 
     @functools.wraps(build)
     def build_tokenizer(args: Any, *rest: Any, **options: Any) -> Any:
         with reading("tokenizer_model", args.tokenizer_model):
-            return build(args, *rest, **options)
+            tokenizer = build(args, *rest, **options)
+        if not args.tokenizer_type.startswith("Null"):
+            _check_vocabulary(tokenizer, args)
+        return tokenizer
 
     patch(_TOKENIZER, build_tokenizer, "name the tokenizer that cannot be read")
+
+
+def _check_vocabulary(tokenizer: Any, args: argparse.Namespace) -> None:
+    """Raise ``UserError`` for a tokenizer with more ids than the base. A padding token behind the
+    last id is let through: public models have one, and nothing is ever padded with it."""
+    size, known = tokenizer.vocab_size, args.vocab_size
+    padding = int(size == known + 1 and tokenizer.pad == known)
+    if size - padding > known:
+        raise UserError(
+            f"<tokenizer_model> {literal(args.tokenizer_model)}: has {size} token ids, the base "
+            f"{known}; is it another model's tokenizer?"
+        )
 
 
 def _source_line(error: Exception) -> str:

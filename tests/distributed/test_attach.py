@@ -28,6 +28,7 @@ CASES = {
     "cp2": AttachedCase(cp=2, train={"loss": "tv"}),
     "cp2-documents": AttachedCase(cp=2, documents=True),
     "tp2-eagle1": AttachedCase(tp=2, spec={"algorithm": "eagle1"}, draft_vocab=None, fmt="sglang"),
+    "tp2-sp-hybrid": AttachedCase(base="hybrid", tp=2, sequence_parallel=True),
     "ep2-moe": AttachedCase(base="moe", ep=2, draft_vocab=None),
 }
 

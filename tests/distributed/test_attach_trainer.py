@@ -27,6 +27,7 @@ BASES: dict[str, dict[str, Any]] = {
         "recompute_method": "uniform",
         "recompute_num_layers": 1,
     },
+    "hybrid": {"kind": "hybrid", "hidden_dropout": 0.1},
     "moe": {"kind": "moe", "moe_router_enable_expert_bias": True, "moe_aux_loss_coeff": 0.0,
             "moe_router_score_function": "sigmoid"},
 }  # fmt: skip

@@ -10,6 +10,7 @@ from megatron_eagle.hf.base.import_base import import_base
 from megatron_eagle.testing.harness import run_distributed
 from tests.e2e.conftest import Inputs
 from tests.e2e.launch import RECIPE
+from tests.helpers.native_files import namespace, save
 from tests.helpers.refused_flags import refusal
 from tests.helpers.tiny_hf import make_base
 
@@ -65,3 +66,28 @@ def test_a_flag_that_changes_a_router_is_refused(
 
 def test_flags_of_training_alone_are_accepted(experts: list[object]) -> None:
     assert run_distributed(refusal, 1, words_of(*experts, *HARMLESS)) == ["accepted"]
+
+
+NATIVE = {
+    "--num-layers 3": "--num-layers 3 contradicts the base checkpoint",
+    "--rotary-base 7": "--rotary-base 7 contradicts the base checkpoint",
+    "--normalization LayerNorm": "--normalization LayerNorm contradicts the base checkpoint",
+    "--spec a b": "--spec",
+    "--heterogeneous-layers-config-path x.json": "--heterogeneous-layers-config-path",
+    "": "accepted",
+}
+"""Flags beside a base that Megatron saved -> how the answer begins."""
+
+
+def answers(rank: int, world: int, words: list[str]) -> dict[str, str]:
+    return {flags: refusal(rank, world, [*words, *flags.split()]) for flags in NATIVE}
+
+
+@pytest.mark.slow
+def test_a_flag_that_contradicts_a_native_base_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+    arguments = namespace(num_attention_heads=4, kv_channels=2)
+    base = save(tmp_path / "native", arguments)
+    words = words_of(*inputs.flags, "--eagle-base-checkpoint", base, "--eagle-aux-layers", 0, 1)
+    (said,) = run_distributed(answers, 1, words)
+    for flags, beginning in NATIVE.items():
+        assert said[flags].startswith(beginning) and "\n" not in said[flags], said[flags]

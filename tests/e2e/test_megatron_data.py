@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_eagle.checkpoint.reader import CheckpointReader
+from tests.e2e.conftest import Inputs
 from tests.e2e.launch import train
 from tests.helpers.corpus import VOCABULARY, corpus, write_indexed
 
@@ -62,3 +63,13 @@ def test_ids_of_another_tokenizer_are_refused_at_any_layout(tmp_path: Path) -> N
     )
     assert run.returncode != 0
     assert f"--data-path: token id {VOCABULARY} is outside" in run.error_line
+
+
+def test_a_tokenizer_of_another_vocabulary_is_refused(inputs: Inputs, tmp_path: Path) -> None:
+    made = corpus(tmp_path, "HuggingFaceTokenizer")
+    run = train(1, None, "--eagle-base-checkpoint", inputs.base, *made.flags)
+    assert run.returncode != 0
+    assert run.error_line.startswith("error: --tokenizer-model ")
+    assert run.error_line.endswith(
+        f"has {VOCABULARY} token ids, the base 61; is it another model's tokenizer?"
+    )

@@ -10,11 +10,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks import loss_compare
 from megatron_eagle.checkpoint.base_description import read_base
+from megatron_eagle.cli.main import main
+from megatron_eagle.errors import UserError
 from megatron_eagle.parallel.context import ContextShard
 from megatron_eagle.testing.harness import megatron_parallel, run_distributed
 from tests.e2e.launch import ROOT, launch, train
-from tests.helpers.native_base import FAMILIES, Trained, pretrain
+from tests.helpers.native_base import BRIDGE, FAMILIES, Trained, pretrain
+from tests.helpers.native_files import as_bridge, as_older
 from tests.helpers.random_answers import write_answers
 
 CAPTURED = (0, 3, 5)
@@ -28,6 +32,7 @@ OTHER_LAYOUTS: dict[str, list[dict[str, int]]] = {
     "deepseek": [TENSOR, EXPERT],
     "hybrid": [PIPELINE, TENSOR],
     "delta_net": [TENSOR, CONTEXT],
+    "heterogeneous": [PIPELINE, WHOLE],
     "latent_hybrid": [TENSOR],
 }
 
@@ -37,6 +42,7 @@ AUX = "--eagle-aux-layers"
 FLAGS: dict[str, list[object]] = {
     "deepseek": MLA,
     "llama": ["--eagle-init-from-base"],
+    "heterogeneous": ["--eagle-init-from-base"],
     "hybrid": ["--eagle-init-from-base", AUX, 0, 1, 2],
     "delta_net": [AUX, 0, 1, 3],
     "latent_hybrid": [AUX, 0, 1],
@@ -50,7 +56,8 @@ TP2 = ["--tensor-model-parallel-size", 2]
 )
 def test_a_base_that_megatron_trained(family: str, tmp_path: Path) -> None:
     """Logits and captured states equal those of the model that trained, at another layout; a draft
-    trains, converts, and decodes what the base alone would write. The base's files stay."""
+    trains, converts, and decodes what the base alone would write. The base's files stay, and those
+    of an older release or of Megatron-Bridge say and do the same."""
     trained = pretrain(family, tmp_path)
     before = listing(trained.directory)
     captured = HYBRIDS.get(family, CAPTURED)
@@ -60,10 +67,18 @@ def test_a_base_that_megatron_trained(family: str, tmp_path: Path) -> None:
             outputs, world, trained.directory, trained.tokens, layout, captured
         )
         check(results, trained, captured, 2 if family in HYBRIDS else 1)
+    older = as_older(trained.directory, tmp_path / "older")
+    same = older
+    if family == "llama":
+        same = as_bridge(older, tmp_path / "bridge", BRIDGE)
+        with pytest.raises(UserError, match="is missing; name one of its iterations, such as iter"):
+            read_base(tmp_path / "bridge")
+    for other in (older, same):
+        assert identity(other) == identity(trained.directory)
     write_answers(tmp_path / "answers.jsonl")
     flags = FLAGS.get(family, [])
     run = train(
-        1, tmp_path / "log.jsonl", "--eagle-base-checkpoint", trained.directory,
+        1, tmp_path / "log.jsonl", "--eagle-base-checkpoint", older,
         "--eagle-train-data", tmp_path / "answers.jsonl", "--eagle-draft-vocab-size", 32,
         "--save", tmp_path / "draft", "--save-interval", 20, *flags,
     )  # fmt: skip
@@ -72,7 +87,7 @@ def test_a_base_that_megatron_trained(family: str, tmp_path: Path) -> None:
     prompts = [{"prompt_ids": row.tolist()} for row in trained.tokens[:, :7]]
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(p) + "\n" for p in prompts))
     decoded = launch(
-        ROOT / "tools" / "eval_acceptance.py", 2, "--base", trained.directory,
+        ROOT / "tools" / "eval_acceptance.py", 2, "--base", same,
         "--draft", tmp_path / "draft", "--prompts", tmp_path / "prompts.jsonl",
         "--max-new-tokens", 12,
     )  # fmt: skip
@@ -86,6 +101,12 @@ def test_a_base_that_megatron_trained(family: str, tmp_path: Path) -> None:
     card = (tmp_path / "draft_hf" / "README.md").read_text()
     assert "Megatron-LM checkpoint, iteration 4" in card
     assert listing(trained.directory) == before
+
+
+def identity(directory: Path) -> tuple[Any, ...]:
+    """What tells a base from others, whoever saved it."""
+    base = read_base(directory)
+    return base.megatron_args, base.hf_config, base.rope, base.fingerprint
 
 
 def listing(directory: Path) -> dict[str, int]:
@@ -145,7 +166,8 @@ def outputs(
 @pytest.mark.slow
 def test_a_native_base_serves_every_way_of_training(tmp_path: Path) -> None:
     """Features that another layout wrote train as the base beside the draft does; documents pack
-    with learned positions that restart; a trained draft is a warm start."""
+    with learned positions that restart, beside a checkpoint that a file describes; a trained draft
+    is a warm start."""
     trained = pretrain("gpt2", tmp_path)
     write_answers(tmp_path / "answers.jsonl")
     data = ["--eagle-train-data", tmp_path / "answers.jsonl"]
@@ -160,7 +182,11 @@ def test_a_native_base_serves_every_way_of_training(tmp_path: Path) -> None:
     saved = ["--save", tmp_path / "draft", "--save-interval", 20]
     beside = train(2, tmp_path / "beside.jsonl", *base, *data, *TP2, *saved)
     offline = train(2, tmp_path / "offline.jsonl", *base, *features, *TP2)
-    packed = train(1, tmp_path / "packed.jsonl", *base, *data, "--eagle-pack")
+    described, mute = tmp_path / "base.json", as_older(trained.directory, tmp_path / "mute")
+    assert main(["describe-base", str(mute), "--write", str(described)]) == 0
+    torch.save({"iteration": 4}, next(mute.glob("iter_*/common.pt")))
+    description = ["--eagle-base-checkpoint", mute, "--eagle-base-description", described]
+    packed = train(1, tmp_path / "packed.jsonl", *base, *data, "--eagle-pack", *description)
     warm = train(1, tmp_path / "warm.jsonl", *base, *data, "--eagle-warm-start", tmp_path / "draft")
     for run in (beside, offline, packed, warm):
         assert run.returncode == 0, run.output[-3000:]
@@ -168,6 +194,14 @@ def test_a_native_base_serves_every_way_of_training(tmp_path: Path) -> None:
     for iteration, line in beside.metrics.items():
         assert offline.metrics[iteration]["loss"] == pytest.approx(line["loss"], rel=1e-5)
     assert warm.metrics[1]["loss"] < beside.metrics[10]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_layouts_agree_beside_a_native_base(tmp_path: Path) -> None:
+    trained = pretrain("gpt2", tmp_path)
+    layouts = ["--layouts", "tp1,pp2", "--base", str(trained.directory), "--seq-length", "32"]
+    assert loss_compare.main([*layouts, "--train-iters", "3", "--draft-vocab-size", "32"]) == 0
 
 
 @pytest.mark.slow

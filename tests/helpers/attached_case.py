@@ -16,6 +16,7 @@ from megatron_eagle.testing.harness import megatron_parallel
 
 HIDDEN, VOCAB, PADDED, SEQUENCES, LENGTH = 32, 61, 64, 4, 24
 AUX = (0, 1, 3)
+PATTERN = "*-*E*-*-"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def begin(tp: int = 1, cp: int = 1, ep: int = 1) -> Any:
 
 def make_gpt(kind: str, groups: Any, sequence_parallel: bool = False, **changes: Any) -> Any:
     """A GPTModel in train mode: ``llama``, ``gpt2`` (tied, biases, learned positions), ``moe`` or
-    ``mtp``; ``changes`` are fields of its TransformerConfig."""
+    ``mtp``; or a HybridModel, ``hybrid``; ``changes`` are fields of its TransformerConfig."""
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import (
         get_gpt_decoder_block_spec,
@@ -81,7 +82,7 @@ def make_gpt(kind: str, groups: Any, sequence_parallel: bool = False, **changes:
 
     gpt2 = kind == "gpt2"
     fields: dict[str, Any] = {
-        "num_layers": 4,
+        "num_layers": len(PATTERN) if kind == "hybrid" else 4,
         "hidden_size": HIDDEN,
         "ffn_hidden_size": 48,
         "num_attention_heads": 4,
@@ -110,7 +111,12 @@ def make_gpt(kind: str, groups: Any, sequence_parallel: bool = False, **changes:
         fields |= {"moe_token_dispatcher_type": "alltoall", "moe_aux_loss_coeff": 0.01}
     if kind == "mtp":
         fields |= {"mtp_num_layers": 1, "mtp_loss_scaling_factor": 0.3}
+    if kind == "hybrid":
+        fields |= {"num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_size": 16}
+        fields |= {"moe_token_dispatcher_type": "alltoall", "is_hybrid_model": True}
     config = TransformerConfig(**(fields | changes))
+    if kind == "hybrid":
+        return make_hybrid(config, groups)
     if groups.cp.size() > 1:  # Megatron's local attention has no context parallelism
         from megatron_eagle.layers.backend import local_backend
 
@@ -129,6 +135,24 @@ def make_gpt(kind: str, groups: Any, sequence_parallel: bool = False, **changes:
         position_embedding_type="learned_absolute" if gpt2 else "rope",
         rotary_base=10000,
         mtp_block_spec=mtp if kind == "mtp" else None,
+        pg_collection=groups,
+    ).train()
+
+
+def make_hybrid(config: Any, groups: Any) -> Any:
+    """A HybridModel of attention, MLPs and experts in train mode, in four layers of two symbols."""
+    from megatron.core.models.hybrid.hybrid_model import HybridModel
+
+    from megatron_eagle.layers.backend import local_backend
+
+    return HybridModel(
+        config=config,
+        hybrid_stack_spec=local_backend().hybrid_spec(config, PATTERN),
+        vocab_size=PADDED,
+        max_sequence_length=LENGTH,
+        hybrid_layer_pattern=PATTERN,
+        position_embedding_type="rope",
+        rotary_base=50000,
         pg_collection=groups,
     ).train()
 
@@ -176,10 +200,11 @@ def oracle_inputs(gpt: Any, data: Data) -> dict[str, Tensor]:
         logits = gpt(data.tokens, data.position_ids, None)
     for handle in handles:
         handle.remove()
+    step = len(gpt.decoder.layers) // 4  # symbols of a layer: two of the hybrid model
     tied = gpt.share_embeddings_and_output_weights
     output = gpt.embedding.word_embeddings.weight if tied else gpt.output_layer.weight
     return {
-        "aux": torch.cat([kept[i] for i in AUX], dim=-1).transpose(0, 1),
+        "aux": torch.cat([kept[step * i + step - 1] for i in AUX], dim=-1).transpose(0, 1),
         "final": final[0].transpose(0, 1),
         "logits": logits[..., :VOCAB],
         "embedding": gpt.embedding.word_embeddings.weight.detach()[:VOCAB],

@@ -27,7 +27,7 @@ from tests.helpers.attached_run import attach_case
 SAID = {
     "pipeline": "pipeline_model_parallel_size 2: the draft reads layers of all stages",
     "virtual stages": "model: a list of 2 virtual pipeline stages",
-    "another model": "model: a draft is attached to a GPTModel, not to a torch.nn.modules.linear",
+    "another model": "model: a draft is attached to a GPTModel or HybridModel, not to a torch.nn",
     "cuda graphs": "cuda_graph_impl local of model: hooks do not run when a graph is replayed",
     "layer out of range": "aux_layers 4 is out of range: the base has layers 0 to 3",
     "no default layers": "aux_layers must be given for a base of 4 layers",

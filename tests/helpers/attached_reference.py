@@ -24,6 +24,7 @@ def reference_of(case: AttachedCase, result: dict[str, Any]) -> ReferenceEagle3:
         draft_vocab_size=case.draft_vocab or VOCAB, num_aux=1 if eagle1 else 3,
         eagle1=eagle1, fc_norm=algorithm == "eagle3.1", norm_output=algorithm == "eagle3.1",
         mask_token=case.spec.get("mask_token"),
+        rope_theta=50000.0 if case.base == "hybrid" else 10000.0,
         **({"ttt_steps": 3, "loss": "kl"} | case.train),
     )  # fmt: skip
     reference = ReferenceEagle3(config, inputs["embedding"], ids)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,60 @@ TENSOR, PIPELINE = ["--tensor-model-parallel-size", 2], ["--pipeline-model-paral
 EXPERT = ["--expert-model-parallel-size", 2, "--moe-token-dispatcher-type", "alltoall"]
 EXPERTS = ["--num-experts", 4, "--moe-router-topk", 2, "--moe-ffn-hidden-size", 24]
 
+ATTENTION, MATRIX = {"n_heads_in_group": 2}, {"replace_with_linear": True}
+NOTHING = {"no_op": True}
+PARTS: list[tuple[dict[str, Any], dict[str, Any]]] = [
+    (ATTENTION, {"ffn_hidden_size": 64}),
+    (NOTHING, {"ffn_hidden_size": 48}),
+    (MATRIX, {"ffn_mult": 1.5}),
+    (ATTENTION, MATRIX),
+    (NOTHING, NOTHING),
+    (ATTENTION, NOTHING),
+    (MATRIX, MATRIX),
+    (ATTENTION, {"ffn_hidden_size": None}),
+]
+"""Attention and MLP of each layer of a heterogeneous model."""
+BLOCKS: dict[str, Any] = {
+    "hidden_act": "silu",
+    "num_hidden_layers": 8,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "rope_scaling": {"factor": 8.0},
+    "block_configs": [
+        {
+            "attention": {"n_heads_in_group": None, **attention},
+            "ffn": mlp if "ffn_hidden_size" in mlp else {"ffn_mult": None, **mlp},
+        }
+        for attention, mlp in PARTS
+    ],
+}
+"""Those layers as the config.json of a Llama-Nemotron model has them, with what Megatron reads."""
+
+BRIDGE: dict[str, Any] = {
+    "_target_": "megatron.bridge.models.llama.llama_provider.LlamaModelProvider",
+    "num_layers": 8,
+    "hidden_size": 32,
+    "ffn_hidden_size": 48,
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "kv_channels": None,
+    "seq_length": 64,
+    "normalization": "RMSNorm",
+    "layernorm_epsilon": 1e-5,
+    "position_embedding_type": "rope",
+    "rotary_base": 10000,
+    "rotary_percent": 1.0,
+    "add_bias_linear": False,
+    "gated_linear_unit": True,
+    "activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False},
+    "share_embeddings_and_output_weights": False,
+    "vocab_size": VOCAB,
+    "make_vocab_size_divisible_by": 4,
+}
+"""The ``llama`` of FAMILIES in the fields of Megatron-Bridge's provider."""
+
 FAMILIES: dict[str, list[object]] = {
     "llama": [*LLAMA, *TENSOR],
     "gpt2": [*PIPELINE],
@@ -87,6 +142,11 @@ FAMILIES: dict[str, list[object]] = {
         *("--q-lora-rank", 16, "--kv-lora-rank", 8, "--qk-head-dim", 8),
         *("--qk-pos-emb-head-dim", 4, "--v-head-dim", 8),
         *("--rotary-scaling-factor", 4, "--mscale-all-dim", 0.8, "--multi-latent-attention"),
+    ],
+    "heterogeneous": [
+        *LLAMA, "--use-rope-scaling", "--use-rotary-position-embeddings", *TENSOR,
+        *("--heterogeneous-layers-config-path", ""),
+        *("--heterogeneous-layers-config-encoded-json", json.dumps(BLOCKS)),
     ],
     "mtp": [*LLAMA, "--mtp-num-layers", 1],
 }  # fmt: skip

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import io
+import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from megatron_eagle.checkpoint.writer import Chunk, write_torch_dist
 
@@ -72,3 +76,32 @@ def save(
 def namespace(**changes: Any) -> dict[str, Any]:
     args = {**ARGS, **changes}
     return {"args": argparse.Namespace(**args), "iteration": 10, "checkpoint_version": 3.0}
+
+
+def as_older(source: Path, target: Path) -> Path:
+    """Copy a checkpoint of Megatron's to ``target``, as releases before 0.19 wrote it: its common
+    state in ``common.pt``, not among the shards' objects."""
+    shutil.copytree(source, target)
+    (iteration,) = target.glob("iter_*")
+    metadata = pickle.loads((iteration / ".metadata").read_bytes())
+    (index,) = (i for i in metadata.storage_data if i.fqn == "common_state/shard_0_1")
+    place = metadata.storage_data.pop(index)
+    del metadata.state_dict_metadata[index.fqn]
+    content = (iteration / place.relative_path).read_bytes()
+    content = content[place.offset : place.offset + place.length]
+    (common,) = torch.load(io.BytesIO(content), weights_only=False)
+    assert isinstance(common["args"], argparse.Namespace)
+    torch.save(common, iteration / "common.pt")
+    (iteration / ".metadata").write_bytes(pickle.dumps(metadata))
+    return target
+
+
+def as_bridge(source: Path, target: Path, model: dict[str, Any]) -> Path:
+    """Copy what ``as_older`` made to ``target``, as Megatron-Bridge writes it: no arguments, but
+    the fields ``model`` in run_config.yaml, and no tracker file of Megatron-LM's."""
+    shutil.copytree(source, target)
+    (iteration,) = target.glob("iter_*")
+    torch.save({"iteration": 4, "checkpoint_version": 3.0}, iteration / "common.pt")
+    (iteration / "run_config.yaml").write_text(yaml.safe_dump({"model": model}))
+    (target / "latest_checkpointed_iteration.txt").unlink()
+    return iteration

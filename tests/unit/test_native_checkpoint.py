@@ -76,6 +76,15 @@ def test_an_older_checkpoint_describes_its_model(name: str, tmp_path: Path) -> N
     }  # fmt: skip
 
 
+def test_half_a_checkpoint_is_one_line(tmp_path: Path) -> None:
+    root = save(tmp_path / "model", namespace(), old=False)
+    (shard,) = (root / "iter_0000010").glob("*.distcp")
+    shard.unlink()
+    with pytest.raises(UserError, match="shard file is missing") as error:
+        read_base(root)
+    assert str(shard) in str(error.value) and "\n" not in str(error.value)
+
+
 def test_other_weights_have_another_fingerprint(tmp_path: Path) -> None:
     prints = {
         read_base(save(tmp_path / name, namespace(), *more)).fingerprint
@@ -128,10 +137,6 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"vocab_size": 25}, "vocab_size 25, but embedding.word_embeddings.weight has 24 rows"),
     ({"num_layers": 3}, "num_layers 3, but there are 2 layers"),
     ({"untie_embeddings_and_output_weights": False}, "but output_layer.weight is there"),
-    (
-        {"heterogeneous_layers_config_encoded_json": '{"block_configs": []}'},
-        "heterogeneous_layers_config_encoded_json",
-    ),
     ({"experimental_attention_variant": "dsa"}, "experimental_attention_variant dsa"),
     ({"softmax_type": "off-by-one"}, "softmax_type off-by-one"),
     ({"position_embedding_type": "mrope"}, "position_embedding_type mrope"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_eagle.checkpoint.native.heterogeneous import as_heterogeneous, is_heterogeneous
 from megatron_eagle.checkpoint.native.hybrid import as_hybrid
 from megatron_eagle.checkpoint.native.positions import position_args
 from megatron_eagle.checkpoint.native.values import number, required, size
@@ -51,8 +52,6 @@ MLA = ("kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 
 REFUSED: dict[str, tuple[Any, ...]] = {
     "experimental_attention_variant": (None,),
-    "heterogeneous_layers_config_path": (None, ""),
-    "heterogeneous_layers_config_encoded_json": (None, ""),
     "use_mup": (None, False),
     "moe_router_topk_limited_devices": (None,),
     "moe_mlp_glu_interleave_size": (None,),
@@ -111,7 +110,11 @@ def architecture_args(args: Args, source: str) -> dict[str, Any]:
         **(_mla(args, source) if mla else {}),
         **_experts(args, source),
     }
-    return as_hybrid(architecture, args, source) if hybrid else architecture
+    if hybrid:
+        return as_hybrid(architecture, args, source)
+    if is_heterogeneous(args):
+        return as_heterogeneous(architecture, args, source)
+    return architecture
 
 
 def current_names(args: Args) -> dict[str, Any]:

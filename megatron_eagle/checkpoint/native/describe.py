@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_eagle.checkpoint.directory import BaseInfo, parse_base
 from megatron_eagle.checkpoint.hybrid_pattern import megatron_layers, pattern_of
+from megatron_eagle.checkpoint.layer_blocks import layers_with_weights
 from megatron_eagle.checkpoint.native.architecture import architecture_args, current_names
 from megatron_eagle.checkpoint.native.arguments import SavedArguments, read_arguments
 from megatron_eagle.checkpoint.native.fingerprint import fingerprint
@@ -124,7 +125,7 @@ def _check_tensors(args: Mapping[str, Any], checkpoint: CheckpointReader, source
         raise UserError(
             f"{source}: untie_embeddings_and_output_weights is {untied}, but {OUTPUT} {there}"
         )
-    said, layers = megatron_layers(args), _layers(checkpoint)
+    said, layers = layers_with_weights(args, megatron_layers(args)), _layers(checkpoint)
     if layers != said:
         name = "num_layers" if pattern_of(args) is None else "hybrid_layer_pattern of"
         raise UserError(f"{source}: {name} {said}, but there are {layers} layers")
