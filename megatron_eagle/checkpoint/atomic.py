@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import filecmp
 import json
 import os
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_eagle.checkpoint.lock import output_lock
-from megatron_eagle.errors import UserError
+from megatron_eagle.errors import UserError, literal
 from megatron_eagle.user_files import read_json_object, reading
 
 _AT_FDCWD, _RENAME_EXCHANGE = -100, 2
@@ -118,18 +119,22 @@ def put_in_place(*targets: Path) -> None:
 
 
 @contextmanager
-def atomic_dir(target: Path, replace: bool = False) -> Iterator[Path]:
+def atomic_dir(target: Path, replace: bool = False, was_killed: bool = False) -> Iterator[Path]:
     """Yield a new directory that becomes ``target`` on success and vanishes on error.
 
     With ``replace`` it takes the place of a directory that holds something; without, that is an
-    ``OSError``.
+    ``OSError``. If the last run ``was_killed``, a ``target`` that holds the same is that run's and
+    is left as it is, and one that holds anything else is a ``UserError``.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     scratch = target.with_name(f".{target.name}.{os.getpid()}.part")
     scratch.mkdir()
     try:
         yield scratch
-        if replace:
+        if was_killed and target.is_dir() and any(target.iterdir()):
+            if not _same_content(scratch, target):
+                raise UserError(f"{literal(target)}: the directory exists and is not empty")
+        elif replace:
             replace_dir(scratch, target)
         else:
             _sync_tree(scratch)
@@ -188,6 +193,15 @@ def _sync_tree(directory: Path) -> None:
         for name in names:
             sync(Path(folder) / name)
         sync(Path(folder))
+
+
+def _same_content(one: Path, other: Path) -> bool:
+    """Return whether two directories hold the same files, byte for byte."""
+    names = {path.relative_to(one) for path in one.rglob("*") if path.is_file()}
+    others = {path.relative_to(other) for path in other.rglob("*") if path.is_file()}
+    return names == others and all(
+        filecmp.cmp(one / name, other / name, shallow=False) for name in names
+    )
 
 
 def _delete(path: Path) -> None:

@@ -9,10 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
+from megatron_eagle.checkpoint.directory import BASE_JSON_NAME
+from megatron_eagle.hf.base.stitch import MARK
 from tests.e2e.conftest import Inputs
+from tests.helpers.exported_draft import exported
 from tests.helpers.hf_directories import byte_tokenizer, chat_model
 from tests.helpers.killed import run_killed
+from tests.helpers.tiny_hf import make_base
 from tests.helpers.trained_draft import TrainedDraft
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -70,7 +75,8 @@ def test_import_base(inputs: Inputs, tmp_path: Path) -> None:
 def test_convert(replaced: bool, tmp_path: Path) -> None:
     place, draft = tmp_path / "place", tmp_path / "draft"
     TrainedDraft.make().save(draft)
-    words = ["convert", "--load", str(draft), "--output", str(place / "hf"), "--overwrite"]
+    words = ["convert", "--load", str(draft), "--output", str(place / "hf")]
+    words += ["--overwrite"] if replaced else []
 
     def prepare() -> None:
         if replaced:
@@ -82,6 +88,35 @@ def test_convert(replaced: bool, tmp_path: Path) -> None:
         status, _, printed = run_killed([*earlier, str(tmp_path / "earlier")], place, tmp_path)
         assert status == 0, printed
     kill_everywhere(words, place, tmp_path, prepare)
+
+
+def test_import_draft(tmp_path: Path) -> None:
+    place, base = tmp_path / "place", tmp_path / "base"
+    draft, directory = exported(tmp_path, "hf")
+    base.mkdir()
+    (base / BASE_JSON_NAME).write_text(json.dumps(draft.metadata["base"]))
+    words = ["import-draft", "--hf", str(directory), "--base", str(base)]
+    kill_everywhere([*words, "--save", str(place / "draft")], place, tmp_path)
+
+
+def test_stitch(tmp_path: Path) -> None:
+    place, hf, module, prefix = (
+        tmp_path / "place",
+        tmp_path / "hf",
+        tmp_path / "m",
+        "model.layers.1.",
+    )
+    make_base(hf, "llama", num_hidden_layers=2)
+    tensors = load_file(hf / "model.safetensors")
+    trained = {name: 2 * tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    module.mkdir()
+    save_file(trained, module / "model.safetensors", {"format": "pt"})
+    config = {**json.loads((hf / "config.json").read_text()), MARK: {"prefix": prefix}}
+    (module / "config.json").write_text(json.dumps(config))
+    words = ["stitch", "--hf", str(hf), "--module", str(module), "--save", str(place / "new")]
+    kill_everywhere(words, place, tmp_path)
+    found = load_file(place / "new" / "model.safetensors")
+    assert all(found[name].equal(trained.get(name, tensors[name])) for name in tensors)
 
 
 def test_prepare_data(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Fuzzing: 1,500 malformed files give a result or one line, never a traceback, never a hang.
+"""Fuzzing: 1,800 malformed files and flags give a result or one line, no traceback, no hang.
 
 Seeded, so a failure can be repeated: its message holds the number of the variant.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 import signal
 import sys
@@ -14,12 +15,22 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 
 from megatron_eagle.checkpoint.directory import BASE_JSON_NAME
-from megatron_eagle.cli import convert, import_base, import_draft, prepare_data, verify
+from megatron_eagle.cli import (
+    convert,
+    describe_base,
+    import_base,
+    import_draft,
+    prepare_data,
+    regenerate,
+    verify,
+)
 from megatron_eagle.data.documents import open_documents
+from megatron_eagle.decode.prompts import read_prompt_ids
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.base.import_base import import_base as import_tiny
 from tests.helpers.exported_draft import exported
@@ -97,9 +108,12 @@ def check(command: Callable[[], int], what: str, capsys: pytest.CaptureFixture[s
     try:
         with no_hang():
             status = command()
+    except SystemExit as error:  # of argparse, which says how the command is called, too
+        status = error.code
     except (Hang, Exception) as error:
         raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    printed = capsys.readouterr().err.splitlines()
+    lines = [line for line in printed if re.match(r"(prog: )?error: ", line)]
     assert (status, len(lines)) in ((0, 0), (2, 1)), f"{what}: status {status}, {lines}"
 
 
@@ -182,6 +196,71 @@ def test_chats(options: tuple[str, ...], folder: Path, capsys: pytest.CaptureFix
     (folder / "chats.jsonl").write_text(CHATS)
     fuzz(folder / "chats.jsonl", 70, lambda: prepare_data.main(words), capsys)
     (folder / "chats.jsonl").write_text(CHATS * 3)
+
+
+PROMPTS = (
+    {"prompt": "hi"},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": "hi"}]}], "tools": None},
+    {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "yes"}]},
+    {"prompt_ids": [1, 2, 3], "messages": []},
+)
+
+
+@pytest.mark.parametrize("record", PROMPTS, ids=["prompt", "messages", "conversations", "ids"])
+def test_prompts(record: dict[str, Any], folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = folder / "prompts.jsonl"
+    file.write_text(json.dumps(record))
+
+    def command() -> int:
+        try:
+            read_prompt_ids(file, str(folder / "tokenizer"), 258)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        return 0
+
+    fuzz(file, 50, command, capsys)
+
+
+VALUES = (
+    *("", " ", "-1", "0", "1", "2147483648", "9" * 5000, "nan", "inf", "1e400", "null", "x" * 5000),
+    *("{}", "[" * 5000, '{"a": 1}', "\u2028<save>", "a\nb", "/dev/null", "/dev/null/x", ".", ".."),
+)
+FLAGS = {
+    prepare_data: "--chat-template --template-options --thinking --vocab-size --show --workers",
+    convert: "--format --dtype --data --base-name --base-note --hf-config --eval",
+    import_base: "--base-name",
+    import_draft: "--aux-layers",
+    describe_base: "--base-description --write --vocab-size",
+    regenerate: "--max-new-tokens --batch-size --temperature --seed --dtype",
+}
+"""Further flags of each command that take a value."""
+
+
+@pytest.mark.parametrize("command", FLAGS, ids=lambda command: command.__name__.split(".")[-1])
+def test_flags(
+    command: Any, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Every value that a flag can take is replaced by a strange one, or the flag is added."""
+    monkeypatch.chdir(tmp_path)
+    out, hf, base, draft = tmp_path / "out", folder / "hf", folder / "base", folder / "draft"
+    words: list[object] = {
+        prepare_data: prepare_words(folder, out),
+        convert: ["--load", draft, "--output", out, "--overwrite"],
+        import_base: ["--hf", hf, "--save", out],
+        import_draft: ["--hf", draft, "--base", base, "--save", out],
+        describe_base: [base],
+        regenerate: ["--model", hf, "--prompts", folder / "answers.jsonl", "--output", out],
+    }[command]
+    given = [at for at, word in enumerate(words) if not str(word).startswith("--")]
+    for value in VALUES:
+        lines = [[*words[:at], value, *words[at + 1 :]] for at in given]
+        lines += [[*words, flag, value] for flag in FLAGS[command].split()]
+        for line in lines:
+            fresh(out)
+            line = list(map(str, line))
+            check(lambda line=line: command.main(line, "prog"), " ".join(line)[:300], capsys)
 
 
 def test_answers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,14 +33,15 @@ def stitch(hf: Path, module: Path, save: Path, progress: Callable[[str], None]) 
     ``UserError`` for a module of another base, for tensors that the base's files have not, in
     another shape or quantized, and for a ``save`` in use.
     """
-    with owned_output(save, "save"):
-        check_unused(save, "save")
+    with owned_output(save, "save") as was_killed:
+        if not was_killed:
+            check_unused(save, "save")
         with reading("hf", hf):
             base = SafetensorsDir(hf)
         with reading("module", module):
             trained = SafetensorsDir(module)
             _check(base, trained)
-        with atomic_dir(save) as scratch:
+        with atomic_dir(save, was_killed=was_killed) as scratch:
             progress(f"copying {hf}")
             shutil.copytree(hf, scratch, dirs_exist_ok=True, ignore=_LEFT_OUT)
             for file in sorted({base.headers[name].file.name for name in trained.headers}):

@@ -83,8 +83,9 @@ def export_draft(
         UserError: with the file at fault, unless the checkpoint holds a complete draft of finite
             weights that the servers of ``fmt`` can run.
     """
-    with owned_output(Path(output), "output"):
-        target = checked_output(Path(output), overwrite, is_exported_draft)
+    with owned_output(Path(output), "output") as was_killed:
+        was_killed = was_killed and not overwrite
+        target = checked_output(Path(output), overwrite or was_killed, is_exported_draft)
         with reading("load", load):
             checkpoint = CheckpointReader.open(load)
             info = read_info(checkpoint)
@@ -102,7 +103,7 @@ def export_draft(
         facts = CardFacts(
             checkpoint.directory.name, data=data, base_note=base_note, evaluation=evaluation
         )
-        with atomic_dir(target, replace=True) as scratch:
+        with atomic_dir(target, replace=True, was_killed=was_killed) as scratch:
             _write(scratch, tensors, info, fmt, facts)
             check(scratch)
     return info
