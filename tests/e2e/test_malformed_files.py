@@ -1,4 +1,4 @@
-"""Fuzzing: 1,800 malformed files and flags give a result or one line, no traceback, no hang.
+"""Fuzzing: 1,960 malformed files and 770 flag values: a result or one line, no traceback, no hang.
 
 Seeded, so a failure can be repeated: its message holds the number of the variant.
 """

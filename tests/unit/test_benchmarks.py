@@ -151,7 +151,7 @@ def test_the_verdict_compares_the_fastest_of_ours() -> None:
         found.say(part, wall_ms=ms, wall_ms_per_sequence=ms / 16, **common)
     found.say("plain ModelOpt before", case="c", batch=1, failed="OutOfMemoryError: no")
     text = found.markdown({"c": dataclasses.replace(LLAMA_1B, draft_vocab=32000)})
-    assert "| ours, compiled | 16 | 160.0 | 1.07 |" in text
+    assert "| ours, compiled | 16 | 160.0 | 1.12 |" in text
     assert "takes 2.00 times as long as ours (goal: 1.5)" in text
     assert "| plain ModelOpt before | 1 | OutOfMemoryError: no |" in text
 
