@@ -3,7 +3,8 @@
     python llamacpp_worker.py JOBS.json RESULTS.json
 
 A job is {"base": DIR, "draft": DIR, "card": commands of the model card's paragraph on llama.cpp,
-"prompts": [ids], "max_tokens": N, "draft_tokens": N, "stop_ids": [id]}; its result
+"prompts": [ids], "max_tokens": N, "draft_tokens": N, "stop_ids": [id],
+"unused_id": id that no answer has}; its result
 {"plain": [ids], "answers": [ids], "verifications": N, "accepted": [N]}, or {"error": text}. The
 server is llama.cpp's, in this process and on loopback, with the settings of the card's command, in
 fp32. Nothing of this project is imported.
@@ -23,17 +24,21 @@ from typing import Any
 CONVERTER = Path(sys.prefix) / "llama.cpp"
 
 
-def with_readable_tokenizer(base: Path, folder: Path, stop: int) -> Path:
-    """Return a copy of the base, by links, with a tokenizer of one token per byte in the form that
-    the converter knows and with one end token. Prompts and answers are ids, which stay the same."""
+def with_readable_tokenizer(base: Path, folder: Path, unused: int) -> Path:
+    """Return a copy of the base, by links, with a tokenizer in the form that the converter knows.
+
+    Prompts and answers are ids, so its words are any. An ``unused`` token ends answers: of a chain
+    over an end token llama.cpp counts less than other servers, and the end tokens are ours to see.
+    """
     folder.mkdir()
     for file in base.iterdir():
         if "token" not in file.name and file.name not in ("config.json", "generation_config.json"):
             (folder / file.name).symlink_to(file)
     config = json.loads((base / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": stop}))
-    vocabulary = {f"<0x{byte:02X}>": byte for byte in range(256)}
-    vocabulary |= {f"token {i}": i for i in range(256, config["vocab_size"])}
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": unused}))
+    # Not bytes: half a character would be held back, and with it the token in the stream.
+    names = {i: f"token{i}" for i in range(config["vocab_size"])} | {10: "<0x0A>"}
+    vocabulary = {name: i for i, name in names.items()}
     model = {"type": "BPE", "vocab": vocabulary, "merges": [], "byte_fallback": True}
     decoder = {"type": "Sequence", "decoders": [{"type": "ByteFallback"}]}
     (folder / "tokenizer.json").write_text(
@@ -118,7 +123,7 @@ def answer(address: str, ids: list[int], job: dict[str, Any]) -> tuple[list[int]
 
 
 def run(job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    base = with_readable_tokenizer(Path(job["base"]), folder / "base", job["stop_ids"][0])
+    base = with_readable_tokenizer(Path(job["base"]), folder / "base", job["unused_id"])
     *commands, serve = job["card"]
     converted(base, job["draft"], folder, commands)
     words = serve.split()[1:]

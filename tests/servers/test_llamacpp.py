@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.servers.conftest import Artifacts, Serve
-from tests.servers.drafts import DRAFT_TOKENS, KINDS, MAX_TOKENS
+from tests.servers.drafts import DRAFT_TOKENS, KINDS, MAX_TOKENS, VOCABULARY, Base
 
 ENVIRONMENT = Path(os.environ.get("SERVERS_LLAMACPP", "absent"))
 if not (ENVIRONMENT / "bin" / "python").is_file():
@@ -22,6 +23,12 @@ def commands(card: str) -> list[str]:
     """The indented lines of the card's paragraph on llama.cpp, continued ones joined."""
     paragraph = card.split("llama.cpp, by its own converter")[1].split("\n\n")[1]
     return [line.strip() for line in paragraph.replace("\\\n", " ").splitlines()]
+
+
+def unused(base: Base) -> int:
+    """The first token that is in none of the base's answers."""
+    answers = [json.loads(line)["answer_ids"] for line in base.answers.read_text().splitlines()]
+    return min(set(range(VOCABULARY)) - {token for answer in answers for token in answer})
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +53,7 @@ def served(
                 "max_tokens": MAX_TOKENS,
                 "draft_tokens": DRAFT_TOKENS,
                 "stop_ids": base.stops,
+                "unused_id": unused(base),
             }
         )
     folder = tmp_path_factory.mktemp("llamacpp")
