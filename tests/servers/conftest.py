@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.servers.drafts import KINDS, Base, make, trained
+from tests.servers.drafts import DRAFT_TOKENS, KINDS, MAX_TOKENS, Base, make, trained
 
 
 @dataclass
@@ -35,6 +35,23 @@ class Artifacts:
             folder = self.folder / "drafts" / name
             self.drafts[name] = trained(folder, kind, self.base(kind.base))
         return self.drafts[name]
+
+    def job(self, name: str, engine: str) -> dict[str, Any]:
+        """What a worker needs to serve a draft of this kind by the commands of its model card: the
+        indented lines of the paragraph under the words ``engine``, continued ones joined.
+        """
+        base, (draft, _) = self.base(KINDS[name].base), self.draft(name)
+        paragraph = (draft / "README.md").read_text().split(engine)[1].split("\n\n")[1]
+        lines = paragraph.replace("\\\n", " ").splitlines()
+        return {
+            "base": str(base.hf),
+            "draft": str(draft),
+            "card": [line.strip() for line in lines],
+            "prompts": base.prompt_ids,
+            "max_tokens": MAX_TOKENS,
+            "draft_tokens": DRAFT_TOKENS,
+            "stop_ids": base.stops,
+        }
 
 
 @pytest.fixture(scope="session")

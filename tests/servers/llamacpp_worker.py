@@ -16,10 +16,11 @@ import json
 import os
 import subprocess
 import sys
-import traceback
 import urllib.request
 from pathlib import Path
 from typing import Any
+
+from jobs import work
 
 CONVERTER = Path(sys.prefix) / "llama.cpp"
 
@@ -149,17 +150,7 @@ def run(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     os.environ |= {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(CONVERTER / "gguf-py")}
-    jobs, results = Path(sys.argv[1]), Path(sys.argv[2])
-    done = []
-    for number, job in enumerate(json.loads(jobs.read_text())):
-        folder = results.parent / f"llamacpp_{number}"
-        folder.mkdir()
-        try:
-            done.append(run(job, folder))
-        except Exception:
-            done.append({"error": traceback.format_exc()[-4000:]})
-        results.write_text(json.dumps(done))
-    return 0
+    return work(run)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,14 @@ commands of the card. Nothing of this project is imported.
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jobs import work
 
 BIN = Path(sys.executable).parent
 PRECISION = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"}
@@ -81,17 +80,7 @@ def run(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
-    jobs, results = Path(sys.argv[1]), Path(sys.argv[2])
-    done = []
-    for number, job in enumerate(json.loads(jobs.read_text())):
-        folder = results.parent / f"openvino_{number}"
-        folder.mkdir()
-        try:
-            done.append(run(job, folder))
-        except Exception:
-            done.append({"error": traceback.format_exc()[-4000:]})
-        results.write_text(json.dumps(done))
-    return 0
+    return work(run)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,13 @@ from typing import Any
 import pytest
 
 from tests.servers.conftest import Artifacts, Serve
-from tests.servers.drafts import DRAFT_TOKENS, KINDS, MAX_TOKENS, VOCABULARY, Base
+from tests.servers.drafts import KINDS, VOCABULARY, Base
 
 ENVIRONMENT = Path(os.environ.get("SERVERS_LLAMACPP", "absent"))
 if not (ENVIRONMENT / "bin" / "python").is_file():
     pytest.skip("run by `make test-servers`", allow_module_level=True)
 pytestmark = pytest.mark.timeout(900)
 NAMES = ("one-layer", "own-head-size", "llama3-rope")
-
-
-def commands(card: str) -> list[str]:
-    """The indented lines of the card's paragraph on llama.cpp, continued ones joined."""
-    paragraph = card.split("llama.cpp, by its own converter")[1].split("\n\n")[1]
-    return [line.strip() for line in paragraph.replace("\\\n", " ").splitlines()]
 
 
 def unused(base: Base) -> int:
@@ -41,21 +35,13 @@ def served(
     """The result of each kind that was chosen (`-k`)."""
     calls = [item.callspec for item in request.session.items if item.path == request.path]
     names = [call.params["name"] for call in calls]
-    jobs = []
-    for name in names:
-        base, (draft, _) = artifacts.base(KINDS[name].base), artifacts.draft(name)
-        jobs.append(
-            {
-                "base": str(base.hf),
-                "draft": str(draft),
-                "card": commands((draft / "README.md").read_text()),
-                "prompts": base.prompt_ids,
-                "max_tokens": MAX_TOKENS,
-                "draft_tokens": DRAFT_TOKENS,
-                "stop_ids": base.stops,
-                "unused_id": unused(base),
-            }
-        )
+    jobs = [
+        {
+            **artifacts.job(name, "llama.cpp, by its own converter"),
+            "unused_id": unused(artifacts.base(KINDS[name].base)),
+        }
+        for name in names
+    ]
     folder = tmp_path_factory.mktemp("llamacpp")
     return dict(zip(names, serve(ENVIRONMENT, "llamacpp_worker.py", folder, jobs), strict=True))
 

@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from tests.servers.conftest import Artifacts, Serve
-from tests.servers.drafts import DRAFT_TOKENS, KINDS, MAX_TOKENS
 
 ENVIRONMENT = Path(os.environ.get("SERVERS_OPENVINO", "absent"))
 if not (ENVIRONMENT / "bin" / "python").is_file():
@@ -18,30 +17,11 @@ pytestmark = pytest.mark.timeout(900)
 NAMES = ("one-layer", "own-head-size")
 
 
-def commands(card: str) -> list[str]:
-    """The indented lines of the card's paragraph on OpenVINO, continued ones joined."""
-    paragraph = card.split("OpenVINO GenAI, by optimum-intel")[1].split("\n\n")[1]
-    return [line.strip() for line in paragraph.replace("\\\n", " ").splitlines()]
-
-
 @pytest.fixture(scope="module")
 def served(
     artifacts: Artifacts, serve: Serve, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, Any]]:
-    jobs = []
-    for name in NAMES:
-        base, (draft, _) = artifacts.base(KINDS[name].base), artifacts.draft(name)
-        jobs.append(
-            {
-                "base": str(base.hf),
-                "draft": str(draft),
-                "card": commands((draft / "README.md").read_text()),
-                "prompts": base.prompt_ids,
-                "max_tokens": MAX_TOKENS,
-                "draft_tokens": DRAFT_TOKENS,
-                "stop_ids": base.stops,
-            }
-        )
+    jobs = [artifacts.job(name, "OpenVINO GenAI, by optimum-intel") for name in NAMES]
     folder = tmp_path_factory.mktemp("openvino")
     return dict(zip(NAMES, serve(ENVIRONMENT, "openvino_worker.py", folder, jobs), strict=True))
 

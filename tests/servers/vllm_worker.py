@@ -11,12 +11,12 @@ imported.
 from __future__ import annotations
 
 import gc
-import json
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
+
+from jobs import work
 
 os.environ |= {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -41,7 +41,7 @@ def counters(llm: Any) -> dict[str, Any]:
     }
 
 
-def run(job: dict[str, Any]) -> dict[str, Any]:
+def run(job: dict[str, Any], _: Path) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.inputs import TokensPrompt
@@ -84,15 +84,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> int:
-    jobs, results = Path(sys.argv[1]), Path(sys.argv[2])
-    done = []
-    for job in json.loads(jobs.read_text()):
-        try:
-            done.append(run(job))
-        except Exception:
-            done.append({"error": traceback.format_exc()[-4000:]})
-        results.write_text(json.dumps(done))
-    return 0
+    return work(run)
 
 
 if __name__ == "__main__":
