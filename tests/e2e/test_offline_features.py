@@ -118,8 +118,8 @@ REFUSED = [
         ("--pipeline-model-parallel-size", 2),
         "--pipeline-model-parallel-size 2: with --eagle-offline-features there are no base layers",
     ),
-    (("--eagle-aux-layers", 0, 2), "of layers 1 2 3, this run captures 0 2 (--eagle-aux-layers)"),
-    (("--eagle-algorithm", "eagle1"), "--eagle-algorithm eagle1 captures no layers"),
+    (("--eagle-aux-layers", 0, 2), "of layers 1 2 3, this run reads 0 2 (--eagle-aux-layers)"),
+    (("--eagle-algorithm", "eagle1"), "--eagle-algorithm eagle1 reads no aux layers"),
 ]
 
 
