@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.e2e.conftest import Inputs
@@ -154,3 +155,17 @@ def test_a_draft_is_measured_with_them_while_training_and_after(
     figures = [json.loads((tmp_path / f"{kind}.json").read_text()) for kind in ("engine", "local")]
     assert figures[0]["acceptance"] == figures[1]["acceptance"] == measured["eval_acceptance"]
     assert figures[0]["accepted_length"] == measured["eval_accepted_length"] > 1
+
+
+@pytest.mark.slow
+def test_features_extracted_with_them_are_the_same(inputs: Inputs, tmp_path: Path) -> None:
+    words = ["--base", inputs.base, "--data", inputs.answers, "--seq-length", 32]
+    _with_te("extract-features", *words, "--output", tmp_path / "engine")
+    tool = ROOT / "tools" / "extract_features.py"
+    assert launch(tool, 1, *words, "--output", tmp_path / "local").returncode == 0
+    shards = sorted(path.name for path in (tmp_path / "local").glob("shard_*.bin"))
+    assert len(shards) >= 2
+    for name in shards:
+        ours, theirs = (np.fromfile(tmp_path / kind / name, "<f4") for kind in ("local", "engine"))
+        assert len(ours) == len(theirs) > 0
+        assert np.abs(theirs - ours).max() < 1e-5 * np.abs(ours).max(), name

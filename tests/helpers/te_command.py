@@ -1,7 +1,8 @@
-"""Train or evaluate with Transformer Engine's modules on a CPU, by the installed commands.
+"""Run the installed commands with Transformer Engine's modules on a CPU.
 
     python -m tests.helpers.te_command train FLAGS ...
     python -m tests.helpers.te_command eval FLAGS ...
+    python -m tests.helpers.te_command extract-features FLAGS ...
 
 A process of its own: Megatron looks for Transformer Engine when it is imported. The commands are
 told that there is a CUDA device where they choose layers, and while modules are built. Training has
@@ -25,7 +26,7 @@ def main(command: str, *words: str) -> int:
     from megatron_eagle.platform import enable
 
     enable()
-    return train(list(words)) if command == "train" else evaluate(list(words))
+    return train(list(words)) if command == "train" else run_tool(command, list(words))
 
 
 def train(words: list[str]) -> int:
@@ -44,12 +45,13 @@ def train(words: list[str]) -> int:
         return train.main([*words, *implied_flags.CPU_FLAGS, "--no-rope-fusion"])
 
 
-def evaluate(words: list[str]) -> int:
-    from megatron_eagle.cli import evaluate
+def run_tool(command: str, words: list[str]) -> int:
+    from megatron_eagle.cli import evaluate, extract_features
     from megatron_eagle.decode import load
 
-    with mock.patch.object(evaluate, "check_device"), built_as_on_a_gpu(load):
-        return evaluate.main([*words, "--transformer-impl", "transformer_engine"])
+    tool = {"eval": evaluate, "extract-features": extract_features}[command]
+    with mock.patch.object(tool, "check_device"), built_as_on_a_gpu(load):
+        return tool.main([*words, "--transformer-impl", "transformer_engine"])
 
 
 @contextlib.contextmanager
