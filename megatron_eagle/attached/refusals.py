@@ -41,7 +41,7 @@ _POSITIONS = ("rope", "learned_absolute", "none")
 def whole_model(model: Any) -> Any:
     """Return the GPTModel or HybridModel in ``model``, without its wrappers.
 
-    Raises ``UserError`` for pipeline stages, for a model whose weights are not whole on this rank
+    Raises ``UserError`` for pipeline stages, for a model whose weights are not whole on this rank,
     for what is neither, and for layers that no description knows.
     """
     chunks = list(model) if isinstance(model, list | tuple) else [model]

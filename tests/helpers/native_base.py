@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tests.e2e.launch import ROOT, launch
+from tests.helpers.native_files import BRIDGE_LLAMA
 from tests.helpers.tiny_hf import SIZES
 
 SCRIPT = ROOT / "tests" / "helpers" / "pretrain_gpt.py"
@@ -80,23 +81,12 @@ BLOCKS: dict[str, Any] = {
 """Those layers as the config.json of a Llama-Nemotron model has them, with what Megatron reads."""
 
 BRIDGE: dict[str, Any] = {
+    **BRIDGE_LLAMA,
     "_target_": "megatron.bridge.models.llama.llama_provider.LlamaModelProvider",
     "num_layers": 8,
     "hidden_size": 32,
     "ffn_hidden_size": 48,
-    "num_attention_heads": 4,
-    "num_query_groups": 2,
-    "kv_channels": None,
-    "seq_length": 64,
-    "normalization": "RMSNorm",
-    "layernorm_epsilon": 1e-5,
-    "position_embedding_type": "rope",
     "rotary_base": 10000,
-    "rotary_percent": 1.0,
-    "add_bias_linear": False,
-    "gated_linear_unit": True,
-    "activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False},
-    "share_embeddings_and_output_weights": False,
     "vocab_size": VOCAB,
     "make_vocab_size_divisible_by": 4,
 }

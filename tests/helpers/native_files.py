@@ -40,6 +40,21 @@ ARGS: dict[str, Any] = {
     "params_dtype": torch.bfloat16,
     "fp8": None,
 }
+BRIDGE_LLAMA: dict[str, Any] = {
+    "num_attention_heads": 4,
+    "num_query_groups": 2,
+    "kv_channels": None,
+    "seq_length": 64,
+    "normalization": "RMSNorm",
+    "layernorm_epsilon": 1e-5,
+    "position_embedding_type": "rope",
+    "rotary_percent": 1.0,
+    "add_bias_linear": False,
+    "gated_linear_unit": True,
+    "activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False},
+    "share_embeddings_and_output_weights": False,
+}
+"""What the Llama types here have in common in the fields of Megatron-Bridge's provider."""
 
 
 def chunk(key: str, *shape: int) -> Chunk:

@@ -20,26 +20,24 @@ from megatron_eagle.checkpoint.native.objects import read_common_state
 from megatron_eagle.checkpoint.native.positions import rope_description, rope_of_config
 from megatron_eagle.cli.describe_base import main as describe_base
 from megatron_eagle.errors import UserError
-from tests.helpers.native_files import ARGS, HIDDEN, LAYERS, VOCAB, chunk, namespace, save
+from tests.helpers.native_files import (
+    ARGS,
+    BRIDGE_LLAMA,
+    HIDDEN,
+    LAYERS,
+    VOCAB,
+    chunk,
+    namespace,
+    save,
+)
 
 BRIDGE: dict[str, Any] = {
+    **BRIDGE_LLAMA,
     "_target_": "megatron.bridge.models.llama.llama_provider.Llama32ModelProvider1B",
     "num_layers": LAYERS,
     "hidden_size": HIDDEN,
     "ffn_hidden_size": 16,
-    "num_attention_heads": 4,
-    "num_query_groups": 2,
-    "kv_channels": None,
-    "seq_length": 64,
-    "normalization": "RMSNorm",
-    "layernorm_epsilon": 1e-5,
-    "position_embedding_type": "rope",
     "rotary_base": 500000,
-    "rotary_percent": 1.0,
-    "add_bias_linear": False,
-    "gated_linear_unit": True,
-    "activation_func": {"_target_": "torch.nn.functional.silu", "_call_": False},
-    "share_embeddings_and_output_weights": False,
     "vocab_size": 20,
     "make_vocab_size_divisible_by": 8,
     "scale_factor": 32.0,

@@ -215,23 +215,24 @@ def test_the_heads_gradient_goes_into_a_buffer_without_another_of_its_size(
     torch.testing.assert_close(head.main_grad[:VOCAB], weight.grad, rtol=1e-5, atol=1e-5)
 
 
-def test_a_scale_that_was_not_expected_is_an_error() -> None:
+def loss_made_for_scale_one() -> tuple[Tensor, Tensor]:
+    """A loss whose head gradient was added elsewhere in forward, and the hidden states it reads."""
     hidden, weight, logits, rows = problem(torch.float32)
     target = HeadGradient(torch.zeros_like(weight), torch.tensor(1.0))
     loss, *_ = soft_cross_entropy(
         hidden, weight, Teacher(logits), rows, cast(Any, OneRank()), Budgets(0, 0),
         head_gradient=target,
     )  # fmt: skip
+    return loss, hidden
+
+
+def test_a_scale_that_was_not_expected_is_an_error() -> None:
+    loss, _ = loss_made_for_scale_one()
     with pytest.raises(RuntimeError, match="scale it was made for"):
         (2 * loss).backward()
 
 
 def test_a_loss_of_nan_is_left_to_the_search_for_nan() -> None:
-    hidden, weight, logits, rows = problem(torch.float32)
-    target = HeadGradient(torch.zeros_like(weight), torch.tensor(1.0))
-    loss, *_ = soft_cross_entropy(
-        hidden, weight, Teacher(logits), rows, cast(Any, OneRank()), Budgets(0, 0),
-        head_gradient=target,
-    )  # fmt: skip
+    loss, hidden = loss_made_for_scale_one()
     (float("nan") * loss).backward()
     assert hidden.grad is not None and hidden.grad.isnan().all()
