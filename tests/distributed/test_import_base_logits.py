@@ -22,7 +22,7 @@ RELATIVE = 1e-4
 LENGTH, BATCH = 16, 2
 LAYOUTS = [{}, {"tp": 2}, {"pp": 2}]
 DENSE = ("llama", "mistral", "qwen2", "qwen3")
-MOE = ("mixtral", "qwen3_moe", "glm4_moe", "gpt_oss", "deepseek_v2", "deepseek_v3")
+MOE = ("mixtral", "qwen3_moe", "qwen3_next", "glm4_moe", "gpt_oss", "deepseek_v2", "deepseek_v3")
 CASES = [
     *[(family, layout) for family in DENSE + MOE for layout in LAYOUTS],
     *[(family, {"ep": 2}) for family in MOE],
