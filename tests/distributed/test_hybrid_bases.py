@@ -18,7 +18,11 @@ LENGTH, BATCH, LAYERS = 70, 2, 4
 """More positions than a chunk of the delta rule has."""
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "partial_rotary_factor": 0.5}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "experts-everywhere": {"mlp_only_layers": [], "full_attention_interval": 4},
+    "experts-everywhere-tied": {
+        "mlp_only_layers": [],
+        "full_attention_interval": 4,
+        "tie_word_embeddings": True,
+    },
     "some-dense-and-yarn": {
         "norm_topk_prob": False,
         "layer_types": ["full_attention", "linear_attention", "linear_attention", "full_attention"],

@@ -89,7 +89,7 @@ def test_what_megatron_would_not_compute_is_one_line(fields: dict[str, Any], mes
 
 def test_a_module_s_layer_is_known_where_all_layers_are_alike() -> None:
     spec = DraftSpec(algorithm="mtp")
-    with pytest.raises(UserError, match=r"<algorithm> mtp: some .* \(GE\*-GE\*E\), and no field"):
+    with pytest.raises(UserError, match=r"algorithm mtp: some .* \(GE\*-GE\*E\), and no field"):
         beside_base(spec, args_of())
     assert beside_base(spec, args_of(mlp_only_layers=[])).num_experts == 4
 
@@ -126,3 +126,17 @@ def test_gated_queries_come_back() -> None:
     assert rows[1, 3].equal(parts[0][7 * size : 8 * size])
     for back, part in zip(split_gated_groups(whole, entry.sources, dims), parts, strict=True):
         assert back.equal(part)
+
+
+def test_decay_in_half_precision_is_that_of_transformers() -> None:
+    from megatron_eagle.layers.recurrent import delta_net
+
+    torch.manual_seed(0)
+    a_log, dt_bias, alpha, beta = (torch.randn(8).bfloat16() for _ in range(4))
+    expected = -a_log.float().exp() * torch.nn.functional.softplus(alpha.float() + dt_bias)
+    decays = []
+    for native in (False, True):
+        net = object.__new__(delta_net(native))
+        torch.nn.Module.__init__(net)
+        decays.append(net._compute_g_and_beta(a_log, dt_bias, alpha, beta)[0])
+    assert decays[0].equal(expected) and not decays[1].equal(expected)

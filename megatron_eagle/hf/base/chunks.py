@@ -114,6 +114,8 @@ class BaseTensors:
     def extra_states(self) -> dict[str, None]:
         """Return the (empty) extra states that Megatron's linear layers want in a strict load."""
         states: dict[str, None] = {}
+        if pattern_of(self.facts) is not None:  # a GPTModel leaves its own out
+            states["output_layer._extra_state/shard_0_1"] = None
         for layer, entries in enumerate(self.layers):
             for entry in entries:
                 if (module := _linear_of(entry.megatron)) is None:
