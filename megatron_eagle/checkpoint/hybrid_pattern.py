@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import Any
 
 SYMBOLS = "*+GM-E"
-ATTENTION, LATENT, DELTA_NET, MAMBA, DENSE, EXPERTS = SYMBOLS
+ATTENTION, LATENT, DELTA_NET, MAMBA, DENSE, EXPERTS = "*", "+", "G", "M", "-", "E"
 CUT, FURTHER_TOKENS = "|", "/"
 RECURRENT = (DELTA_NET, MAMBA)
 """Layers that mix positions by a recurrence, not by attention."""
