@@ -28,6 +28,12 @@ from benchmarks.serving.vllm_engine import Vllm
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "runs" / "quickstart"
+FROM_RUNS = {
+    "base": "base_hf",
+    "draft": "draft_hf",
+    "eval": "eval_trained.json",
+    "output": "served.json",
+}
 ENGINES: dict[str, type[Engine]] = {"vllm": Vllm, "sglang": Sglang}
 
 
@@ -61,9 +67,9 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--python", type=Path, required=True, help="of the engine's environment")
-    parser.add_argument("--base", type=Path, default=RUNS / "base_hf")
-    parser.add_argument("--draft", type=Path, default=RUNS / "draft_hf")
-    parser.add_argument("--eval", type=Path, default=RUNS / "eval_trained.json")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="directory of `make train`")
+    for flag, name in FROM_RUNS.items():
+        parser.add_argument(f"--{flag}", type=Path, help=f"default: {name} in --runs")
     parser.add_argument("--engine", choices=ENGINES, default="vllm")
     parser.add_argument("--method", default="eagle3", help="eagle for an EAGLE-1 draft")
     parser.add_argument("--parallel-drafting", action="store_true", help="for a P-EAGLE draft")
@@ -74,8 +80,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="answers are comparable in float32 only")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--at-a-time", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--output", type=Path, default=RUNS / "served.json")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for flag, name in FROM_RUNS.items():
+        setattr(args, flag, getattr(args, flag) or args.runs / name)
+    return args
 
 
 def _problem(args: argparse.Namespace) -> str | None:
@@ -88,7 +96,7 @@ def _problem(args: argparse.Namespace) -> str | None:
     for flag in ("base", "draft", "eval", "prompts", "python"):
         path: Path = getattr(args, flag)
         if not path.exists():
-            hint = " (`make train` makes it)" if path.is_relative_to(RUNS) else ""
+            hint = " (`make train` makes it)" if path.is_relative_to(args.runs) else ""
             return f"--{flag} {path}: no such file or directory{hint}"
     if "server_accepted" not in json.loads(args.eval.read_text(encoding="utf-8")):
         return f"--eval {args.eval}: an earlier release wrote it; run eval again"

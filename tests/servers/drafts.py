@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -167,13 +169,17 @@ def _greedy(model: torch.nn.Module, prompts: list[list[int]], count: int) -> lis
     return ids[:, -count:].tolist()
 
 
-def trained(folder: Path, kind: Kind, base: Base) -> tuple[Path, dict[str, Any]]:
-    """Train the draft, convert it and decode with it: its directory and our figures."""
+def trained(folder: Path, kind: Kind, base: Base, end: float) -> tuple[Path, dict[str, Any]]:
+    """Train the draft, convert it and decode with it: its directory and our figures.
+
+    Each launch may take until ``end``, on ``time.monotonic``.
+    """
     run = train(
         1, folder / "log.jsonl", "--eagle-base-checkpoint", base.checkpoint,
         "--eagle-train-data", base.answers, "--eagle-ttt-steps", DRAFT_TOKENS,
         "--train-iters", ITERATIONS, "--lr", "4e-3",
         "--save", folder / "draft", "--save-interval", ITERATIONS, *kind.flags,
+        launcher=partial(launch, timeout=end - time.monotonic()),
     )  # fmt: skip
     assert run.returncode == 0, run.output[-3000:]
     export_draft(folder / "draft", folder / "hf", fmt=FORMATS[kind.fmt])
@@ -182,6 +188,7 @@ def trained(folder: Path, kind: Kind, base: Base) -> tuple[Path, dict[str, Any]]
         ROOT / "tools" / "eval_acceptance.py", 1, "--base", base.checkpoint,
         "--draft", folder / "draft", "--prompts", base.prompts, "--output", figures,
         "--max-new-tokens", MAX_TOKENS, "--draft-tokens", DRAFT_TOKENS,
+        timeout=end - time.monotonic(),
     )  # fmt: skip
     assert run.returncode == 0, run.output[-3000:]
     return folder / "hf", json.loads(figures.read_text())
