@@ -30,8 +30,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    spent = [f"{name} {seconds:.0f}" for name, seconds in SESSION.spent.items()]
-    terminalreporter.write_line(f"seconds, of {SESSION.seconds:g}: {', '.join(spent)}")
+    if SESSION.spent:
+        spent = [f"{name} {seconds:.0f}" for name, seconds in SESSION.spent.items()]
+        terminalreporter.write_line(f"seconds, of {SESSION.seconds:g}: {', '.join(spent)}")
 
 
 @dataclass
