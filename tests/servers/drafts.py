@@ -25,6 +25,8 @@ from tests.e2e.launch import ROOT, launch, train
 from tests.helpers.tiny_hf import make_base
 
 VOCABULARY, MAX_TOKENS, DRAFT_TOKENS = 257, 24, 3
+MASK = 256
+"""A token that no prompt has and no base says."""
 ITERATIONS = 240
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -74,6 +76,10 @@ HEADS = (
     *("--eagle-kv-channels", 64),
 )
 NORMS = ("--eagle-norm-before-fc", "--eagle-norm-before-residual")
+DFLASH = (
+    *("--eagle-algorithm", "dflash", "--eagle-block-size", 1 + DRAFT_TOKENS),
+    *("--eagle-mask-token", MASK, "--eagle-anchors", 8, "--eagle-aux-layers", 1, 3, 5),
+)
 KINDS: dict[str, Kind] = {
     "one-layer": Kind(flags=(*COMPRESSED, *START)),
     "speculators": Kind(flags=(*COMPRESSED, *START), fmt="speculators"),
@@ -85,11 +91,15 @@ KINDS: dict[str, Kind] = {
     "norms": Kind(flags=(*NORMS, *START), fmt="vllm"),
     "eagle1": Kind(flags=("--eagle-algorithm", "eagle1"), fmt="vllm", method="eagle"),
     "p-eagle": Kind(
-        flags=("--eagle-algorithm", "p-eagle", "--eagle-mask-token", 256, *START),
+        flags=("--eagle-algorithm", "p-eagle", "--eagle-mask-token", MASK, *START),
         fmt="vllm",
         speculative={"parallel_drafting": True},
     ),
     "qk-norm": Kind("qwen3", ("--eagle-qk-layernorm", *COMPRESSED, *START), "vllm"),
+    "dflash": Kind("qwen3", (*DFLASH, "--eagle-num-layers", 2), method="dflash"),
+    "dflash-compressed": Kind(
+        flags=(*DFLASH, "--eagle-num-layers", 1, *COMPRESSED), fmt="vllm", method="dflash"
+    ),
 }
 
 
@@ -110,10 +120,13 @@ def make(folder: Path, name: str) -> Base:
     tokens of its answers end tokens."""
     family, fields = BASES[name]
     model = make_base(folder / "hf", family, **{**SIZES, **fields})
+    with torch.no_grad():
+        model.get_output_embeddings().weight[MASK].zero_()
+    model.save_pretrained(folder / "hf")
     rng = random.Random(5)
     prompts, answers = [], []
     for length in (3, 6, 9):
-        group = [[rng.randrange(VOCABULARY) for _ in range(length)] for _ in range(20)]
+        group = [[rng.randrange(MASK) for _ in range(length)] for _ in range(20)]
         prompts += group
         answers += _greedy(model, group, MAX_TOKENS)
     stops = _ends(answers[::5], 3)
