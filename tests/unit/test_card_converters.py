@@ -80,7 +80,7 @@ def engines_of(fmt: str, **changes: Any) -> list[str]:
     ("fmt", "changes", "engines"),
     [
         ("hf", {}, [LLAMACPP, OPENVINO]),
-        ("hf", {"draft_vocab": 53}, [LLAMACPP, OPENVINO]),
+        ("hf", {"draft_vocab": 53, "padded_vocab": 64}, [LLAMACPP, OPENVINO]),
         ("vllm", {"norm_before_fc": True}, [LLAMACPP]),
         ("vllm", {"norm_before_residual": True}, [LLAMACPP]),
         ("vllm", {"qk_layernorm": True}, []),
