@@ -16,7 +16,7 @@ import psutil
 
 from benchmarks.serving.engine import Engine
 
-START_SECONDS = 900.0
+START_SECONDS, POLL_SECONDS = 900.0, 0.25
 
 
 class Server:
@@ -77,7 +77,7 @@ class Server:
                 with urllib.request.urlopen(f"{self.url}/health", timeout=20):
                     return
             except (urllib.error.URLError, OSError):
-                time.sleep(1)
+                time.sleep(POLL_SECONDS)
         raise TimeoutError(f"the server did not answer in {START_SECONDS:.0f} s: see {self.log}")
 
     def _end(self) -> None:

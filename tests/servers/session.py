@@ -53,7 +53,7 @@ class Session:
         (folder / "jobs.json").write_text(json.dumps(jobs))
         words = [
             str(environment / "bin" / "python"),
-            str(Path(__file__).with_name(worker)),
+            str(Path(__file__).parent / worker),
             str(folder / "jobs.json"),
             str(folder / "results.json"),
         ]

@@ -47,7 +47,7 @@ def test_each_converter_is_told_the_draft_s_layers(
         "python convert_hf_to_gguf.py BASE --outfile base.gguf",
         "python convert_hf_to_gguf.py DRAFT --target-model-dir BASE --outfile draft.gguf",
         "llama-server -m base.gguf -md draft.gguf --spec-type draft-eagle3 "
-        "--spec-draft-n-max 3 --spec-draft-p-min 0",
+        "--spec-draft-n-max 4 --spec-draft-p-min 0",
     ]
     # Its converter reads the ids at the top level: inputs of layers.
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -80,7 +80,7 @@ def engines_of(fmt: str, **changes: Any) -> list[str]:
     ("fmt", "changes", "engines"),
     [
         ("hf", {}, [LLAMACPP, OPENVINO]),
-        ("hf", {"draft_vocab": 53}, [LLAMACPP, OPENVINO]),
+        ("hf", {"draft_vocab": 53, "padded_vocab": 64}, [LLAMACPP, OPENVINO]),
         ("vllm", {"norm_before_fc": True}, [LLAMACPP]),
         ("vllm", {"norm_before_residual": True}, [LLAMACPP]),
         ("vllm", {"qk_layernorm": True}, []),
