@@ -108,7 +108,8 @@ def main() -> None:
             torch.distributed.destroy_process_group()
         else:
             peer: Any = importlib.import_module(f"benchmarks.peers.{PEERS[args.implementation]}")
-            line = measure(*peer.build(problem), args.iters)
+            forward, resting = peer.build(problem)
+            line = measure(forward, resting, args.iters)
             if problem.loss == "kl":
                 line["loss"] = problem.in_our_words(line["loss"])
         print(json.dumps({"implementation": args.implementation, **line}), flush=True)
