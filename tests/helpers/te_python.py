@@ -97,6 +97,17 @@ def _compute_in_torch(pytorch: Any) -> None:
         normed = torch.nn.functional.rms_norm(x, weight.shape, weight, module.eps)
         return product(module, normed, is_first_microbatch)
 
+    def grouped(
+        module: Any, x: Tensor, m_splits: list[int], is_first_microbatch: Any = None
+    ) -> Any:
+        FIRST_MICROBATCH.append(is_first_microbatch)
+        assert not module.use_bias
+        parts = [
+            torch.nn.functional.linear(rows, getattr(module, f"weight{expert}"))
+            for expert, rows in enumerate(x.split([int(size) for size in m_splits]))
+        ]
+        return (torch.cat(parts), None) if module.return_bias else torch.cat(parts)
+
     def norm(module: Any, x: Tensor) -> Tensor:
         weight = module.weight + module.zero_centered_gamma
         return torch.nn.functional.rms_norm(x, weight.shape, weight, module.eps)
@@ -116,6 +127,7 @@ def _compute_in_torch(pytorch: Any) -> None:
     pytorch.DotProductAttention.forward = attention
     pytorch.Linear.forward = linear
     pytorch.LayerNormLinear.forward = norm_linear
+    pytorch.GroupedLinear.forward = grouped
     pytorch.RMSNorm.forward = norm
 
 
