@@ -126,7 +126,7 @@ def train_and_evaluate(run: Run, group: Group, args: argparse.Namespace) -> None
         --micro-batch-size 1 --global-batch-size 1 --train-iters {run.iterations}
         --lr 2e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-fraction 0.04
         --weight-decay 0 --adam-beta1 0.9 --adam-beta2 0.95 --clip-grad 1.0
-        --log-interval 10 --save-interval 100 --num-workers 0 --seed 1234
+        --log-interval 10 --save-interval 50 --num-workers 0 --seed 1234
         --tokenizer-type HuggingFaceTokenizer
     """.split()
     flags = [word for pair in group.flags(run.variant).items() for word in " ".join(pair).split()]

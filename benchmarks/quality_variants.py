@@ -107,7 +107,7 @@ BLOCKS = Group(
         "--eagle-aux-layers": " ".join(map(str, _AUX_LAYERS)),
     },
     iterations=300,
-    evaluation=("--limit", "40", "--batch-size", "40", "--max-new-tokens", "48"),
+    evaluation=("--limit", "40", "--batch-size", "40", "--max-new-tokens", "32"),
     reference="dflash b4, 5 layers",
     matched=("eagle3", "eagle3, base-init", "dflash b4", "dspark b4", "dflash b8, 5 layers"),
     aux_layers=_AUX_LAYERS,
