@@ -25,8 +25,9 @@ from torch.distributed import ProcessGroup
 from megatron_eagle.attention.live_rows import LiveRows
 from megatron_eagle.compat import IdentityOp, gather_from_sequence_parallel_region
 from megatron_eagle.config import DraftSpec
+from megatron_eagle.draft.live_mla import LiveQueryMLA
 from megatron_eagle.draft.live_queries import LiveQueryAttention, with_live_queries
-from megatron_eagle.draft.mla import use_mla
+from megatron_eagle.draft.mla import DraftMLASelfAttention, use_mla
 from megatron_eagle.draft.moe import keep_balance_losses
 from megatron_eagle.layers.backend import LayerBackend
 
@@ -87,10 +88,12 @@ def draft_layer_specs(backend: LayerBackend, config: Any, spec: DraftSpec) -> li
 
 
 def _let_queries_be_fewer(layer_spec: Any, linear: Callable[..., Any]) -> None:
-    """Let the layer make queries of some rows only, if its ``linear_qkv`` is a ``linear`` without a
-    norm fused into it."""
+    """Let the layer make queries of some rows only, if it has MLA or its ``linear_qkv`` is a
+    ``linear`` without a norm fused into it."""
     attention = layer_spec.submodules.self_attention
-    if getattr(attention.submodules, "linear_qkv", None) is linear:
+    if attention.module is DraftMLASelfAttention:
+        attention.module = LiveQueryMLA
+    elif getattr(attention.submodules, "linear_qkv", None) is linear:
         attention.module = LiveQueryAttention
         attention.submodules.linear_qkv = with_live_queries(linear)
 
@@ -126,10 +129,10 @@ class Narrowing:
     """Let ``layer`` go on with the live rows alone after its keys and values, inside :meth:`to`.
 
     Its attention answers the queries of live rows alone (``TrunkBranchState``) and, if it can,
-    makes no others (``live_queries``). What the output of attention is added to, the residual
-    stream, has to be cut down to the same rows. Megatron's layer takes the residual from its
-    ``input_layernorm`` if that returns a pair, so a forward hook there is enough; parameters and
-    checkpoint names stay.
+    makes no others (``live_queries``, ``live_mla``). What the output of attention is added to, the
+    residual stream, has to be cut down to the same rows. Megatron's layer takes the residual from
+    its ``input_layernorm`` if that returns a pair, so a forward hook there is enough; parameters
+    and checkpoint names stay.
 
     Args:
         layer: a Megatron TransformerLayer.
@@ -142,8 +145,9 @@ class Narrowing:
         self._gathers = sequence_parallel and group.size() > 1
         self._live: LiveRows | None = None
         self._layer, attention = layer, layer.self_attention
-        self._attention: LiveQueryAttention | None = None
-        if isinstance(attention, LiveQueryAttention) and attention.splits_products:
+        self._attention: LiveQueryAttention | LiveQueryMLA | None = None
+        makes_fewer = isinstance(attention, LiveQueryAttention | LiveQueryMLA)
+        if makes_fewer and attention.splits_products:
             self._attention = attention
         layer.input_layernorm.register_forward_hook(self._narrow)
 
@@ -163,11 +167,11 @@ class Narrowing:
 
     def angles(self, every: Tensor | None, batch: int) -> Any:
         """Return the RoPE angles of the layer's (queries [Q, 1, 1, d], keys), or ``every``
-        [S, 1 or B, 1, d] of both where none is left out; ``batch`` is B."""
+        [S, 1 or B, 1, d] of both where none is left out (None for MLA, which asks for its own);
+        ``batch`` is B."""
         attention = self._attention
-        if attention is None or attention.query_rows is None:
+        if every is None or attention is None or attention.query_rows is None:
             return every
-        assert every is not None
         rows = every.expand(-1, batch, -1, -1).flatten(0, 1)
         return rows[attention.query_rows].unsqueeze(1), every
 
