@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +37,9 @@ def plot_eagle(results: Results, file: Path) -> None:
 def plot_blocks(results: Results, file: Path) -> None:
     """Draw left, accepted length; middle, acceptance per position; right, against FLOP."""
     figure, (bars, positions, work) = pyplot.subplots(1, 3, figsize=(15, 5))
-    _bars(bars, results, lambda name: COLORS[name.split()[0].rstrip(",")])
+    _bars(bars, results, _color)
     for name, of in results.items():
-        color, matched = COLORS[name.split()[0].rstrip(",")], name.endswith("equal FLOP")
+        color, matched = _color(name), name.endswith("equal FLOP")
         if of.flop is not None:
             work.scatter(of.flop / 1e12, of.compared_length, color=color, marker="sx"[matched])
             label = name.removesuffix(", equal FLOP")
@@ -50,18 +50,24 @@ def plot_blocks(results: Results, file: Path) -> None:
     for algorithm, color in COLORS.items():
         positions.plot([], [], color=color, label=algorithm)
     positions.legend()
+    positions.xaxis.get_major_locator().set_params(integer=True)
     positions.set(
         xlabel="drafted position", ylabel="accepted, of all verifications", ylim=(0, None)
     )
     work.set(
-        xscale="log",
         xlabel="TFLOP of the draft's training (x: equal FLOP)",
         ylabel=f"accepted length of {COMPARED_DRAFTS} drafts",
     )
+    work.margins(x=0.2)
     _save(figure, file)
 
 
-def _bars(axes: Any, results: Results, color: Any) -> None:
+def _color(name: str) -> str:
+    """Return the color of a variant's algorithm, with which its name begins."""
+    return COLORS[name.split()[0].rstrip(",")]
+
+
+def _bars(axes: Any, results: Results, color: Callable[[str], str]) -> None:
     names = sorted(results, key=lambda name: results[name].accepted_length)
     lengths = [results[name].accepted_length for name in names]
     axes.barh(names, lengths, color=[color(name) for name in names])

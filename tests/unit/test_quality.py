@@ -173,7 +173,7 @@ def test_equal_flop_are_as_many_answers_as_take_them(tmp_path: Path) -> None:
     assert (
         runs["eagle3, equal FLOP"].iterations
         > 40
-        > runs["dflash b8, 5 layers, equal FLOP"].iterations
+        > runs["dflash b4, 5 layers, equal FLOP"].iterations
     )
 
 
