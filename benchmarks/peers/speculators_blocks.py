@@ -1,6 +1,6 @@
-"""vLLM speculators' DFlash and DSpark draft models with eager losses.
+"""vLLM speculators' DFlash and DSpark draft models, with SDPA and eager losses.
 
-Without a GPU its masks are dense and its attention eager: those of flex attention need one.
+Its flex attention and its loss kernels need a GPU. Its loss is the divergence from the base.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.block_problem import DECAY, BlockProblem
+from benchmarks.peers.qwen3_blocks import layer_config, load_draft
 
 
 class SpeculatorsStep:
@@ -21,6 +22,8 @@ class SpeculatorsStep:
     """
 
     def __init__(self, problem: BlockProblem) -> None:
+        if problem.loss != "kl":
+            raise ValueError(f"speculators has no loss {problem.loss} on the data's tokens")
         kind = "dspark" if problem.next_token else "dflash"
         core: Any = importlib.import_module(f"speculators.models.{kind}.core")
         self.backbone: Any = importlib.import_module("speculators.models.dflash.core")
@@ -31,7 +34,9 @@ class SpeculatorsStep:
         self.model = _build_model(problem, kind, core)
         inputs = problem.inputs()
         self.anchors = inputs.anchors, torch.ones(problem.anchors, dtype=torch.bool)
-        self.mask, self.tokens = inputs.supervised[None].long(), inputs.tokens[None]
+        # It asks of a slot whether its own token is supervised, also where the slot says the next.
+        mask = inputs.supervised.roll(-1) if problem.next_token else inputs.supervised
+        self.mask, self.tokens = mask[None].long(), inputs.tokens[None]
         self.aux, self.final = inputs.aux[None], inputs.final_hidden[None]
         self.documents = torch.zeros(1, problem.seq, dtype=torch.long)
 
@@ -55,10 +60,7 @@ def _build_model(problem: BlockProblem, kind: str, core: Any) -> Any:
     """Return the library's draft with the problem's weights and the base's, which are frozen."""
     model: Any = {"dflash": "DFlashDraftModel", "dspark": "DSparkDraftModel"}[kind]
     model = getattr(core, model)(_config(problem, kind)).train()
-    missing, unexpected = model.load_state_dict(problem.weights(), strict=False)
-    of_base = ("embed_tokens.", "lm_head.", "verifier_")
-    if unexpected or not all(name.startswith(of_base) for name in missing):
-        raise ValueError(f"speculators' draft has other weights: {missing} {unexpected}")
+    load_draft(model, problem, of_base=("embed_tokens.", "lm_head.", "verifier_"))
     inputs = problem.inputs()
     model.embed_tokens.weight.data.copy_(inputs.embedding)
     for head in (model.lm_head, model.verifier_lm_head):
@@ -73,18 +75,10 @@ def _config(problem: BlockProblem, kind: str) -> Any:
     library: Any = importlib.import_module("speculators")
     module: Any = importlib.import_module(f"speculators.models.{kind}")
     proposals: Any = importlib.import_module("speculators.proposals.greedy")
-    transformers: Any = importlib.import_module("transformers")
-    layer = transformers.Qwen3Config(
-        vocab_size=problem.vocab, hidden_size=problem.hidden, num_hidden_layers=problem.layers,
-        intermediate_size=problem.intermediate, num_attention_heads=problem.heads,
-        num_key_value_heads=problem.kv_heads, head_dim=problem.head_dim, rms_norm_eps=1e-5,
-        max_position_embeddings=2 * problem.seq, attention_bias=False,
-    )  # fmt: skip
-    layer._attn_implementation = "eager"
     name = {"dflash": "DFlash", "dspark": "DSpark"}[kind]
     heads = {"markov_rank": problem.rank, "enable_confidence_head": False}
     return getattr(module, f"{name}SpeculatorConfig")(
-        transformer_layer_config=layer,
+        transformer_layer_config=layer_config(problem),
         draft_vocab_size=problem.vocab,
         block_size=problem.block,
         aux_hidden_state_layer_ids=list(range(1, problem.aux + 1)),

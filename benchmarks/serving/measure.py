@@ -7,11 +7,13 @@ import json
 import statistics
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks.serving.server import NAME, Server
+from benchmarks.serving.engine import Answer
+from benchmarks.serving.server import Server
 
 REQUEST_SECONDS = 900
 
@@ -55,22 +57,14 @@ class Load:
         }
 
 
-def ask(server: Server, prompt: Sequence[int], max_tokens: int) -> list[int]:
-    """Return the ids of the greedy answer to ``prompt``."""
-    body = {
-        "model": NAME,
-        "prompt": list(prompt),
-        "max_tokens": max_tokens,
-        "temperature": 0,
-        "return_token_ids": True,
-    }
+def ask(server: Server, prompt: Sequence[int], max_tokens: int) -> Answer:
+    """Return the greedy answer to ``prompt``."""
+    path, body = server.engine.request(prompt, max_tokens)
     request = urllib.request.Request(
-        f"{server.url}/v1/completions",
-        json.dumps(body).encode(),
-        {"Content-Type": "application/json"},
+        f"{server.url}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as answer:
-        return list(json.load(answer)["choices"][0]["token_ids"])
+    with urllib.request.urlopen(request, timeout=REQUEST_SECONDS) as reply:
+        return server.engine.answer(json.load(reply))
 
 
 def load(
@@ -82,20 +76,24 @@ def load(
     repetitions: int,
 ) -> Load:
     """Send all ``prompts``, ``at_a_time`` together, ``repetitions`` times."""
-    result = Load()
+    engine, result = server.engine, Load()
     for repetition in range(repetitions):
-        counts, cpu, start = server.counters(), server.cpu_seconds(), time.perf_counter()
+        before, cpu = engine.counters(server.url), server.cpu_seconds()
+        start = time.perf_counter()
         pool = concurrent.futures.ThreadPoolExecutor(at_a_time)
         try:
-            answers = list(pool.map(lambda prompt: ask(server, prompt, max_tokens), prompts))
+            replies = list(pool.map(lambda prompt: ask(server, prompt, max_tokens), prompts))
         finally:  # when interrupted, the answers on their way are waited for once the server ended
             pool.shutdown(wait=False, cancel_futures=True)
         result.seconds.append(time.perf_counter() - start)
         result.cpu_seconds.append(server.cpu_seconds() - cpu)
-        after = server.counters()
-        difference = {key: value - counts.get(key, 0) for key, value in after.items()}
+        total = Counter(engine.counters(server.url))
+        total.subtract(before)
+        for reply in replies:
+            total.update(reply.counts)
+        answers, counts = [reply.ids for reply in replies], dict(total)
         if repetition == 0:
-            result.answers, result.counts = answers, difference
-        elif (answers, difference) != (result.answers, result.counts):
+            result.answers, result.counts = answers, counts
+        elif (answers, counts) != (result.answers, result.counts):
             result.unlike_first += 1
     return result

@@ -1,6 +1,7 @@
-"""Serve the quickstart's draft in vLLM's OpenAI server and compare: `make serve`.
+"""Serve the quickstart's draft in a real engine and compare: `make serve`.
 
-    python benchmarks/serving/run.py --python ENGINE/bin/python [--base DIR --draft DIR]
+    python benchmarks/serving/run.py --python ENVIRONMENT/bin/python [--base DIR --draft DIR]
+        [--engine vllm|sglang] [--device cpu|cuda]
 
 One server without the draft and one with it, on loopback; the held-out prompts, greedy, one at a
 time and eight; medians of three. Beside the server's counters stand those of `megatron-eagle eval`
@@ -13,41 +14,43 @@ from __future__ import annotations
 import argparse
 import json
 import signal
-import statistics
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from benchmarks.serving.engine import Draft, Engine, Setting
 from benchmarks.serving.measure import Load, ask, load
 from benchmarks.serving.server import Server
+from benchmarks.serving.sglang_engine import Sglang
+from benchmarks.serving.tables import table
+from benchmarks.serving.vllm_engine import Vllm
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "runs" / "quickstart"
+FROM_RUNS = {
+    "base": "base_hf",
+    "draft": "draft_hf",
+    "eval": "eval_trained.json",
+    "output": "served.json",
+}
+ENGINES: dict[str, type[Engine]] = {"vllm": Vllm, "sglang": Sglang}
 
 
 def main() -> int:
     """Run both servers and print the table."""
     args = _arguments()
+    if problem := _problem(args):
+        print(f"error: {problem}", file=sys.stderr)
+        return 2
     # As an exception, which ends the server too; the signal's own way leaves it running.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     lines = args.prompts.read_text(encoding="utf-8").splitlines()
     prompts = [json.loads(line)["prompt_ids"] for line in lines][: args.limit]
     ours = json.loads(args.eval.read_text(encoding="utf-8"))
-    if "server_accepted" not in ours:
-        print(
-            f"error: --eval {args.eval}: an earlier release wrote it; run eval again",
-            file=sys.stderr,
-        )
-        return 2
-    spec = {
-        "method": args.method,
-        "model": str(args.draft),
-        "num_speculative_tokens": ours["draft_tokens"],
-    }
+    draft = Draft(args.draft, args.method, ours["draft_tokens"], args.parallel_drafting)
     plain = _serve(args, None, prompts, ours["max_new_tokens"])
-    drafted = _serve(args, spec, prompts, ours["max_new_tokens"])
+    drafted = _serve(args, draft, prompts, ours["max_new_tokens"])
     text, wrong = table(plain, drafted, ours, whole=len(prompts) == ours["prompts"])
     print(text)
     args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -64,10 +67,12 @@ def main() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--python", type=Path, required=True, help="of the engine's environment")
-    parser.add_argument("--base", type=Path, default=RUNS / "base_hf")
-    parser.add_argument("--draft", type=Path, default=RUNS / "draft_hf")
-    parser.add_argument("--eval", type=Path, default=RUNS / "eval_trained.json")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="directory of `make train`")
+    for flag, name in FROM_RUNS.items():
+        parser.add_argument(f"--{flag}", type=Path, help=f"default: {name} in --runs")
+    parser.add_argument("--engine", choices=ENGINES, default="vllm")
     parser.add_argument("--method", default="eagle3", help="eagle for an EAGLE-1 draft")
+    parser.add_argument("--parallel-drafting", action="store_true", help="for a P-EAGLE draft")
     data = ROOT / "examples" / "quickstart" / "data" / "eval.jsonl"
     parser.add_argument("--prompts", type=Path, default=data, help="JSONL of prompt_ids")
     parser.add_argument("--limit", type=int, default=40, help="use only the first prompts")
@@ -75,35 +80,45 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--dtype", default="float32", help="answers are comparable in float32 only")
     parser.add_argument("--repetitions", type=int, default=3)
     parser.add_argument("--at-a-time", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--output", type=Path, default=RUNS / "served.json")
     args = parser.parse_args()
-    for path in (args.base, args.draft, args.eval):
-        if not path.exists():
-            parser.error(f"{path} is missing: `make train` makes it")
+    for flag, name in FROM_RUNS.items():
+        setattr(args, flag, getattr(args, flag) or args.runs / name)
     return args
+
+
+def _problem(args: argparse.Namespace) -> str | None:
+    """Return why nothing can be served, before an engine is started; None if all is well."""
+    engine = ENGINES[args.engine]
+    if reason := engine.refusal(
+        device=args.device, method=args.method, parallel=args.parallel_drafting
+    ):
+        return reason
+    for flag in ("base", "draft", "eval", "prompts", "python"):
+        path: Path = getattr(args, flag)
+        if not path.exists():
+            hint = " (`make train` makes it)" if path.is_relative_to(args.runs) else ""
+            return f"--{flag} {path}: no such file or directory{hint}"
+    if "server_accepted" not in json.loads(args.eval.read_text(encoding="utf-8")):
+        return f"--eval {args.eval}: an earlier release wrote it; run eval again"
+    return None
 
 
 def _serve(
     args: argparse.Namespace,
-    spec: dict[str, Any] | None,
+    draft: Draft | None,
     prompts: list[list[int]],
     max_tokens: int,
 ) -> dict[int, Load]:
-    """Return the loads by the number of requests at a time, of a server with ``spec``."""
-    name = "without" if spec is None else "with"
-    print(f"[serve] starting vLLM {name} the draft", flush=True)
+    """Return the loads by the number of requests at a time, of a server with ``draft``."""
+    name = "without" if draft is None else "with"
+    requests = max(args.at_a_time)
+    setting = Setting(args.python, args.base, draft, args.device, args.dtype, requests)
+    engine = ENGINES[args.engine](setting)
+    print(f"[serve] starting {engine.title} {name} the draft", flush=True)
     log = args.output.with_name(f"served_{name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
     results = {}
-    with Server(
-        python=args.python,
-        base=args.base,
-        speculative=spec,
-        device=args.device,
-        dtype=args.dtype,
-        requests=max(args.at_a_time),
-        log=log,
-    ) as server:
+    with Server(engine, log) as server:
         ask(server, prompts[0], max_tokens)  # the first request allocates and compiles
         for number in args.at_a_time:
             results[number] = load(
@@ -115,72 +130,6 @@ def _serve(
             )
             print(f"[serve] {number} at a time: {results[number].tokens} tokens", flush=True)
     return results
-
-
-def table(
-    plain: dict[int, Load], drafted: dict[int, Load], ours: dict[str, Any], whole: bool
-) -> tuple[str, list[str]]:
-    """Return the Markdown tables, and a line for everything that should be equal and is not.
-
-    ``whole``: the server got all the prompts that ``ours`` is about, so that they compare.
-    """
-    rows = [["", "without draft", "with draft", "ratio"], ["---"] * 4]
-    wrong = []
-    for number, without in plain.items():
-        speed_rows, differing = _speeds(number, without, drafted[number])
-        rows += speed_rows
-        wrong += differing
-        for name, way in (("without", without), ("with", drafted[number])):
-            if way.unlike_first:
-                wrong.append(f"{number} at a time {name} the draft, repetitions differ")
-    rows += [[], ["", "server", "ours, same rule", "ours"], ["---"] * 4]
-    for number, with_draft in drafted.items():
-        count_rows, equal = _counts(number, with_draft.counts, ours)
-        rows += count_rows if whole else [[*row[:2], "", ""] for row in count_rows]
-        if whole and not equal:
-            wrong.append(f"{number} at a time, the server counts otherwise than we do")
-    return "\n".join(f"| {' | '.join(row)} |" if row else "" for row in rows), wrong
-
-
-def _speeds(number: int, without: Load, with_draft: Load) -> tuple[list[list[str]], list[str]]:
-    """Return the rows on speed and answers of ``number`` requests at a time, and differences."""
-    at = "one prompt at a time" if number == 1 else f"{number} at a time"
-    rates = [x.tokens_per_second for x in (without, with_draft)]
-    cpu = [statistics.median(x.cpu_seconds) for x in (without, with_draft)]
-    pairs = list(zip(without.answers, with_draft.answers, strict=True))
-    equal = sum(a == b for a, b in pairs)
-    rows = [
-        [f"{at}: {name}", *(f"{x:.1f}" for x in values), f"{values[1] / max(values[0], 1e-9):.2f}"]
-        for name, values in (("tokens/s", rates), ("CPU seconds", cpu))
-    ]
-    rows.append([f"{at}: equal answers", "", f"{equal} of {len(pairs)}", ""])
-    different = len(pairs) - equal
-    return rows, [f"{at}, {different} of {len(pairs)} answers differ with the draft"][:different]
-
-
-def _counts(
-    number: int, counts: dict[str, int], ours: dict[str, Any]
-) -> tuple[list[list[str]], bool]:
-    """Return the rows on what the server counted, and whether it is what we count."""
-    verifications = counts["verifications"]
-    accepted = [counts[f"accepted_{i}"] for i in range(len(counts) - 1)]
-    length = 1 + sum(accepted) / max(1, verifications)
-    expected = (ours["verifications"], ours["server_accepted"])
-    rows = [
-        [
-            f"accepted length, {number} at a time", f"{length:.4f}",
-            f"{ours['server_accepted_length']:.4f}", f"{ours['accepted_length']:.4f}",
-        ],
-        [
-            "verifications; accepted per position", f"{verifications}; {_words(accepted)}",
-            f"{expected[0]}; {_words(expected[1])}", f"{expected[0]}; {_words(ours['accepted'])}",
-        ],
-    ]  # fmt: skip
-    return rows, (verifications, accepted) == expected
-
-
-def _words(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 if __name__ == "__main__":

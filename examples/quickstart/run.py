@@ -22,6 +22,7 @@ from megatron_eagle.platform import recommended_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "examples" / "quickstart" / "data"
+RUNS = ROOT / "runs" / "quickstart"
 BASE_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 BASE_NOTE = (
     "the directory base_hf that the quickstart unpacks: weights of a Q4_1 GGUF, dequantized, its 9 "
@@ -34,7 +35,7 @@ TTT_STEPS = 3
 def main() -> int:
     """Run all stages that are not done yet and print the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quickstart", metavar="DIR")
+    parser.add_argument("--runs", type=Path, default=RUNS, metavar="DIR")
     parser.add_argument("--train-iters", type=int, default=1200, help="one answer per iteration")
     parser.add_argument("--tensor-model-parallel-size", type=int, default=2, metavar="TP")
     parser.add_argument("--eval-prompts", type=int, default=40, metavar="N")
@@ -79,7 +80,7 @@ class Quickstart:
             seconds=self._all_seconds(),
         )
         report.write(summary, self.curve, self.runs)
-        print(report.serving(self.base_hf, self.draft_hf, TTT_STEPS))
+        print(report.serving(self.runs, TTT_STEPS, RUNS))
 
     @property
     def _trained_marker(self) -> Path:

@@ -162,7 +162,8 @@ class _AnchorAttention(torch.autograd.Function):
         grad, scale, slots = grad_outputs[0].contiguous(), ctx.scale, q.shape[2]
         dq, dk, dv = flash.backward(grad, q, k, v, out, lse, scale, causal=False)
         dq = dq.contiguous()
-        context_dk, context_dv = torch.zeros_like(context_k), torch.zeros_like(context_v)
+        # Rows before heads, so that a slab adds its rows to them and nothing has the size of all.
+        context_dk, context_dv = (_rows_first_zeros(x) for x in (context_k, context_v))
         for slab in ctx.plan.slabs:
             blocks = slab.blocks
             dq[blocks] += _window_backward(
@@ -207,12 +208,15 @@ def _window_backward(
     keys, values = (_windows(x, slab.keys) for x in context)
     dq, *parts = flash.backward(grad, q, keys, values, out, lse, scale, causal=True)
     for total, part in zip(gradients, parts, strict=True):
-        sequences, _, length, _ = total.shape
-        flat = slab.keys.flatten()
         rows = part.transpose(1, 2).flatten(0, 1)  # [w * W, g, d]
-        summed = rows.new_zeros(sequences * length, *rows.shape[1:]).index_add_(0, flat, rows)
-        total += summed.unflatten(0, (sequences, length)).transpose(1, 2)
+        total.transpose(1, 2).view(-1, *rows.shape[1:]).index_add_(0, slab.keys.flatten(), rows)
     return _unfolded(dq, slab, q.shape[1] // blocks[1].shape[1])
+
+
+def _rows_first_zeros(context: Tensor) -> Tensor:
+    """Return zeros [Q, g, S, d] like ``context``, in memory as [Q, S, g, d]."""
+    sequences, groups, length, size = context.shape
+    return context.new_zeros(sequences, length, groups, size).transpose(1, 2)
 
 
 def _windows(context: Tensor, rows: Tensor) -> Tensor:

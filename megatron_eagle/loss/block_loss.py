@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_eagle.loss import block_shard
 from megatron_eagle.loss.block_plan import BlockPlan, BlockValues
 from megatron_eagle.loss.block_rows import RowChunk
 from megatron_eagle.loss.inputs import Budgets
@@ -26,9 +27,7 @@ from megatron_eagle.loss.reduction import (
     ShardMass,
     reduce_gathered,
     shard_mass,
-    shard_overlap,
 )
-from megatron_eagle.loss.shard_softmax import draft_softmax_
 from megatron_eagle.loss.statistics import ShardStats, TeacherStats, gather_statistics
 from megatron_eagle.parallel.products import add_outer_, product
 
@@ -96,7 +95,7 @@ class _Chunk:
                 column, inside = plan.rows.local_labels(plan.shard_ids, where.rows)
                 extra = draft.gather(1, column.unsqueeze(1)).squeeze(1).float() * inside
             extra = extra.unsqueeze(0)
-        stats = draft_softmax_(draft.unsqueeze(0), teacher[targets], False)
+        stats = block_shard.softmax_(draft, teacher, targets, plan)
         ids = plan.shard_ids
         argmax = ids[stats.argmax.long()].float() if ids.numel() else stats.argmax
         stats = stats._replace(argmax=argmax, extra=extra)
@@ -121,8 +120,8 @@ def _reduce(chunks: Sequence[_Chunk], plan: BlockPlan) -> tuple[BlockValues, Sha
         parts, row = [], 0
         for chunk in chunks:
             rows = slice(row, row + chunk.draft.shape[0])
-            teacher = chunk.teacher[chunk.targets]
-            parts.append(shard_overlap(chunk.draft.unsqueeze(0), teacher, mass.take(rows)))
+            softmaxes = chunk.draft, chunk.teacher, chunk.targets
+            parts.append(block_shard.overlap(*softmaxes, mass.take(rows)))
             row = rows.stop
         overlap = torch.cat(parts, dim=-1)
         if not plan.one_rank:
@@ -137,33 +136,6 @@ def _reduce(chunks: Sequence[_Chunk], plan: BlockPlan) -> tuple[BlockValues, Sha
     return plan.values(reduced, whole), mass
 
 
-def _gradient(
-    draft: Tensor,
-    teacher: Tensor,
-    targets: Tensor,
-    mass: ShardMass,
-    values: BlockValues,
-    plan: BlockPlan,
-    where: RowChunk,
-) -> Tensor:
-    """Return the gradient of each row's loss on this shard's logits [rows, Dp], in their dtype."""
-    options = plan.options
-    q = draft.float() * mass.draft[0].unsqueeze(-1)
-    ce = options.ce * values.has_label
-    gradient = q * (ce + options.kl).unsqueeze(-1)
-    if plan.reads_teacher:
-        p = teacher[targets] * mass.teacher.unsqueeze(-1)
-        if options.kl:
-            gradient -= options.kl * p
-        if options.l1:
-            below = (q < p.mul_(mass.coverage.unsqueeze(-1))).float()
-            gradient += 2 * options.l1 * q * (values.below.unsqueeze(-1) - below)
-    if options.ce and draft.shape[1]:
-        column, inside = plan.rows.local_labels(plan.shard_ids, where.rows)
-        gradient.scatter_add_(1, column.unsqueeze(1), -(ce * inside).unsqueeze(1))
-    return gradient.to(draft.dtype)
-
-
 class _GradientSums:
     """Gradients of the inputs [M, H + r] and of W2 [Dp, r], the latter in fp32 till the end."""
 
@@ -175,7 +147,7 @@ class _GradientSums:
             self.grad_markov = torch.zeros_like(markov, dtype=torch.float32)
 
     def add(self, rows: slice, gradient: Tensor, weight: Tensor) -> None:
-        """Add some rows: the gradient on their logits [rows, Dp] times ``weight`` [rows]."""
+        """Add some rows: ``gradient`` on their logits [rows, Dp] times ``weight`` [rows]."""
         weight = weight.to(self.inputs.dtype).unsqueeze(-1)
         torch.mul(product(gradient, self.joint.t()), weight, out=self.grad_inputs[rows])
         if self.markov is not None:
@@ -208,10 +180,11 @@ class _AtOnce(torch.autograd.Function):
             values, mass = _reduce([chunk], plan)
             results.append(values)
             if sums is not None:
-                parts = chunk.draft, chunk.teacher, chunk.targets
-                gradient = _gradient(*parts, mass, values, plan, where)
-                sums.add(where.rows, gradient, values.weight)
-                del gradient, parts
+                softmaxes = chunk.draft, chunk.teacher, chunk.targets
+                label = plan.rows.local_labels(plan.shard_ids, where.rows)
+                factor = block_shard.gradient_(*softmaxes, mass, values, plan, label)
+                sums.add(where.rows, chunk.draft, values.weight * factor)
+                del softmaxes
             del chunk  # its memory is the next chunk's
         if sums is not None:
             ctx.save_for_backward(*sums.finish())
@@ -255,6 +228,7 @@ class _Kept(torch.autograd.Function):
         for where, draft, teacher, targets in parts:
             own = BlockValues(*(field[where.rows] for field in values))
             part = mass.take(where.rows)
-            gradient = _gradient(draft, teacher, targets, part, own, ctx.plan, where)
-            sums.add(where.rows, gradient, own.weight * grads[0])
+            label = ctx.plan.rows.local_labels(ctx.plan.shard_ids, where.rows)
+            factor = block_shard.gradient_(draft, teacher, targets, part, own, ctx.plan, label)
+            sums.add(where.rows, draft, own.weight * factor * grads[0])
         return *sums.finish(), None, None

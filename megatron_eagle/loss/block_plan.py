@@ -75,9 +75,16 @@ class BlockPlan:
         """Whether the gradient reads the base's softmax."""
         return self.options.kl > 0 or self.options.l1 > 0
 
+    @property
+    def subtracts(self) -> bool:
+        """Whether the gradient is softmax minus teacher's, and no rank or pass needs the softmax
+        before: then the softmax's own pass subtracts."""
+        options = self.options
+        return self.one_rank and self.gradient and not (options.ce or options.needs_overlap)
+
     def chunks(self) -> list[RowChunk]:
         """Cut the rows into chunks of whole blocks, the same on every rank."""
-        bytes_each = 4 * (3 * self.teacher.draft_columns + self.teacher.full_columns)
+        bytes_each = 4 * (self.teacher.draft_columns + self.teacher.full_columns)
         return self.rows.chunks(self.chunk_bytes // bytes_each)
 
     def values(self, reduced: ReducedStats, chunk: RowChunk) -> BlockValues:

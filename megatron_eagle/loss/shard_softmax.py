@@ -32,11 +32,12 @@ def shard_softmax_(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return top, sum_exp, position
 
 
-def draft_softmax_(logits: Tensor, teacher: Tensor, subtract: bool) -> ShardStats:
+def draft_softmax_(logits: Tensor, teacher: Tensor | None, subtract: bool) -> ShardStats:
     """Turn ``logits`` [K, N, Dp] into their softmax over this shard, in place; with ``subtract``
     into softmax minus ``teacher`` [N, Dp] fp32.
 
-    Returns the statistics [K, N], their ``argmax`` as the position in this shard.
+    Returns the statistics [K, N], their ``argmax`` as the position in this shard; without a teacher
+    the maximum in the place of ``dot``.
     """
     return ShardStats(*_softmax_(logits, teacher, subtract))
 

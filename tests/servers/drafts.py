@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import random
+import time
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,8 @@ from tests.e2e.launch import ROOT, launch, train
 from tests.helpers.tiny_hf import make_base
 
 VOCABULARY, MAX_TOKENS, DRAFT_TOKENS = 257, 24, 3
+MASK = 256
+"""A token that no prompt has and no base says."""
 ITERATIONS = 240
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -72,6 +76,10 @@ HEADS = (
     *("--eagle-kv-channels", 64),
 )
 NORMS = ("--eagle-norm-before-fc", "--eagle-norm-before-residual")
+DFLASH = (
+    *("--eagle-algorithm", "dflash", "--eagle-block-size", 1 + DRAFT_TOKENS),
+    *("--eagle-mask-token", MASK, "--eagle-anchors", 8, "--eagle-aux-layers", 1, 3, 5),
+)
 KINDS: dict[str, Kind] = {
     "one-layer": Kind(flags=(*COMPRESSED, *START)),
     "speculators": Kind(flags=(*COMPRESSED, *START), fmt="speculators"),
@@ -83,11 +91,15 @@ KINDS: dict[str, Kind] = {
     "norms": Kind(flags=(*NORMS, *START), fmt="vllm"),
     "eagle1": Kind(flags=("--eagle-algorithm", "eagle1"), fmt="vllm", method="eagle"),
     "p-eagle": Kind(
-        flags=("--eagle-algorithm", "p-eagle", "--eagle-mask-token", 256, *START),
+        flags=("--eagle-algorithm", "p-eagle", "--eagle-mask-token", MASK, *START),
         fmt="vllm",
         speculative={"parallel_drafting": True},
     ),
     "qk-norm": Kind("qwen3", ("--eagle-qk-layernorm", *COMPRESSED, *START), "vllm"),
+    "dflash": Kind("qwen3", (*DFLASH, "--eagle-num-layers", 2), method="dflash"),
+    "dflash-compressed": Kind(
+        flags=(*DFLASH, "--eagle-num-layers", 1, *COMPRESSED), fmt="vllm", method="dflash"
+    ),
 }
 
 
@@ -108,10 +120,13 @@ def make(folder: Path, name: str) -> Base:
     tokens of its answers end tokens."""
     family, fields = BASES[name]
     model = make_base(folder / "hf", family, **{**SIZES, **fields})
+    with torch.no_grad():
+        model.get_output_embeddings().weight[MASK].zero_()
+    model.save_pretrained(folder / "hf")
     rng = random.Random(5)
     prompts, answers = [], []
     for length in (3, 6, 9):
-        group = [[rng.randrange(VOCABULARY) for _ in range(length)] for _ in range(20)]
+        group = [[rng.randrange(MASK) for _ in range(length)] for _ in range(20)]
         prompts += group
         answers += _greedy(model, group, MAX_TOKENS)
     stops = _ends(answers[::5], 3)
@@ -167,13 +182,17 @@ def _greedy(model: torch.nn.Module, prompts: list[list[int]], count: int) -> lis
     return ids[:, -count:].tolist()
 
 
-def trained(folder: Path, kind: Kind, base: Base) -> tuple[Path, dict[str, Any]]:
-    """Train the draft, convert it and decode with it: its directory and our figures."""
+def trained(folder: Path, kind: Kind, base: Base, end: float) -> tuple[Path, dict[str, Any]]:
+    """Train the draft, convert it and decode with it: its directory and our figures.
+
+    Each launch may take until ``end``, on ``time.monotonic``.
+    """
     run = train(
         1, folder / "log.jsonl", "--eagle-base-checkpoint", base.checkpoint,
         "--eagle-train-data", base.answers, "--eagle-ttt-steps", DRAFT_TOKENS,
         "--train-iters", ITERATIONS, "--lr", "4e-3",
         "--save", folder / "draft", "--save-interval", ITERATIONS, *kind.flags,
+        launcher=partial(launch, timeout=end - time.monotonic()),
     )  # fmt: skip
     assert run.returncode == 0, run.output[-3000:]
     export_draft(folder / "draft", folder / "hf", fmt=FORMATS[kind.fmt])
@@ -182,6 +201,7 @@ def trained(folder: Path, kind: Kind, base: Base) -> tuple[Path, dict[str, Any]]
         ROOT / "tools" / "eval_acceptance.py", 1, "--base", base.checkpoint,
         "--draft", folder / "draft", "--prompts", base.prompts, "--output", figures,
         "--max-new-tokens", MAX_TOKENS, "--draft-tokens", DRAFT_TOKENS,
+        timeout=end - time.monotonic(),
     )  # fmt: skip
     assert run.returncode == 0, run.output[-3000:]
     return folder / "hf", json.loads(figures.read_text())

@@ -27,5 +27,7 @@ def work(run: Callable[[Job, Path], dict[str, Any]]) -> int:
             done.append(run(job, folder))
         except Exception:
             done.append({"error": traceback.format_exc()[-4000:]})
-        results.write_text(json.dumps(done))
+        written = results.with_suffix(".new")
+        written.write_text(json.dumps(done))
+        written.replace(results)
     return 0

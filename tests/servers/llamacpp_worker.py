@@ -23,10 +23,12 @@ from typing import Any
 from jobs import work
 
 CONVERTER = Path(sys.prefix) / "llama.cpp"
+BASES: dict[Path, tuple[Path, list[list[int]]]] = {}
+"""Base -> the folder of the first draft beside it, and its own greedy answers."""
 
 
-def with_readable_tokenizer(base: Path, folder: Path, unused: int) -> Path:
-    """Return a copy of the base, by links, with a tokenizer in the form that the converter knows.
+def with_readable_tokenizer(base: Path, folder: Path, unused: int) -> None:
+    """Make a copy of the base, by links, with a tokenizer in the form that the converter knows.
 
     Prompts and answers are ids, so its words are any. An ``unused`` token ends answers: of a chain
     over an end token llama.cpp counts less than other servers, and the end tokens are ours to see.
@@ -47,12 +49,15 @@ def with_readable_tokenizer(base: Path, folder: Path, unused: int) -> Path:
     )
     settings = {"tokenizer_class": "PreTrainedTokenizerFast"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
 
 
 def converted(base: Path, draft: str, folder: Path, commands: list[str]) -> None:
-    """Run the card's commands of the converter in ``folder``, weights kept in fp32."""
+    """Run the card's commands of the converter in ``folder``, weights kept in fp32. A base that an
+    earlier draft had is linked."""
     for command in commands:
+        if "DRAFT" not in command and base in BASES:
+            (folder / "base.gguf").symlink_to(BASES[base][0] / "base.gguf")
+            continue
         words = [sys.executable, str(CONVERTER / "convert_hf_to_gguf.py"), *command.split()[2:]]
         places = {"BASE": str(base), "DRAFT": draft}
         words = [places.get(word, word) for word in words] + ["--outtype", "f32"]
@@ -124,14 +129,19 @@ def answer(address: str, ids: list[int], job: dict[str, Any]) -> tuple[list[int]
 
 
 def run(job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    base = with_readable_tokenizer(Path(job["base"]), folder / "base", job["unused_id"])
+    name = Path(job["base"]).parent.name
+    base = folder.with_name(f"base_{name}")
+    if not base.exists():
+        with_readable_tokenizer(Path(job["base"]), base, job["unused_id"])
     *commands, serve = job["card"]
     converted(base, job["draft"], folder, commands)
     words = serve.split()[1:]
     options = dict(zip(words[::2], words[1::2], strict=True))
-    server = start(folder, None)
-    plain = [answer(server.listening_address, ids, job)[0] for ids in job["prompts"]]
-    del server
+    if base not in BASES:
+        server = start(folder, None)
+        plain = [answer(server.listening_address, ids, job)[0] for ids in job["prompts"]]
+        BASES[base] = folder, plain
+        del server
     server = start(folder, options)
     answers, chains = [], []
     for ids in job["prompts"]:
@@ -141,7 +151,7 @@ def run(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     del server
     per_position = [sum(a > place for a in chains) for place in range(job["draft_tokens"])]
     return {
-        "plain": plain,
+        "plain": BASES[base][1],
         "answers": answers,
         "verifications": len(chains),
         "accepted": per_position,

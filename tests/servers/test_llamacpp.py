@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from tests.servers.conftest import Artifacts, Serve
+from tests.servers.conftest import Artifacts
 from tests.servers.drafts import KINDS, VOCABULARY, Base
+from tests.servers.session import Session
 
 ENVIRONMENT = Path(os.environ.get("SERVERS_LLAMACPP", "absent"))
 if not (ENVIRONMENT / "bin" / "python").is_file():
     pytest.skip("run by `make test-servers`", allow_module_level=True)
-pytestmark = pytest.mark.timeout(900)
 NAMES = ("one-layer", "own-head-size", "llama3-rope")
 
 
@@ -29,28 +29,30 @@ def unused(base: Base) -> int:
 def served(
     request: pytest.FixtureRequest,
     artifacts: Artifacts,
-    serve: Serve,
+    session: Session,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, dict[str, Any]]:
     """The result of each kind that was chosen (`-k`)."""
     calls = [item.callspec for item in request.session.items if item.path == request.path]
-    names = [call.params["name"] for call in calls]
+    names = artifacts.prepare([call.params["name"] for call in calls])
     jobs = [
         {
             **artifacts.job(name, "llama.cpp, by its own converter"),
-            "unused_id": unused(artifacts.base(KINDS[name].base)),
+            "unused_id": unused(artifacts.bases[KINDS[name].base]),
         }
         for name in names
     ]
     folder = tmp_path_factory.mktemp("llamacpp")
-    return dict(zip(names, serve(ENVIRONMENT, "llamacpp_worker.py", folder, jobs), strict=True))
+    results = session.serve(ENVIRONMENT, "llamacpp_worker.py", folder, jobs)
+    return dict(zip(names, results, strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_llamacpp_serves_the_draft(
     served: dict[str, dict[str, Any]], artifacts: Artifacts, name: str
 ) -> None:
-    result, figures = served[name], artifacts.draft(name)[1]
+    figures = artifacts.draft(name)[1]
+    result = served[name]
     assert "error" not in result, result["error"]
     assert result["answers"] == result["plain"]
     assert result["verifications"] == figures["verifications"]

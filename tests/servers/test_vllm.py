@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from tests.servers.conftest import Artifacts, Serve
+from tests.servers.conftest import Artifacts
 from tests.servers.drafts import DRAFT_TOKENS, KINDS, MAX_TOKENS, Base
+from tests.servers.session import Session
 
 ENVIRONMENT = Path(os.environ.get("SERVERS_VLLM", "absent"))
 if not (ENVIRONMENT / "bin" / "python").is_file():
     pytest.skip("run by `make test-servers`", allow_module_level=True)
 ROOT = Path(__file__).resolve().parents[2]
 QUICKSTART = Path(os.environ.get("QUICKSTART_RUNS", ROOT / "runs" / "quickstart"))
-pytestmark = pytest.mark.timeout(900)
 
 
 def job(base: Base, speculative: dict[str, Any] | None) -> dict[str, Any]:
@@ -28,6 +28,7 @@ def job(base: Base, speculative: dict[str, Any] | None) -> dict[str, Any]:
         "prompts": base.prompt_ids,
         "max_tokens": MAX_TOKENS,
         "stop_ids": base.stops,
+        "requests": 4,
     }
 
 
@@ -35,15 +36,15 @@ def job(base: Base, speculative: dict[str, Any] | None) -> dict[str, Any]:
 def served(
     request: pytest.FixtureRequest,
     artifacts: Artifacts,
-    serve: Serve,
+    session: Session,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[tuple[str, str], dict[str, Any]]:
     """The result of each kind that was chosen (`-k`), and each base's own greedy answers."""
     calls = [item.callspec for item in request.session.items if hasattr(item, "callspec")]
     chosen = {call.params["name"] for call in calls if "name" in call.params}
-    kinds = {name: kind for name, kind in KINDS.items() if name in chosen}
+    kinds = {name: KINDS[name] for name in artifacts.prepare([n for n in KINDS if n in chosen])}
     names = sorted({kind.base for kind in kinds.values()})
-    jobs = {("base", name): job(artifacts.base(name), None) for name in names}
+    jobs = {("base", name): job(artifacts.bases[name], None) for name in names}
     for name, kind in kinds.items():
         speculative = {
             "method": kind.method,
@@ -51,9 +52,9 @@ def served(
             "num_speculative_tokens": DRAFT_TOKENS,
             **kind.speculative,
         }
-        jobs[("draft", name)] = job(artifacts.base(kind.base), speculative)
+        jobs[("draft", name)] = job(artifacts.bases[kind.base], speculative)
     folder = tmp_path_factory.mktemp("vllm")
-    results = serve(ENVIRONMENT, "vllm_worker.py", folder, list(jobs.values()))
+    results = session.serve(ENVIRONMENT, "vllm_worker.py", folder, list(jobs.values()))
     return dict(zip(jobs, results, strict=True))
 
 
@@ -61,9 +62,10 @@ def served(
 def test_vllm_serves_the_draft(
     served: dict[tuple[str, str], dict[str, Any]], artifacts: Artifacts, name: str
 ) -> None:
-    result, plain = served[("draft", name)], served[("base", KINDS[name].base)]
     figures = artifacts.draft(name)[1]
+    result, plain = served[("draft", name)], served[("base", KINDS[name].base)]
     assert "error" not in result, result["error"]
+    assert "error" not in plain, plain["error"]
     assert result["answers"] == plain["answers"]
     assert result["verifications"] == figures["verifications"]
     assert result["accepted"] == figures["server_accepted"]
@@ -71,7 +73,7 @@ def test_vllm_serves_the_draft(
 
 
 def test_vllm_serves_the_quickstart_s_draft(
-    serve: Serve, tmp_path_factory: pytest.TempPathFactory
+    session: Session, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     """What `make train` left, if it ran: all its held-out prompts."""
     if not (QUICKSTART / "eval_trained.json").is_file():
@@ -89,11 +91,13 @@ def test_vllm_serves_the_quickstart_s_draft(
         "prompts": [json.loads(line)["prompt_ids"] for line in lines[: figures["prompts"]]],
         "max_tokens": figures["max_new_tokens"],
         "stop_ids": [config["eos_token_id"]],
+        "requests": figures["prompts"],  # all together: the fewest passes over the weights
     }
     jobs = [{**work, "speculative": given} for given in (None, speculative)]
     folder = tmp_path_factory.mktemp("quickstart")
-    plain, result = serve(ENVIRONMENT, "vllm_worker.py", folder, jobs)
+    plain, result = session.serve(ENVIRONMENT, "vllm_worker.py", folder, jobs)
     assert "error" not in result, result["error"]
+    assert "error" not in plain, plain["error"]
     assert result["answers"] == plain["answers"]
     assert result["verifications"] == figures["verifications"]
     assert result["accepted"] == figures["server_accepted"]

@@ -3,9 +3,9 @@
     python vllm_worker.py JOBS.json RESULTS.json
 
 A job is {"base": DIR, "speculative": vLLM's speculative configuration or null, "prompts": [ids],
-"max_tokens": N}; its result {"answers": [ids], "verifications": N, "accepted": [N]}, or
-{"error": text}. Loaded one after another in this process, in fp32. Nothing of this project is
-imported.
+"max_tokens": N, "stop_ids": [id], "requests": N decoded together at most}; its result
+{"answers": [ids], "verifications": N, "accepted": [N]}, or {"error": text}. Loaded one after
+another in this process, in fp32. Nothing of this project is imported.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def run(job: dict[str, Any], _: Path) -> dict[str, Any]:
         model=job["base"],
         skip_tokenizer_init=True,
         dtype="float32",
-        max_num_seqs=4,
+        max_num_seqs=job["requests"],
         seed=0,
         speculative_config=job["speculative"],
         disable_log_stats=False,

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +16,17 @@ import psutil
 import pytest
 
 from benchmarks.serving.measure import Load, load
-from benchmarks.serving.run import table
-from benchmarks.serving.server import Server
+from benchmarks.serving.tables import table
+from benchmarks.serving.vllm_engine import Vllm
+from tests.helpers.serving_stub import interpreter, server, setting
 
 RUN = Path(__file__).resolve().parents[2] / "benchmarks" / "serving" / "run.py"
 
 STUB = """
-import json, sys
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
 asked = 0
 
 
-class Handler(BaseHTTPRequestHandler):
-    def reply(self, text):
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(text.encode())
-
+class Stub(Handler):
     def do_GET(self):
         lines = [f"vllm:spec_decode_num_drafts_total{{}} {2.0 * asked}"]
         for i, each in enumerate((2, 1)):
@@ -42,18 +36,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         global asked
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert body["temperature"] == 0
+        body = self.body()
+        assert self.path == "/v1/completions" and body["temperature"] == 0
         asked += 1
         self.reply(json.dumps({"choices": [{"token_ids": body["prompt"][::-1]}]}))
-
-    def log_message(self, *words):
-        pass
-
-
-words = sys.argv
-assert words[words.index("--host") + 1] == "127.0.0.1"
-ThreadingHTTPServer(("127.0.0.1", int(words[words.index("--port") + 1])), Handler).serve_forever()
 """
 OURS: dict[str, Any] = {
     "verifications": 6,
@@ -64,25 +50,9 @@ OURS: dict[str, Any] = {
 }
 
 
-def interpreter(folder: Path, stub: str) -> Path:
-    (folder / "stub.py").write_text(stub)
-    path = folder / "bin" / "python"
-    path.parent.mkdir()
-    path.write_text(f'#!/bin/sh\nexec {sys.executable} {folder}/stub.py "$@"\n')
-    path.chmod(0o755)
-    return path
-
-
-def server(folder: Path, stub: str) -> Server:
-    return Server(
-        python=interpreter(folder, stub), base=folder, speculative={"method": "eagle3"},
-        device="cpu", dtype="float32", requests=8, log=folder / "log",
-    )  # fmt: skip
-
-
 def test_a_server_is_asked_counted_and_ended(tmp_path: Path) -> None:
     prompts = [[1, 2], [3], [4, 5, 6]]
-    with server(tmp_path, STUB) as running:
+    with server(tmp_path, Vllm, STUB) as running:
         assert running.process is not None
         number = running.process.pid
         result = load(running, prompts, at_a_time=2, max_tokens=4, repetitions=3)
@@ -101,8 +71,7 @@ def test_a_terminated_run_ends_its_server(tmp_path: Path) -> None:
             open({str(tmp_path / "waiting")!r}, "w").close()
             time.sleep(300)
 """
-    stub = STUB.replace("import json, sys", "import json, sys, time")
-    stub = stub.replace("asked += 1\n", "asked += 1" + hanging)
+    stub = STUB.replace("asked += 1\n", "asked += 1" + hanging)
     ours = {**OURS, "draft_tokens": 2, "max_new_tokens": 4, "prompts": 40}
     (tmp_path / "ours.json").write_text(json.dumps(ours))
     words = [
@@ -130,7 +99,7 @@ def test_a_terminated_run_ends_its_server(tmp_path: Path) -> None:
 
 def test_a_server_that_fails_says_why(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"(?s)ended with 1.*no such model"):
-        server(tmp_path, "raise SystemExit('no such model')").__enter__()
+        server(tmp_path, Vllm, "raise SystemExit('no such model')").__enter__()
 
 
 def test_differences_are_named() -> None:
@@ -142,3 +111,37 @@ def test_differences_are_named() -> None:
         "1 at a time without the draft, repetitions differ",
         "1 at a time, the server counts otherwise than we do",
     ]
+
+
+def test_what_vllm_is_told(tmp_path: Path) -> None:
+    given = setting(tmp_path, tmp_path / "bin" / "python")
+    assert given.draft is not None
+    words = Vllm(given).command(5)
+    assert json.loads(words[-1]) == {
+        "method": "eagle3",
+        "model": str(tmp_path),
+        "num_speculative_tokens": 2,
+    }
+    assert words[1:3] == ["-m", "vllm.entrypoints.openai.api_server"] and "--enforce-eager" in words
+    at_once = replace(given, device="cuda", draft=replace(given.draft, parallel=True))
+    words = Vllm(at_once).command(5)
+    assert json.loads(words[-1])["parallel_drafting"] and "--enforce-eager" not in words
+    assert "--speculative-config" not in Vllm(replace(given, draft=None)).command(5)
+
+
+@pytest.mark.parametrize(
+    ("words", "error"),
+    [
+        (["--draft", "nothing"], "error: --draft nothing: no such file or directory"),
+        (["--eval", "{}"], "error: --eval {}: an earlier release wrote it; run eval again"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line(tmp_path: Path, words: list[str], error: str) -> None:
+    old = tmp_path / "old.json"
+    old.write_text("{}")
+    given = ["--base", ".", "--draft", ".", "--eval", str(old), "--python", sys.executable]
+    extra = [word.format(old) for word in words]
+    run = subprocess.run(
+        [sys.executable, str(RUN), *given, *extra], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert (run.returncode, run.stderr, run.stdout) == (2, f"{error.format(old)}\n", "")

