@@ -95,7 +95,7 @@ def shown(flags: Mapping[str, str | None]) -> str:
     return ", ".join(words)
 
 
-Columns = Mapping[str, Callable[[Result], str]]
+Columns = dict[str, Callable[[Result], str]]
 COLUMNS: Columns = {
     "accepted length": lambda of: f"{of.accepted_length:.3f}",
     "acceptance per position": lambda of: " ".join(f"{x:.2f}" for x in of.acceptance),
