@@ -152,8 +152,8 @@ def test_equal_flop_are_as_many_answers_as_take_them(tmp_path: Path) -> None:
     (tmp_path / "eagle_base.json").write_text(
         json.dumps({
             "megatron_args": {
-                "hidden_size": 64, "ffn_hidden_size": 128, "num_attention_heads": 4,
-                "kv_channels": 16, "num_query_groups": 2, "vocab_size": 9000, "num_layers": 5,
+                "hidden_size": 576, "ffn_hidden_size": 1536, "num_attention_heads": 12,
+                "kv_channels": 64, "num_query_groups": 4, "vocab_size": 49152, "num_layers": 30,
             }
         })
     )  # fmt: skip
