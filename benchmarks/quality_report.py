@@ -3,91 +3,134 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality_variants import Group
+
 SMOOTHING = 10
 """Logged points that a drawn point of a training curve is the mean of."""
+COMPARED_DRAFTS = 3
+"""Drafts per verification that all variants make, by which they are compared beside all drafts."""
 
 
-def write_results(
-    runs: Path, folders: dict[str, Path], variants: dict[str, dict[str, str | None]]
-) -> None:
-    """results.json, quality.md and quality.png in ``runs``, of the variants that are finished."""
-    found = {
-        name: {"flags": _flags(variants[name]), **_result(folder)}
-        for name, folder in folders.items()
-        if (folder / "eval.json").exists()
-    }
-    (runs / "results.json").write_text(json.dumps(found, indent=2) + "\n")
-    table = _table(found)
-    (runs / "quality.md").write_text(table)
-    print(table, end="")
-    _plot(found, runs / "quality.png")
+@dataclass(frozen=True)
+class Result:
+    """What a variant has reached.
+
+    ``flags``: in which it differs. ``acceptance``: per drafted position, of all verifications.
+    ``passes``: of the draft's layers per verification. ``flop``: of the draft's whole training, the
+    base's forward left out; None where it is not counted. ``curve``: (iteration, simulated
+    accepted length).
+    """
+
+    flags: str
+    iterations: int
+    accepted_length: float
+    acceptance: list[float]
+    equal_to_greedy: bool
+    supervised_rows: int
+    passes: int
+    flop: float | None
+    curve: list[tuple[int, float]]
+
+    @classmethod
+    def read(
+        cls, folder: Path, group: Group, variant: str, iterations: int, flop: float | None
+    ) -> Result:
+        """Read the evaluation and the log of a training; ``flop``: of an answer."""
+        report = json.loads((folder / "eval.json").read_text())
+        lines = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
+        key = "simulated_accepted_length"
+        curve = {line["iteration"]: line[key] for line in lines if key in line}
+        flags, acceptance = group.flags(variant), report["acceptance"]
+        return cls(
+            flags=shown(group.variants[variant]),
+            iterations=iterations,
+            accepted_length=report["accepted_length"],
+            acceptance=acceptance,
+            equal_to_greedy=report["equal_to_greedy"],
+            supervised_rows=supervised_rows(lines),
+            passes=1 if "--eagle-block-size" in flags else len(acceptance),
+            flop=None if flop is None else flop * iterations,
+            curve=sorted(curve.items()),
+        )
+
+    @property
+    def compared_length(self) -> float:
+        """The accepted length if drafts behind the first few are thrown away, as near as one
+        evaluation tells: other chains would start at other tokens."""
+        return 1 + sum(self.acceptance[:COMPARED_DRAFTS])
+
+    @property
+    def passes_per_token(self) -> float:
+        """Passes of the draft's layers per token that is written."""
+        return self.passes / self.accepted_length
 
 
-def _flags(variant: dict[str, str | None]) -> str:
-    shown = (
+def supervised_rows(lines: list[dict[str, Any]]) -> int:
+    """Return the rows that a training supervised, from its logged lines.
+
+    A line counts from the start of its run. A run that was resumed starts from 0, and repeats what
+    an earlier one did behind its last checkpoint.
+    """
+    interval: dict[int, int] = {}
+    last_iteration = last_rows = 0
+    for line in lines:
+        iteration, rows = line["iteration"], line["supervised_rows"]
+        goes_on = iteration > last_iteration and rows > last_rows
+        interval[iteration] = rows - last_rows if goes_on else rows
+        last_iteration, last_rows = iteration, rows
+    return sum(interval.values())
+
+
+def shown(flags: Mapping[str, str | None]) -> str:
+    """Return the flags of a variant for a reader."""
+    words = (
         f"no `{flag}`" if value is None else f"`{flag} {value}`".replace(" `", "`")
-        for flag, value in variant.items()
+        for flag, value in flags.items()
     )
-    return ", ".join(shown)
+    return ", ".join(words)
 
 
-def _result(folder: Path) -> dict[str, Any]:
-    report = json.loads((folder / "eval.json").read_text())
-    lines = [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()]
-    curve = [
-        [line["iteration"], line[key]]
-        for line in lines
-        for key in ("simulated_accepted_length", "accepted_length")  # the second: older runs
-        if key in line
-    ]
-    return {
-        "accepted_length": report["accepted_length"],
-        "acceptance": report["acceptance"],
-        "equal_to_greedy": report["equal_to_greedy"],
-        "supervised_rows": max(line["supervised_rows"] for line in lines),
-        "curve": curve,
-    }
+Columns = dict[str, Callable[[Result], str]]
+COLUMNS: Columns = {
+    "accepted length": lambda of: f"{of.accepted_length:.3f}",
+    "acceptance per position": lambda of: " ".join(f"{x:.2f}" for x in of.acceptance),
+    "supervised rows": lambda of: f"{of.supervised_rows:,}",
+}
+BLOCK_COLUMNS: Columns = {
+    "accepted length": COLUMNS["accepted length"],
+    f"of {COMPARED_DRAFTS} drafts": lambda of: f"{of.compared_length:.3f}",
+    "acceptance per position": COLUMNS["acceptance per position"],
+    "draft passes per token": lambda of: f"{of.passes_per_token:.2f}",
+    "answers": lambda of: f"{of.iterations}",
+    "supervised rows": COLUMNS["supervised rows"],
+    "TFLOP": lambda of: "" if of.flop is None else f"{of.flop / 1e12:.1f}",
+}
+FLAGS: Columns = {"other flags": lambda of: of.flags}
 
 
-def _table(found: dict[str, dict[str, Any]]) -> str:
-    rows = [
-        f"| {name} | {of['accepted_length']:.3f} | "
-        f"{' '.join(f'{x:.2f}' for x in of['acceptance'])} | {of['supervised_rows']:,} | "
-        f"{of['flags']} |"
-        for name, of in found.items()
-    ]
-    head = [
-        "| variant | accepted length | acceptance per position | supervised rows | other flags |",
-        "|---|---|---|---|---|",
-    ]
-    return "\n".join([*head, *rows]) + "\n"
+def write_results(runs: Path, group: str, results: Mapping[str, Result]) -> None:
+    """Write the group's results, table and plot into ``runs``."""
+    suffix = "" if group == "eagle" else f"-{group}"
+    values = {name: asdict(of) for name, of in results.items()}
+    (runs / f"results{suffix}.json").write_text(json.dumps(values, indent=2) + "\n")
+    text = table(results, COLUMNS | FLAGS if group == "eagle" else BLOCK_COLUMNS)
+    (runs / f"quality{suffix}.md").write_text(text)
+    print(text, end="")
+    if results:
+        from benchmarks.quality_plot import plot_blocks, plot_eagle
+
+        plot = plot_eagle if group == "eagle" else plot_blocks
+        plot(results, runs / f"quality{suffix}.png")
 
 
-def _plot(found: dict[str, dict[str, Any]], file: Path) -> None:
-    """Left, accepted length on held-out prompts; right, the simulated one, in training."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (bars, curves) = pyplot.subplots(1, 2, figsize=(12, 4.5))
-    names = sorted(found, key=lambda name: found[name]["accepted_length"])
-    lengths = [found[name]["accepted_length"] for name in names]
-    bars.barh(names, lengths)
-    bars.bar_label(bars.containers[0], fmt="%.3f", padding=2, fontsize=8)
-    bars.set(xlabel="accepted length, held-out prompts", xlim=(1.0, max(lengths) + 0.1))
-    curves.set_prop_cycle(color=pyplot.get_cmap("tab20")(range(20)))
-    for name, of in found.items():
-        iterations, values = zip(*of["curve"], strict=True)
-        means = [
-            sum(values[max(0, i - SMOOTHING + 1) : i + 1]) / min(i + 1, SMOOTHING)
-            for i in range(len(values))
-        ]
-        curves.plot(iterations, means, label=name, linewidth=1)
-    curves.set(xlabel="iteration", ylabel="simulated accepted length (all K steps)")
-    curves.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(file, dpi=90)
+def table(results: Mapping[str, Result], columns: Columns) -> str:
+    """Return a Markdown table with a line for each result."""
+    head = ["variant", *columns]
+    lines = [head, ["---"] * len(head)]
+    lines += [[name, *(cell(of) for cell in columns.values())] for name, of in results.items()]
+    return "".join("| " + " | ".join(cells) + " |\n" for cells in lines).replace("| --- ", "|---")
