@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from typing import Any
 
 SYMBOLS = "*+GM-E"
-LATENT, DELTA_NET, MAMBA, EXPERTS, CUT, FURTHER_TOKENS = "+", "G", "M", "E", "|", "/"
+ATTENTION, LATENT, DELTA_NET, MAMBA, DENSE, EXPERTS = "*", "+", "G", "M", "-", "E"
+CUT, FURTHER_TOKENS = "|", "/"
 RECURRENT = (DELTA_NET, MAMBA)
 """Layers that mix positions by a recurrence, not by attention."""
 _DECODER_LAYERS = re.compile(r"([*+G][-E])+")
@@ -43,6 +44,15 @@ def layer_ends(pattern: str) -> list[int]:
     layers = symbols(pattern)
     step = 2 if _DECODER_LAYERS.fullmatch(layers) else 1
     return list(range(step - 1, len(layers), step))
+
+
+def mixers(args: Mapping[str, Any]) -> list[str]:
+    """Return for each layer of an imported base, whose pattern has a pair of symbols for each, the
+    symbol of what mixes its positions: ``*`` or ``G``. Layers of a GPTModel all have attention."""
+    pattern = pattern_of(args)
+    if pattern is None:
+        return [ATTENTION] * args["num_layers"]
+    return [symbols(pattern)[end - 1] for end in layer_ends(pattern)]
 
 
 def megatron_layers(args: Mapping[str, Any]) -> int:

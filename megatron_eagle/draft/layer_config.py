@@ -35,7 +35,10 @@ _PLAIN: dict[str, Any] = {
     "window_attn_skip_freq": None,
     "window_size": None,
 }
-"""What a base's layers may have and a draft's never do."""
+"""What a base's layers may have and a draft's do not."""
+
+_OF_MODULES = ("attention_output_gate", "layernorm_zero_centered_gamma")
+"""What of these the layer of a base's own next-token module has as the base's layers do."""
 
 _FROZEN_ROUTING: dict[str, Any] = {
     "moe_aux_loss_coeff": 0.0,
@@ -54,7 +57,8 @@ def draft_config(base_config: Any, spec: DraftSpec, moe_aux_loss_coeff: float = 
 
     The hidden size is the base's; norms are RMSNorm, the MLP is SwiGLU, and there is nothing that
     EAGLE-3 readers do not know (``_PLAIN``): no biases, windows or sinks, and query and key norms
-    only as the spec says. The layer of a next-token module keeps the base's biases and routing.
+    only as the spec says. The layer of a next-token module keeps the base's biases, gates, norms
+    and routing.
     "core_attn" of ``recompute_modules`` is dropped: the kernels keep no scores for backward, and
     Megatron's own checkpointing cannot carry an attention state.
     """
@@ -77,7 +81,8 @@ def draft_config(base_config: Any, spec: DraftSpec, moe_aux_loss_coeff: float = 
     config.activation_func = torch.nn.functional.silu
     config.gated_linear_unit = True
     for name, value in _PLAIN.items():
-        setattr(config, name, value)
+        if not (spec.method.is_base_module and name in _OF_MODULES):
+            setattr(config, name, value)
     for name, width in layer_widths(spec, vars(base_config)).items():
         setattr(config, name, width)
     config.multi_latent_attention = spec.uses_mla

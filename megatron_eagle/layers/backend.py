@@ -32,14 +32,14 @@ class LayerBackend:
     Attributes:
         base_spec: (config, pp_rank, native) -> spec of the base's block on a pipeline stage;
             ``native``: Megatron trained it.
-        hybrid_spec: (config, pattern) -> spec of the stack of a HybridModel.
+        hybrid_spec: (config, pattern, native) -> spec of the stack of a HybridModel.
         layer_spec: config -> TransformerLayer spec of the draft.
         norm: builds a norm.
         column_linear: class of a column-parallel linear without a norm in front.
     """
 
     base_spec: Callable[[Any, int, bool], Any]
-    hybrid_spec: Callable[[Any, str], Any]
+    hybrid_spec: Callable[[Any, str, bool], Any]
     layer_spec: Callable[[Any], Any]
     norm: Callable[..., Any]
     column_linear: type[Any]

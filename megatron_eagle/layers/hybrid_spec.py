@@ -41,13 +41,15 @@ class LocalHybridStack(HybridStack):
             )
 
 
-def local_hybrid_spec(config: Any, pattern: str) -> Any:
+def local_hybrid_spec(config: Any, pattern: str, native: bool) -> Any:
     """Return the HybridStack spec of the layers in ``pattern``, made of Megatron-Core's own modules
     and our core attention.
 
-    Raises ``UserError`` for layers whose kernels are not installed.
+    ``native``: Megatron trained the base; the gated delta nets of any other have the output norm of
+    Hugging Face's, whose weight multiplies as it is. Raises ``UserError`` for layers whose kernels
+    are not installed.
     """
-    stack = _stack(pattern)
+    stack = _stack(pattern, native)
     stack.module = LocalHybridStack
     layers, norm = stack.submodules, _norm(config)
     for layer, latent in ((layers.attention_layer, False), (layers.mla_layer, True)):
@@ -66,7 +68,8 @@ def local_hybrid_spec(config: Any, pattern: str) -> Any:
         layer.submodules.pre_mlp_layernorm = norm
     layers.gdn_layer.submodules.input_layernorm = norm
     layers.gdn_layer.submodules.sharded_state_dict_keys_map = NORM_BEFORE_IN_PROJ
-    layers.gdn_layer.submodules.self_attention.submodules.out_norm = norm
+    own_norm = norm if native else _plain(WrappedTorchNorm)
+    layers.gdn_layer.submodules.self_attention.submodules.out_norm = own_norm
     layers.mamba_layer.submodules.norm = norm
     layers.mamba_layer.submodules.sharded_state_dict_keys_map = NORM_BEFORE_MIXER
     for mixer in (layers.gdn_layer.submodules.self_attention, layers.mamba_layer.submodules.mixer):
@@ -75,19 +78,25 @@ def local_hybrid_spec(config: Any, pattern: str) -> Any:
     return stack
 
 
-def transformer_engine_hybrid_spec(config: Any, pattern: str, *, keeps_states: bool) -> Any:
+def transformer_engine_hybrid_spec(
+    config: Any, pattern: str, native: bool, *, keeps_states: bool
+) -> Any:
     """Return Megatron's own HybridStack spec, made of Transformer Engine's modules.
 
-    Its core attention is replaced as ``base_spec.transformer_engine_base_spec`` says.
+    Its core attention is replaced as ``base_spec.transformer_engine_base_spec`` says, and the norms
+    of gated delta nets as ``local_hybrid_spec`` says.
     """
-    stack = _stack(pattern)
+    stack = _stack(pattern, native)
+    if not native:
+        delta_net = stack.submodules.gdn_layer.submodules.self_attention.submodules
+        delta_net.out_norm = _plain(delta_net.out_norm)
     ours = keeps_states or config.window_size is not None or config.softmax_type != "vanilla"
     for layer in (stack.submodules.attention_layer, stack.submodules.mla_layer) if ours else ():
         with_eagle_attention(layer)
     return stack
 
 
-def _stack(pattern: str) -> Any:
+def _stack(pattern: str, native: bool) -> Any:
     """Return a copy of Megatron's specification in which recurrent layers can decode."""
     stack = _copied(hybrid_stack_spec)
     layers = stack.submodules
@@ -95,7 +104,7 @@ def _stack(pattern: str) -> Any:
     if MAMBA in symbols(pattern):
         check_mamba()
     if DELTA_NET in symbols(pattern):
-        layers.gdn_layer.submodules.self_attention.module = delta_net()
+        layers.gdn_layer.submodules.self_attention.module = delta_net(native)
     for layer in (layers.gdn_layer, layers.mamba_layer):
         layer.module = remembering(layer.module)
     return stack
@@ -120,6 +129,19 @@ def _local_layer(config: Any, **kind: Any) -> Any:
 
 def _norm(config: Any) -> Any:
     return ZeroCenteredNorm if config.layernorm_zero_centered_gamma else WrappedTorchNorm
+
+
+def _plain(norm: Any) -> type:
+    """Return a class that builds ``norm`` with a weight that multiplies as it is, also among norms
+    whose weight is stored as its difference from 1."""
+
+    class PlainNorm:
+        def __new__(cls, config: Any, **kwargs: Any) -> Any:
+            config = copy.copy(config)
+            config.layernorm_zero_centered_gamma = False
+            return norm(config=config, **kwargs)
+
+    return PlainNorm
 
 
 def _norm_heads(attention: Any, norm: Any) -> None:

@@ -19,18 +19,29 @@ from megatron_eagle.compat import MLP
 class RMSNorm(torch.nn.RMSNorm):
     """RMSNorm [..., H] -> [..., H], fp32 statistics; keeps its input and one number per position.
 
-    Under sequence parallelism its weight is marked, so that its gradient is summed over TP.
+    With ``layernorm_zero_centered_gamma`` in ``config`` it multiplies by 1 + weight. Under sequence
+    parallelism its weight is marked, so that its gradient is summed over TP.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__(hidden_size, eps=eps)
+        self.zero_centered: bool = config.layernorm_zero_centered_gamma
+        if self.zero_centered:
+            torch.nn.init.zeros_(self.weight)
         self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise x; differentiable in x and the weight, no collective."""
         if x.is_cuda:  # PyTorch has a fused kernel
-            return super().forward(x)
-        return _RMSNorm.apply(x, self.weight, self.eps)
+            return self._fused(x) if self.zero_centered else super().forward(x)
+        # 1 + weight in fp32: in bf16 a weight near 0 would be rounded to 1 +- 2^-8.
+        factor = self.weight.float() + 1 if self.zero_centered else self.weight
+        return _RMSNorm.apply(x, factor, self.eps)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        factor = self.weight.float() + 1
+        wide = torch.nn.functional.rms_norm(x.float(), factor.shape, factor, self.eps)
+        return wide.to(x.dtype)
 
 
 class GatedMLP(MLP):

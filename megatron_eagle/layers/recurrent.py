@@ -69,17 +69,32 @@ class TorchGatedDeltaNet(GatedDeltaNet):
         super().__init__(config, *args, **kwargs)
 
 
-def delta_net() -> type:
+class _WideDecay:
+    """Gated delta net whose decay is computed in fp32 of weights of any dtype.
+
+    Megatron takes the exponential of ``A_log`` in the weight's dtype, as it does in training.
+    """
+
+    def _compute_g_and_beta(self, a_log: Tensor, dt_bias: Tensor, *gates: Tensor) -> Any:
+        compute: Any = super()._compute_g_and_beta  # type: ignore[misc]
+        return compute(a_log.float(), dt_bias.float(), *gates)
+
+
+def delta_net(native: bool) -> type:
     """Return the class of gated delta nets on this machine: Megatron's with its kernels, or the
-    plain one, for which Megatron's check for the kernels' package is taken away."""
+    plain one, for which Megatron's check for the kernels' package is taken away.
+
+    ``native``: Megatron trained the base; the decay of any other is computed as Hugging Face does.
+    """
+    found: type = GatedDeltaNet
     has_kernels = require(f"{_COMMON}:chunk_gated_delta_rule") is not None
-    if has_kernels and torch.cuda.is_available():
-        return GatedDeltaNet
-    patch_all(
-        {f"{_COMMON}:HAVE_FLA": True, f"{_COMMON}:l2norm": _l2norm},
-        "gated delta nets without flash-linear-attention",
-    )
-    return TorchGatedDeltaNet
+    if not (has_kernels and torch.cuda.is_available()):
+        patch_all(
+            {f"{_COMMON}:HAVE_FLA": True, f"{_COMMON}:l2norm": _l2norm},
+            "gated delta nets without flash-linear-attention",
+        )
+        found = TorchGatedDeltaNet
+    return found if native else type(f"Wide{found.__name__}", (_WideDecay, found), {})
 
 
 def check_mamba() -> None:

@@ -31,10 +31,14 @@ class ZeroCenteredNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x; no collective."""
-        shape = self.weight.shape
+        shape, wide = self.weight.shape, x.float()
+        weight = self.weight.float() + 1  # in bf16 a weight near 0 would be rounded to 1 +- 2^-8
         if self.bias is None:
-            return torch.nn.functional.rms_norm(x, shape, self.weight + 1, self.eps)
-        return torch.nn.functional.layer_norm(x, shape, self.weight + 1, self.bias, self.eps)
+            out = torch.nn.functional.rms_norm(wide, shape, weight, self.eps)
+        else:
+            bias = self.bias.float()
+            out = torch.nn.functional.layer_norm(wide, shape, weight, bias, self.eps)
+        return out.to(x.dtype)
 
 
 def use_zero_centered_norms(layer: Any) -> None:

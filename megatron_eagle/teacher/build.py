@@ -66,7 +66,7 @@ def build_base(
         builder: Any = GPTModelBuilder(model)
     else:
         model.hybrid_layer_pattern = for_stages(pattern, pg_collection.pp.size())
-        model.hybrid_stack_spec = backend.hybrid_spec(config, pattern)
+        model.hybrid_stack_spec = backend.hybrid_spec(config, pattern, info.is_native)
         builder = HybridModelBuilder(model)
     gpt = builder.build_model(pg_collection, pre_process, post_process)
     theta = info.megatron_args["rotary_base"]

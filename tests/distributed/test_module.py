@@ -14,12 +14,13 @@ from tests.helpers.module_case import compare, make_module_case, train_once
 from tests.helpers.reference_case import TOLERANCE
 
 SP = {"tp": 2, "sequence_parallel": True}
-EXPERTS = ("deepseek_v3", "glm4_moe")
+EXPERTS = ("deepseek_v3", "glm4_moe", "qwen3_next")
 PP2 = {"pp": 2, "first": 3}
 slow = pytest.mark.slow
 VARIANTS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {},
     "glm4_moe": {"packed": True},
+    "qwen3_next": {},
     "mimo": {"packed": True, "changes": {"detach_steps": True}},
 }
 LAYOUTS = [

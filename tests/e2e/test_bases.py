@@ -21,6 +21,7 @@ SCALED = YARN | {"mscale_all_dim": 1.0, "original_max_position_embeddings": 16}
 MLA = ["--eagle-attention", "mla"]
 BASES = [
     pytest.param("qwen3_moe", {"mlp_only_layers": [0, 3]}, [], id="qwen3_moe"),
+    pytest.param("qwen3_next", {"full_attention_interval": 3}, [], id="qwen3_next"),
     pytest.param("gpt_oss", {}, [], id="gpt_oss"),
     pytest.param("deepseek_v2", {"q_lora_rank": None}, [], id="deepseek_v2"),
     pytest.param("deepseek_v2", {"q_lora_rank": None}, MLA, id="deepseek_v2-mla-draft"),

@@ -21,8 +21,8 @@ pytestmark = pytest.mark.skipif(
 FEW = ("llama:gqa", "deepseek_v2_lite:mla")
 OTHERS = (
     "gpt_oss:gqa",
-    "qwen2:gqa", "qwen3:gqa", "mixtral:gqa", "qwen3_moe:gqa", "glm4_moe:gqa", "deepseek_v2:mla",
-    "deepseek_v3:gqa", "deepseek_v3:mla",
+    "qwen2:gqa", "qwen3:gqa", "mixtral:gqa", "qwen3_moe:gqa", "qwen3_next:gqa", "qwen3_next:mtp",
+    "glm4_moe:gqa", "deepseek_v2:mla", "deepseek_v3:gqa", "deepseek_v3:mla",
 )  # fmt: skip
 DRAFTS = ("two-layers", "moe", "eagle1", "eagle3.1", "p-eagle", "dflash", "dspark")
 

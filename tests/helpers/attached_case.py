@@ -147,7 +147,7 @@ def make_hybrid(config: Any, groups: Any) -> Any:
 
     return HybridModel(
         config=config,
-        hybrid_stack_spec=local_backend().hybrid_spec(config, PATTERN),
+        hybrid_stack_spec=local_backend().hybrid_spec(config, PATTERN, True),
         vocab_size=PADDED,
         max_sequence_length=LENGTH,
         hybrid_layer_pattern=PATTERN,

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.helpers.tiny_hf import SIZES, make_base
 from tests.reference.mtp import MTPConfig, ReferenceMTP
 
-KINDS = ("deepseek_v3", "glm4_moe", "mimo")
+KINDS = ("deepseek_v3", "glm4_moe", "mimo", "qwen3_next")
 LAYERS = 4
 _EXPERTS = {
     "num_experts": 8, "topk": 3, "expert_size": 24, "groups": 4, "topk_group": 2,
@@ -34,18 +34,26 @@ CONFIGS = {
         **_SIZES, **_EXPERTS, shared_size=24, head_dim=12, rotary=6, rope_theta=1e6,
         qkv_bias=True, qk_norm=True,
     ),
+    "qwen3_next": MTPConfig(
+        **_SIZES, num_experts=4, topk=2, expert_size=24, shared_size=40, head_dim=16, rotary=4,
+        qk_norm=True, qwen3_next=True,
+    ),
     "mimo": MTPConfig(**_SIZES, head_dim=6, rotary=6, qkv_bias=True, hidden_first=True),
 }  # fmt: skip
 AROUND = {
     "deepseek_v3": ("enorm", "hnorm", "eh_proj", "shared_head.norm"),
     "mimo": ("token_layernorm", "hidden_layernorm", "input_proj", "final_layernorm"),
+    "qwen3_next": ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "fc", "norm"),
 }
+FIELDS = {"qwen3_next": {"mlp_only_layers": []}}
+"""Fields of a base with which its module has the layer of `CONFIGS`."""
 AROUND["glm4_moe"] = AROUND["deepseek_v3"]
 
 
 def prefix_of(kind: str) -> str:
     """What the names of the module's tensors begin with."""
-    return "model.mtp_layers.0." if kind == "mimo" else f"model.layers.{LAYERS}."
+    others = {"mimo": "model.mtp_layers.0.", "qwen3_next": "mtp."}
+    return others.get(kind, f"model.layers.{LAYERS}.")
 
 
 def name_in_file(kind: str, parameter: str) -> str:
@@ -53,6 +61,8 @@ def name_in_file(kind: str, parameter: str) -> str:
     ours = ("embedding_norm", "hidden_norm", "joining", "final_norm")
     names = dict(zip(ours, AROUND[kind], strict=True))
     module, _, rest = parameter.partition(".")
+    if kind == "qwen3_next" and module not in names:
+        module = f"layers.0.{module}"
     return f"{prefix_of(kind)}{names.get(module, module)}.{rest}"
 
 
@@ -61,14 +71,16 @@ def make_module_base(
 ) -> tuple[torch.nn.Module, ReferenceMTP]:
     """Write a base of `kind` with a module in `directory`, in two shards, the module's tensors in
     both; return the base's model and the oracle with the module's weights."""
+    fields = FIELDS.get(kind, {}) | fields
     model = make_base(directory, kind, num_hidden_layers=LAYERS, **fields)
-    config = json.loads((directory / "config.json").read_text())
-    config["num_nextn_predict_layers"] = 1
-    (directory / "config.json").write_text(json.dumps(config))
+    if kind != "qwen3_next":  # which does not say that there is one
+        config = json.loads((directory / "config.json").read_text())
+        config["num_nextn_predict_layers"] = 1
+        (directory / "config.json").write_text(json.dumps(config))
     tensors = load_file(directory / "model.safetensors")
     reference = random_module(kind)
     module = {name_in_file(kind, name): p.detach() for name, p in reference.named_parameters()}
-    if kind != "mimo":
+    if kind in ("deepseek_v3", "glm4_moe"):
         module[f"{prefix_of(kind)}embed_tokens.weight"] = tensors["model.embed_tokens.weight"]
         module[f"{prefix_of(kind)}shared_head.head.weight"] = tensors["lm_head.weight"]
     write_shards(directory, tensors, module)
@@ -90,7 +102,7 @@ def random_module(kind: str) -> ReferenceMTP:
     reference = ReferenceMTP(CONFIGS[kind])
     with torch.no_grad():
         for name, parameter in reference.named_parameters():
-            norm = "norm" in name.rsplit(".", 2)[-2]
+            norm = "norm" in name.rsplit(".", 2)[-2] and not CONFIGS[kind].qwen3_next
             parameter.normal_(0.0, 0.2).add_(1.0 if norm else 0.0)
     return reference
 

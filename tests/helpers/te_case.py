@@ -31,6 +31,7 @@ DRAFTS: dict[str, dict[str, Any]] = {
     "eagle1": {"algorithm": "eagle1"},
     "eagle3.1": {"algorithm": "eagle3.1"},
     "p-eagle": {"algorithm": "p-eagle", "mask_token": 60},
+    "mtp": {"algorithm": "mtp"},
     "dflash": {"algorithm": "dflash", **BLOCKS},
     "dspark": {"algorithm": "dspark", "confidence_head": True, **BLOCKS},
 }
@@ -56,9 +57,11 @@ def main(cases: list[str]) -> None:
         model_parallel_cuda_manual_seed(1)
         for number, case in enumerate(cases):
             family, draft = case.split(":")
-            fields = {"num_hidden_layers": LAYERS}
+            fields: dict[str, Any] = {"num_hidden_layers": LAYERS}
             if family == "deepseek_v2_lite":
                 family, fields = "deepseek_v2", {**fields, "q_lora_rank": None}
+            if case == "qwen3_next:mtp":  # whose module has experts as all its layers have
+                fields["mlp_only_layers"] = []
             print(json.dumps(compare(Path(folder) / str(number), family, draft, fields)))
         torch.distributed.destroy_process_group()
 
@@ -120,6 +123,7 @@ class Built:
         from megatron_eagle.draft.build import build_draft
         from megatron_eagle.draft.layer_config import draft_rotary
         from megatron_eagle.draft.metadata import draft_metadata, encode_metadata, resolved_spec
+        from megatron_eagle.hf.draft.base_module import beside_base
         from megatron_eagle.layers.backend import local_backend, transformer_engine_backend
         from megatron_eagle.model import EagleGPTModel
         from megatron_eagle.teacher.base import FrozenBase
@@ -129,6 +133,8 @@ class Built:
         groups = ProcessGroupCollection.use_mpu_process_groups()
         steps = {} if "block_size" in draft_options else {"ttt_steps": STEPS}
         options = EagleConfig.of(base_checkpoint=str(directory), **draft_options, **steps)
+        spec = beside_base(options.spec, info.megatron_args)
+        options = dataclasses.replace(options, spec=spec)
         aux_layers = options.spec.aux_layers_of(LAYERS)
         config = base_config(info, 1, use_cpu_initialization=True)
         config.perform_initialization = False
@@ -176,7 +182,9 @@ class Built:
 
     def core_attentions(self) -> set[str]:
         layers = self.model.base.gpt.decoder.layers
-        return {type(layer.self_attention.core_attention).__name__ for layer in layers}
+        mixers = [getattr(layer, "self_attention", None) for layer in layers]
+        found = [getattr(mixer, "core_attention", None) for mixer in mixers]
+        return {type(attention).__name__ for attention in found if attention is not None}
 
     def base_weights(self) -> list[int]:
         """The base's weights whatever their names, as hashes."""

@@ -93,12 +93,13 @@ def _compute_in_torch(pytorch: Any) -> None:
         return product(module, x, is_first_microbatch)
 
     def norm_linear(module: Any, x: Tensor, is_first_microbatch: Any = None, **_: Any) -> Any:
-        weight = module.layer_norm_weight
+        weight = module.layer_norm_weight + module.zero_centered_gamma
         normed = torch.nn.functional.rms_norm(x, weight.shape, weight, module.eps)
         return product(module, normed, is_first_microbatch)
 
     def norm(module: Any, x: Tensor) -> Tensor:
-        return torch.nn.functional.rms_norm(x, module.weight.shape, module.weight, module.eps)
+        weight = module.weight + module.zero_centered_gamma
+        return torch.nn.functional.rms_norm(x, weight.shape, weight, module.eps)
 
     def attention(
         module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **options: Any

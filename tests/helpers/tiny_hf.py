@@ -27,6 +27,7 @@ CLASSES = {
     "qwen3": "Qwen3",
     "mixtral": "Mixtral",
     "qwen3_moe": "Qwen3Moe",
+    "qwen3_next": "Qwen3Next",
     "gpt_oss": "GptOss",
     "glm4_moe": "Glm4Moe",
     "deepseek_v2": "DeepseekV2",
@@ -63,6 +64,20 @@ FIELDS: dict[str, dict[str, Any]] = {
         "head_dim": 12,
         "num_hidden_layers": 4,
         "mlp_only_layers": [1],
+    },
+    "qwen3_next": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "head_dim": 16,
+        "num_hidden_layers": 4,
+        "mlp_only_layers": [1],
+        "full_attention_interval": 2,
+        "linear_key_head_dim": 6,
+        "linear_value_head_dim": 10,
+        "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8,
     },
     "glm4_moe": {
         "num_hidden_layers": 4,
@@ -119,7 +134,7 @@ def make_base(
     with torch.no_grad():
         for key, weight in model.named_parameters():
             # The default init leaves norms at 1 and biases at 0, which would hide a swap.
-            weight.normal_(0.0, 0.2).add_(1.0 if key.endswith("norm.weight") else 0.0)
+            weight.normal_(0.0, 0.2).add_(1.0 if _is_plain_norm(family, key) else 0.0)
         for key, buffer in model.named_buffers():
             if key.endswith("e_score_correction_bias"):
                 buffer.normal_(0.0, 0.2)
@@ -127,6 +142,11 @@ def make_base(
     if family == "mimo":
         name_mimo(directory / "config.json")
     return model
+
+
+def _is_plain_norm(family: str, key: str) -> bool:
+    """Whether `key` is a norm's weight that is stored as it is, not its difference from 1."""
+    return key.endswith("norm.weight") and (family != "qwen3_next" or "linear_attn" in key)
 
 
 def name_mimo(file: Path) -> None:

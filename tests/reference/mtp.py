@@ -22,7 +22,9 @@ from tests.reference.mla import ReferenceMLA
 class MTPConfig:
     """Sizes of the module and its objective. With a `kv_lora_rank` attention is multi-latent, and
     `head_dim` a head's part without position; otherwise the first `rotary` channels of a head
-    turn. Experts are chosen among the best `topk_group` of `groups` groups."""
+    turn. Experts are chosen among the best `topk_group` of `groups` groups. `qwen3_next`: norms
+    multiply by 1 + weight, attention's output and the shared expert have gates, and experts are
+    weighted by a softmax."""
 
     hidden_size: int
     intermediate_size: int
@@ -47,9 +49,27 @@ class MTPConfig:
     rope_scaling: dict[str, Any] | None = None
     rms_eps: float = 1e-5
     hidden_first: bool = False
+    qwen3_next: bool = False
     steps: int = 3
     step_decay: float = 0.8
     detach_steps: bool = False
+
+
+class CenteredNorm(nn.Module):
+    """An RMSNorm that multiplies by 1 + weight."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.eps, self.weight = eps, nn.Parameter(torch.zeros(size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = (x.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+        return x * scale * (1 + self.weight)
+
+
+def norm_of(config: MTPConfig, size: int) -> nn.Module:
+    kind = CenteredNorm if config.qwen3_next else nn.RMSNorm
+    return kind(size, eps=config.rms_eps)
 
 
 def turned(x: Tensor, positions: Tensor, config: MTPConfig) -> Tensor:
@@ -68,21 +88,26 @@ class GroupedAttention(nn.Module):
         self.config = config
         size, bias = config.hidden_size, config.qkv_bias
         queries, keys = (n * config.head_dim for n in (config.num_heads, config.num_kv_heads))
-        self.q_proj = nn.Linear(size, queries, bias=bias)
+        self.q_proj = nn.Linear(size, queries * (1 + config.qwen3_next), bias=bias)
         self.k_proj = nn.Linear(size, keys, bias=bias)
         self.v_proj = nn.Linear(size, keys, bias=bias)
         self.o_proj = nn.Linear(queries, size, bias=False)
         if config.qk_norm:
-            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_eps)
-            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_eps)
+            self.q_norm = norm_of(config, config.head_dim)
+            self.k_norm = norm_of(config, config.head_dim)
 
     def forward(self, x: Tensor, past: list[KeyValue]) -> Tensor:
         """x [B, S, H] of step len(past); appends this step's key and value to `past`."""
         config, (length, step) = self.config, (x.shape[1], len(past))
         q, k, v = (
-            layer(x).unflatten(-1, (-1, config.head_dim)).transpose(1, 2)
-            for layer in (self.q_proj, self.k_proj, self.v_proj)
+            layer(x).unflatten(-1, (heads, -1)).transpose(1, 2)
+            for layer, heads in (
+                (self.q_proj, config.num_heads),
+                (self.k_proj, config.num_kv_heads),
+                (self.v_proj, config.num_kv_heads),
+            )
         )
+        q, gate = q.split([config.head_dim, q.shape[-1] - config.head_dim], dim=-1)
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         positions = torch.arange(length) + step
@@ -94,7 +119,10 @@ class GroupedAttention(nn.Module):
         )
         scores = turned(q, positions, config) @ keys.transpose(-1, -2) / config.head_dim**0.5
         scores = scores.masked_fill(~query_aligned_mask(length, step), float("-inf"))
-        return self.o_proj((scores.softmax(-1) @ values).transpose(1, 2).flatten(2))
+        attended = scores.softmax(-1) @ values
+        if config.qwen3_next:
+            attended = attended * torch.sigmoid(gate)
+        return self.o_proj(attended.transpose(1, 2).flatten(2))
 
 
 class GatedMLP(nn.Module):
@@ -145,16 +173,39 @@ class Experts(nn.Module):
         return (outputs * weights.unsqueeze(-2)).sum(-1) + self.shared_experts(x)
 
 
+class GatedExperts(nn.Module):
+    """Qwen3-Next's: a softmax, renormalised over the chosen; and one shared expert with a gate."""
+
+    def __init__(self, config: MTPConfig) -> None:
+        super().__init__()
+        self.config, size = config, config.hidden_size
+        self.gate = nn.Linear(size, config.num_experts, bias=False).requires_grad_(False)
+        self.experts = nn.ModuleList(
+            GatedMLP(size, config.expert_size) for _ in range(config.num_experts)
+        )
+        self.shared_expert = GatedMLP(size, config.shared_size)
+        self.shared_expert_gate = nn.Linear(size, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scores = self.gate(x).softmax(-1)
+        kept = scores.topk(self.config.topk, dim=-1).values[..., -1:]
+        weights = scores * (scores >= kept)
+        weights = weights / weights.sum(-1, keepdim=True)
+        outputs = torch.stack([expert(x) for expert in self.experts], dim=-1)
+        shared = torch.sigmoid(self.shared_expert_gate(x)) * self.shared_expert(x)
+        return (outputs * weights.unsqueeze(-2)).sum(-1) + shared
+
+
 class ReferenceMTP(nn.Module):
     """The module; its layer's parameters carry Hugging Face's names."""
 
     def __init__(self, config: MTPConfig) -> None:
         super().__init__()
-        self.config, size, eps = config, config.hidden_size, config.rms_eps
-        self.embedding_norm = nn.RMSNorm(size, eps=eps)
-        self.hidden_norm = nn.RMSNorm(size, eps=eps)
+        self.config, size = config, config.hidden_size
+        self.embedding_norm = norm_of(config, size)
+        self.hidden_norm = norm_of(config, size)
         self.joining = nn.Linear(2 * size, size, bias=False)
-        self.input_layernorm = nn.RMSNorm(size, eps=eps)
+        self.input_layernorm = norm_of(config, size)
         # DeepSeek's latents are normed with an epsilon of their own.
         latents = replace(config, rms_eps=1e-6)
         self.self_attn = (
@@ -162,11 +213,12 @@ class ReferenceMTP(nn.Module):
             if config.kv_lora_rank
             else GroupedAttention(config)
         )
-        self.post_attention_layernorm = nn.RMSNorm(size, eps=eps)
+        self.post_attention_layernorm = norm_of(config, size)
+        experts = GatedExperts if config.qwen3_next else Experts
         self.mlp = (
-            Experts(config) if config.num_experts else GatedMLP(size, config.intermediate_size)
+            experts(config) if config.num_experts else GatedMLP(size, config.intermediate_size)
         )
-        self.final_norm = nn.RMSNorm(size, eps=eps)
+        self.final_norm = norm_of(config, size)
 
     def step(self, hidden: Tensor, embedding: Tensor, past: list[KeyValue]) -> Tensor:
         """One use of the module: [B, S, H] each -> what the head and the next step read."""

@@ -18,11 +18,13 @@ from safetensors.torch import load_file, save_file
 from megatron_eagle.attention.rope import attention_factor, inverse_frequencies
 from megatron_eagle.checkpoint import writer as torch_dist_writer
 from megatron_eagle.checkpoint.directory import load_base_json, resolve_checkpoint
+from megatron_eagle.checkpoint.hybrid_pattern import megatron_layers
 from megatron_eagle.cli.import_base import main
 from megatron_eagle.hf.base.families import FAMILIES, family_of
 from megatron_eagle.hf.base.import_base import import_base
 from megatron_eagle.hf.base.megatron_args import megatron_args
 from megatron_eagle.hf.base.rope_args import rope_beyond_args
+from megatron_eagle.teacher.description import STORED_AS
 from megatron_eagle.training.megatron_flags import megatron_flags
 from tests.helpers.tiny_hf import MLA, SIZES, make_base
 
@@ -143,12 +145,16 @@ def test_printed_flags_are_megatron_s(architecture: str, monkeypatch: pytest.Mon
         if "Deepseek" in architecture:
             config |= {**MLA, "num_hidden_layers": 2, "use_sliding_window": False}
             config["rope_scaling"] = None
+        if "Qwen3Next" in architecture:  # Megatron's HybridModel has no rope of type llama3
+            config["rope_scaling"] = None
         args = megatron_args(config, FAMILIES[architecture], "config.json")
         monkeypatch.setattr(sys, "argv", ["train", *megatron_flags(args)])
         parsed = vars(parse_args())
-        parsed["norm_epsilon"] = parsed["layernorm_epsilon"]  # as Megatron stores --norm-epsilon
+        for name, stored in STORED_AS.items():
+            parsed[name] = parsed[stored]
         parsed["window_size"] = list(parsed["window_size"] or []) or None
-        assert {name: parsed[name] for name in args} == args
+        expected = args | {"num_layers": megatron_layers(args)}
+        assert {name: parsed[name] for name in args} == expected
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.layers import lean_layers
+from megatron_eagle.layers.zero_centered_norm import ZeroCenteredNorm
 from megatron_eagle.platform.cpu import products
 
 
@@ -19,14 +20,36 @@ def check(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-5)
 
 
-def test_norm_equals_torch() -> None:
+@pytest.mark.parametrize("centered", [False, True])
+def test_norm_equals_torch(centered: bool) -> None:
     torch.manual_seed(0)
-    norm = lean_layers.RMSNorm(SimpleNamespace(sequence_parallel=True), 48, eps=1e-3)
+    config = SimpleNamespace(sequence_parallel=True, layernorm_zero_centered_gamma=centered)
+    norm = lean_layers.RMSNorm(config, 48, eps=1e-3)
+    assert norm.weight.mean() == 1 - centered
     assert norm.weight.sequence_parallel is True
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(5, 2, 48, requires_grad=True)
-    expected = torch.nn.functional.rms_norm(x, (48,), norm.weight, 1e-3)
+    expected = torch.nn.functional.rms_norm(x, (48,), norm.weight + centered, 1e-3)
     check(norm(x), expected, [x, norm.weight])
+    if centered:
+        torch.testing.assert_close(norm._fused(x), expected)
+
+
+def test_weights_near_zero_keep_their_digits_in_half_precision() -> None:
+    """As in transformers' Qwen3-Next: base and draft, without Transformer Engine."""
+    from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextRMSNorm
+
+    torch.manual_seed(0)
+    config = SimpleNamespace(
+        sequence_parallel=False, layernorm_zero_centered_gamma=True, normalization="RMSNorm"
+    )
+    x, theirs = torch.randn(64, 48).bfloat16(), Qwen3NextRMSNorm(48, eps=1e-5).bfloat16()
+    torch.nn.init.normal_(theirs.weight, std=0.01)
+    expected = theirs(x)
+    for kind in (ZeroCenteredNorm, lean_layers.RMSNorm):
+        ours = kind(config, 48, eps=1e-5).bfloat16()
+        ours.load_state_dict(theirs.state_dict())
+        assert (ours(x) != expected).float().mean() < 0.01, kind  # the sum's order is another
 
 
 def test_swiglu_equals_torch_and_keeps_its_input_only() -> None:

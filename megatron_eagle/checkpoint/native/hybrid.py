@@ -24,6 +24,7 @@ DELTA_NET_SIZES = (
     "linear_num_key_heads",
     "linear_num_value_heads",
 )
+"""Sizes of a gated delta net, whose names config.json and Megatron share."""
 MAMBA_SIZES = ("mamba_state_dim", "mamba_head_dim", "mamba_num_groups")
 UNUSED = ("use_rope_scaling", "rope_scaling_factor", "qk_l2_norm", "moe_layer_freq")
 """Arguments of a GPT that a HybridModel does not look at."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from megatron_eagle.checkpoint.hybrid_pattern import layer_ends, mixers, pattern_of
 from megatron_eagle.checkpoint.writer import Chunk
 from megatron_eagle.errors import UserError, literal
 from megatron_eagle.hf.base.families import LAYER_PREFIX, Family
@@ -47,7 +48,8 @@ class BaseTensors:
     @cached_property
     def layers(self) -> list[list[Entry]]:
         """Return the name-table entries of every layer."""
-        return [self.family.in_layer(self.facts, moe) for moe in moe_layers(self.facts)]
+        kinds = zip(moe_layers(self.facts), mixers(self.facts), strict=True)
+        return [self.family.in_layer(self.facts, moe, mixer) for moe, mixer in kinds]
 
     def expected(self) -> dict[str, tuple[int, ...]]:
         """Return the Hugging Face names -> shapes that a complete directory holds."""
@@ -112,10 +114,11 @@ class BaseTensors:
     def extra_states(self) -> dict[str, None]:
         """Return the (empty) extra states that Megatron's linear layers want in a strict load."""
         states: dict[str, None] = {}
+        if pattern_of(self.facts) is not None:  # a GPTModel leaves its own out
+            states["output_layer._extra_state/shard_0_1"] = None
         for layer, entries in enumerate(self.layers):
             for entry in entries:
-                module, _, parameter = entry.megatron.rpartition(".")
-                if parameter != "weight" or not module.rpartition(".")[2].startswith("linear_"):
+                if (module := _linear_of(entry.megatron)) is None:
                     continue
                 for expert in range(self.dims["E"] if entry.per_expert else 1):
                     prefix, axes = self._place(entry, layer, expert)
@@ -126,7 +129,10 @@ class BaseTensors:
 
     def _place(self, entry: Entry, layer: int, expert: int) -> tuple[str, Axes]:
         """Return the key's prefix and the leading axes of one layer's (and expert's) part."""
-        numbered = "moe_layer_freq" in self.facts
+        pattern = pattern_of(self.facts)
+        numbered = "moe_layer_freq" in self.facts or pattern is not None
+        if pattern is not None:  # a layer is two of Megatron's
+            layer = layer_ends(pattern)[layer] - (not _in_mlp(entry))
         prefix = f"decoder.layers.{layer}." if numbered else "decoder.layers."
         axes: Axes = () if numbered else ((layer, len(self.layers)),)
         return prefix, axes + (((expert, self.dims["E"]),) if entry.per_expert else ())
@@ -188,6 +194,19 @@ class BaseTensors:
 
             offset = (start,) + (0,) * (len(shape) - 1)
             yield Chunk(entry.megatron, shape, offset, (stop - start, *shape[1:]), dtype, load)
+
+
+def _in_mlp(entry: Entry) -> bool:
+    """Return whether the tensor belongs to a layer's MLP, not to what mixes positions."""
+    return entry.megatron.startswith(("mlp.", "pre_mlp_layernorm."))
+
+
+def _linear_of(name: str) -> str | None:
+    """Return the linear layer that the tensor ``name`` is the weight (or its first part) of."""
+    module, _, parameter = name.removesuffix(".query").rpartition(".")
+    own = module.rpartition(".")[2]
+    linear = own.startswith("linear_") or own in ("in_proj", "out_proj")
+    return module if linear and parameter == "weight" else None
 
 
 def _read(source: SafetensorsDir, part: Source, name: str, expert: int | None) -> torch.Tensor:

@@ -11,10 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from megatron_eagle.checkpoint.hybrid_pattern import ATTENTION as ATTENTION_LAYER
 from megatron_eagle.errors import UserError
-from megatron_eagle.hf.base import moe_args
+from megatron_eagle.hf.base import hybrid_args, moe_args
+from megatron_eagle.hf.base.delta_net_tables import DELTA_NET, GATED_ATTENTION, GATED_MOE
 from megatron_eagle.hf.base.mla_tables import MLA_ATTENTION
-from megatron_eagle.hf.base.module_names import DEEPSEEK, GLM, MIMO, ModuleNames
+from megatron_eagle.hf.base.module_names import DEEPSEEK, GLM, MIMO, QWEN3_NEXT, ModuleNames
 from megatron_eagle.hf.base.moe_tables import BIASED_MOE, DEEPSEEK_MOE, GPT_OSS_MOE, moe
 from megatron_eagle.hf.base.window_args import (
     WindowLayers,
@@ -29,6 +31,10 @@ MODEL: Table = {
     "embedding.word_embeddings.weight": ("model.embed_tokens.weight", "V", "H"),
     "decoder.final_layernorm.weight": ("model.norm.weight", "H"),
     "output_layer.weight": one("lm_head.weight", "V", "H", when="untied"),
+}
+HYBRID_MODEL: Table = {
+    "decoder.final_norm.weight" if name == "decoder.final_layernorm.weight" else name: row
+    for name, row in MODEL.items()
 }
 ATTENTION: Table = {
     "self_attention.linear_qkv.layer_norm_weight": ("input_layernorm.weight", "H"),
@@ -59,8 +65,10 @@ class Family:
     kinds of MLP; ``model``: table of the tensors outside the layers. ``ignored_in_layer``: tensors
     that a layer may have and that are not imported. ``defaults``: defaults of the configuration
     class, where this package's readers assume other ones. ``fixed``: settings of the class that no
-    field of config.json changes. ``activation``: Megatron arguments of the MLP's activation.
-    ``moe_args``: reader of the experts' fields. ``mla``: whether attention is multi-latent.
+    field of config.json changes. ``layer_args``: Megatron arguments that its layers always have.
+    ``moe_args``: reader of the experts' fields. ``mixers``: reader of what mixes the positions in
+    each layer, of a family whose layers differ in it; ``delta_net``: table of those that have a
+    gated delta net instead of attention. ``mla``: whether attention is multi-latent.
     ``partial_rotary``: whether the class reads ``partial_rotary_factor``. ``window_switch``: the
     field that turns sliding windows on; ``window_layers``: which layers then have one.
     ``module``: the names of its own next-token module, of a family that may have one.
@@ -75,17 +83,23 @@ class Family:
     ignored_in_layer: tuple[str, ...] = ("self_attn.rotary_emb.inv_freq",)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    activation: Mapping[str, Any] = field(default_factory=lambda: {"swiglu": True})
+    layer_args: Mapping[str, Any] = field(default_factory=lambda: {"swiglu": True})
     moe_args: Callable[[Mapping[str, Any], str], dict[str, Any]] | None = None
+    mixers: Callable[[Mapping[str, Any], str], list[str]] | None = None
+    delta_net: Table = field(default_factory=dict)
     mla: bool = False
     partial_rotary: bool = False
     window_switch: str = "use_sliding_window"
     window_layers: WindowLayers = every_layer
     module: ModuleNames | None = None
 
-    def in_layer(self, facts: Mapping[str, Any], moe: bool) -> list[Entry]:
-        """Return the entries of one layer, whose MLP is a MoE or not."""
-        table = {**self.attention, **(self.moe if moe else self.dense)}
+    def in_layer(
+        self, facts: Mapping[str, Any], moe: bool, mixer: str = ATTENTION_LAYER
+    ) -> list[Entry]:
+        """Return the entries of one layer, whose MLP is a MoE or not, and whose positions are mixed
+        by ``mixer`` (a symbol of ``checkpoint/hybrid_pattern.py``)."""
+        mixing = self.attention if mixer == ATTENTION_LAYER else self.delta_net
+        table = {**mixing, **(self.moe if moe else self.dense)}
         return [entry for entry in entries_of(table) if entry.exists(facts)]
 
     def outside_layers(self, facts: Mapping[str, Any]) -> list[Entry]:
@@ -162,6 +176,21 @@ FAMILIES = {
             },
         ),
         Family(
+            "qwen3_next",
+            "Qwen3NextForCausalLM",
+            model=HYBRID_MODEL,
+            attention=GATED_ATTENTION,
+            delta_net=DELTA_NET,
+            mixers=hybrid_args.qwen3_next,
+            moe=GATED_MOE,
+            moe_args=moe_args.qwen3_next,
+            layer_args=hybrid_args.QWEN3_NEXT_LAYERS,
+            fixed=NO_BIAS | {"qk_norm": True},
+            partial_rotary=True,
+            defaults=hybrid_args.QWEN3_NEXT_DEFAULTS,
+            module=QWEN3_NEXT,
+        ),
+        Family(
             "gpt_oss",
             "GptOssForCausalLM",
             attention={
@@ -171,7 +200,7 @@ FAMILIES = {
             moe=GPT_OSS_MOE,
             moe_args=moe_args.gpt_oss,
             fixed={"mlp_bias": True},
-            activation={
+            layer_args={
                 "swiglu": False,
                 "quick_geglu": True,
                 "glu_linear_offset": 1.0,

@@ -12,7 +12,9 @@ from typing import Any
 
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.base.families import Family
+from megatron_eagle.hf.base.hybrid_args import as_hybrid, delta_net_dims
 from megatron_eagle.hf.base.mla_args import mla_args, mla_dims
+from megatron_eagle.hf.base.module_names import DEEPSEEK
 from megatron_eagle.hf.base.rope_args import rope_args
 from megatron_eagle.hf.base.window_args import window_args
 from megatron_eagle.hf.tables.config_fields import number, require, size, switch
@@ -44,6 +46,8 @@ ABSENT = {
     "spec": None,
     "squared_relu": False,
     "apply_layernorm_1p": False,
+    "attention_output_gate": False,
+    "moe_shared_expert_gate": False,
     "qk_l2_norm": False,
     "mtp_num_layers": None,
 }
@@ -63,7 +67,7 @@ def megatron_args(config: dict[str, Any], family: Family, source: str) -> dict[s
             f"num_key_value_heads {groups}"
         )
     bias = biases(config, family, source)
-    return {
+    args = {
         "num_layers": size(config, "num_hidden_layers", source),
         "hidden_size": hidden,
         "ffn_hidden_size": size(config, "intermediate_size", source),
@@ -74,7 +78,7 @@ def megatron_args(config: dict[str, Any], family: Family, source: str) -> dict[s
         "max_position_embeddings": size(config, "max_position_embeddings", source),
         "normalization": "RMSNorm",
         "norm_epsilon": number(config, "rms_norm_eps", source, 1e-6),
-        **family.activation,
+        **family.layer_args,
         "position_embedding_type": "rope",
         **rope_args(config, family.partial_rotary, source),
         # Megatron has one switch for all biases: where only some exist, the others are zeros.
@@ -88,8 +92,10 @@ def megatron_args(config: dict[str, Any], family: Family, source: str) -> dict[s
         "make_vocab_size_divisible_by": 128,
         **(family.moe_args(config, source) if family.moe_args is not None else {}),
         **(mla_args(config, source) if family.mla else {}),
-        **window_args(config, family.window_switch, family.window_layers, source),
     }
+    if family.mixers is not None:
+        return as_hybrid(args, family.mixers(config, source), config, source)
+    return args | window_args(config, family.window_switch, family.window_layers, source)
 
 
 def biases(config: Mapping[str, Any], family: Family, source: str) -> dict[str, bool]:
@@ -121,7 +127,7 @@ def facts_of(config: dict[str, Any], family: Family, source: str) -> dict[str, A
         **biases(config, family, source),
         "any_qkv_bias": args["add_qkv_bias"] or args["add_bias_linear"],
         "untied": args["untie_embeddings_and_output_weights"],
-        "mtp_layers": config.get("num_nextn_predict_layers") or 0,
+        "mtp_layers": (family.module or DEEPSEEK).count_in(config) or 0,
     }
 
 
@@ -134,6 +140,7 @@ def dims_of(args: Mapping[str, Any]) -> Dims:
         args[name] for name in ("num_attention_heads", "num_query_groups", "kv_channels")
     )
     dims = {
+        "1": 1,
         "V": args["vocab_size"],
         "H": args["hidden_size"],
         "F": args["ffn_hidden_size"],
@@ -149,6 +156,8 @@ def dims_of(args: Mapping[str, Any]) -> Dims:
         dims |= {"S": args.get("moe_shared_expert_intermediate_size") or 0}
     if args.get("multi_latent_attention"):
         dims = with_symbols(dims, mla_dims(args))
+    if args.get("linear_num_key_heads") is not None:
+        dims = with_symbols(dims, delta_net_dims(args))
     return dims
 
 

@@ -1,11 +1,11 @@
-"""The name tables of DeepSeek and Kimi: multi-latent attention, shared experts.
+"""The name tables of DeepSeek and Kimi: multi-latent attention, the router's bias.
 
 The symbols of the shapes are explained in ``megatron_eagle.hf.tables.entries``.
 """
 
 from __future__ import annotations
 
-from megatron_eagle.hf.tables.entries import Table, one, rows
+from megatron_eagle.hf.tables.entries import Table, one
 
 LOW_RANK, FULL_RANK = {"when": "q_lora_rank"}, {"unless": "q_lora_rank"}
 """Conditions on the queries, which some models project through a low rank and others directly."""
@@ -30,20 +30,6 @@ MLA_ATTENTION: Table = {
     "self_attention.linear_kv_up_proj.layer_norm_weight": ("self_attn.kv_a_layernorm.weight", "KR"),
     "self_attention.linear_kv_up_proj.weight": ("self_attn.kv_b_proj.weight", "LKV", "KR"),
     "self_attention.linear_proj.weight": ("self_attn.o_proj.weight", "H", "LV"),
-}
-SHARED = {"when": "moe_shared_expert_intermediate_size"}
-SHARED_EXPERTS: Table = {
-    "mlp.shared_experts.linear_fc1.weight": rows(
-        {
-            "mlp.shared_experts.gate_proj.weight": "S",
-            "mlp.shared_experts.up_proj.weight": "S",
-        },
-        "H",
-        **SHARED,
-    ),
-    "mlp.shared_experts.linear_fc2.weight": one(
-        "mlp.shared_experts.down_proj.weight", "H", "S", **SHARED
-    ),
 }
 ROUTER_BIAS: Table = {
     "mlp.router.expert_bias": one(

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
+
+COUNT = "num_nextn_predict_layers"
 
 
 @dataclass(frozen=True)
@@ -15,10 +18,12 @@ class ModuleNames:
     """Where the tensors of a next-token module are.
 
     ``prefix`` is in front of all of them, "{}" its number: counted on from the base's layers
-    (``counts_on``) or from 0. ``hidden_first``: the matrix that joins both reads [hidden ;
-    embedding], where others read [embedding ; hidden]. ``copies`` maps tensors of the module that
-    repeat a tensor of the base to that tensor's name. ``vllm_differs``: what vLLM 0.33.0 computes
-    otherwise than a module was trained for here; empty if nothing.
+    (``counts_on``) or from 0. ``layer`` is in front of the names of its layer. ``count``: how many
+    modules there are where config.json has no ``num_nextn_predict_layers``. ``hidden_first``: the
+    matrix that joins both reads [hidden ; embedding], where others read [embedding ; hidden].
+    ``copies`` maps tensors of the module that repeat a tensor of the base to that tensor's name.
+    ``vllm_differs``: what vLLM 0.33.0 computes otherwise than a module was trained for here; empty
+    if nothing.
     """
 
     prefix: str
@@ -26,10 +31,17 @@ class ModuleNames:
     hidden_norm: str
     joining: str
     final_norm: str
+    layer: str = ""
+    count: int = 0
     counts_on: bool = True
     hidden_first: bool = False
     copies: Mapping[str, str] = field(default_factory=dict)
     vllm_differs: str = ""
+
+    def count_in(self, config: Mapping[str, Any]) -> Any:
+        """Return the number of modules that a config.json says, as it is there."""
+        value = config.get(COUNT)
+        return self.count if value is None else value
 
     def prefixes(self, base_layers: int, count: int) -> tuple[str, ...]:
         """Return the prefixes of ``count`` modules of a base of ``base_layers`` layers."""
@@ -63,3 +75,15 @@ MIMO = ModuleNames(
     hidden_first=True,
     vllm_differs="gives the module the base's state before its final norm, and drafts one token",
 )
+
+QWEN3_NEXT = ModuleNames(
+    prefix="mtp.",
+    embedding_norm="pre_fc_norm_embedding.weight",
+    hidden_norm="pre_fc_norm_hidden.weight",
+    joining="fc.weight",
+    final_norm="norm.weight",
+    layer="layers.0.",
+    count=1,
+    counts_on=False,
+)
+"""Qwen3-Next, whose config.json does not mention the module that its files hold."""

@@ -40,6 +40,16 @@ def qwen3_moe(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     }
 
 
+def qwen3_next(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Read the experts of Qwen3-Next: those of Qwen3-MoE, and a gated one for every token."""
+    shared = size(config, "shared_expert_intermediate_size", source)
+    return {
+        **qwen3_moe(config, source),
+        "moe_shared_expert_intermediate_size": shared,
+        "moe_shared_expert_gate": True,
+    }
+
+
 def gpt_oss(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     """Read the experts of gpt-oss: softmax over the chosen ones, biases in router and experts."""
     require(config, {"swiglu_limit": 7.0}, source)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from megatron_eagle.hf.base.mla_tables import ROUTER_BIAS, SHARED_EXPERTS
+from megatron_eagle.hf.base.mla_tables import ROUTER_BIAS
 from megatron_eagle.hf.tables.entries import (
     Entry,
     Join,
@@ -16,6 +16,7 @@ from megatron_eagle.hf.tables.entries import (
     join_interleaved,
     join_rows,
     join_transposed,
+    one,
     rows,
 )
 
@@ -30,6 +31,17 @@ def moe(block: str, router: str, gate: str, up: str, down: str) -> Table:
             {f"{expert}.{gate}.weight": "M", f"{expert}.{up}.weight": "M"}, "H"
         ),
         "mlp.experts.experts.linear_fc2.weight": (f"{expert}.{down}.weight", "H", "M"),
+    }
+
+
+def shared_experts(block: str) -> Table:
+    """Return the table of the experts that every token goes to, ``block`` in the files."""
+    when = {"when": "moe_shared_expert_intermediate_size"}
+    return {
+        "mlp.shared_experts.linear_fc1.weight": rows(
+            {f"{block}.gate_proj.weight": "S", f"{block}.up_proj.weight": "S"}, "H", **when
+        ),
+        "mlp.shared_experts.linear_fc2.weight": one(f"{block}.down_proj.weight", "H", "S", **when),
     }
 
 
@@ -58,6 +70,6 @@ GPT_OSS_MOE: Table = {
 
 DEEPSEEK_MOE: Table = {
     **moe("mlp", "gate", "gate_proj", "up_proj", "down_proj"),
-    **SHARED_EXPERTS,
+    **shared_experts("mlp.shared_experts"),
 }
 BIASED_MOE: Table = {**DEEPSEEK_MOE, **ROUTER_BIAS}

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from megatron_eagle.checkpoint.hybrid_pattern import pattern_of
 from megatron_eagle.config.option import given, shown
 from megatron_eagle.config.spec import DraftSpec
 from megatron_eagle.errors import UserError
@@ -13,9 +14,7 @@ from megatron_eagle.hf.base.moe_args import moe_layers
 
 COMPUTED: Mapping[str, object] = {
     "add_bias_linear": False,
-    "apply_layernorm_1p": False,
     "apply_residual_connection_post_layernorm": False,
-    "attention_output_gate": False,
     "no_rope_freq": None,
     "normalization": "RMSNorm",
     "position_embedding_type": "rope",
@@ -66,7 +65,13 @@ def _layer_of(args: Mapping[str, Any]) -> dict[str, Any]:
         "attention": "mla" if mla else "gqa",
         "qk_layernorm": not mla and bool(args.get("qk_layernorm")),
     }
-    if moe_layers(args)[-1]:
+    experts = moe_layers(args)
+    if pattern_of(args) is not None and not all(experts):
+        raise UserError(
+            f"<algorithm> mtp: some of the base's layers have experts and some have not "
+            f"({pattern_of(args)}), and no field says which kind its module is"
+        )
+    if experts[-1]:
         own |= {
             name: args[name] for name in ("num_experts", "moe_router_topk", "moe_ffn_hidden_size")
         }

@@ -18,7 +18,7 @@ from megatron_eagle.errors import UserError, literal
 from megatron_eagle.hf.base.chunks import CHUNK_BYTES, EMBEDDING_NAME
 from megatron_eagle.hf.base.families import FAMILIES, family_of
 from megatron_eagle.hf.base.megatron_args import megatron_args
-from megatron_eagle.hf.base.module_names import ModuleNames
+from megatron_eagle.hf.base.module_names import COUNT, ModuleNames
 from megatron_eagle.hf.draft.base_module import beside_base
 from megatron_eagle.hf.draft.checkpoint import StoredDraft
 from megatron_eagle.hf.draft.embedding import BASE_NAME
@@ -28,7 +28,6 @@ from megatron_eagle.hf.draft.module_entries import family_of_base, module_entrie
 from megatron_eagle.hf.files.weights_dir import WeightsDir
 
 ALGORITHM = "mtp"
-COUNT = "num_nextn_predict_layers"
 EXPERT_BIAS = "mlp.gate.e_score_correction_bias"
 
 
@@ -37,7 +36,8 @@ def is_base_config(config: dict[str, Any]) -> bool:
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     family = FAMILIES.get(name) if isinstance(name, str) else None
-    return family is not None and family.module is not None and bool(config.get(COUNT))
+    module = family.module if family is not None else None
+    return module is not None and bool(module.count_in(config))
 
 
 def open_base_module(
@@ -83,9 +83,10 @@ def _check_base(weights: WeightsDir, base: BaseInfo) -> ModuleNames:
                 f"{source}: {name} is {value}, the base {base.name} has "
                 f"{base.megatron_args.get(name)}"
             )
-    if weights.config.get(COUNT) != 1:
+    count = family.module.count_in(weights.config)
+    if count != 1:
         raise UserError(
-            f"{source}: {COUNT} is {literal(weights.config.get(COUNT))}; a module is trained to be "
+            f"{source}: {COUNT} is {literal(count)}; a module is trained to be "
             "run step after step, and only the one of a base that has one is read"
         )
     return family.module
@@ -102,7 +103,8 @@ def _check_names(
     if missing := sorted(set(expected) - present):
         raise UserError(f"{weights.path}: no whole next-token module, {missing[0]} is missing")
     family = family_of_base(info)
-    known = {prefix + name for name in (*names.copies, *family.ignored_in_layer)}
+    ignored = [names.layer + name for name in family.ignored_in_layer]
+    known = {prefix + name for name in (*names.copies, *ignored)}
     if unknown := sorted(present - set(expected) - known):
         raise UserError(f"{weights.path}: {unknown[0]} is unknown in a next-token module")
     weights.check(expected, set(weights.headers) - set(expected))

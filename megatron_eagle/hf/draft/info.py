@@ -87,7 +87,6 @@ class DraftInfo:
         """Return the sizes of the shape symbols in ``names.py``."""
         dims = dims_of(self.layer_args)
         more = {
-            "1": 1,
             "D": self.draft_vocab_size,
             "H2": 2 * dims["H"],
             "AH": len(self.aux_layers) * dims["H"],

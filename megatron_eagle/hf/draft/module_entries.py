@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf.base.delta_net_tables import join_gated_groups, split_gated_groups
 from megatron_eagle.hf.base.families import FAMILIES, Family
 from megatron_eagle.hf.base.megatron_args import facts_of
 from megatron_eagle.hf.base.module_names import DEEPSEEK, ModuleNames
@@ -33,7 +34,11 @@ from megatron_eagle.hf.tables.entries import (
     join_rows,
 )
 
-SPLITS: dict[Join, Split] = {join_rows: split_rows, join_query_groups: split_query_groups}
+SPLITS: dict[Join, Split] = {
+    join_rows: split_rows,
+    join_query_groups: split_query_groups,
+    join_gated_groups: split_gated_groups,
+}
 """How to undo the joins of the tables of bases that have next-token modules."""
 
 
@@ -77,7 +82,7 @@ def module_entries(info: DraftInfo) -> list[DraftEntry]:
         for entry in family.in_layer(facts, moe=info.spec.num_experts is not None)
     ]
     return [entry.named("draft.", prefix) for entry in entries] + [
-        entry.named("draft.layers.0.", prefix) for entry in layer
+        entry.named("draft.layers.0.", prefix + names.layer) for entry in layer
     ]
 
 

@@ -10,6 +10,7 @@ import torch
 
 from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf.base.module_names import COUNT
 from megatron_eagle.hf.base.stitch import MARK
 from megatron_eagle.hf.draft.checkpoint import read_entries, read_info
 from megatron_eagle.hf.draft.commands import module_commands
@@ -33,7 +34,7 @@ def module_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
     """Return config.json of a converted module with weights of ``dtype``."""
     return {
         **info.base.hf_config,
-        "num_nextn_predict_layers": 1,
+        COUNT: 1,
         "torch_dtype": str(dtype).removeprefix("torch."),
         MARK: {"base": info.base.name, "prefix": module_prefix(info), "steps": info.ttt_steps},
     }

@@ -46,6 +46,7 @@ _BOTH = frozenset(
         "Qwen2",
         "Qwen3",
         "Qwen3Moe",
+        "Qwen3Next",
         "GptOss",
         "DeepseekV2",
         "DeepseekV3",

@@ -20,6 +20,12 @@ and for multi-latent attention:
     KR  kv_lora_rank                       LKV  N x (qk_head_dim + v_head_dim), all keys and values
     P   qk_pos_emb_head_dim                LV   N x v_head_dim, all values
 
+and for gated delta nets:
+
+    NV  value heads                        DK   key heads x linear_key_head_dim, all keys
+    VD  linear_value_head_dim              DV   NV x VD, all values
+    C   linear_conv_kernel_dim
+
 ``megatron_eagle.hf.draft.names`` adds a draft's symbols; none has two meanings.
 """
 
