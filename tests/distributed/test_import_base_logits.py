@@ -29,8 +29,9 @@ CASES = [
     ("llama", {"tp": 4}),
     ("qwen2", {"tp": 2, "pp": 2}),
     ("qwen3_moe", {"tp": 2, "ep": 2}),
-    ("qwen3_next", {"pp": 2}),  # test_hybrid_bases.py has it at TP 1 and 2
-    ("qwen3_next", {"ep": 2}),
+    # test_hybrid_bases.py has it at TP 1 and 2.
+    pytest.param("qwen3_next", {"pp": 2}, marks=pytest.mark.slow),
+    pytest.param("qwen3_next", {"ep": 2}, marks=pytest.mark.slow),
 ]
 
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}

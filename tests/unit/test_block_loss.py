@@ -11,33 +11,8 @@ from torch import Tensor
 from megatron_eagle.config import EagleConfig
 from megatron_eagle.loss.block_plan import BlockPlan
 from megatron_eagle.loss.block_rows import BlockRows, d_pace
-from megatron_eagle.loss.statistics import TeacherStats
-
-
-class OneRank:
-    """A tensor-parallel group of one rank."""
-
-    @staticmethod
-    def size() -> int:
-        return 1
-
-
-class GivenTeacher:
-    """The base's distribution, of which the draft has the first ``size`` ids."""
-
-    def __init__(self, whole: Tensor, size: int) -> None:
-        self.whole, self.size = whole, size
-        self.full_columns, self.draft_columns = whole.shape[1], size
-
-    def rows(self, chunk: slice) -> tuple[Tensor, TeacherStats]:
-        whole = self.whole[chunk]
-        inside, sums = whole[:, : self.size], whole[:, : self.size].sum(-1)
-        top = whole.max(-1)
-        stats = TeacherStats(
-            inside.max(-1).values.log(), sums / inside.max(-1).values, top.values.log(),
-            top.indices.float(), 1 / top.values,
-        )  # fmt: skip
-        return inside / sums.unsqueeze(-1), stats
+from tests.helpers.given_teacher import GivenTeacher
+from tests.helpers.one_rank import OneRank
 
 
 def options(**fields: Any) -> Any:

@@ -12,7 +12,8 @@ from megatron_eagle.loss.block_loss import block_loss
 from megatron_eagle.loss.block_plan import BlockPlan
 from megatron_eagle.loss.block_rows import BlockRows
 from megatron_eagle.loss.inputs import Budgets
-from tests.unit.test_block_loss import GivenTeacher, OneRank
+from tests.helpers.given_teacher import GivenTeacher
+from tests.helpers.one_rank import OneRank
 
 SIZE, WHOLE, TARGETS = 11, 13, 4
 ROWS = BlockRows(

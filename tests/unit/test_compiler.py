@@ -30,6 +30,7 @@ def softmaxes(rows: int) -> tuple[Tensor, Tensor]:
     return logits, statistics
 
 
+@pytest.mark.slow
 def test_compiled_softmax_equals_eager_without_recompiling() -> None:
     """One compilation serves every step and every number of rows."""
     expected = [softmaxes(rows) for rows in (5, 8, 13)]

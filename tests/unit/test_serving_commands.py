@@ -37,7 +37,8 @@ def test_make_train_ends_with_the_directories_and_the_commands(tmp_path: Path) -
 
 
 def make(*words: str) -> str:
-    outer = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES")  # of a make that runs this test
+    # Of a make that runs this test, whose settings are in the environment too.
+    outer = ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "ARGS", "ENGINE")
     done = subprocess.run(
         ["make", "-n", *words], cwd=ROOT, capture_output=True, text=True, check=True,
         env={name: value for name, value in os.environ.items() if name not in outer},
