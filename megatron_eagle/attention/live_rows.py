@@ -87,7 +87,7 @@ class LiveRows:
         differentiable."""
         if self.whole:
             return x
-        return x.flatten(0, 1).index_select(0, self.index).unsqueeze(1)
+        return take_rows(x, self.index)
 
     def plan(self, packing: Packing | None = None) -> Plan:
         """Return the plan of queries [1, n, N, d] against the keys of the whole sequences."""
@@ -100,6 +100,12 @@ class LiveRows:
             blocks += span_plan(runs, documents, keys_of=keys, offset=offset)
             offset += sum(stop - start for start, stop in runs)
         return blocks
+
+
+def take_rows(x: Tensor, rows: Tensor) -> Tensor:
+    """Return the flat ``rows`` [N] of x [S, B, ...] as one sequence, [N, 1, ...];
+    differentiable."""
+    return x.flatten(0, 1).index_select(0, rows).unsqueeze(1)
 
 
 def _runs(positions: Tensor) -> Spans:

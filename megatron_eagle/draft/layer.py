@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_eagle.attention.live_rows import LiveRows
+from megatron_eagle.attention.live_rows import LiveRows, take_rows
 from megatron_eagle.compat import IdentityOp, gather_from_sequence_parallel_region
 from megatron_eagle.config import DraftSpec
 from megatron_eagle.draft.live_mla import LiveQueryMLA
@@ -172,8 +172,7 @@ class Narrowing:
         attention = self._attention
         if every is None or attention is None or attention.query_rows is None:
             return every
-        rows = every.expand(-1, batch, -1, -1).flatten(0, 1)
-        return rows[attention.query_rows].unsqueeze(1), every
+        return take_rows(every.expand(-1, batch, -1, -1), attention.query_rows), every
 
     def trunk_weights(self) -> int:
         """Count the elements of the layer's matrices on this rank that all rows meet, live or not:
@@ -199,7 +198,7 @@ class Narrowing:
             rows, tensor_parallel_output_grad=True, group=self._group
         )
         mine = self._live.part(self._group.rank())
-        return whole.flatten(0, 1).index_select(0, mine).unsqueeze(1)
+        return take_rows(whole, mine)
 
     def _narrow(self, module: torch.nn.Module, args: tuple[Tensor, ...], output: Any) -> Any:
         """Replace the norm's ``output`` by (normed, narrowed residual)."""

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_eagle.attention.live_rows import take_rows
 from megatron_eagle.compat import apply_rotary_pos_emb, gather_from_sequence_parallel_region
 from megatron_eagle.draft.mla import DraftMLASelfAttention
 
@@ -54,7 +55,7 @@ class LiveQueryMLA(DraftMLASelfAttention):
             return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
         angles, factor = self.rotary_pos_emb(hidden_states.shape[0])
         batch = hidden_states.shape[1]
-        of_rows = angles.expand(-1, batch, -1, -1).flatten(0, 1)[self.query_rows].unsqueeze(1)
+        of_rows = take_rows(angles.expand(-1, batch, -1, -1), self.query_rows)
         query = self._queries(hidden_states, self.query_rows)
         key, value = self._keys_and_values(hidden_states, angles, factor)
         return self._rotated(query, of_rows, factor), key, value, None, None
@@ -63,7 +64,7 @@ class LiveQueryMLA(DraftMLASelfAttention):
         """Return the queries [N, 1, n, d], not rotated, of x [S', B, C]."""
         config: Any = self.config
         if config.q_lora_rank is None:
-            made, _ = self.linear_q_proj(_cut(x, rows))
+            made, _ = self.linear_q_proj(take_rows(x, rows))
         else:
             made, _ = self.linear_q_up_proj(self._query_latents(x, rows))
         return made.unflatten(-1, (-1, self.q_head_dim))
@@ -72,7 +73,7 @@ class LiveQueryMLA(DraftMLASelfAttention):
         """Return this rank's normed latents [N / T, 1, r] of x [S', B, C]."""
         config: Any = self.config
         if not config.sequence_parallel:
-            latents, _ = self.linear_q_down_proj(_cut(x, rows))
+            latents, _ = self.linear_q_down_proj(take_rows(x, rows))
             return self.q_layernorm(latents)  # type: ignore[no-any-return]
         latents, _ = self.linear_q_down_proj(x)
         group = self.pg_collection.tp
@@ -80,7 +81,7 @@ class LiveQueryMLA(DraftMLASelfAttention):
             latents, tensor_parallel_output_grad=True, group=group
         )
         mine = rows.view(group.size(), -1)[group.rank()]
-        return self.q_layernorm(_cut(whole, mine))  # type: ignore[no-any-return]
+        return self.q_layernorm(take_rows(whole, mine))  # type: ignore[no-any-return]
 
     def _keys_and_values(self, x: Tensor, angles: Tensor, factor: float) -> tuple[Tensor, Tensor]:
         """Return the rotated keys [S, B, n, d] and the values [S, B, n, dv] of x [S', B, C]."""
@@ -111,8 +112,3 @@ class LiveQueryMLA(DraftMLASelfAttention):
             mla_rotary_interleaved=True,
         )
         return rotated
-
-
-def _cut(x: Tensor, rows: Tensor) -> Tensor:
-    """Return the ``rows`` [N] of x [S, B, C], [N, 1, C]; differentiable."""
-    return x.flatten(0, 1).index_select(0, rows).unsqueeze(1)
