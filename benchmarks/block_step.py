@@ -71,6 +71,7 @@ def build(problem: BlockProblem) -> tuple[BlockStep, list[Tensor]]:
         block_size=problem.block, num_layers=problem.layers, num_aux=problem.aux,
         next_token=problem.next_token, markov="vanilla" if problem.next_token else None,
         rank=problem.rank, decay=DECAY, ce=ce, kl=kl, l1=l1,
+        counts_data=problem.loss == "ce",  # as the peers' accuracy does
     )  # fmt: skip
     # Entry i of our mask is of the next token.
     mask = torch.cat([inputs.supervised[1:], torch.zeros(1)])[None]

@@ -12,6 +12,7 @@ target positions.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -138,8 +139,8 @@ class EagleGPTModel(MegatronModule):
         """Return loss and metric sums of a block draft, see
         :func:`~megatron_eagle.objective.block_metrics.reduce_block_metrics`."""
         assert self.block_objective is not None
-        teacher = self.teach(self.target_hidden(base.final_hidden, batch.target_rows))
-        return self.block_objective(batch, base.features, teacher, self.in_draft_vocab)
+        teach = partial(self.teach_rows, base.final_hidden, batch.target_rows)
+        return self.block_objective(batch, base.features, teach, self.in_draft_vocab)
 
     def draft_inputs(self, batch: EagleBatch, features: Tensor) -> DraftInputs:
         """Return what the draft reads of the batch, beside this rank's features [S', B, A * H]."""
@@ -158,6 +159,10 @@ class EagleGPTModel(MegatronModule):
         TP rank; ``target_rows`` [M] as in :class:`~megatron_eagle.objective.batch.EagleBatch`."""
         rows = self.base.gather_final(final_hidden, self.options.steps)
         return rows.flatten(0, 1)[target_rows]
+
+    def teach_rows(self, final_hidden: Tensor, target_rows: Tensor) -> TeacherTargets:
+        """Return the teacher of some of the base's rows, see :meth:`target_hidden`."""
+        return self.teach(self.target_hidden(final_hidden, target_rows))
 
     @torch.no_grad()
     def teach(self, target_hidden: Tensor) -> TeacherTargets:

@@ -42,7 +42,8 @@ TOPICS: dict[str, tuple[str, ...]] = {
     ),
     "Block drafts (dflash, dspark)": (
         "block-size", "anchors", "position-weights", "position-decay", "ce-weight", "kl-weight",
-        "l1-weight", "markov-head", "markov-rank", "confidence-head", "confidence-weight",
+        "l1-weight", "accuracy-target", "markov-head", "markov-rank", "confidence-head",
+        "confidence-weight",
     ),
     "Training data": ("train-data", "offline-features", "pack"),
     "Memory against time": (

@@ -24,6 +24,7 @@ BLOCK_OPTIONS = frozenset(
         "ce_weight",
         "kl_weight",
         "l1_weight",
+        "accuracy_target",
     }
 )
 """Options of every block draft."""

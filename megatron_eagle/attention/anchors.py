@@ -1,15 +1,17 @@
 """Attend from blocks: to the context before each block's anchor, and to the block itself.
 
 A block has B rows and no causal order: all of them see each other, and the context rows before the
-anchor, in the anchor's document. One softmax over both. The context is cut into windows of W keys,
-from the start of each document on. The blocks whose anchor follows a row of window j see
+anchor, in the anchor's document. One softmax over both. By the plan (``anchor_plan.py``), blocks
+whose anchors follow rows of one window of W context rows see
 
-* all keys of the windows 0 .. j - 1: one rectangle for all these blocks;
-* the keys of window j up to the row before the anchor: with the B rows of a block folded into the
-  heads, that is causal attention of the W rows of a window. ``SLAB`` windows go together.
+* all keys of the windows before it: one rectangle for all these blocks;
+* the keys of this window up to the row before the anchor. A CPU's flash kernel takes a mask, and
+  gets one of [blocks * B, W], one window's at a time. A GPU's does not: with the B rows of a block
+  folded into the heads, this is causal attention of a window's W rows, for all windows of a slab
+  together. Rows that are no anchor's are computed in vain there.
 
-Each part is a flash kernel, merged by log-sum-exp; backward feeds the merged pair to each. There is
-no mask tensor, and memory is linear in the context and in the number of blocks.
+Each part is a flash kernel, merged by log-sum-exp; backward feeds the merged pair to each. Memory
+is linear in the context and in the number of blocks.
 
 Shape letters: Q sequences of S context rows, N blocks of B rows, of which the first R have a
 context, n query heads and g key/value heads of this TP rank (g divides n), d channels of a key, dv
@@ -18,94 +20,15 @@ of a value, w windows of a slab, W rows of a window.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from itertools import groupby
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_eagle.attention import flash
+from megatron_eagle.attention.anchor_plan import AnchorPlan, Slab, Window
 from megatron_eagle.attention.blocks import merge_
-
-WINDOW = 128
-"""Context rows of a window. A wide one has fewer rectangles, and more rows that are no anchor's."""
-SLAB = 16
-"""Windows whose causal parts are computed at a time: W * B rows of queries each."""
-
-
-class Anchor(NamedTuple):
-    """Where a block's context ends: its last row, its sequence, and its document's first row."""
-
-    sequence: int
-    document: int
-    row: int
-
-
-@dataclass(frozen=True)
-class Slab:
-    """Windows that are computed together.
-
-    Attributes:
-        blocks: the blocks of all of them.
-        rectangles: (blocks, sequence, keys) of each window with whole windows before it.
-        keys: [w, W] int64, flat rows [Q * S] of each window.
-        place: [blocks] int64, index of each block in [w * W].
-    """
-
-    blocks: slice
-    rectangles: Sequence[tuple[slice, int, slice]]
-    keys: Tensor
-    place: Tensor
-
-
-@dataclass(frozen=True)
-class AnchorPlan:
-    """Who sees what of N blocks: the first ``count`` have a context, the others are padding."""
-
-    count: int
-    slabs: Sequence[Slab]
-
-    @classmethod
-    def of(
-        cls, anchors: Sequence[Anchor], length: int, window: int = WINDOW, slab: int = SLAB
-    ) -> AnchorPlan:
-        """Plan for ``anchors``, whose equal windows must be neighbours, in sequences of ``length``
-        context rows."""
-
-        def key(item: tuple[int, Anchor]) -> tuple[int, int]:
-            _, (sequence, document, row) = item
-            return sequence, document + (row - document) // window * window
-
-        groups = [(where, list(items)) for where, items in groupby(enumerate(anchors), key)]
-        slabs = [
-            _slab(groups[first : first + slab], length, window)
-            for first in range(0, len(groups), slab)
-        ]
-        return cls(len(anchors), slabs)
-
-    def map(self, move: Callable[[Tensor], Tensor]) -> AnchorPlan:
-        """Return the plan with ``move`` applied to its tensors."""
-        slabs = [replace(slab, keys=move(slab.keys), place=move(slab.place)) for slab in self.slabs]
-        return replace(self, slabs=slabs)
-
-
-def _slab(
-    groups: Sequence[tuple[tuple[int, int], list[tuple[int, Anchor]]]], length: int, window: int
-) -> Slab:
-    keys, place, rectangles = [], [], []
-    for number, ((sequence, start), items) in enumerate(groups):
-        first, last = items[0][0], items[-1][0] + 1
-        document = items[0][1].document
-        if start > document:
-            rectangles.append((slice(first, last), sequence, slice(document, start)))
-        # Keys behind the last anchor's are seen by no block; any row will do.
-        rows = torch.arange(start, start + window).clamp(max=length - 1)
-        keys.append(rows + sequence * length)
-        place += [number * window + anchor.row - start for _, anchor in items]
-    blocks = slice(groups[0][1][0][0], groups[-1][1][-1][0] + 1)
-    return Slab(blocks, rectangles, torch.stack(keys), torch.tensor(place))
 
 
 def anchor_attention(
@@ -141,17 +64,18 @@ class _AnchorAttention(torch.autograd.Function):
         out, lse = flash.forward(q, k, v, scale, causal=False)
         out, lse = out.contiguous(), lse.contiguous()
         for slab in plan.slabs:
-            blocks = slab.blocks
-            part = _window_forward(q[blocks], context_k, context_v, scale, slab)
-            out[blocks], lse[blocks] = merge_(out[blocks], lse[blocks], *part)
-            for rows, sequence, keys in slab.rectangles:
-                one = slice(sequence, sequence + 1)
-                cut_k, cut_v = context_k[one, :, keys], context_v[one, :, keys]
-                wide, wide_lse = flash.forward(
-                    _side_by_side(q[rows]), cut_k, cut_v, scale, causal=False
-                )
-                part = _apart(wide, q.shape[2]), _apart(wide_lse, q.shape[2])
-                out[rows], lse[rows] = merge_(out[rows], lse[rows], *part)
+            if _folds(q):
+                blocks = slab.blocks
+                part = _window_forward(q[blocks], context_k, context_v, scale, slab)
+                out[blocks], lse[blocks] = merge_(out[blocks], lse[blocks], *part)
+            for window in slab.windows:
+                rows, one = window.blocks, slice(window.sequence, window.sequence + 1)
+                wide_q = _side_by_side(q[rows])
+                for keys, mask in _pieces(window, q):
+                    cut_k, cut_v = context_k[one, :, keys], context_v[one, :, keys]
+                    wide = flash.forward(wide_q, cut_k, cut_v, scale, causal=False, mask=mask)
+                    part = _apart(wide[0], q.shape[2]), _apart(wide[1], q.shape[2])
+                    out[rows], lse[rows] = merge_(out[rows], lse[rows], *part)
         ctx.save_for_backward(q, k, v, context_k, context_v, out, lse)
         ctx.scale, ctx.plan = scale, plan
         return out
@@ -165,26 +89,48 @@ class _AnchorAttention(torch.autograd.Function):
         # Rows before heads, so that a slab adds its rows to them and nothing has the size of all.
         context_dk, context_dv = (_rows_first_zeros(x) for x in (context_k, context_v))
         for slab in ctx.plan.slabs:
-            blocks = slab.blocks
-            dq[blocks] += _window_backward(
-                (grad[blocks], q[blocks], out[blocks], lse[blocks]),
-                (context_k, context_v),
-                (context_dk, context_dv),
-                scale,
-                slab,
-            )
-            for rows, sequence, keys in slab.rectangles:
-                one = slice(sequence, sequence + 1)
-                wide_grad, wide_q, wide_out = (_side_by_side(x[rows]) for x in (grad, q, out))
-                wide_lse = _side_by_side(lse[rows])
-                part_q, part_k, part_v = flash.backward(
-                    wide_grad, wide_q, context_k[one, :, keys], context_v[one, :, keys], wide_out,
-                    wide_lse, scale, causal=False,
-                )  # fmt: skip
-                dq[rows] += _apart(part_q, slots)
-                context_dk[one, :, keys] += part_k
-                context_dv[one, :, keys] += part_v
+            if _folds(q):
+                blocks = slab.blocks
+                dq[blocks] += _window_backward(
+                    (grad[blocks], q[blocks], out[blocks], lse[blocks]),
+                    (context_k, context_v),
+                    (context_dk, context_dv),
+                    scale,
+                    slab,
+                )
+            for window in slab.windows:
+                rows, one = window.blocks, slice(window.sequence, window.sequence + 1)
+                wide_grad, wide_q, wide_out, wide_lse = (
+                    _side_by_side(x[rows]) for x in (grad, q, out, lse)
+                )
+                for keys, mask in _pieces(window, q):
+                    part_q, part_k, part_v = flash.backward(
+                        wide_grad, wide_q, context_k[one, :, keys], context_v[one, :, keys],
+                        wide_out, wide_lse, scale, causal=False, mask=mask,
+                    )  # fmt: skip
+                    dq[rows] += _apart(part_q, slots)
+                    context_dk[one, :, keys] += part_k
+                    context_dv[one, :, keys] += part_v
         return None, None, dq, dk, dv, context_dk, context_dv
+
+
+def _folds(q: Tensor) -> bool:
+    """Return whether windows are folded, since the device's flash kernels take no mask."""
+    return q.device.type != "cpu"
+
+
+def _pieces(window: Window, q: Tensor) -> list[tuple[slice, Tensor | None]]:
+    """Return the context rows that the window's blocks of q [N, n, B, d] meet in a kernel of their
+    own, and a mask of those: [1, 1, blocks * B, rows] to add to the scores, None if all see all."""
+    pieces: list[tuple[slice, Tensor | None]] = []
+    if window.before.stop > window.before.start:
+        pieces.append((window.before, None))
+    if not _folds(q):
+        rows = torch.arange(window.own.stop - window.own.start, device=q.device)
+        hidden = rows >= window.seen.repeat_interleave(q.shape[2]).unsqueeze(1)
+        mask = torch.zeros(hidden.shape, dtype=q.dtype, device=q.device)
+        pieces.append((window.own, mask.masked_fill_(hidden, float("-inf"))[None, None]))
+    return pieces
 
 
 def _window_forward(

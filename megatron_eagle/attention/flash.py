@@ -6,8 +6,8 @@ since it recomputes P = exp(q k - lse).
 
 q is [B, n, S, d], k [B, g, L, d], v [B, g, L, dv], lse [B, n, S] fp32. K and V are not repeated for
 grouped queries. Values may be narrower than keys (MLA): the kernels want one width, so they are
-padded with zeros. ``causal`` needs S = L; otherwise every query sees every key. No mask tensor, no
-collective.
+padded with zeros. ``causal`` needs S = L; otherwise every query sees every key, except by a
+``mask`` [1, 1, S, L] that is added to the scores, which a CPU's kernels alone take. No collective.
 
 Shape letters: B sequences, n query heads and g key/value heads of this TP rank (g divides n), S
 query positions, L key positions, d channels of a key, dv <= d channels of a value.
@@ -21,10 +21,13 @@ from torch import Tensor
 _aten = torch.ops.aten
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tuple[Tensor, Tensor]:
-    """Return out [B, n, S, dv] and lse [B, n, S] of softmax(scale * q kᵀ) v."""
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return out [B, n, S, dv] and lse [B, n, S] of softmax(scale * q kᵀ + mask) v."""
     assert not causal or q.shape[2] == k.shape[2]
     width, on_cpu = v.shape[-1], q.device.type == "cpu"
+    assert mask is None or on_cpu
     if not on_cpu and not has_cuda_flash(q):
         return _dense_forward(q, k, v, scale, causal)
     if not on_cpu:
@@ -32,7 +35,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> tupl
     v = widened(v, q)
     if on_cpu:
         run = _aten._scaled_dot_product_flash_attention_for_cpu
-        out, lse = run(q, k, v, 0.0, causal, scale=scale)
+        out, lse = run(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     else:
         run = _aten._scaled_dot_product_flash_attention
         out, lse = run(q, k, v, 0.0, causal, scale=scale)[:2]
@@ -48,9 +51,11 @@ def backward(
     lse: Tensor,
     scale: float,
     causal: bool,
+    mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k, v; ``out`` and ``lse`` may be those of a larger softmax."""
     size, width, on_cpu = q.shape[-1], v.shape[-1], q.device.type == "cpu"
+    assert mask is None or on_cpu
     if not on_cpu and not has_cuda_flash(q):
         return _dense_backward(grad_out, q, k, v, out, lse, scale, causal)
     if not on_cpu:
@@ -58,7 +63,7 @@ def backward(
     grad_out, v, out = (widened(x, q) for x in (grad_out, v, out))
     if on_cpu:
         dq, dk, dv = _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad_out, q, k, v, out, lse, 0.0, causal, scale=scale
+            grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale
         )
     else:
         unused = torch.zeros((), dtype=torch.int64, device=q.device)  # philox state: no dropout

@@ -18,7 +18,8 @@ class BlockOptions:
     """How a block draft is trained.
 
     ``anchors``: blocks per sequence. ``weights``: of the K judged slots; None for D-PACE. ``ce``,
-    ``kl``, ``l1``, ``confidence``: weights of the losses.
+    ``kl``, ``l1``, ``confidence``: weights of the losses. ``data_alone``: metrics too compare with
+    the data's tokens, so that nothing reads the base's distribution.
     """
 
     anchors: int
@@ -27,6 +28,7 @@ class BlockOptions:
     kl: float
     l1: float
     confidence: float
+    data_alone: bool
 
     @classmethod
     def of(cls, spec: DraftSpec, train: TrainOptions) -> BlockOptions:
@@ -45,9 +47,15 @@ class BlockOptions:
             kl=_or(train.kl_weight, 0.0),
             l1=_or(train.l1_weight, 0.9 if dspark else 0.0),
             confidence=_or(train.confidence_weight, 1.0) if spec.confidence_head else 0.0,
+            data_alone=train.accuracy_target == "data",
         )
         if options.ce + options.kl + options.l1 <= 0:
             raise UserError("<ce_weight>, <kl_weight> and <l1_weight> are all 0: no loss is left")
+        if options.data_alone and (options.kl or options.needs_overlap):
+            raise UserError(
+                "<accuracy_target> data spares what <kl_weight>, <l1_weight> and a confidence head "
+                "read anyway: leave it out, or set these to 0"
+            )
         return options
 
     @property

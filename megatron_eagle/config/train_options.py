@@ -15,6 +15,7 @@ MOE_BALANCE = 0.01
 ANCHORS = 512
 POSITION_WEIGHTS = ("decay", "d-pace")
 POSITION_DECAY = 4.0
+ACCURACY_TARGETS = ("base", "data")
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,14 @@ class TrainOptions:
         "0, dspark 0.9)",
         type=float,
         least=0,
+    )
+    accuracy_target: str | None = option(
+        None,
+        "dflash, dspark: what the logged accuracy and simulated accepted length compare a drafted "
+        "token with: base (its most likely token) or data (the data's token, where the "
+        "cross-entropy with it is the only loss: the base's output layer is then left out) "
+        "(default: base)",
+        choices=ACCURACY_TARGETS,
     )
     confidence_weight: float | None = option(
         None, "dspark: weight of the confidence head's loss (default: 1)", type=float, least=0

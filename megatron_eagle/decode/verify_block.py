@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_eagle.attention.anchors import Anchor, AnchorPlan, AnchorState
+from megatron_eagle.attention.anchor_plan import Anchor, AnchorPlan
+from megatron_eagle.attention.anchors import AnchorState
 from megatron_eagle.draft.block import BlockDraft
 from megatron_eagle.draft.head import VocabParallelHead
 from megatron_eagle.hf.draft.plain_block import BlockOutputs, PlainBlockDraft

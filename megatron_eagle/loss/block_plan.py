@@ -34,9 +34,9 @@ class BlockValues(NamedTuple):
     alpha: Tensor
     """Σ min(q, P); zeros if nothing needs it."""
     hits: Tensor
-    """bool: the draft's argmax is the base's over its whole vocabulary."""
+    """bool: the draft's argmax is the base's over its whole vocabulary, or the data's token."""
     coverage: Tensor
-    """The base's probability inside the draft vocabulary."""
+    """The probability inside the draft vocabulary, of the base or of the data's token alone."""
     has_label: Tensor
     """1 where the draft can say the data's token; elsewhere there is no cross-entropy with it."""
     below: Tensor
@@ -111,7 +111,7 @@ class BlockPlan:
             weight=self._weights(right, chunk),
             alpha=alpha,
             hits=reduced.hit[0],
-            coverage=reduced.coverage,
+            coverage=has_label if options.data_alone else reduced.coverage,
             has_label=has_label,
             below=below,
         )

@@ -76,6 +76,12 @@ class BlockRows:
         spread[self.blocks, self.steps] = values
         return spread
 
+    def target_labels(self, count: int) -> Tensor:
+        """Return the labels of all ``count`` targets, [U]; a target without a row has 0."""
+        labels = self.labels.new_zeros(count)
+        labels[self.targets] = self.labels
+        return labels
+
     def local_labels(self, shard_ids: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         """Return the column of each label in this rank's shard, whose ids are ``shard_ids`` [Dp],
         and whether it has one; [rows] each."""

@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_eagle.attention.anchors import WINDOW, Anchor, AnchorPlan
+from megatron_eagle.attention.anchor_plan import WINDOW, Anchor, AnchorPlan
 from megatron_eagle.attention.packing import Packing
 from megatron_eagle.loss.block_rows import BlockRows
 from megatron_eagle.objective.batch import EagleBatch

@@ -18,6 +18,7 @@ from megatron_eagle.draft.block import BlockDraft
 from megatron_eagle.loss.block_loss import block_loss
 from megatron_eagle.loss.block_plan import BlockPlan, BlockValues
 from megatron_eagle.loss.inputs import Budgets, TeacherRows
+from megatron_eagle.loss.label_teacher import LabelTeacher
 from megatron_eagle.objective.block_batch import BlockBatch
 from megatron_eagle.objective.block_metrics import block_sums
 from megatron_eagle.objective.inputs import EmbeddingOfBase, query_angles
@@ -51,11 +52,16 @@ class BlockObjective:
         self.mask_embedding = mask_embedding
 
     def __call__(
-        self, batch: BlockBatch, features: Tensor, teacher: TeacherRows, in_draft_vocab: Tensor
+        self,
+        batch: BlockBatch,
+        features: Tensor,
+        teach: Callable[[], TeacherRows],
+        in_draft_vocab: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """Return the micro-batch's loss, a sum over weighted rows, and its packed ``BlockSums``.
 
-        features [S', Q, A * H]; the teacher of the U targets, of which nothing is evaluated yet.
+        features [S', Q, A * H]. ``teach`` returns the base as teacher of the U targets, of which
+        nothing is evaluated yet; it is not called where the data's tokens are all that is read.
         """
         rows = self.judged_rows(batch, self.outputs(batch, features))
         confidence = None
@@ -63,7 +69,7 @@ class BlockObjective:
             rows, confidence = rows[:, :-1].contiguous(), rows[:, -1]
         joint, markov = self.draft.joint_head()
         plan = BlockPlan(
-            teacher=teacher,
+            teacher=self.labels(batch) if self.options.data_alone else teach(),
             rows=batch.rows,
             options=self.options,
             steps=self.draft.spec.block_drafts,
@@ -80,6 +86,11 @@ class BlockObjective:
             extra, confidence_sum = self.confidence_loss(confidence, values)
             loss = loss + extra
         return loss, block_sums(batch.rows, values, confidence_sum, plan.steps)
+
+    def labels(self, batch: BlockBatch) -> LabelTeacher:
+        """Return the data's tokens as teacher of the U targets."""
+        columns = self.draft.shard.padded_rows
+        return LabelTeacher(batch.rows.target_labels(len(batch.target_rows)), columns)
 
     def outputs(self, batch: BlockBatch, features: Tensor) -> Tensor:
         """Run the draft on all blocks: [N, B, H] after the final norm, whole blocks of this rank

@@ -14,6 +14,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dflash-kl-compressed": {"ce": 0.0, "kl": 1.0, **COMPRESSED},
     "dflash-d-pace-packed": {"decay": None, "packed": True, "block_size": 5},
     "dflash-mixed-drawn": {"ce": 0.3, "kl": 0.5, "l1": 0.7, "anchors": 6, "num_aux": 2},
+    "dflash-data-alone": {"counts_data": True, "decay": None, "packed": True, **COMPRESSED},
     "dspark": DSPARK,
     "dspark-gated-compressed": {**DSPARK, "markov": "gated", **COMPRESSED},
     "dspark-rnn-packed-d-pace": {**DSPARK, "markov": "rnn", "packed": True, "decay": None},

@@ -140,6 +140,7 @@ def block_options(case: BlockCase) -> Any:
         ce_weight=config.ce,
         kl_weight=config.kl,
         l1_weight=config.l1,
+        accuracy_target="data" if config.counts_data else None,
         anchors=case.anchors,
         logits_budget_mib=case.logits_budget_mib,
         loss_chunk_mib=case.loss_chunk_mib,

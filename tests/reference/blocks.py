@@ -42,6 +42,7 @@ class BlockConfig:
     kl: float = 0.0
     l1: float = 0.0
     confidence_weight: float = 1.0
+    counts_data: bool = False  # hits are of the data's tokens, not of the base's
 
     @property
     def drafts(self) -> int:
@@ -220,7 +221,7 @@ class ReferenceBlocks(nn.Module):
         else:
             total, bce = loss, torch.zeros_like(loss)
         right = torch.where(inside, (-ce).exp(), torch.zeros_like(ce)).detach()
-        hits = self.vocab_ids[logits.argmax(-1)] == base.argmax(-1)
+        hits = self.vocab_ids[logits.argmax(-1)] == (label if c.counts_data else base.argmax(-1))
         return {
             "loss": loss, "total": total, "weights": self.weights(right), "hits": hits,
             "alpha": alpha, "logits": logits, "bce": bce.detach(),

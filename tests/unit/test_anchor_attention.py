@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_eagle.attention.anchors import Anchor, AnchorPlan, anchor_attention
+from megatron_eagle.attention import anchors as anchors_module
+from megatron_eagle.attention.anchor_plan import Anchor, AnchorPlan
+from megatron_eagle.attention.anchors import anchor_attention
 
 SLOTS, HEADS, GROUPS, SIZE, LENGTH = 3, 6, 2, 8, 23
 DOCUMENTS = [[0, 9, 23], [0, 2, 23]]
@@ -35,9 +37,13 @@ def dense(x: Inputs, anchors: list[Anchor]) -> Tensor:
     return torch.stack(outputs)
 
 
+@pytest.mark.parametrize("folds", [False, True], ids=["masked", "folded"])
 @pytest.mark.parametrize("window", [4, 128])
 @pytest.mark.parametrize("rows", [list(range(LENGTH - 1)), [0, 3, 4, 11, 12, 21], []])
-def test_equals_the_dense_softmax(window: int, rows: list[int]) -> None:
+def test_equals_the_dense_softmax(
+    window: int, rows: list[int], folds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(anchors_module, "_folds", lambda q: folds)  # as a CPU, and as a GPU
     torch.manual_seed(0)
     anchors = [
         Anchor(sequence, max(start for start in starts[:-1] if start <= row), row)
@@ -61,4 +67,6 @@ def test_keys_that_nobody_sees_cost_nothing() -> None:
     """One late anchor in a long sequence: a rectangle, and one window."""
     plan = AnchorPlan.of([Anchor(0, 0, 1000)], 4096, window=128)
     (slab,) = plan.slabs
-    assert slab.keys.shape == (1, 128) and slab.rectangles == [(slice(0, 1), 0, slice(0, 896))]
+    (window,) = slab.windows
+    assert slab.keys.shape == (1, 128)
+    assert (window.before, window.own) == (slice(0, 896), slice(896, 1001))

@@ -118,6 +118,10 @@ BLOCKS = {"algorithm": "dflash", "mask_token": 1}
         ({**BLOCKS, "ttt_steps": 5}, "ttt_steps 5: algorithm dflash drafts a block in one pass"),
         ({**BLOCKS, "loss": "tv"}, "loss tv: algorithm dflash mixes its losses by ce_weight"),
         ({**BLOCKS, "ce_weight": 0.0}, "ce_weight, kl_weight and l1_weight are all 0"),
+        (
+            {**BLOCKS, "accuracy_target": "data", "kl_weight": 0.5},
+            "accuracy_target data spares what kl_weight",
+        ),
         ({**BLOCKS, "position_decay": 0.0}, "position_decay must be above 0"),
         (
             {**BLOCKS, "position_decay": 2.0, "position_weights": "d-pace"},
@@ -144,7 +148,7 @@ def test_an_algorithm_refuses_every_option_that_it_does_not_have(name: str) -> N
     values |= dict.fromkeys((*flags, "init_from_base", "confidence_head"), True)
     values |= {"ttt_steps": 4, "step_decay": 0.5, "loss": "ce", "attention": "mla", "anchors": 3}
     values |= {"num_experts": 4, "block_size": 4, "markov_head": "rnn", "markov_rank": 4}
-    values |= {"position_weights": "d-pace", "position_decay": 2.0}
+    values |= {"position_weights": "d-pace", "position_decay": 2.0, "accuracy_target": "base"}
     values |= dict.fromkeys(("ce_weight", "kl_weight", "l1_weight", "confidence_weight"), 0.5)
     for algorithm in ALGORITHMS.values():
         options = {"algorithm": algorithm.name, name: values.get(name, "a-file")}
