@@ -3,8 +3,9 @@
 Draft layer i of N is a copy of base layer n - N + i. The first one reads [embedding ; hidden]: the
 base's qkv goes to the half of the hidden state, zeros to the embedding's. fc passes the last aux
 layer on, so that the copies read one of the base's residual streams; norm and head are the base's
-final ones. All of it is read from the base's checkpoint: its layers may be on other pipeline
-stages, or on none.
+final ones. A block draft's keys and values of the context are made of fc's output behind one norm,
+which is the first copied layer's. All of it is read from the base's checkpoint: its layers may be
+on other pipeline stages, or on none.
 """
 
 from __future__ import annotations
@@ -91,13 +92,18 @@ def check_base_start(options: EagleConfig, base: BaseInfo) -> None:
 def left_out(base: BaseInfo, spec: DraftSpec) -> str:
     """Name the parts of the base's layers that the draft does not have; empty if there are none."""
     args = base.megatron_args
-    norms = args.get("qk_layernorm") and not spec.qk_layernorm
+    norms = args.get("qk_layernorm") and not norms_heads(spec)
     keeps = flag_name("qk_layernorm")
     parts = {
         "biases": args.get("add_qkv_bias") or args.get("add_bias_linear"),
         f"query and key norms (queries and keys start at random; {keeps} keeps them)": norms,
     }
     return " and ".join(words for words, there in parts.items() if there)
+
+
+def norms_heads(spec: DraftSpec) -> bool:
+    """Return whether the draft norms its queries and keys, as block drafts always do."""
+    return spec.qk_layernorm or spec.method.drafts_blocks
 
 
 class BaseStart:
@@ -122,18 +128,23 @@ class BaseStart:
         readers: dict[str, Callable[[], Tensor]] = {
             "draft.fc.weight": partial(self._fc, aux_layers, scale),
             "draft.norm.weight": partial(self._whole, self._final_norm()),
-            "draft.lm_head.weight": partial(self._rows, head, self.vocab_ids.tolist()),
         }
-        count = self.spec.num_layers
-        copied = (*_COPIED, *(_HEAD_NORMS if self.spec.qk_layernorm else ()))
-        last = self.args["num_layers"]
-        for index, layer in enumerate(range(last - count, last)):
-            prefix = f"draft.layers.{index}."
-            norm = "input_layernorm.hidden_norm.weight" if index == 0 else _INPUT_NORM
-            names = {name: name for name in copied} | {norm: _INPUT_NORM}
+        last, blocks = self.args["num_layers"], self.spec.method.drafts_blocks
+        first = last - self.spec.num_layers
+        if blocks:
+            readers["draft.hidden_norm.weight"] = partial(self._of_layer, first, _INPUT_NORM)
+        else:
+            readers["draft.lm_head.weight"] = partial(self._rows, head, self.vocab_ids.tolist())
+        for index, layer in enumerate(range(first, last)):
+            prefix, doubled = f"draft.layers.{index}.", index == 0 and not blocks
+            norm = "input_layernorm.hidden_norm.weight" if doubled else _INPUT_NORM
+            names = {name: name for name in _COPIED} | {norm: _INPUT_NORM}
             for draft_name, base_name in names.items():
                 readers[prefix + draft_name] = partial(self._of_layer, layer, base_name)
-            readers[prefix + QKV] = partial(self._qkv, layer, index == 0, init_std)
+            readers[prefix + QKV] = partial(self._qkv, layer, doubled, init_std)
+            if norms_heads(self.spec):
+                for name in _HEAD_NORMS:
+                    readers[prefix + name] = partial(self._head_norm, layer, name)
         return readers
 
     def _final_norm(self) -> str:
@@ -157,13 +168,23 @@ class BaseStart:
 
     def _qkv(self, layer: int, first: bool, init_std: float) -> Tensor:
         weight = self._of_layer(layer, QKV)
-        if (
-            self.args.get("qk_layernorm") and not self.spec.qk_layernorm
-        ):  # without norms, scores would be of any size
+        if self.args.get("qk_layernorm") and not norms_heads(self.spec):
+            # without norms, scores would be of any size
             groups = weight.unflatten(0, (self.args["num_query_groups"], -1))
             generator = torch.Generator().manual_seed(layer)
             groups[:, : -self.args["kv_channels"]].normal_(0.0, init_std, generator=generator)
         return torch.cat([torch.zeros_like(weight), weight], dim=1) if first else weight
+
+    def _head_norm(self, layer: int, name: str) -> Tensor:
+        """Return the weight [d] of a layer's query or key norm: the base's, or where it has none,
+        the size that each channel of its queries or keys has behind the input norm, if the channels
+        of that are independent."""
+        if self.args.get("qk_layernorm"):
+            return self._of_layer(layer, name)
+        weight = self._of_layer(layer, QKV) * self._of_layer(layer, _INPUT_NORM)
+        heads = weight.unflatten(0, (self.args["num_query_groups"], -1, self.args["kv_channels"]))
+        parts = heads[:, -2:-1] if name == _HEAD_NORMS[1] else heads[:, :-2]
+        return parts.square().sum(-1).mean((0, 1)).sqrt()
 
     def _fc(self, aux_layers: int, scale: float) -> Tensor:
         hidden = self.args["hidden_size"]

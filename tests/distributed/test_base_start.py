@@ -122,6 +122,53 @@ def test_every_shard_starts_as_the_base_s_layers(
             assert found[name].equal(tensor), (name, rank)
 
 
+BLOCKS = {"algorithm": "dflash", "mask_token": 1, "num_layers": 2}
+BLOCK_CASES = [
+    pytest.param(1, "llama", BLOCKS, False, id="tp1"),
+    pytest.param(2, "qwen3", BLOCKS | {"algorithm": "dspark"}, True, id="tp2-sp-dspark-qk-norms"),
+]
+
+
+@pytest.mark.parametrize(("world", "family", "changes", "sequence_parallel"), BLOCK_CASES)
+def test_a_block_draft_starts_as_the_base_s_layers(
+    tmp_path: Path, world: int, family: str, changes: dict[str, Any], sequence_parallel: bool
+) -> None:
+    """Its qkv is not doubled, one norm stands before all layers' context, and the norms of queries
+    and keys keep the base's size of both where the base has none."""
+    base = make_base(tmp_path / "hf", family, num_hidden_layers=7)
+    import_base(tmp_path / "hf", tmp_path / "base")
+    options = EagleConfig.of(init_from_base=True, draft_vocab_size=IDS.numel(), **changes)
+    args = (str(tmp_path / "base"), options, sequence_parallel)
+    theirs = {name: tensor.detach() for name, tensor in base.state_dict().items()}
+    for rank, found in enumerate(run_distributed(started, world, *args)):
+        fc = torch.cat([torch.zeros(HIDDEN, 2 * HIDDEN), torch.eye(HIDDEN)], dim=1)
+        expected = {
+            "norm.weight": theirs["model.norm.weight"],
+            "hidden_norm.weight": theirs["model.layers.5.input_layernorm.weight"],
+            "fc.weight": fc if sequence_parallel else fc.chunk(world)[rank],
+        }
+        for index, number in enumerate((5, 6)):
+            prefix = f"layers.{index}."
+            expected |= layer(theirs, prefix, number, rank, world)
+            norm = expected.pop("norm")
+            expected[f"{prefix}input_layernorm.weight"] = norm
+            expected[f"{prefix}{ATTENTION}qkv.weight"] = expected.pop("qkv")
+            for x in "qk":
+                own = f"model.layers.{number}.self_attn.{x}_"
+                if family == "qwen3":
+                    size = theirs[f"{own}norm.weight"]
+                else:
+                    folded = theirs[f"{own}proj.weight"] * norm
+                    heads = HEADS if x == "q" else GROUPS
+                    size = folded.norm(dim=1).view(heads, -1).square().mean(0).sqrt()
+                expected[f"{prefix}self_attention.{x}_layernorm.weight"] = size
+        fresh = {name for name in found if name.startswith(("lm_head", "markov", "confidence"))}
+        assert set(found) - fresh == set(expected)
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-6, atol=0, msg=name)
+        assert all(found[name].eq(7.0).all() for name in fresh)
+
+
 def test_queries_and_keys_that_need_norms_start_at_random(tmp_path: Path) -> None:
     """Qwen3's are of any size without their norms; its values are taken over."""
     base = make_base(tmp_path / "hf", "qwen3")
