@@ -23,7 +23,11 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_eagle.attention.live_rows import LiveRows, take_rows
-from megatron_eagle.compat import IdentityOp, gather_from_sequence_parallel_region
+from megatron_eagle.compat import (
+    IdentityOp,
+    SelfAttention,
+    gather_from_sequence_parallel_region,
+)
 from megatron_eagle.config import DraftSpec
 from megatron_eagle.draft.live_mla import LiveQueryMLA
 from megatron_eagle.draft.live_queries import LiveQueryAttention, with_live_queries
@@ -77,7 +81,7 @@ def draft_layer_specs(backend: LayerBackend, config: Any, spec: DraftSpec) -> li
             widening = 1 if joined or number else 2
             use_mla(layer, widening * config.hidden_size, backend.norm)
     _replace_linear(layers[0], linear)
-    _let_queries_be_fewer(layers[-1], linear)
+    let_queries_be_fewer(layers[-1], linear)
     if joined:
         layers[0].submodules.input_layernorm = IdentityOp
     else:
@@ -87,15 +91,16 @@ def draft_layer_specs(backend: LayerBackend, config: Any, spec: DraftSpec) -> li
     return layers
 
 
-def _let_queries_be_fewer(layer_spec: Any, linear: Callable[..., Any]) -> None:
-    """Let the layer make queries of some rows only, if it has MLA or its ``linear_qkv`` is a
-    ``linear`` without a norm fused into it."""
+def let_queries_be_fewer(layer_spec: Any, linear: Callable[..., Any]) -> None:
+    """Let the layer answer the queries of some rows only, and make no others if it has MLA or its
+    ``linear_qkv`` is a ``linear`` without a norm fused into it."""
     attention = layer_spec.submodules.self_attention
     if attention.module is DraftMLASelfAttention:
         attention.module = LiveQueryMLA
-    elif getattr(attention.submodules, "linear_qkv", None) is linear:
+    elif attention.module is SelfAttention:
         attention.module = LiveQueryAttention
-        attention.submodules.linear_qkv = with_live_queries(linear)
+        if attention.submodules.linear_qkv is linear:
+            attention.submodules.linear_qkv = with_live_queries(linear)
 
 
 def _replace_linear(layer_spec: Any, linear: Callable[..., Any]) -> None:
@@ -147,8 +152,11 @@ class Narrowing:
         self._layer, attention = layer, layer.self_attention
         self._attention: LiveQueryAttention | LiveQueryMLA | None = None
         makes_fewer = isinstance(attention, LiveQueryAttention | LiveQueryMLA)
+        self._answering: LiveQueryAttention | None = None
         if makes_fewer and attention.splits_products:
             self._attention = attention
+        elif isinstance(attention, LiveQueryAttention):
+            self._answering = attention
         layer.input_layernorm.register_forward_hook(self._narrow)
 
     @contextmanager
@@ -156,14 +164,19 @@ class Narrowing:
         """Narrow the layer to ``live``, or do nothing for None, inside the context. ``query_rows``
         [Q]: the rows of the pass that have queries, if they are not those of ``live``."""
         self._live = live
-        if self._attention is not None and live is not None:
-            self._attention.query_rows = live.index if query_rows is None else query_rows
+        rows = live.index if live is not None and query_rows is None else query_rows
+        self._set_rows(None if live is None else rows)
         try:
             yield
         finally:
             self._live = None
-            if self._attention is not None:
-                self._attention.query_rows = None
+            self._set_rows(None)
+
+    def _set_rows(self, rows: Tensor | None) -> None:
+        if self._attention is not None:
+            self._attention.query_rows = rows
+        if self._answering is not None:
+            self._answering.answered_rows = rows
 
     def angles(self, every: Tensor | None, batch: int) -> Any:
         """Return the RoPE angles of the layer's (queries [Q, 1, 1, d], keys), or ``every``

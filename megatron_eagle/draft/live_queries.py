@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_eagle.attention.live_rows import take_rows
 from megatron_eagle.compat import SelfAttention, copy_to_tensor_model_parallel_region
 from megatron_eagle.loss.head_gradient import no_gradient
 from megatron_eagle.parallel.collectives import all_gather
@@ -30,15 +31,18 @@ class LiveQueryAttention(SelfAttention):
 
     query_rows: Tensor | None = None
     """[N] int64: the rows of all R that have queries; None: all have."""
+    answered_rows: Tensor | None = None
+    """[N] int64: the rows that are answered, where all have queries; None: all are."""
 
     @property
     def splits_products(self) -> bool:
         """Whether queries can be made apart: no norm or rotary embedding is fused into the product,
-        and no group of heads is cut over ranks."""
+        which has no bias, and no group of heads is cut over ranks."""
         config: Any = self.config
         return (
             isinstance(self.linear_qkv, _LiveQueryLinear)
             and not config.fused_single_qkv_rope
+            and not (config.add_qkv_bias or config.add_bias_linear)
             and config.num_query_groups >= self.pg_collection.tp.size()
         )
 
@@ -52,9 +56,13 @@ class LiveQueryAttention(SelfAttention):
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return query [N, 1, n, d], or as Megatron does [S, B, n, d], and key and value [S, B, g,
-        d]. Collectives: those of ``linear_qkv``."""
+        d]; with an output gate that too, [N, 1, n, d] of the rows that are answered. Collectives:
+        those of ``linear_qkv``."""
         if self.query_rows is None:
-            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+            made = super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+            if self.answered_rows is None or not self.config.attention_output_gate:
+                return made
+            return *made[:3], take_rows(made[3], self.answered_rows)
         size, groups = self.hidden_size_per_attention_head, self.num_query_groups_per_partition
         config: Any = self.config
         split = _Split(
@@ -67,13 +75,18 @@ class LiveQueryAttention(SelfAttention):
         )
         queries, both = self.linear_qkv(hidden_states, split=split)
         batch = hidden_states.shape[1]
-        query = queries.view(-1, 1, queries.shape[-1] // size, size)
+        gates: list[Tensor] = []
+        if config.attention_output_gate:
+            both_heads = queries.view(queries.shape[0], groups, 2, -1)
+            queries, gate = (part.flatten(1) for part in both_heads.unbind(2))
+            gates = [gate.reshape(-1, 1, gate.shape[-1] // size, size)]
+        query = queries.reshape(-1, 1, queries.shape[-1] // size, size)
         key, value = both.view(-1, batch, groups, 2 * size).split(size, dim=-1)
         if self.q_layernorm is not None:
             query = self.q_layernorm(query)
         if self.k_layernorm is not None:
             key = self.k_layernorm(key)
-        return query, key, value
+        return query, key, value, *gates
 
 
 class _LiveQueryLinear:
@@ -116,7 +129,7 @@ class _Split:
 
     def queries_of(self, weight: Tensor) -> Tensor:
         """Return the view of the weight [(n + 2g) * d, C], or of its gradient, that makes queries,
-        [g, n / g, d, C]."""
+        and behind those of its group their gates, [g, n / g, d, C]."""
         return self._by_head(weight)[:, :-2]
 
     def keys_values_of(self, weight: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from megatron_eagle.attention.mla import NORM_EPS
 from megatron_eagle.draft.features import FeatureProjection
 from megatron_eagle.draft.frozen_router import freeze_router
 from megatron_eagle.draft.head import SharedHead
+from megatron_eagle.draft.layer import let_queries_be_fewer
 from megatron_eagle.draft.mla import use_mla
 from megatron_eagle.draft.model import EagleDraft
 from megatron_eagle.layers.backend import LayerBackend
@@ -48,6 +49,8 @@ class MTPDraft(EagleDraft):
             freeze_router(layer, self.config)
         if self.config.multi_latent_attention:
             use_mla(layer, self.config.hidden_size, backend.norm)
+        else:
+            let_queries_be_fewer(layer, backend.column_linear)
         return [layer]
 
     def _build_head(self, backend: LayerBackend, base_head: Callable[[], Tensor]) -> None:

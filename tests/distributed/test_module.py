@@ -21,6 +21,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "deepseek_v3": {},
     "glm4_moe": {"packed": True},
     "qwen3_next": {},
+    "qwen3_5": {},
     "mimo": {"packed": True, "changes": {"detach_steps": True}},
 }
 LAYOUTS = [

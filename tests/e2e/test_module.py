@@ -24,7 +24,8 @@ def command(*words: object) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "layout"), [("deepseek_v3", EXPERTS), ("mimo", []), ("qwen3_next", EXPERTS)]
+    ("kind", "layout"),
+    [("deepseek_v3", EXPERTS), ("mimo", []), ("qwen3_next", EXPERTS), ("qwen3_5", EXPERTS)],
 )
 def test_from_the_base_s_files_to_a_copy_with_the_trained_module(
     kind: str, layout: list[object], inputs: Inputs, tmp_path: Path

@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.helpers.tiny_hf import SIZES, make_base
+from tests.helpers.tiny_hf import SIZES, make_base, wrap_text
 from tests.reference.mtp import MTPConfig, ReferenceMTP
 
-KINDS = ("deepseek_v3", "glm4_moe", "mimo", "qwen3_next")
+KINDS = ("deepseek_v3", "glm4_moe", "mimo", "qwen3_next", "qwen3_5")
+MTP_KINDS = ("qwen3_next", "qwen3_5")
+"""Whose module is `mtp`, and whose layer is `mtp.layers.0`."""
 LAYERS = 4
 _EXPERTS = {
     "num_experts": 8, "topk": 3, "expert_size": 24, "groups": 4, "topk_group": 2,
@@ -38,6 +40,7 @@ CONFIGS = {
         **_SIZES, num_experts=4, topk=2, expert_size=24, shared_size=40, head_dim=16, rotary=4,
         qk_norm=True, qwen3_next=True,
     ),
+    "qwen3_5": MTPConfig(**_SIZES, head_dim=16, rotary=4, qk_norm=True, qwen3_next=True),
     "mimo": MTPConfig(**_SIZES, head_dim=6, rotary=6, qkv_bias=True, hidden_first=True),
 }  # fmt: skip
 AROUND = {
@@ -47,12 +50,12 @@ AROUND = {
 }
 FIELDS = {"qwen3_next": {"mlp_only_layers": []}}
 """Fields of a base with which its module has the layer of `CONFIGS`."""
-AROUND["glm4_moe"] = AROUND["deepseek_v3"]
+AROUND["glm4_moe"], AROUND["qwen3_5"] = AROUND["deepseek_v3"], AROUND["qwen3_next"]
 
 
 def prefix_of(kind: str) -> str:
     """What the names of the module's tensors begin with."""
-    others = {"mimo": "model.mtp_layers.0.", "qwen3_next": "mtp."}
+    others = {"mimo": "model.mtp_layers.0."} | dict.fromkeys(MTP_KINDS, "mtp.")
     return others.get(kind, f"model.layers.{LAYERS}.")
 
 
@@ -61,7 +64,7 @@ def name_in_file(kind: str, parameter: str) -> str:
     ours = ("embedding_norm", "hidden_norm", "joining", "final_norm")
     names = dict(zip(ours, AROUND[kind], strict=True))
     module, _, rest = parameter.partition(".")
-    if kind == "qwen3_next" and module not in names:
+    if kind in MTP_KINDS and module not in names:
         module = f"layers.0.{module}"
     return f"{prefix_of(kind)}{names.get(module, module)}.{rest}"
 
@@ -73,7 +76,9 @@ def make_module_base(
     both; return the base's model and the oracle with the module's weights."""
     fields = FIELDS.get(kind, {}) | fields
     model = make_base(directory, kind, num_hidden_layers=LAYERS, **fields)
-    if kind != "qwen3_next":  # which does not say that there is one
+    if kind == "qwen3_5":
+        wrap_text(directory)  # as it is published
+    elif kind != "qwen3_next":  # which does not say that there is one
         config = json.loads((directory / "config.json").read_text())
         config["num_nextn_predict_layers"] = 1
         (directory / "config.json").write_text(json.dumps(config))

@@ -87,7 +87,10 @@ def expectation(case: PipelineCase) -> tuple[dict[str, Tensor], dict[str, Tensor
     over all documents."""
     draft = case.draft
     assert isinstance(draft, ModuleDraft)
-    tensors = tensors_of(Path(draft.module))
+    tensors = {
+        name.replace(".language_model.", "."): tensor
+        for name, tensor in tensors_of(Path(draft.module)).items()
+    }
     reference = ReferenceMTP(draft.config)
     names = {name: name_in_file(draft.kind, name) for name, _ in reference.named_parameters()}
     reference.load_state_dict({ours: tensors[theirs] for ours, theirs in names.items()})

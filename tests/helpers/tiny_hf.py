@@ -28,10 +28,24 @@ CLASSES = {
     "mixtral": "Mixtral",
     "qwen3_moe": "Qwen3Moe",
     "qwen3_next": "Qwen3Next",
+    "qwen3_5": "Qwen3_5",
     "gpt_oss": "GptOss",
     "glm4_moe": "Glm4Moe",
     "deepseek_v2": "DeepseekV2",
     "deepseek_v3": "DeepseekV3",
+}
+TEXT_CONFIGS = {"qwen3_5"}
+"""Families whose configuration class is named as the language model of a multimodal one."""
+CENTERED_NORMS = {"qwen3_next", "qwen3_5"}
+"""Families that store what a norm's weight differs from 1 by."""
+DELTA_NET: dict[str, Any] = {
+    "head_dim": 16,
+    "num_hidden_layers": 4,
+    "full_attention_interval": 2,
+    "linear_key_head_dim": 6,
+    "linear_value_head_dim": 10,
+    "linear_num_key_heads": 4,
+    "linear_num_value_heads": 8,
 }
 MLA: dict[str, Any] = {
     "num_key_value_heads": 8,
@@ -70,15 +84,10 @@ FIELDS: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 24,
         "shared_expert_intermediate_size": 40,
-        "head_dim": 16,
-        "num_hidden_layers": 4,
         "mlp_only_layers": [1],
-        "full_attention_interval": 2,
-        "linear_key_head_dim": 6,
-        "linear_value_head_dim": 10,
-        "linear_num_key_heads": 4,
-        "linear_num_value_heads": 8,
+        **DELTA_NET,
     },
+    "qwen3_5": DELTA_NET,
     "glm4_moe": {
         "num_hidden_layers": 4,
         "head_dim": 12,
@@ -121,8 +130,8 @@ def make_base(
     """Save a random fp32 model of `family` in `directory` and return it (eval mode)."""
     import transformers
 
-    name = CLASSES[family]
-    config = getattr(transformers, f"{name}Config")(**{**SIZES, **FIELDS[family], **fields})
+    name, text = CLASSES[family], "Text" if family in TEXT_CONFIGS else ""
+    config = getattr(transformers, f"{name}{text}Config")(**{**SIZES, **FIELDS[family], **fields})
     config._attn_implementation = "eager"
     torch.manual_seed(seed)
     model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
@@ -146,13 +155,36 @@ def make_base(
 
 def _is_plain_norm(family: str, key: str) -> bool:
     """Whether `key` is a norm's weight that is stored as it is, not its difference from 1."""
-    return key.endswith("norm.weight") and (family != "qwen3_next" or "linear_attn" in key)
+    return key.endswith("norm.weight") and (family not in CENTERED_NORMS or "linear_attn" in key)
 
 
 def name_mimo(file: Path) -> None:
     """Give config.json of a Qwen2 the names that MiMo's has."""
     named = {"architectures": ["MiMoForCausalLM"], "model_type": "mimo", "attention_bias": True}
     file.write_text(json.dumps(json.loads(file.read_text()) | named))
+
+
+def wrap_text(directory: Path) -> None:
+    """Make a language model's files in `directory` those of the multimodal model around it."""
+    from safetensors.torch import load_file, save_file
+
+    text = json.loads((directory / "config.json").read_text())
+    (architecture,) = text.pop("architectures")
+    outer = {
+        "architectures": [architecture.replace("ForCausalLM", "ForConditionalGeneration")],
+        "model_type": text["model_type"].removesuffix("_text"),
+        "text_config": text,
+        "vision_config": {"depth": 1},
+        "tie_word_embeddings": text["tie_word_embeddings"],
+    }
+    (directory / "config.json").write_text(json.dumps(outer))
+    inner = load_file(directory / "model.safetensors")
+    tensors = {
+        name.replace("model.", "model.language_model.", 1) if name.startswith("model.") else name: x
+        for name, x in inner.items()
+    }
+    tensors["model.visual.patch_embed.proj.weight"] = torch.zeros(3, 5)
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def softmax_strength(rope: dict[str, Any]) -> float:

@@ -86,7 +86,7 @@ def test_rope_is_the_one_that_readers_of_its_files_compute(
         raise AssertionError(length)
 
     shares = draft_rotary(of_the_base, base, spec, torch.device("cpu")).angles is of_the_base
-    own = ("qwen3_next", "glm4_moe", "deepseek_v2", "deepseek_v3")
+    own = ("qwen3_next", "qwen3_5", "glm4_moe", "deepseek_v2", "deepseek_v3")
     assert shares == (base.family not in own)
 
 

@@ -1,4 +1,5 @@
-"""The name tables of Qwen3-Next: gated delta nets, gated attention, a gated shared expert.
+"""The name tables of Qwen3-Next and Qwen3.5: gated delta nets, gated attention, a gated shared
+expert.
 
 All its norms but the delta net's store their weight's difference from 1, as Megatron's do with
 apply_layernorm_1p. The symbols of the shapes are explained in ``megatron_eagle.hf.tables.entries``.
@@ -16,6 +17,7 @@ from megatron_eagle.hf.base.moe_tables import moe, shared_experts
 from megatron_eagle.hf.tables.entries import Dims, Entry, Join, Source, Table, one
 
 QKVZ = Source("linear_attn.in_proj_qkvz.weight", ("DK+DK+DV+DV", "H"))
+QKV = Source("linear_attn.in_proj_qkv.weight", ("DK+DK+DV", "H"))
 BA = Source("linear_attn.in_proj_ba.weight", ("NV+NV", "H"))
 CONVOLUTION = Source("linear_attn.conv1d.weight", ("DK+DK+DV", "1", "C"))
 _IN_PROJ = "self_attention.in_proj.weight."
@@ -95,16 +97,29 @@ def _parts(
     }
 
 
-DELTA_NET: Table = {
+_BESIDE_IN_PROJ: Table = {
     "self_attention.in_proj.layer_norm_weight": ("input_layernorm.weight", "H"),
-    **_parts(_IN_PROJ, ("query", "key", "value", "z"), QKVZ, _by_key_head),
-    **_parts(_IN_PROJ, ("beta", "alpha"), BA, _by_key_head),
     **_parts(_CONVOLUTION, ("query", "key", "value"), CONVOLUTION, _rows),
     "self_attention.A_log": ("linear_attn.A_log", "NV"),
     "self_attention.dt_bias": ("linear_attn.dt_bias", "NV"),
     "self_attention.out_norm.weight": ("linear_attn.norm.weight", "VD"),
     "self_attention.out_proj.weight": ("linear_attn.out_proj.weight", "H", "DV"),
 }
+DELTA_NET: Table = {
+    **_parts(_IN_PROJ, ("query", "key", "value", "z"), QKVZ, _by_key_head),
+    **_parts(_IN_PROJ, ("beta", "alpha"), BA, _by_key_head),
+    **_BESIDE_IN_PROJ,
+}
+"""Qwen3-Next's: two matrices, whose rows lie key head by key head."""
+
+SPLIT_DELTA_NET: Table = {
+    **_parts(_IN_PROJ, ("query", "key", "value"), QKV, _rows),
+    f"{_IN_PROJ}z": ("linear_attn.in_proj_z.weight", "DV", "H"),
+    f"{_IN_PROJ}beta": ("linear_attn.in_proj_b.weight", "NV", "H"),
+    f"{_IN_PROJ}alpha": ("linear_attn.in_proj_a.weight", "NV", "H"),
+    **_BESIDE_IN_PROJ,
+}
+"""Qwen3.5's: four matrices, part after part."""
 
 GATED_MOE: Table = {
     **moe("mlp", "gate", "gate_proj", "up_proj", "down_proj"),

@@ -14,9 +14,21 @@ from typing import Any
 from megatron_eagle.checkpoint.hybrid_pattern import ATTENTION as ATTENTION_LAYER
 from megatron_eagle.errors import UserError
 from megatron_eagle.hf.base import hybrid_args, moe_args
-from megatron_eagle.hf.base.delta_net_tables import DELTA_NET, GATED_ATTENTION, GATED_MOE
+from megatron_eagle.hf.base.delta_net_tables import (
+    DELTA_NET,
+    GATED_ATTENTION,
+    GATED_MOE,
+    SPLIT_DELTA_NET,
+)
 from megatron_eagle.hf.base.mla_tables import MLA_ATTENTION
-from megatron_eagle.hf.base.module_names import DEEPSEEK, GLM, MIMO, QWEN3_NEXT, ModuleNames
+from megatron_eagle.hf.base.module_names import (
+    DEEPSEEK,
+    GLM,
+    MIMO,
+    QWEN3_5,
+    QWEN3_NEXT,
+    ModuleNames,
+)
 from megatron_eagle.hf.base.moe_tables import BIASED_MOE, DEEPSEEK_MOE, GPT_OSS_MOE, moe
 from megatron_eagle.hf.base.window_args import (
     WindowLayers,
@@ -189,6 +201,19 @@ FAMILIES = {
             partial_rotary=True,
             defaults=hybrid_args.QWEN3_NEXT_DEFAULTS,
             module=QWEN3_NEXT,
+        ),
+        Family(
+            "qwen3_5",
+            "Qwen3_5ForCausalLM",
+            model=HYBRID_MODEL,
+            attention=GATED_ATTENTION,
+            delta_net=SPLIT_DELTA_NET,
+            mixers=hybrid_args.qwen3_5,
+            layer_args=hybrid_args.QWEN3_NEXT_LAYERS,
+            fixed=NO_BIAS | {"qk_norm": True},
+            partial_rotary=True,
+            defaults=hybrid_args.QWEN3_5_DEFAULTS,
+            module=QWEN3_5,
         ),
         Family(
             "gpt_oss",

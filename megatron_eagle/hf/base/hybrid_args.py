@@ -13,11 +13,23 @@ from megatron_eagle.checkpoint.hybrid_pattern import ATTENTION, DELTA_NET, DENSE
 from megatron_eagle.checkpoint.native.hybrid import DELTA_NET_SIZES
 from megatron_eagle.errors import UserError, literal
 from megatron_eagle.hf.base.moe_args import moe_layers
-from megatron_eagle.hf.tables.config_fields import size
+from megatron_eagle.hf.tables.config_fields import require, size
 from megatron_eagle.hf.tables.entries import Dims
 
 QWEN3_NEXT_LAYERS = {"swiglu": True, "apply_layernorm_1p": True, "attention_output_gate": True}
-"""Megatron arguments of every Qwen3-Next."""
+"""Megatron arguments of every Qwen3-Next and Qwen3.5."""
+QWEN3_5_DEFAULTS = {
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "partial_rotary_factor": 0.25,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 32,
+}
+"""Defaults of Qwen3.5's configuration class for text."""
+_QWEN3_5_ALWAYS = {"attn_output_gate": True, "mtp_use_dedicated_embeddings": False}
 QWEN3_NEXT_DEFAULTS = {
     "num_key_value_heads": 2,
     "head_dim": 256,
@@ -53,6 +65,12 @@ def qwen3_next(config: Mapping[str, Any], source: str) -> list[str]:
     if unknown := [kind for kind in kinds if kind not in tuple(_KINDS)]:
         raise UserError(f"{source}: layer_types {literal(repr(unknown[0]))} is not supported")
     return [_KINDS[kind] for kind in kinds]
+
+
+def qwen3_5(config: Mapping[str, Any], source: str) -> list[str]:
+    """Return what mixes the positions in each layer, as :func:`qwen3_next`."""
+    require(config, _QWEN3_5_ALWAYS, source)
+    return qwen3_next(config, source)
 
 
 def as_hybrid(

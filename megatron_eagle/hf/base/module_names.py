@@ -18,9 +18,10 @@ class ModuleNames:
     """Where the tensors of a next-token module are.
 
     ``prefix`` is in front of all of them, "{}" its number: counted on from the base's layers
-    (``counts_on``) or from 0. ``layer`` is in front of the names of its layer. ``count``: how many
-    modules there are where config.json has no ``num_nextn_predict_layers``. ``hidden_first``: the
-    matrix that joins both reads [hidden ; embedding], where others read [embedding ; hidden].
+    (``counts_on``) or from 0. ``layer`` is in front of the names of its layer. ``counted_by``: the
+    field of config.json that says how many modules there are; ``count``: how many where it does
+    not. ``hidden_first``: the matrix that joins both reads [hidden ; embedding], where others read
+    [embedding ; hidden].
     ``copies`` maps tensors of the module that repeat a tensor of the base to that tensor's name.
     ``vllm_differs``: what vLLM 0.33.0 computes otherwise than a module was trained for here; empty
     if nothing.
@@ -32,6 +33,7 @@ class ModuleNames:
     joining: str
     final_norm: str
     layer: str = ""
+    counted_by: str = COUNT
     count: int = 0
     counts_on: bool = True
     hidden_first: bool = False
@@ -40,7 +42,7 @@ class ModuleNames:
 
     def count_in(self, config: Mapping[str, Any]) -> Any:
         """Return the number of modules that a config.json says, as it is there."""
-        value = config.get(COUNT)
+        value = config.get(self.counted_by)
         return self.count if value is None else value
 
     def prefixes(self, base_layers: int, count: int) -> tuple[str, ...]:
@@ -87,3 +89,6 @@ QWEN3_NEXT = ModuleNames(
     counts_on=False,
 )
 """Qwen3-Next, whose config.json does not mention the module that its files hold."""
+
+QWEN3_5 = replace(QWEN3_NEXT, counted_by="mtp_num_hidden_layers")
+"""Qwen3.5."""

@@ -12,8 +12,9 @@ from typing import Any
 
 from megatron_eagle.checkpoint.directory import BaseInfo
 from megatron_eagle.errors import UserError, literal
+from megatron_eagle.hf.files.text_part import read_text_config
 from megatron_eagle.hf.tables.rope import comparable_rope
-from megatron_eagle.user_files import naming, read_json_object
+from megatron_eagle.user_files import naming
 
 SIZES = {
     "vocab_size": "vocab_size",
@@ -34,7 +35,7 @@ def with_hf_config(base: BaseInfo, directory: Path) -> BaseInfo:
     if not path.is_file():
         raise UserError(f"<hf_config> {literal(path)}: no such file")
     with naming("hf_config"):
-        config = read_json_object(path)
+        config = read_text_config(path)
     expected: dict[str, Any] = {field: base.megatron_args[name] for field, name in SIZES.items()}
     for field, value in expected.items():
         if config.get(field) != value:

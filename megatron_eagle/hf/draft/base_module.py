@@ -66,7 +66,7 @@ def _layer_of(args: Mapping[str, Any]) -> dict[str, Any]:
         "qk_layernorm": not mla and bool(args.get("qk_layernorm")),
     }
     experts = moe_layers(args)
-    if pattern_of(args) is not None and not all(experts):
+    if pattern_of(args) is not None and any(experts) and not all(experts):
         raise UserError(
             f"<algorithm> mtp: some of the base's layers have experts and some have not "
             f"({pattern_of(args)}), and no field says which kind its module is"

@@ -31,7 +31,8 @@ from megatron_eagle.hf.draft.names import draft_entries
 from megatron_eagle.hf.draft.parse_block import is_block_config
 from megatron_eagle.hf.draft.parse_config import HfDraft, parse_hf_draft
 from megatron_eagle.hf.draft.servers import outputs_of_inner_ids
-from megatron_eagle.user_files import read_json_object, reading
+from megatron_eagle.hf.files.text_part import read_text_config
+from megatron_eagle.user_files import reading
 
 
 def open_hf_draft(
@@ -59,7 +60,7 @@ def open_hf_draft(
     """
     with reading(parameter, directory):
         config = Path(directory) / "config.json"
-        if config.is_file() and is_base_config(read_json_object(config)):
+        if config.is_file() and is_base_config(read_text_config(config)):
             _refuse_choices(config, aux_layers, adapt)
             return open_base_module(Path(directory), base, base_directory=base_directory)
         files = DraftFiles.open(directory)

@@ -18,7 +18,7 @@ from megatron_eagle.errors import UserError, literal
 from megatron_eagle.hf.base.chunks import CHUNK_BYTES, EMBEDDING_NAME
 from megatron_eagle.hf.base.families import FAMILIES, family_of
 from megatron_eagle.hf.base.megatron_args import megatron_args
-from megatron_eagle.hf.base.module_names import COUNT, ModuleNames
+from megatron_eagle.hf.base.module_names import ModuleNames
 from megatron_eagle.hf.draft.base_module import beside_base
 from megatron_eagle.hf.draft.checkpoint import StoredDraft
 from megatron_eagle.hf.draft.embedding import BASE_NAME
@@ -86,7 +86,7 @@ def _check_base(weights: WeightsDir, base: BaseInfo) -> ModuleNames:
     count = family.module.count_in(weights.config)
     if count != 1:
         raise UserError(
-            f"{source}: {COUNT} is {literal(count)}; a module is trained to be "
+            f"{source}: {family.module.counted_by} is {literal(count)}; a module is trained to be "
             "run step after step, and only the one of a base that has one is read"
         )
     return family.module

@@ -10,7 +10,6 @@ import torch
 
 from megatron_eagle.checkpoint.reader import CheckpointReader
 from megatron_eagle.errors import UserError
-from megatron_eagle.hf.base.module_names import COUNT
 from megatron_eagle.hf.base.stitch import MARK
 from megatron_eagle.hf.draft.checkpoint import read_entries, read_info
 from megatron_eagle.hf.draft.commands import module_commands
@@ -32,9 +31,11 @@ def check_has_names(info: DraftInfo, source: str) -> None:
 
 def module_config(info: DraftInfo, dtype: torch.dtype) -> dict[str, Any]:
     """Return config.json of a converted module with weights of ``dtype``."""
+    names = names_of_module(info)
+    assert names is not None, "the files of this family hold modules"
     return {
         **info.base.hf_config,
-        COUNT: 1,
+        names.counted_by: 1,
         "torch_dtype": str(dtype).removeprefix("torch."),
         MARK: {"base": info.base.name, "prefix": module_prefix(info), "steps": info.ttt_steps},
     }

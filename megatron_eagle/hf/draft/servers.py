@@ -47,6 +47,7 @@ _BOTH = frozenset(
         "Qwen3",
         "Qwen3Moe",
         "Qwen3Next",
+        "Qwen3_5",
         "GptOss",
         "DeepseekV2",
         "DeepseekV3",

@@ -7,13 +7,14 @@ is closed again, so that memory holds the tensors in use alone. Pickles are refu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
 from megatron_eagle.errors import UserError, literal
+from megatron_eagle.hf.files.text_part import TextPart, text_part_of
 from megatron_eagle.user_files import first_line, read_json_object, reading_file
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -23,15 +24,18 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """The file of one tensor and what its header says; ``dtype`` is safetensors' name of it."""
+    """The file of one tensor and what its header says; ``dtype`` is safetensors' name of it.
+    ``stored``: the tensor's name in the file, if it is another."""
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
+    stored: str | None = None
 
 
 class SafetensorsDir:
-    """One model directory: ``config`` (config.json) and ``headers`` (tensor name -> header).
+    """One model directory: ``config`` (config.json) and ``headers`` (tensor name -> header). Of a
+    multimodal model both are those of its language model alone.
 
     Raises UserError, naming the file, for: no directory or config.json, a truncated or malformed
     file, an index that disagrees with its files, or weights that exist only as pickles.
@@ -49,6 +53,9 @@ class SafetensorsDir:
             self.headers = _file_headers(path / SINGLE_NAME)
         else:
             raise UserError(_no_weights(path))
+        if (part := text_part_of(self.config)) is not None:
+            self.config = part.config(self.config, str(path / "config.json"))
+            self.headers = _text_headers(self.headers, part)
 
     def check(self, expected: Mapping[str, tuple[int, ...]], ignored: set[str]) -> None:
         """Check that the directory holds the ``expected`` names -> shapes, as floats, and no more.
@@ -80,12 +87,25 @@ class SafetensorsDir:
         return read_rows(self.headers[name], name, start, stop)
 
 
+def _text_headers(headers: Mapping[str, TensorHeader], part: TextPart) -> dict[str, TensorHeader]:
+    """Return the headers of a multimodal model's language model, under the names it has alone."""
+    found: dict[str, TensorHeader] = {}
+    for stored, header in headers.items():
+        name = part.name(stored)
+        if name in found:
+            raise UserError(f"{header.file}: {stored} is {found[name].stored} too")
+        if name is not None:
+            found[name] = replace(header, stored=stored)
+    return found
+
+
 def read_rows(header: TensorHeader, name: str, start: int, stop: int | None) -> torch.Tensor:
     """Return rows [start, stop), or to the end, of tensor ``name``; a scalar is returned whole."""
     with reading_file(header.file), safe_open(header.file, framework="pt") as file:
+        stored = header.stored or name
         if not header.shape:
-            return file.get_tensor(name)
-        return file.get_slice(name)[start : header.shape[0] if stop is None else stop]
+            return file.get_tensor(stored)
+        return file.get_slice(stored)[start : header.shape[0] if stop is None else stop]
 
 
 def _file_headers(path: Path) -> dict[str, TensorHeader]:
