@@ -48,11 +48,14 @@ def test_tensor_parallelism() -> None:
 
 
 def test_sequence_parallelism() -> None:
-    for (found,) in run_distributed(count, 2, [make_case(sequence_parallel=True)]):
+    cases = [make_case(sequence_parallel=True, counts_data=data) for data in (False, True)]
+    for found, of_data in run_distributed(count, 2, cases):
         # Gathers: the final hidden, c, qkv and fc1 inputs of every layer, the rows, the loss.
         assert found["forward"] == {
             "reduce_scatter_base": 1 + 2 * LAYERS, "allgather_base": 4 + 2 * LAYERS,
         }  # fmt: skip
+        spared = found["forward"] | {"allgather_base": 3 + 2 * LAYERS}
+        assert of_data["forward"] == spared, "no teacher reads the base's final hidden state"
 
 
 def test_context_parallelism() -> None:
