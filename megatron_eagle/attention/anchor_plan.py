@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 WINDOW = 128
-"""Context rows of a window. A wide one has fewer rectangles, and more rows that are no anchor's."""
+"""Context rows of a window. A wide one has fewer rectangles; folded, more rows that are no
+anchor's."""
 SLAB = 16
-"""Windows whose causal parts are computed at a time: W * B rows of queries each."""
+"""Windows that are folded at a time, on a GPU: W * B rows of queries each."""
 
 
 class Anchor(NamedTuple):
@@ -41,7 +42,8 @@ class Window:
         sequence: of which sequence.
         before: the rows of the document's windows before this one, which all of the blocks see.
         own: the window's rows up to the last that one of the blocks sees.
-        seen: [blocks] int64, how many of ``own`` each of them sees.
+        seen: [blocks] int64 on the host, how many of ``own`` each of them sees; a CPU's masks are
+            made of it.
     """
 
     blocks: slice
@@ -53,24 +55,19 @@ class Window:
 
 @dataclass(frozen=True)
 class Slab:
-    """Windows that are computed together.
+    """Windows that a GPU folds together, and their blocks.
 
     Attributes:
         blocks: the blocks of all of them.
         windows: each by itself.
-        keys: [w, W] int64, flat rows [Q * S] of each window.
-        place: [blocks] int64, index of each block in [w * W].
+        keys: [w, W] int64, flat rows [Q * S] of each window, to fold them.
+        place: [blocks] int64, index of each block in [w * W], to fold it.
     """
 
     blocks: slice
     windows: Sequence[Window]
     keys: Tensor
     place: Tensor
-
-    def map(self, move: Callable[[Tensor], Tensor]) -> Slab:
-        """Return the slab with ``move`` applied to its tensors."""
-        windows = [replace(window, seen=move(window.seen)) for window in self.windows]
-        return replace(self, windows=windows, keys=move(self.keys), place=move(self.place))
 
 
 @dataclass(frozen=True)
@@ -101,8 +98,9 @@ class AnchorPlan:
         return cls(len(anchors), slabs)
 
     def map(self, move: Callable[[Tensor], Tensor]) -> AnchorPlan:
-        """Return the plan with ``move`` applied to its tensors."""
-        return replace(self, slabs=[slab.map(move) for slab in self.slabs])
+        """Return the plan with ``move`` applied to what a GPU reads of it."""
+        slabs = [replace(slab, keys=move(slab.keys), place=move(slab.place)) for slab in self.slabs]
+        return replace(self, slabs=slabs)
 
 
 def _window(start: int, items: Sequence[tuple[int, Anchor]]) -> Window:

@@ -70,8 +70,10 @@ class _AnchorAttention(torch.autograd.Function):
                 out[blocks], lse[blocks] = merge_(out[blocks], lse[blocks], *part)
             for window in slab.windows:
                 rows, one = window.blocks, slice(window.sequence, window.sequence + 1)
+                if not (pieces := _pieces(window, q)):
+                    continue
                 wide_q = _side_by_side(q[rows])
-                for keys, mask in _pieces(window, q):
+                for keys, mask in pieces:
                     cut_k, cut_v = context_k[one, :, keys], context_v[one, :, keys]
                     wide = flash.forward(wide_q, cut_k, cut_v, scale, causal=False, mask=mask)
                     part = _apart(wide[0], q.shape[2]), _apart(wide[1], q.shape[2])
@@ -100,10 +102,12 @@ class _AnchorAttention(torch.autograd.Function):
                 )
             for window in slab.windows:
                 rows, one = window.blocks, slice(window.sequence, window.sequence + 1)
+                if not (pieces := _pieces(window, q)):
+                    continue
                 wide_grad, wide_q, wide_out, wide_lse = (
                     _side_by_side(x[rows]) for x in (grad, q, out, lse)
                 )
-                for keys, mask in _pieces(window, q):
+                for keys, mask in pieces:
                     part_q, part_k, part_v = flash.backward(
                         wide_grad, wide_q, context_k[one, :, keys], context_v[one, :, keys],
                         wide_out, wide_lse, scale, causal=False, mask=mask,

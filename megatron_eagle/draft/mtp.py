@@ -49,8 +49,7 @@ class MTPDraft(EagleDraft):
             freeze_router(layer, self.config)
         if self.config.multi_latent_attention:
             use_mla(layer, self.config.hidden_size, backend.norm)
-        else:
-            let_queries_be_fewer(layer, backend.column_linear)
+        let_queries_be_fewer(layer, backend.column_linear)
         return [layer]
 
     def _build_head(self, backend: LayerBackend, base_head: Callable[[], Tensor]) -> None:

@@ -122,7 +122,7 @@ class ModelBuilder:
             print_rank_0(f"> to be served: {note}")
         whole = sum(p.numel() for p in draft.parameters()) * draft.tp_group.size()
         warn_if_disk_is_small(args.save, whole)
-        if draft.tp_group.size() > 1:
+        if draft.tp_group.size() > 1 and not self.options.spec.method.drafts_blocks:
             print_rank_0(self._teacher_size(args, draft.shard.padded_rows))
         model = EagleGPTModel(base, draft, self.options, exchange)
         if self.throughput is not None and not self.options.spec.method.drafts_blocks:

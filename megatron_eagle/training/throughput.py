@@ -59,12 +59,11 @@ class Cost:
         narrow = _weights(draft.layers[-1], draft.config) - draft.narrowing.trunk_weights()
         pair = _FORWARD * _attention(getattr(decoder, "layers", ()), base.config)
         head = draft.lm_head()
-        teaches = model.block_objective is None or not model.block_objective.options.data_alone
         return cls(
             token=_FORWARD * _weights(decoder, base.config) + trained * (fc + layers - narrow),
             pair=pair + trained * _attention(draft.layers, draft.config),
             live=trained * (narrow + (steps - 1) * repeated),
-            target=_FORWARD * base.output_weight.numel() / stages if teaches else 0.0,
+            target=_FORWARD * base.output_weight.numel() / stages,
             judged=(trained if head.requires_grad else 2 * _FORWARD / stages) * head.numel(),
         )
 

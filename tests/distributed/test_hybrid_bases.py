@@ -14,8 +14,8 @@ from megatron_eagle.hf.base.import_base import import_base
 from megatron_eagle.testing.harness import megatron_parallel, run_distributed
 from tests.helpers.tiny_hf import SIZES, make_base, wrap_text
 
-TOLERANCE = 5e-5
-"""Of the largest value: in fp32 transformers itself is off by 2e-5."""
+TOLERANCES = {"qwen3_next": 2e-5, "qwen3_5": 5e-5}
+"""Of the largest value, by family: transformers' own fp32 of these Qwen3.5s is off by 2e-5."""
 LENGTH, BATCH, LAYERS = 70, 2, 4
 """More positions than a chunk of the delta rule has."""
 YARN = {"rope_type": "yarn", "rope_theta": 500.0, "factor": 4.0, "partial_rotary_factor": 0.5}
@@ -59,9 +59,10 @@ def test_every_layer_s_output_is_hugging_face_s(tp: int, sp: bool, tmp_path: Pat
     folders = {name: str(tmp_path / name / "base") for name in VARIANTS}
     for found in run_distributed(layer_outputs, tp, folders, tokens, sp):
         for name, states in expected.items():
+            family = VARIANTS[name].get("family", "qwen3_next")
             for layer, (ours, theirs) in enumerate(zip(found[name], states, strict=True)):
                 worst = (ours - theirs).abs().max() / theirs.abs().max()
-                assert worst < TOLERANCE, f"{name}, layer {layer}: {worst:.1e}"
+                assert worst < TOLERANCES[family], f"{name}, layer {layer}: {worst:.1e}"
 
 
 def layer_outputs(

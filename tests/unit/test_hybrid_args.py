@@ -69,6 +69,7 @@ def test_what_config_json_leaves_out_is_the_class_s_default() -> None:
         ({"linear_key_head_dim": "x"}, "linear_key_head_dim must be a positive integer, found 'x'"),
         ({"attention_bias": True}, "attention_bias = True is not supported, only False"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not supported, only 'silu'"),
+        ({"output_gate_type": "sigmoid"}, "output_gate_type 'sigmoid' is not supported, only 's"),
         ({"num_experts": 0}, "num_experts must be a positive integer, found 0"),
         ({"num_experts_per_tok": 1}, "a renormalised top-1 router is not supported"),
         ({"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size must be a posit"),

@@ -11,6 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf.base.import_base import import_base
+from megatron_eagle.hf.draft.base_config import with_hf_config
+from megatron_eagle.hf.draft.draft_rope import draft_rope
+from megatron_eagle.hf.files.generation_config import end_ids
 from megatron_eagle.hf.files.safetensors_dir import SafetensorsDir
 from tests.helpers.tiny_hf import make_base, wrap_text
 
@@ -31,6 +35,28 @@ def test_it_reads_as_the_language_model_alone(tmp_path: Path) -> None:
     assert set(inside.headers) == set(alone.headers)
     for name in alone.headers:
         assert inside.tensor(name).equal(alone.tensor(name)), name
+
+
+def test_its_end_tokens_are_found(tmp_path: Path) -> None:
+    config = json.loads((wrapped(tmp_path) / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 5
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 8]}))
+    assert end_ids(tmp_path) == [5, 8]
+
+
+def test_a_draft_beside_it_has_plain_rope(tmp_path: Path) -> None:
+    """The base's three sections and its turned part of a head are no draft's, in either file."""
+    rope = {
+        "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25,
+        "mrope_interleaved": True, "mrope_section": [1, 1, 0],
+    }  # fmt: skip
+    make_base(tmp_path / "hf", "qwen3_5", rope_parameters=rope)
+    wrap_text(tmp_path / "hf")
+    base = import_base(tmp_path / "hf", tmp_path / "base")
+    plain = {"rope_type": "default", "rope_theta": 1e7}
+    assert draft_rope(base, mla=False) == {"rope_theta": 1e7, "rope_parameters": plain}
+    assert with_hf_config(base, tmp_path / "hf").hf_config == base.hf_config
 
 
 def test_fields_of_the_whole_are_the_language_model_s(tmp_path: Path) -> None:

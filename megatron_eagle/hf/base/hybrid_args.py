@@ -55,6 +55,9 @@ def qwen3_next(config: Mapping[str, Any], source: str) -> list[str]:
 
     Raises UserError, naming ``source``, for other kinds of layers.
     """
+    if config.get("output_gate_type") not in (None, "silu", "swish"):
+        gate = literal(repr(config["output_gate_type"]))
+        raise UserError(f"{source}: output_gate_type {gate} is not supported, only 'silu'")
     layers = size(config, "num_hidden_layers", source)
     kinds = config.get("layer_types")
     if kinds is None:

@@ -105,7 +105,8 @@ def _replace(file: Path, names: Iterable[str], base: SafetensorsDir, to: Safeten
             tensor = to.tensor(name).to(dtype).contiguous()
             if not tensor.isfinite().all():
                 raise UserError(f"<module> {literal(to.path)}: {name} overflows in {dtype}")
-            begin, end = places[name]["data_offsets"]
+            stored = base.headers[name].stored or name
+            begin, end = places[stored]["data_offsets"]
             content = tensor.view(torch.uint8).numpy().tobytes()
             assert len(content) == end - begin, name
             shard.seek(8 + size + begin)

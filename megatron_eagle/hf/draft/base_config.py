@@ -52,8 +52,18 @@ def with_hf_config(base: BaseInfo, directory: Path) -> BaseInfo:
 def _check_rope(base: BaseInfo, config: dict[str, Any], path: Path) -> None:
     source = f"<hf_config> {literal(path)}"
     longest = base.hf_config["max_position_embeddings"]
-    whole = {**config, "partial_rotary_factor": None, "max_position_embeddings": longest}
-    theirs = comparable_rope(whole, source)
-    ours = comparable_rope(base.hf_config, f"base {base.name}")
+    theirs = comparable_rope({**_whole_heads(config), "max_position_embeddings": longest}, source)
+    ours = comparable_rope(_whole_heads(base.hf_config), f"base {base.name}")
     if theirs != ours:
         raise UserError(f"{source}: rope {literal(theirs)}, the base of this draft has {ours}")
+
+
+def _whole_heads(config: dict[str, Any]) -> dict[str, Any]:
+    """Return ``config`` as if rope turned whole heads, which a draft's does."""
+    name = "partial_rotary_factor"
+    nested = {
+        key: {**fields, name: None}
+        for key in ("rope_parameters", "rope_scaling")
+        if isinstance(fields := config.get(key), dict)
+    }
+    return {**config, name: None, **nested}

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron_eagle.checkpoint.directory import token_ids
 from megatron_eagle.errors import UserError
+from megatron_eagle.hf.files.text_part import read_text_config
 from megatron_eagle.user_files import read_json_object
 
 _FILE = "generation_config.json"
@@ -23,7 +24,7 @@ def end_ids(directory: Path) -> list[int]:
     Raises ``UserError`` naming file and field for ids that are none.
     """
     config = directory / "config.json"
-    return united_ends(read_json_object(config) if config.is_file() else {}, directory)
+    return united_ends(read_text_config(config) if config.is_file() else {}, directory)
 
 
 def united_ends(config: dict[str, Any], directory: Path) -> list[int]:

@@ -94,13 +94,13 @@ def comparable_rope(config: Mapping[str, Any], source: str) -> dict[str, Any]:
 def both_spellings(fields: Mapping[str, Any], theta: float) -> dict[str, Any]:
     """Return config.json's rope fields in both spellings, for whole heads and base ``theta``.
 
-    ``fields`` are as ``rope_fields`` returns them. ``partial_rotary_factor`` is dropped: readers
-    disagree about it, so drafts rotate all channels of their heads.
+    ``fields`` are as ``rope_fields`` returns them, of a supported type, whose numbers alone are
+    kept. Readers disagree about ``partial_rotary_factor``, so drafts rotate all channels of their
+    heads; and a multimodal base's sections (``mrope_section``) are of positions that no draft has.
     """
     kind = rope_kind(fields)
-    dropped = ("rope_theta", "type", "partial_rotary_factor")
-    scaling = {key: value for key, value in fields.items() if key not in dropped}
-    scaling["rope_type"] = kind
+    numbers = {key: fields[key] for key in NUMBERS[kind] if key in fields}
+    scaling: dict[str, Any] = {"rope_type": kind, **numbers}
     return {
         "rope_theta": theta,
         **({} if kind == "default" else {"rope_scaling": scaling}),
