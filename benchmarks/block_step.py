@@ -1,11 +1,13 @@
-"""Forward and backward of a block draft for one sequence: prints one JSON line.
+"""Forward and backward of a block draft for one sequence: prints JSON lines.
 
     python benchmarks/block_step.py                                        # DFlash, ours
     python benchmarks/block_step.py --dspark --hidden 1024 --heads 16 --kv-heads 8
     .venv-peers/bin/python benchmarks/block_step.py --implementation specforge --loss ce
 
-The implementations' own training code on the same weights, anchors and outputs of a base.
-``loss`` is in our words for all, so that it must agree. benchmarks/block_compare.py runs all.
+The implementations' own training code on the same weights, anchors and outputs of a base. One line
+has memory and loss, which is in our words for all, so that it must agree; one the times of each
+step. With --turns a step is run for each line of the input: benchmarks/block_compare.py lets all
+implementations take turns.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.block_problem import DECAY, BlockProblem, add_block_flags, block_problem_from
-from benchmarks.measure import measure
+from benchmarks.measure import Step
 
 if TYPE_CHECKING:  # only our own step imports Megatron
     from megatron_eagle.model import EagleGPTModel
@@ -38,6 +40,7 @@ PEERS = {
     "automodel": "automodel_blocks",
 }
 """Modules of benchmarks/peers."""
+WARMUP = 2
 
 
 class BlockStep:
@@ -93,27 +96,35 @@ def build(problem: BlockProblem) -> tuple[BlockStep, list[Tensor]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--implementation", choices=("ours", *PEERS), default="ours")
-    parser.add_argument("--iters", type=int, default=5)
+    parser.add_argument("--iters", type=int, default=5, help="steps")
+    parser.add_argument("--turns", action="store_true", help="as many steps as lines are read")
     add_block_flags(parser)
     args = parser.parse_args()
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     problem = block_problem_from(args)
     with tempfile.TemporaryDirectory() as scratch:
-        line: dict[str, Any]
         if args.implementation == "ours":
             from benchmarks.draft_step import restart_with_recommended_environment, start_megatron
 
             restart_with_recommended_environment(1)
             start_megatron(0, 1, f"{scratch}/store")
-            line = measure(*build(problem), args.iters)
-            torch.distributed.destroy_process_group()
+            step = Step(*build(problem))
         else:
             peer: Any = importlib.import_module(f"benchmarks.peers.{PEERS[args.implementation]}")
-            forward, resting = peer.build(problem)
-            line = measure(forward, resting, args.iters)
-            if problem.loss == "kl":
-                line["loss"] = problem.in_our_words(line["loss"])
-        print(json.dumps({"implementation": args.implementation, **line}), flush=True)
+            step = Step(*peer.build(problem))
+        loss = [float(step.run()) for _ in range(WARMUP)][-1]
+        if args.implementation != "ours" and problem.loss == "kl":
+            loss = problem.in_our_words(loss)
+        say({"implementation": args.implementation, "loss": loss, **step.memory()})
+        for _ in sys.stdin if args.turns else range(args.iters):
+            say(step.timed())
+        if args.implementation == "ours":
+            torch.distributed.destroy_process_group()
+
+
+def say(line: dict[str, Any]) -> None:
+    """Print ``line`` as JSON."""
+    print(json.dumps(line), flush=True)
 
 
 if __name__ == "__main__":

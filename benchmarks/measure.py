@@ -21,41 +21,55 @@ from torch import Tensor
 MIB = 2**20
 
 
-def measure(
-    forward: Callable[[], Tensor], resting: Iterable[Tensor], iters: int, warmup: int = 2
-) -> dict[str, float]:
-    """Measure ``forward()`` (returns the scalar loss) and its backward.
+class Step:
+    """Forward and backward of one sequence, of any implementation.
 
-    ``resting``: parameters and inputs; those that require a gradient keep their ``.grad``.
+    ``forward()`` returns the scalar loss. ``resting``: parameters and inputs; those that require a
+    gradient keep their ``.grad``.
     """
-    resting = list(resting)
-    parameters = [x for x in resting if x.requires_grad]
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    cuda = parameters[0].is_cuda
 
-    def step() -> Tensor:
-        loss = forward()
+    def __init__(self, forward: Callable[[], Tensor], resting: Iterable[Tensor]) -> None:
+        self.forward, self.resting = forward, list(resting)
+        parameters = [x for x in self.resting if x.requires_grad]
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.cuda = parameters[0].is_cuda
+
+    def run(self) -> Tensor:
+        """Run it; return the loss."""
+        loss = self.forward()
         loss.backward()
         return loss.detach()
 
-    for _ in range(max(1, warmup)):
-        loss = step()
-    cpu, wall = [], []
-    for _ in range(iters):
-        if cuda:
+    def timed(self) -> dict[str, float]:
+        """Run it; return ``cpu_ms`` and ``wall_ms``."""
+        if self.cuda:
             torch.cuda.synchronize()
         start = time.process_time(), time.perf_counter()
-        step()
-        if cuda:
+        self.run()
+        if self.cuda:
             torch.cuda.synchronize()
-        cpu.append(time.process_time() - start[0])
-        wall.append(time.perf_counter() - start[1])
+        cpu, wall = time.process_time() - start[0], time.perf_counter() - start[1]
+        return {"cpu_ms": round(1e3 * cpu, 1), "wall_ms": round(1e3 * wall, 1)}
+
+    def memory(self) -> dict[str, float]:
+        """Run it; return ``peak_mib`` and ``saved_mib``."""
+        peak = _cuda_peak(self.run) if self.cuda else _cpu_peak(self.run)
+        saved = _saved(self.forward, self.resting)
+        return {"peak_mib": round(peak / MIB, 1), "saved_mib": round(saved / MIB, 1)}
+
+
+def measure(
+    forward: Callable[[], Tensor], resting: Iterable[Tensor], iters: int, warmup: int = 2
+) -> dict[str, float]:
+    """Measure a :class:`Step` of these: medians over ``iters`` iterations, memory and loss."""
+    step = Step(forward, resting)
+    for _ in range(max(1, warmup)):
+        loss = step.run()
+    times = [step.timed() for _ in range(iters)]
     return {
-        "cpu_ms": round(1e3 * statistics.median(cpu), 1),
-        "wall_ms": round(1e3 * statistics.median(wall), 1),
-        "peak_mib": round((_cuda_peak(step) if cuda else _cpu_peak(step)) / MIB, 1),
-        "saved_mib": round(_saved(forward, resting) / MIB, 1),
+        **{name: statistics.median(each[name] for each in times) for name in times[0]},
+        **step.memory(),
         "loss": float(loss),
         "threads": torch.get_num_threads(),
     }

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.block_compare import medians, rows, verdict
+from benchmarks.block_compare import rows, times_of, verdict
 from benchmarks.block_problem import BlockProblem
 
-LINE = {"cpu_ms": 10.0, "wall_ms": 11.0, "peak_mib": 4.0, "loss": 2.0}
+LINE = {
+    "cpu_ms": 10.0, "wall_ms": 11.0, "cpu_ms_ratio": 1.0, "wall_ms_ratio": 1.0, "peak_mib": 4.0,
+    "loss": 2.0,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.5, 0.75])
@@ -55,16 +58,23 @@ def test_a_divergence_in_our_words_is_a_cross_entropy_over_the_weights() -> None
     torch.testing.assert_close(torch.tensor(problem.in_our_words(0.25)), 0.25 + entropy)
 
 
-def test_medians_of_rounds() -> None:
-    rounds = [{"ours": {"cpu_ms": x, "implementation": "ours"}} for x in (3.0, 9.0, 4.0)]
-    assert medians(rounds) == {"ours": {"cpu_ms": 4.0}}
+def test_a_ratio_is_the_median_of_the_turns_ratios() -> None:
+    """The machine is slow in the second turn, which meets both."""
+    times = [(3.0, 6.0), (9.0, 18.0), (4.0, 12.0)]
+    turns = [
+        {"ours": {"cpu_ms": ours, "wall_ms": 1.0}, "peer": {"cpu_ms": peer, "wall_ms": 3.0}}
+        for ours, peer in times
+    ]
+    assert times_of("peer", turns) == {
+        "cpu_ms": 12.0, "cpu_ms_ratio": 2.0, "wall_ms": 3.0, "wall_ms_ratio": 3.0,
+    }  # fmt: skip
 
 
 def test_the_best_peer_is_the_fastest_one_and_every_loss_counts() -> None:
     found = {
         "ours": LINE,
-        "slow": {**LINE, "cpu_ms": 30.0, "loss": 2.1},
-        "fast": {**LINE, "cpu_ms": 15.0, "peak_mib": 12.0},
+        "slow": {**LINE, "cpu_ms_ratio": 3.0, "loss": 2.1},
+        "fast": {**LINE, "cpu_ms": 15.0, "cpu_ms_ratio": 1.5, "peak_mib": 12.0},
     }
     sentence, same = verdict("DFlash ce", found)
     assert sentence.startswith(

@@ -41,7 +41,7 @@ def test_the_flags_of_every_variant_make_a_draft(name: str) -> None:
         add_eagle_flags(parser)
         words = " ".join(" ".join(pair) for pair in group.flags(variant).items()).split()
         args, others = parser.parse_known_args(words)
-        assert others in ([], ["--seed", "4321"], ["--lr", "1e-3"])
+        assert others in ([], ["--seed", "4321"], ["--lr", "1e-3"], ["--lr", "6e-4"])
         options = EagleConfig.from_args(args)
         if group.reference is not None:
             draft = Draft.of(group.flags(variant))

@@ -19,7 +19,8 @@ import torch
 from megatron_eagle.checkpoint.hybrid_pattern import layer_ends, mixers, pattern_of
 from megatron_eagle.checkpoint.writer import Chunk
 from megatron_eagle.errors import UserError, literal
-from megatron_eagle.hf.base.families import LAYER_PREFIX, Family
+from megatron_eagle.hf.base.dense_tables import LAYER_PREFIX
+from megatron_eagle.hf.base.families import Family
 from megatron_eagle.hf.base.megatron_args import dims_of
 from megatron_eagle.hf.base.module_names import DEEPSEEK
 from megatron_eagle.hf.base.moe_args import moe_layers
