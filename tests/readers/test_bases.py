@@ -75,7 +75,19 @@ def test_vllm_gives_the_states_that_the_table_says(architecture: str) -> None:
     assert architecture in (SERVERS["vllm"].final_state or ())  # its proposer asks for no class
 
 
-@pytest.mark.parametrize("architecture", BASES)
+INNER = {"Qwen3_5ForCausalLM"}
+"""What SGLang has only inside a multimodal model's class, and does not serve by itself."""
+
+
+@pytest.mark.parametrize("architecture", sorted(INNER))
+def test_sglang_does_not_serve_an_inner_model(architecture: str) -> None:
+    source = class_of(SGLANG, architecture)[0].read_text()
+    assert architecture not in source.partition("EntryClass")[2]
+    assert architecture not in (SERVERS["sglang"].aux_states or ())
+    assert architecture not in (SERVERS["sglang"].final_state or ())
+
+
+@pytest.mark.parametrize("architecture", sorted(set(BASES) - INNER))
 def test_sglang_gives_the_states_that_the_table_says(architecture: str) -> None:
     class_of(SGLANG, architecture)
     aux = method_source(SGLANG, architecture, CAPTURE) is not None

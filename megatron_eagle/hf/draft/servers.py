@@ -47,7 +47,6 @@ _BOTH = frozenset(
         "Qwen3",
         "Qwen3Moe",
         "Qwen3Next",
-        "Qwen3_5",
         "GptOss",
         "DeepseekV2",
         "DeepseekV3",
@@ -57,8 +56,14 @@ SERVERS = {
     "vllm": Server(
         "vLLM",
         "0.33.0",
-        aux_states=_BOTH,
-        final_state=_BOTH | {"MixtralForCausalLM", "Glm4MoeForCausalLM", "Glm4MoeLiteForCausalLM"},
+        aux_states=_BOTH | {"Qwen3_5ForCausalLM"},
+        final_state=_BOTH
+        | {
+            "Qwen3_5ForCausalLM",
+            "MixtralForCausalLM",
+            "Glm4MoeForCausalLM",
+            "Glm4MoeLiteForCausalLM",
+        },
     ),
     "sglang": Server(
         "SGLang",
