@@ -145,9 +145,8 @@ def test_printed_flags_are_megatron_s(architecture: str, monkeypatch: pytest.Mon
         if "Deepseek" in architecture:
             config |= {**MLA, "num_hidden_layers": 2, "use_sliding_window": False}
             config["rope_scaling"] = None
-        if (
-            FAMILIES[architecture].mixers is not None
-        ):  # Megatron's HybridModel has no rope of type llama3
+        # Megatron's HybridModel has no rope of type llama3.
+        if FAMILIES[architecture].mixers is not None:
             config["rope_scaling"] = None
         args = megatron_args(config, FAMILIES[architecture], "config.json")
         monkeypatch.setattr(sys, "argv", ["train", *megatron_flags(args)])
